@@ -1,0 +1,65 @@
+"""attend(q, key, value): scaled dot-product attention over a packed cache, without a 16-bit copy that outlives the call.
+
+q            [B, Hq, q, D]   floating, rotated as the keys are; Hq a multiple of the cache's H (GQA, MQA)
+key, value   buffers of one packed tensor each (kernels/layout.py); layouts may differ
+length       int             T, tokens that attention sees
+fresh_key, fresh_value  [B, H, q, D] and at [q]: this step's tokens, read at full precision whatever the ring holds
+mask         None, or bool / float broadcastable to [B, Hq, q, T], as torch's scaled_dot_product_attention takes it
+scale        None for 1/sqrt(D);  is_causal  as torch's (aligned to the top left)
+->           [B, Hq, q, Dv]  q's dtype, in the values' stored space
+
+The meaning is torch's own SDPA on the dequantized cache.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from akvq_fx.kernels.cache import named, read
+from akvq_fx.kernels.layout import Layout
+
+
+def reference(q, key, value, key_layout: Layout, value_layout: Layout, length, mask, scale, is_causal, fresh) -> Tensor:
+    k, v = read(key, length, key_layout), read(value, length, value_layout)
+    if fresh is not None:
+        fresh_key, fresh_value, at = fresh
+        k, v = k.index_copy(2, at, fresh_key.to(k.dtype)), v.index_copy(2, at, fresh_value.to(v.dtype))
+    gqa = q.shape[1] != k.shape[1]
+    return F.scaled_dot_product_attention(
+        q, k.to(q.dtype), v.to(q.dtype), attn_mask=mask, scale=scale, is_causal=is_causal, enable_gqa=gqa
+    )
+
+
+@torch.library.custom_op("akvq::attend", mutates_args=())
+def attend(
+    q: Tensor,
+    key: list[Tensor],
+    value: list[Tensor],
+    length: int,
+    mask: Tensor | None,
+    scale: float | None,
+    is_causal: bool,
+    fresh_key: Tensor | None,
+    fresh_value: Tensor | None,
+    at: Tensor | None,
+    key_layout: str,
+    value_layout: str,
+) -> Tensor:
+    fresh = None if fresh_key is None else (fresh_key, fresh_value, at)
+    layouts = Layout.parse(key_layout), Layout.parse(value_layout)
+    out = reference(q, key, value, *layouts, length, mask, scale, is_causal, fresh)
+    return out.clone(memory_format=torch.contiguous_format)
+
+
+@attend.register_fake
+def _(q, key, value, length, mask, scale, is_causal, fresh_key, fresh_value, at, key_layout, value_layout):
+    key_parsed, value_parsed = Layout.parse(key_layout), Layout.parse(value_layout)
+    heads = named(key, key_parsed)["codes"].shape[1]
+    named(value, value_parsed)
+    if q.dim() != 4 or q.shape[3] != key_parsed.head_dim or q.shape[1] % heads:
+        raise ValueError(
+            f"akvq::attend: q is {list(q.shape)}, accepted: [B, Hq, q, {key_parsed.head_dim}] with Hq a multiple of {heads}"
+        )
+    return q.new_empty((*q.shape[:3], value_parsed.head_dim))

@@ -1,0 +1,167 @@
+"""pack, append, dequantize: write and read the packed buffers of one key or value tensor (kernels/layout.py).
+
+cache    list of buffers in the order of Layout.parse(layout).fields
+x        [B, H, q, D] floating, already in the stored space (rotated where the layout says so)
+at       [q] int64    positions that the q tokens take in the cache, ascending
+classes  [B, q] uint8 their token classes (TEXT where omitted)
+layout   str          Layout's text form
+
+Every token goes to the body, to the ring if it is among the last W, and in TSA layers to the text overlay; so no token is
+ever quantized twice, and one that falls out of the ring is already there at body bits. Raises ValueError for buffers that
+do not fit the layout.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from akvq_fx.kernels import quantizer
+from akvq_fx.kernels.layout import PADDING, PIVOT, STATE_END, STATE_RING, STATE_TEXT, TEXT, Layout
+from akvq_fx.kernels.rotate import restore
+
+
+def named(cache: list[Tensor], layout: Layout) -> dict[str, Tensor]:
+    """The buffers by name."""
+    if len(cache) != len(layout.fields):
+        raise ValueError(f"akvq cache: got {len(cache)} buffers, layout {layout} has {len(layout.fields)}: {layout.fields}")
+    return dict(zip(layout.fields, cache, strict=True))
+
+
+def write(cache: list[Tensor], x: Tensor, at: Tensor, classes: Tensor | None, layout: Layout) -> None:
+    """Reference of append: write q tokens at their positions."""
+    b = named(cache, layout)
+    if x.dim() != 4 or x.shape[3] != layout.head_dim or x.shape[:2] != b["codes"].shape[:2]:
+        raise ValueError(
+            f"akvq::append: x is {list(x.shape)}, accepted: [B, H, q, D] of a cache with codes {list(b['codes'].shape)} "
+            f"and head dim {layout.head_dim}; a cache from another model or batch cannot be continued"
+        )
+    start, end = at[:1].to(torch.int32), at[-1:].to(torch.int32) + 1
+    kinds = torch.full_like(b["classes"][:, :1], TEXT).expand(-1, len(at)) if classes is None else classes
+    b["classes"].index_copy_(1, at, kinds.to(torch.uint8).contiguous())
+    if layout.lossless:
+        b["codes"].index_copy_(2, at, x.to(b["codes"].dtype))
+    else:
+        codes, range_ = quantizer.quantize(x, layout.body_bits, layout.body_clip, layout.groups)
+        b["codes"].index_copy_(2, at, codes)
+        b["range"].index_copy_(2, at, range_)
+    if layout.window:
+        newest = x[:, :, -layout.window :]
+        b["ring"].index_copy_(2, at[-layout.window :] % layout.window, newest.to(b["ring"].dtype))
+    if layout.text_bits:
+        codes, range_ = quantizer.quantize(x, layout.text_bits, layout.text_clip, layout.groups)
+        slot = at + b["state"][STATE_TEXT]
+        b["text_codes"].index_copy_(2, slot, codes)
+        b["text_range"].index_copy_(2, slot, range_)
+        b["text_at"].index_copy_(1, slot, torch.where(kinds == TEXT, at, -1).to(torch.int32))
+    # a crop may have moved the end back: positions that the ring lost stay lost
+    held = torch.minimum(b["state"][STATE_RING : STATE_RING + 1], start)
+    b["state"][STATE_RING : STATE_RING + 1] = torch.maximum(held, end - layout.window)
+    b["state"][STATE_END : STATE_END + 1] = end
+
+
+def create(
+    x: Tensor,
+    at: Tensor,
+    classes: Tensor | None,
+    pivots: Tensor | None,
+    affine: Tensor | None,
+    capacity: int,
+    layout: Layout,
+) -> list[Tensor]:
+    """Reference of pack: fresh buffers that hold the prompt."""
+    B, H, q, D = x.shape
+    cache = layout.allocate(B, H, capacity, capacity if layout.text_bits else 0, x.device)
+    write(cache, x, at, classes, layout)
+    b = named(cache, layout)
+    if layout.affine:
+        b["affine"].copy_(affine)
+    if layout.pivots and pivots is not None:
+        used = min(layout.pivots, pivots.shape[1])
+        row = pivots[:, :used].long()
+        valid = row >= 0
+        row = row.clamp_min(0)
+        b["pivots"][:, :, :used] = x.gather(2, row[:, None, :, None].expand(B, H, used, D)).to(b["pivots"].dtype)
+        position = torch.where(valid, at[row], -1)
+        b["pivot_at"][:, :used] = position.to(torch.int32)
+        is_pivot = torch.zeros_like(b["classes"], dtype=torch.bool)
+        is_pivot.scatter_reduce_(1, position.clamp_min(0), valid, "amax")
+        b["classes"][is_pivot & (b["classes"] != PADDING)] = PIVOT
+    return cache
+
+
+def place(target: Tensor, at: Tensor, source: Tensor) -> None:
+    """target[b, :, at[b, i]] = source[b, :, i] wherever 0 <= at[b, i] < target's length."""
+    row, slot = torch.nonzero((at >= 0) & (at < target.shape[2]), as_tuple=True)
+    target[row, :, at[row, slot].long()] = source[row, :, slot]
+
+
+def read(cache: list[Tensor], length: int, layout: Layout) -> Tensor:
+    """The first `length` tokens in the stored space, [B, H, length, D]: body, then overlays on top of it."""
+    b = named(cache, layout)
+    if layout.lossless:
+        return b["codes"][:, :, :length]
+    out = quantizer.dequantize(b["codes"][:, :, :length], b["range"][:, :, :length], layout.body_bits, layout.dtype)
+    if layout.text_bits:
+        text = quantizer.dequantize(b["text_codes"], b["text_range"], layout.text_bits, layout.dtype)
+        place(out, b["text_at"], text)
+    if layout.pivots:
+        place(out, b["pivot_at"], b["pivots"])
+    if layout.window:
+        slots = torch.arange(layout.window, device=out.device)
+        last = b["state"][STATE_END] - 1
+        position = last - (last - slots) % layout.window
+        position = torch.where(position >= b["state"][STATE_RING], position, -1)
+        place(out, position.expand(out.shape[0], -1), b["ring"])
+    return out
+
+
+@torch.library.custom_op("akvq::pack", mutates_args=())
+def pack(
+    x: Tensor,
+    at: Tensor,
+    classes: Tensor | None,
+    pivots: Tensor | None,
+    affine: Tensor | None,
+    capacity: int,
+    layout: str,
+) -> list[Tensor]:
+    """x [B, H, q, D] -> new buffers of `capacity` tokens; pivots [B, P] int32 index the q tokens, -1 for none."""
+    return create(x, at, classes, pivots, affine, capacity, Layout.parse(layout))
+
+
+@pack.register_fake
+def _(x, at, classes, pivots, affine, capacity, layout):
+    parsed = Layout.parse(layout)
+    B, H = x.shape[:2]
+    text = capacity if parsed.text_bits else 0
+    specs = [parsed.buffer(name, B, H, capacity, text) for name in parsed.fields]
+    return [x.new_empty(shape, dtype=dtype) for shape, dtype in specs]
+
+
+@torch.library.custom_op("akvq::append", mutates_args=("cache",))
+def append(cache: list[Tensor], x: Tensor, at: Tensor, classes: Tensor | None, layout: str) -> None:
+    """Write q tokens in place; one token a decode step, more when a filled cache takes another prompt."""
+    write(cache, x, at, classes, Layout.parse(layout))
+
+
+@append.register_fake
+def _(cache, x, at, classes, layout):
+    named(cache, Layout.parse(layout))
+
+
+@torch.library.custom_op("akvq::dequantize", mutates_args=())
+def dequantize(cache: list[Tensor], length: int, layout: str) -> Tensor:
+    """The first `length` tokens as the model made them (rotation and affine map undone), [B, H, length, D]."""
+    parsed = Layout.parse(layout)
+    stored = read(cache, length, parsed)
+    if not parsed.rotated and not parsed.affine:
+        return stored.clone()
+    return restore(stored, named(cache, parsed).get("affine"), parsed.rotated)
+
+
+@dequantize.register_fake
+def _(cache, length, layout):
+    parsed = Layout.parse(layout)
+    B, H = named(cache, parsed)["codes"].shape[:2]
+    return cache[0].new_empty((B, H, length, parsed.head_dim), dtype=parsed.dtype)

@@ -1,0 +1,162 @@
+"""Layout: which buffers hold a packed key or value cache, their shapes, and how a channel finds its bits.
+
+Attention does not depend on the order of its tokens, so a cache is a dense low-bit *body* (slot = position) plus small
+*overlays* that hold the salient tokens again at more bits. B batch, H KV heads, D head dim, C capacity in tokens.
+
+state       [3]               int32  end of what was written, first position the ring holds, text slot minus position
+classes     [B, C]            uint8  VISION, TEXT, PIVOT or PADDING
+codes       [B, H, C, D*b/16] int16  body; or [B, H, C, D] in the cache's dtype when body_bits is 16
+range       [B, H, C, 2*G]    fp16   scale of each of the G channel groups, then their minima
+ring        [B, H, W, D]      dtype  the last W positions, slot = position mod W
+pivots      [B, H, P, D]      dtype  pivot tokens
+pivot_at    [B, P]            int32  their positions, -1 for a free slot
+text_codes  [B, H, Ct, D*b/16] int16 text tokens of a TSA layer, slot = position + state[2] for appended tokens
+text_range  [B, H, Ct, 2*G]   fp16
+text_at     [B, Ct]           int32  their positions, -1 for a free slot
+affine      [B, 3, H, D]      fp32   centre c, key gain 1/s, query gain s: keys are stored as H((k - c)/s), asked by H(q*s)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import torch
+from torch import Tensor
+
+VISION, TEXT, PIVOT, PADDING = range(4)
+CLASS_NAMES = ("vision", "text", "pivot", "padding")
+WORD_BITS = 16  # codes are packed into int16 words: one GPU lane unpacks two fp16 codes at once
+CODE_BITS = (2, 4, 8)
+STATE_END, STATE_RING, STATE_TEXT = range(3)
+DTYPES = {"f16": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32, "f64": torch.float64}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """How one cache tensor is packed. Hashable; travels through graphs as its text, `Layout.parse(str(layout))`."""
+
+    head_dim: int
+    dtype: torch.dtype
+    body_bits: int = 16
+    text_bits: int = 0  # 0: no text overlay (every layer but TSA ones)
+    window: int = 0
+    pivots: int = 0
+    group: int = 128
+    body_clip: float = 1.0
+    text_clip: float = 1.0
+    rotated: bool = False  # buffers hold H x rather than x
+    affine: bool = False
+
+    def __post_init__(self):
+        def refuse(what, given, accepted):
+            raise ValueError(f"akvq layout: {what} is {given}, accepted: {accepted}")
+
+        if self.head_dim <= 0 or self.head_dim % 8:
+            refuse("head_dim", self.head_dim, "a positive multiple of 8")
+        if self.dtype not in DTYPE_NAMES:
+            refuse("dtype", self.dtype, ", ".join(map(str, DTYPE_NAMES)))
+        if self.body_bits not in (*CODE_BITS, 16):
+            refuse("body_bits", self.body_bits, "2, 4, 8 or 16")
+        if self.text_bits not in (0, *CODE_BITS):
+            refuse("text_bits", self.text_bits, "0, 2, 4 or 8")
+        if self.window < 0 or self.pivots < 0:
+            refuse("window, pivots", (self.window, self.pivots), "numbers >= 0")
+        if self.lossless and (self.text_bits or self.window or self.pivots):
+            refuse("overlays", "present", "none when body_bits is 16")
+
+    @property
+    def lossless(self) -> bool:
+        return self.body_bits == 16
+
+    @property
+    def groups(self) -> int:
+        """Channel groups of a head: 128 channels each, or the whole head."""
+        return self.head_dim // self.group if self.head_dim % self.group == 0 else 1
+
+    @functools.cached_property
+    def fields(self) -> tuple[str, ...]:
+        """Names of the buffers present, in the order in which ops take them."""
+        names = ["state", "classes", "codes"]
+        names += [] if self.lossless else ["range"]
+        names += ["ring"] if self.window else []
+        names += ["pivots", "pivot_at"] if self.pivots else []
+        names += ["text_codes", "text_range", "text_at"] if self.text_bits else []
+        names += ["affine"] if self.affine else []
+        return tuple(names)
+
+    def buffer(self, name: str, batch, heads, capacity, text_capacity=0) -> tuple[tuple, torch.dtype]:
+        """Shape and dtype of one buffer; sizes may be symbolic."""
+        words = lambda bits: self.head_dim * bits // WORD_BITS
+        body = (self.head_dim, self.dtype) if self.lossless else (words(self.body_bits), torch.int16)
+        table = {
+            "state": ((3,), torch.int32),
+            "classes": ((batch, capacity), torch.uint8),
+            "codes": ((batch, heads, capacity, body[0]), body[1]),
+            "range": ((batch, heads, capacity, 2 * self.groups), torch.float16),
+            "ring": ((batch, heads, self.window, self.head_dim), self.dtype),
+            "pivots": ((batch, heads, self.pivots, self.head_dim), self.dtype),
+            "pivot_at": ((batch, self.pivots), torch.int32),
+            "text_codes": ((batch, heads, text_capacity, words(self.text_bits)), torch.int16),
+            "text_range": ((batch, heads, text_capacity, 2 * self.groups), torch.float16),
+            "text_at": ((batch, text_capacity), torch.int32),
+            "affine": ((batch, 3, heads, self.head_dim), torch.float32),
+        }
+        return table[name]
+
+    def allocate(self, batch, heads, capacity, text_capacity=0, device=None) -> list[Tensor]:
+        """Empty buffers: an unwritten slot reads as zero, a free overlay slot has position -1, no ring position is valid."""
+        out = []
+        for name in self.fields:
+            shape, dtype = self.buffer(name, batch, heads, capacity, text_capacity)
+            fill = -1 if name in ("pivot_at", "text_at") else PADDING if name == "classes" else 0
+            out.append(torch.full(shape, fill, dtype=dtype, device=device))
+        return out
+
+    def __str__(self) -> str:
+        parts = [f"{DTYPE_NAMES[self.dtype]}", f"d{self.head_dim}", f"b{self.body_bits}", f"c{self.body_clip:g}"]
+        parts += [f"g{self.group}"]
+        parts += [f"w{self.window}"] if self.window else []
+        parts += [f"p{self.pivots}"] if self.pivots else []
+        parts += [f"t{self.text_bits}", f"tc{self.text_clip:g}"] if self.text_bits else []
+        parts += ["rotated"] if self.rotated else []
+        parts += ["affine"] if self.affine else []
+        return "/".join(parts)
+
+    @staticmethod
+    @functools.lru_cache(maxsize=None)
+    def parse(text: str) -> Layout:
+        """The inverse of str(). Raises ValueError for anything str() cannot have written."""
+        keys = {"d": "head_dim", "b": "body_bits", "c": "body_clip", "g": "group", "w": "window", "p": "pivots",
+                "t": "text_bits", "tc": "text_clip"}  # fmt: skip
+        dtype, *parts = text.split("/")
+        values: dict = {"dtype": DTYPES.get(dtype)}
+        for part in parts:
+            if part in ("rotated", "affine"):
+                values[part] = True
+                continue
+            key = part.rstrip("0123456789.+-e") or part
+            if key not in keys:
+                raise ValueError(f"akvq layout: unknown part {part!r} in {text!r}")
+            number = part[len(key) :]
+            values[keys[key]] = float(number) if keys[key].endswith("clip") else int(number)
+        return Layout(**values)
+
+
+def pack_bits(codes: Tensor, bits: int) -> Tensor:
+    """[..., D] integer codes below 2**bits -> [..., D*bits/16] int16.
+
+    Code j of word i is channel j * words + i, so a word's codes are strided channels and a kernel's unpack is shifts of
+    whole words with no shuffle.
+    """
+    words = codes.shape[-1] * bits // WORD_BITS
+    lanes = codes.to(torch.int32).unflatten(-1, (WORD_BITS // bits, words))
+    shifts = torch.arange(0, WORD_BITS, bits, dtype=torch.int32, device=codes.device)
+    return (lanes << shifts[:, None]).sum(-2, dtype=torch.int32).to(torch.int16)
+
+
+def unpack_bits(words: Tensor, bits: int) -> Tensor:
+    """The inverse of pack_bits: [..., D*bits/16] int16 -> [..., D] int32."""
+    shifts = torch.arange(0, WORD_BITS, bits, dtype=torch.int32, device=words.device)
+    return ((words.to(torch.int32).unsqueeze(-2) >> shifts[:, None]) & (2**bits - 1)).flatten(-2)

@@ -1,0 +1,36 @@
+"""Per-token asymmetric quantization in channel groups (AKVQ-VL equations 3-6).
+
+Per group: lo = clip * min, hi = clip * max, scale = (hi - lo) / (2^b - 1), code = round((x - lo) / scale) in 0..2^b-1,
+and x is read back as code * scale + lo. The paper's integer zero-point is unbounded, so the 16-bit minimum is kept
+instead. Codes are computed against the *stored* (fp16) scale and minimum: inside the clipped range the error is at most
+scale / 2. A non-finite group stays non-finite and touches no other token, as in a 16-bit cache.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from akvq_fx.kernels.layout import pack_bits, unpack_bits
+
+SCALE_FLOOR = 1e-5  # a constant group has no range; QuaRot kv_cache.py uses the same floor
+FP16_MAX = 65504.0  # ranges are stored as fp16; larger finite keys saturate instead of turning into inf
+
+
+def quantize(x: Tensor, bits: int, clip: float, groups: int) -> tuple[Tensor, Tensor]:
+    """x [..., D] float -> codes [..., D*bits/16] int16, range [..., 2*groups] fp16 (scales, then minima)."""
+    top = 2**bits - 1
+    grouped = x.float().unflatten(-1, (groups, -1))
+    lo, hi = grouped.amin(-1) * clip, grouped.amax(-1) * clip
+    saturate = lambda t: torch.where(t.isfinite(), t.clamp(-FP16_MAX, FP16_MAX), t).half()
+    scale, lo = saturate(((hi - lo) / top).clamp_min(SCALE_FLOOR)), saturate(lo)
+    codes = ((grouped - lo.float()[..., None]) / scale.float()[..., None]).round().clamp(0, top)
+    codes = codes.nan_to_num(0.0).to(torch.int32).flatten(-2)
+    return pack_bits(codes, bits), torch.cat([scale, lo], -1)
+
+
+def dequantize(codes: Tensor, range_: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
+    """The inverse: codes [..., D*bits/16], range [..., 2*groups] -> [..., D] in dtype, computed in fp32."""
+    scale, lo = range_.float().chunk(2, -1)
+    grouped = unpack_bits(codes, bits).float().unflatten(-1, (scale.shape[-1], -1))
+    return (grouped * scale[..., None] + lo[..., None]).flatten(-2).to(dtype)

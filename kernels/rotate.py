@@ -1,0 +1,90 @@
+"""hadamard(x): the normalised Walsh-Hadamard transform of the last axis; rotate_keys, rotate_queries: the same after an affine map.
+
+x       [..., D]  floating, D a multiple of 8; computed in float32 (float64 stays), returned in x's dtype
+H is Sylvester's matrix / sqrt(n) of order n = the largest power of two that divides D, repeated on the diagonal: it is
+symmetric and its own inverse for every D, so (qH)(kH)^T = q k^T.
+
+affine  [B, 3, H, D] float32: centre c, 1/s, s. Keys become H((k - c)/s) and queries H(q*s): q (k - c) differs from q k by
+a constant per query, which softmax does not see, and (q*s)(k/s) = q k.
+Raises ValueError for a D that is not a multiple of 8. Sources: QuaRot, arXiv 2404.00456 (rotated caches); AKVQ-VL eq. 7.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+
+@functools.lru_cache(maxsize=None)
+def order_of(head_dim: int) -> int:
+    """Order of the Hadamard blocks: the largest power of two dividing head_dim."""
+    if head_dim <= 0 or head_dim % 8:
+        raise ValueError(f"akvq::hadamard: the last dim must be a positive multiple of 8, got {head_dim}")
+    return head_dim & -head_dim
+
+
+def matrix(head_dim: int, dtype: torch.dtype = torch.float64, device=None) -> Tensor:
+    """The [D, D] matrix that hadamard multiplies by."""
+    order = order_of(head_dim)
+    h = torch.ones(1, 1, dtype=dtype, device=device)
+    while h.shape[0] < order:
+        h = torch.cat([torch.cat([h, h], 1), torch.cat([h, -h], 1)], 0)
+    return torch.block_diag(*[h * order**-0.5] * (head_dim // order))
+
+
+_matrices: dict = {}  # (D, dtype, device) -> matrix; a matmul with it is the quickest plain-PyTorch transform for D <= 256
+
+
+def transform(x: Tensor) -> Tensor:
+    """H x in float32, or in float64 for float64."""
+    x = x if x.dtype == torch.float64 else x.float()
+    key = (x.shape[-1], x.dtype, x.device)
+    if key not in _matrices:
+        _matrices[key] = matrix(*key)
+    return x @ _matrices[key]
+
+
+def reference(x: Tensor) -> Tensor:
+    return transform(x).to(x.dtype)
+
+
+def shift_and_rotate(x: Tensor, affine: Tensor, centre: bool, gain: int) -> Tensor:
+    """H((x - c) * gain) per channel; heads of x may be a multiple of affine's (GQA queries)."""
+    rows = affine.repeat_interleave(x.shape[1] // affine.shape[2], 2).unsqueeze(3)
+    shifted = x.to(torch.promote_types(x.dtype, torch.float32))
+    shifted = shifted - rows[:, 0] if centre else shifted
+    return transform(shifted * rows[:, gain]).to(x.dtype)
+
+
+@torch.library.custom_op("akvq::hadamard", mutates_args=())
+def hadamard(x: Tensor) -> Tensor:
+    return reference(x)
+
+
+@torch.library.custom_op("akvq::rotate_keys", mutates_args=())
+def rotate_keys(k: Tensor, affine: Tensor) -> Tensor:
+    return shift_and_rotate(k, affine, centre=True, gain=1)
+
+
+@torch.library.custom_op("akvq::rotate_queries", mutates_args=())
+def rotate_queries(q: Tensor, affine: Tensor) -> Tensor:
+    return shift_and_rotate(q, affine, centre=False, gain=2)
+
+
+def _fake(x: Tensor, affine: Tensor | None = None) -> Tensor:
+    order_of(x.shape[-1])
+    return x.new_empty(x.shape)
+
+
+for _op in (hadamard, rotate_keys, rotate_queries):
+    _op.register_fake(_fake)
+
+
+def restore(stored: Tensor, affine: Tensor | None, rotated: bool) -> Tensor:
+    """Undo the transform: stored [B, H, T, D] -> keys or values as the model made them."""
+    x = transform(stored) if rotated else stored
+    if affine is not None:
+        x = x * affine[:, 2, :, None] + affine[:, 0, :, None]
+    return x.to(stored.dtype)

@@ -1,0 +1,104 @@
+"""find_pivots, key_affine, mark_vision: what the prompt itself says about which tokens and channels matter.
+
+find_pivots(h [B, T, E], valid [B, T] bool or None) -> [B, P] int32
+    Indices of the tokens that keep 16 bits. A *massive* token has max |h| above `floor` and above `ratio` times the row's
+    median |h| (Sun et al., arXiv 2402.17762). The first real token always holds slot 0 (attention sink). mode "topk" fills the
+    other slots with the largest max |h|, massive tokens first by construction; mode "massive" only with massive tokens. -1 marks
+    a free slot. Padding is left out of everything.
+
+key_affine(k [B, H, T, D], q [B, Hq, Tq, D], valid [B, T], centre, balance) -> [B, 3, H, D] float32: c, 1/s, s
+    c = mean of the prompt's keys, s = sqrt(std K / rms Q) per head and channel: exact identities that take a key's constant
+    part and the mismatch of its channels away before two bits have to hold them.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+STD_FLOOR = 1e-4  # a channel that never varies must not get an infinite gain
+GAIN_RANGE = 64.0  # s stays within 64 times of its geometric mean, so that rotated keys fit 16-bit floats
+
+
+def find_pivots_reference(h: Tensor, valid: Tensor | None, count: int, mode: str, floor: float, ratio: float) -> Tensor:
+    B, T, _ = h.shape
+    magnitude = h.detach().abs()
+    peak = magnitude.amax(-1).float()  # [B, T]
+    if valid is None:
+        valid = torch.ones(B, T, dtype=torch.bool, device=h.device)
+    peak = torch.where(valid, peak, -1.0).nan_to_num(0.0, posinf=torch.finfo(torch.float32).max)
+    eligible = valid.clone()
+    if mode == "massive":
+        per_token = magnitude.float().median(-1).values  # the row's median through its tokens' medians: one pass, no sort of T*E
+        per_token = torch.where(valid, per_token, torch.nan)
+        eligible &= (peak > floor) & (peak > ratio * per_token.nanmedian(-1, keepdim=True).values)
+    first = valid.to(torch.uint8).argmax(-1, keepdim=True)
+    eligible.scatter_(1, first, valid.gather(1, first))
+    rank = torch.where(eligible, peak, -1.0).scatter(1, first, torch.inf)
+    take = min(count, T)
+    index = rank.topk(take, -1).indices
+    index = torch.where(eligible.gather(1, index), index, -1).to(torch.int32)
+    return torch.nn.functional.pad(index, (0, count - take), value=-1)
+
+
+@torch.library.custom_op("akvq::find_pivots", mutates_args=())
+def find_pivots(h: Tensor, valid: Tensor | None, count: int, mode: str, floor: float, ratio: float) -> Tensor:
+    return find_pivots_reference(h, valid, count, mode, floor, ratio)
+
+
+@find_pivots.register_fake
+def _(h, valid, count, mode, floor, ratio):
+    return h.new_empty((h.shape[0], count), dtype=torch.int32)
+
+
+def key_affine_reference(k: Tensor, q: Tensor, valid: Tensor | None, centre: bool, balance: bool) -> Tensor:
+    B, H, T, D = k.shape
+    k, q = k.detach().float(), q.detach().float()
+    weight = torch.ones(B, T, device=k.device) if valid is None else valid.float()
+    weight = weight / weight.sum(-1, keepdim=True).clamp_min(1)
+    weight = weight[:, None, :, None]
+    finite = lambda x: torch.nan_to_num(x, 0.0, 0.0, 0.0)  # one broken token must not spoil the prompt's statistics
+    mean = (finite(k) * weight).sum(2)  # [B, H, D]
+    c = mean if centre else torch.zeros_like(mean)
+    s = torch.ones_like(mean)
+    if balance:
+        deviation = (finite(k - mean[:, :, None]).square() * weight).sum(2).sqrt()
+        heard = finite(q).square()  # [B, Hq, Tq, D]
+        heard = (heard * weight).sum(2) if q.shape[2] == T else heard.mean(2)
+        heard = heard.unflatten(1, (H, -1)).mean(2).sqrt()
+        log = 0.5 * (deviation.clamp_min(STD_FLOOR).log() - heard.clamp_min(STD_FLOOR).log())
+        log = log - log.mean(-1, keepdim=True)
+        s = log.clamp(-torch.log(torch.tensor(GAIN_RANGE)), torch.log(torch.tensor(GAIN_RANGE))).exp()
+    return torch.stack([c, 1 / s, s], 1)
+
+
+@torch.library.custom_op("akvq::key_affine", mutates_args=())
+def key_affine(k: Tensor, q: Tensor, valid: Tensor | None, centre: bool, balance: bool) -> Tensor:
+    return key_affine_reference(k, q, valid, centre, balance)
+
+
+@key_affine.register_fake
+def _(k, q, valid, centre, balance):
+    B, H, _, D = k.shape
+    return k.new_empty((B, 3, H, D), dtype=torch.float32)
+
+
+@torch.library.custom_op("akvq::mark_vision", mutates_args=())
+def mark_vision(hidden: Tensor, mask: Tensor) -> Tensor:
+    """Identity on hidden [B, T, E]; tells the passes that mask [B, T] bool is True at vision tokens."""
+    if mask.dtype != torch.bool or mask.shape != hidden.shape[:2]:
+        raise ValueError(
+            f"akvq::mark_vision: mask is {mask.dtype} {list(mask.shape)}, accepted: bool {list(hidden.shape[:2])}, "
+            "True where a token came from an image"
+        )
+    return hidden.clone()
+
+
+@mark_vision.register_fake
+def _(hidden, mask):
+    return torch.empty_like(hidden)
+
+
+@mark_vision.register_autograd
+def _(ctx, grad):
+    return grad, None
