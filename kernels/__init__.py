@@ -1,4 +1,6 @@
 """Ops of the packed cache. Each file: the op, its plain-PyTorch reference (the meaning and the CPU path) and its fake."""
 
-if not __name__.startswith("akvq_fx."):  # ops would register twice
-    raise ImportError(f"import akvq_fx.kernels, not {__name__}")
+if not __name__.startswith("akvq_fx."):
+    # A checkout's root on sys.path makes this folder importable as "kernels", a name that transformers probes for. Answer with an
+    # empty package: raising would break transformers, and importing our modules under a second name would register ops twice.
+    __path__ = []

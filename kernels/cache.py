@@ -1,4 +1,4 @@
-"""pack, append, dequantize: write and read the packed buffers of one key or value tensor (kernels/layout.py).
+"""pack, append, restart, dequantize: write and read the packed buffers of one key or value tensor (kernels/layout.py).
 
 cache    list of buffers in the order of Layout.parse(layout).fields
 x        [B, H, q, D] floating, already in the stored space (rotated where the layout says so)
@@ -28,7 +28,9 @@ def named(cache: list[Tensor], layout: Layout) -> dict[str, Tensor]:
     return dict(zip(layout.fields, cache, strict=True))
 
 
-def write(cache: list[Tensor], x: Tensor, at: Tensor, classes: Tensor | None, layout: Layout) -> None:
+def write(
+    cache: list[Tensor], x: Tensor, at: Tensor, classes: Tensor | None, pivots: Tensor | None, layout: Layout
+) -> None:
     """Reference of append: write q tokens at their positions."""
     b = named(cache, layout)
     if x.dim() != 4 or x.shape[3] != layout.head_dim or x.shape[:2] != b["codes"].shape[:2]:
@@ -54,10 +56,29 @@ def write(cache: list[Tensor], x: Tensor, at: Tensor, classes: Tensor | None, la
         b["text_codes"].index_copy_(2, slot, codes)
         b["text_range"].index_copy_(2, slot, range_)
         b["text_at"].index_copy_(1, slot, torch.where(kinds == TEXT, at, -1).to(torch.int32))
-    # a crop may have moved the end back: positions that the ring lost stay lost
+    # a crop may have moved the end back: pivots from here on are gone, and positions that the ring lost stay lost
+    if layout.pivots:
+        b["pivot_at"].masked_fill_(b["pivot_at"] >= start, -1)
+    if layout.pivots and pivots is not None:
+        keep_pivots(b, x, at, pivots, layout)
     held = torch.minimum(b["state"][STATE_RING : STATE_RING + 1], start)
     b["state"][STATE_RING : STATE_RING + 1] = torch.maximum(held, end - layout.window)
     b["state"][STATE_END : STATE_END + 1] = end
+
+
+def keep_pivots(b: dict[str, Tensor], x: Tensor, at: Tensor, pivots: Tensor, layout: Layout) -> None:
+    """Fill the pivot slots from tokens pivots [B, P] of x, where x starts a cache (its first position is 0)."""
+    B, H, _, D = x.shape
+    begins = at[0] == 0
+    row = pivots[:, : layout.pivots].long()
+    valid, row = row >= 0, row.clamp_min(0)
+    chosen = x.gather(2, row[:, None, :, None].expand(B, H, -1, D)).to(b["pivots"].dtype)
+    position = torch.where(valid, at[row], -1)
+    b["pivots"].copy_(torch.where(begins, chosen, b["pivots"]))
+    b["pivot_at"].copy_(torch.where(begins, position.to(torch.int32), b["pivot_at"]))
+    is_pivot = torch.zeros(b["classes"].shape, dtype=torch.int32, device=x.device)
+    is_pivot.scatter_reduce_(1, position.clamp_min(0), (valid & begins).to(torch.int32), "amax")
+    b["classes"][(is_pivot > 0) & (b["classes"] != PADDING)] = PIVOT
 
 
 def create(
@@ -70,23 +91,10 @@ def create(
     layout: Layout,
 ) -> list[Tensor]:
     """Reference of pack: fresh buffers that hold the prompt."""
-    B, H, q, D = x.shape
-    cache = layout.allocate(B, H, capacity, capacity if layout.text_bits else 0, x.device)
-    write(cache, x, at, classes, layout)
-    b = named(cache, layout)
+    cache = layout.allocate(x.shape[0], x.shape[1], capacity, capacity if layout.text_bits else 0, x.device)
+    write(cache, x, at, classes, pivots, layout)
     if layout.affine:
-        b["affine"].copy_(affine)
-    if layout.pivots and pivots is not None:
-        used = min(layout.pivots, pivots.shape[1])
-        row = pivots[:, :used].long()
-        valid = row >= 0
-        row = row.clamp_min(0)
-        b["pivots"][:, :, :used] = x.gather(2, row[:, None, :, None].expand(B, H, used, D)).to(b["pivots"].dtype)
-        position = torch.where(valid, at[row], -1)
-        b["pivot_at"][:, :used] = position.to(torch.int32)
-        is_pivot = torch.zeros_like(b["classes"], dtype=torch.bool)
-        is_pivot.scatter_reduce_(1, position.clamp_min(0), valid, "amax")
-        b["classes"][is_pivot & (b["classes"] != PADDING)] = PIVOT
+        named(cache, layout)["affine"].copy_(affine)
     return cache
 
 
@@ -140,13 +148,38 @@ def _(x, at, classes, pivots, affine, capacity, layout):
 
 
 @torch.library.custom_op("akvq::append", mutates_args=("cache",))
-def append(cache: list[Tensor], x: Tensor, at: Tensor, classes: Tensor | None, layout: str) -> None:
-    """Write q tokens in place; one token a decode step, more when a filled cache takes another prompt."""
-    write(cache, x, at, classes, Layout.parse(layout))
+def append(
+    cache: list[Tensor], x: Tensor, at: Tensor, classes: Tensor | None, pivots: Tensor | None, layout: str
+) -> None:
+    """Write q tokens in place: one in a decode step, more when a filled cache takes another prompt.
+
+    pivots [B, P] int32 index the q tokens; they count only where the tokens start the cache (a static cache used again).
+    """
+    write(cache, x, at, classes, pivots, Layout.parse(layout))
 
 
 @append.register_fake
-def _(cache, x, at, classes, layout):
+def _(cache, x, at, classes, pivots, layout):
+    named(cache, Layout.parse(layout))
+
+
+@torch.library.custom_op("akvq::restart", mutates_args=("cache",))
+def restart(cache: list[Tensor], at: Tensor, affine: Tensor | None, layout: str) -> None:
+    """Where the tokens to come start the cache (position 0), forget the last prompt's overlays and take its affine map.
+
+    A static cache that was reset is written again by the same graph that continues one; the choice is made on the device.
+    """
+    parsed = Layout.parse(layout)
+    b, begins = named(cache, parsed), at[0] == 0
+    b["state"][:STATE_TEXT] *= ~begins
+    if parsed.pivots:
+        b["pivot_at"].copy_(torch.where(begins, -1, b["pivot_at"]))
+    if parsed.affine:
+        b["affine"].copy_(torch.where(begins, affine, b["affine"]))
+
+
+@restart.register_fake
+def _(cache, at, affine, layout):
     named(cache, Layout.parse(layout))
 
 

@@ -63,6 +63,10 @@ class Layout:
             refuse("text_bits", self.text_bits, "0, 2, 4 or 8")
         if self.window < 0 or self.pivots < 0:
             refuse("window, pivots", (self.window, self.pivots), "numbers >= 0")
+        if self.group <= 0:
+            refuse("group", self.group, "a positive number of channels")
+        if not (0 < self.body_clip <= 1 and 0 < self.text_clip <= 1):
+            refuse("body_clip, text_clip", (self.body_clip, self.text_clip), "numbers in (0, 1]")
         if self.lossless and (self.text_bits or self.window or self.pivots):
             refuse("overlays", "present", "none when body_bits is 16")
 
@@ -115,11 +119,13 @@ class Layout:
         return out
 
     def __str__(self) -> str:
-        parts = [f"{DTYPE_NAMES[self.dtype]}", f"d{self.head_dim}", f"b{self.body_bits}", f"c{self.body_clip:g}"]
+        exact = lambda x: f"{x:g}" if float(f"{x:g}") == x else repr(float(x))
+        parts = [f"{DTYPE_NAMES[self.dtype]}", f"d{self.head_dim}", f"b{self.body_bits}", f"c{exact(self.body_clip)}"]
         parts += [f"g{self.group}"]
         parts += [f"w{self.window}"] if self.window else []
         parts += [f"p{self.pivots}"] if self.pivots else []
-        parts += [f"t{self.text_bits}", f"tc{self.text_clip:g}"] if self.text_bits else []
+        parts += [f"t{self.text_bits}"] if self.text_bits else []
+        parts += [f"tc{exact(self.text_clip)}"] if self.text_bits or self.text_clip != 1 else []
         parts += ["rotated"] if self.rotated else []
         parts += ["affine"] if self.affine else []
         return "/".join(parts)
@@ -141,7 +147,12 @@ class Layout:
                 raise ValueError(f"akvq layout: unknown part {part!r} in {text!r}")
             number = part[len(key) :]
             values[keys[key]] = float(number) if keys[key].endswith("clip") else int(number)
-        return Layout(**values)
+        if "head_dim" not in values:
+            raise ValueError(f"akvq layout: no head dim in {text!r}, accepted: dtype/d64/b2/...")
+        layout = Layout(**values)
+        if str(layout) != text:
+            raise ValueError(f"akvq layout: {text!r} is not how {layout} is written")
+        return layout
 
 
 def pack_bits(codes: Tensor, bits: int) -> Tensor:

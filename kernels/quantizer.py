@@ -23,7 +23,7 @@ def quantize(x: Tensor, bits: int, clip: float, groups: int) -> tuple[Tensor, Te
     grouped = x.float().unflatten(-1, (groups, -1))
     lo, hi = grouped.amin(-1) * clip, grouped.amax(-1) * clip
     saturate = lambda t: torch.where(t.isfinite(), t.clamp(-FP16_MAX, FP16_MAX), t).half()
-    scale, lo = saturate(((hi - lo) / top).clamp_min(SCALE_FLOOR)), saturate(lo)
+    scale, lo = saturate((hi / top - lo / top).clamp_min(SCALE_FLOOR)), saturate(lo)
     codes = ((grouped - lo.float()[..., None]) / scale.float()[..., None]).round().clamp(0, top)
     codes = codes.nan_to_num(0.0).to(torch.int32).flatten(-2)
     return pack_bits(codes, bits), torch.cat([scale, lo], -1)
@@ -31,6 +31,7 @@ def quantize(x: Tensor, bits: int, clip: float, groups: int) -> tuple[Tensor, Te
 
 def dequantize(codes: Tensor, range_: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
     """The inverse: codes [..., D*bits/16], range [..., 2*groups] -> [..., D] in dtype, computed in fp32."""
+    limit = torch.finfo(dtype).max  # the rounded scale may lead a step past fp16; a broken group is NaN and stays so
     scale, lo = range_.float().chunk(2, -1)
     grouped = unpack_bits(codes, bits).float().unflatten(-1, (scale.shape[-1], -1))
-    return (grouped * scale[..., None] + lo[..., None]).flatten(-2).to(dtype)
+    return (grouped * scale[..., None] + lo[..., None]).flatten(-2).clamp(-limit, limit).to(dtype)

@@ -11,13 +11,10 @@ Raises ValueError for a D that is not a multiple of 8. Sources: QuaRot, arXiv 24
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
 
 
-@functools.lru_cache(maxsize=None)
 def order_of(head_dim: int) -> int:
     """Order of the Hadamard blocks: the largest power of two dividing head_dim."""
     if head_dim <= 0 or head_dim % 8:

@@ -1,4 +1,4 @@
-"""find_pivots, key_affine, mark_vision: what the prompt itself says about which tokens and channels matter.
+"""find_pivots, key_affine, token_classes, mark_vision: what the prompt itself says about which tokens and channels matter.
 
 find_pivots(h [B, T, E], valid [B, T] bool or None) -> [B, P] int32
     Indices of the tokens that keep 16 bits. A *massive* token has max |h| above `floor` and above `ratio` times the row's
@@ -15,6 +15,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from akvq_fx.kernels.layout import PADDING, TEXT, VISION
 
 STD_FLOOR = 1e-4  # a channel that never varies must not get an infinite gain
 GAIN_RANGE = 64.0  # s stays within 64 times of its geometric mean, so that rotated keys fit 16-bit floats
@@ -102,3 +104,31 @@ def _(hidden, mask):
 @mark_vision.register_autograd
 def _(ctx, grad):
     return grad, None
+
+
+@torch.library.custom_op("akvq::valid_tokens", mutates_args=())
+def valid_tokens(mask: Tensor, batch: int) -> Tensor:
+    """Attention mask [B or 1, 1 or H, q, T], bool or additive float -> [batch, T] bool: tokens that some query sees."""
+    seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+    return seen.flatten(1, 2).any(1).expand(batch, -1).contiguous()
+
+
+@valid_tokens.register_fake
+def _(mask, batch):
+    return mask.new_empty((batch, mask.shape[3]), dtype=torch.bool)
+
+
+@torch.library.custom_op("akvq::token_classes", mutates_args=())
+def token_classes(x: Tensor, valid: Tensor | None, vision: Tensor | None) -> Tensor:
+    """Classes [B, q] uint8 of the tokens of x [B, H, q, D]: TEXT, VISION where vision [B, q], PADDING where not valid [B, q]."""
+    classes = torch.full((x.shape[0], x.shape[2]), TEXT, dtype=torch.uint8, device=x.device)
+    if vision is not None:
+        classes[vision.to(torch.bool)] = VISION
+    if valid is not None:
+        classes[~valid] = PADDING
+    return classes
+
+
+@token_classes.register_fake
+def _(x, valid, vision):
+    return x.new_empty((x.shape[0], x.shape[2]), dtype=torch.uint8)

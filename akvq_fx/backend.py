@@ -1,0 +1,126 @@
+"""akvq: the backend that torch.compile(model, backend="akvq") calls with every graph that dynamo captures.
+
+dynamo graph -> passes.PIPELINE -> inner compiler (Inductor unless told otherwise) -> Runtime. One module-level callable: a new
+function object per call would recompile. The graph that dynamo passes in is never edited.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch.fx import GraphModule
+
+from akvq_fx import records, vision_carry
+from akvq_fx.config import AKVQConfig
+from akvq_fx.folding import HISTORY
+from akvq_fx.passes import PIPELINE
+from akvq_fx.passes.patterns.cache_write import is_packed
+from akvq_fx.passes.patterns.nodes import is_tensor, value
+from akvq_fx.passes.patterns.tokens import starts_a_call
+from akvq_fx.passes.state import GraphState
+from akvq_fx.runtime import Runtime
+
+log = logging.getLogger(__name__)
+
+
+def akvq(gm: GraphModule, example_inputs: list, *, mode: str | None = None, options: Mapping[str, Any] | None = None):
+    """Compile one dynamo graph. `options` are the fields of AKVQConfig; `mode` is Inductor's.
+
+    Raises ValueError for options that AKVQConfig does not accept.
+    """
+    config = AKVQConfig.from_options(options, mode)
+    state = rewrite(gm, example_inputs, config, HISTORY)
+    record = records.add(state, example_inputs)
+    program = state.program
+    changed = state.sites or program.packed or program.vision
+    if not changed:
+        inner = compile_inner(gm, example_inputs, config)
+        return Passthrough(inner) if starts_a_call(gm.graph) else inner
+    with torch.no_grad() if program.packed else contextlib.nullcontext():
+        inner = compile_inner(state.gm, inner_examples(state, example_inputs), config)
+    runtime = Runtime(program, inner, config.capacity_step, starts_a_call(gm.graph))
+    runtime.on_weights = record.add_weights
+    names = [str(n.target) for n in state.graph.nodes if n.op == "placeholder"]
+    runtime.slot = names.index("vision_tokens") if "vision_tokens" in names else 0
+    return runtime
+
+
+class Passthrough:
+    """A graph without a cache that begins a call: only the vision mask of the call before is forgotten."""
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    def __call__(self, *args):
+        vision_carry.put(None)
+        return self.inner(*args)
+
+
+def rewrite(gm: GraphModule, example_inputs: list, config: AKVQConfig, history) -> GraphState:
+    """Run the pipeline over a copy of the graph; every pass leaves a numbered artifact for TORCH_TRACE and one debug line."""
+    tensors = {i: x for i, x in enumerate(example_inputs) if isinstance(x, torch.Tensor)}
+    state = GraphState(gm, config, tensors, history, carried_vision=vision_carry.peek() is not None)
+    done: list[str] = []
+    for number, step in enumerate(PIPELINE):
+        begin = time.perf_counter()
+        try:
+            report = step(state)
+        except Exception as error:
+            raise type(error)(f"{error} (akvq pass {step.__name__}, after {', '.join(done) or 'none'})") from error
+        done.append(step.__name__)
+        state.reports.append(report)
+        log.debug("%s, %.1f ms", report, 1e3 * (time.perf_counter() - begin))
+        leave_artifact(state, number, step.__name__)
+    return state
+
+
+def leave_artifact(state: GraphState, number: int, name: str) -> None:
+    torch._logging.trace_structured(
+        "artifact",
+        metadata_fn=lambda: {"name": f"akvq_{number:02d}_{name}", "encoding": "string"},
+        payload_fn=lambda: str(state.graph),
+    )
+
+
+def inner_examples(state: GraphState, example_inputs: list) -> list:
+    """Example inputs of the rewritten graph: dynamo's own, and fakes for the buffers."""
+    examples = []
+    for node in state.graph.nodes:
+        if node.op != "placeholder":
+            continue
+        if node in state.position:
+            examples.append(example_inputs[state.position[node]])
+        elif str(node.target) == "vision_tokens":
+            examples.append(fake_vision(state))
+        else:
+            examples.append(node.meta["example_value"])
+    return examples
+
+
+def fake_vision(state: GraphState):
+    query = value(state.sites[0].attention.query)
+    with query.fake_mode:
+        return torch.empty(query.shape[0], query.shape[2], dtype=torch.bool, device=query.device)
+
+
+def compile_inner(gm: GraphModule, example_inputs: list, config: AKVQConfig):
+    """The rewritten graph through the inner compiler."""
+    if config.inner == "eager":
+        return gm
+    if config.inner == "aot_eager":
+        from torch._dynamo.backends.debugging import aot_eager
+
+        return aot_eager(gm, example_inputs)
+    from torch._inductor import list_mode_options
+    from torch._inductor.compile_fx import compile_fx
+
+    patches = list_mode_options(config.mode) if config.mode else None
+    return compile_fx(gm, example_inputs, config_patches=patches)
+
+
+__all__ = ["akvq", "compile_inner", "is_packed", "is_tensor", "rewrite"]

@@ -1,0 +1,134 @@
+"""AKVQConfig: every number of the method in one frozen place, each with its source. `options=` of torch.compile maps onto it."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from typing import Any
+
+RECIPES = {
+    # the paper to the letter (arXiv 2501.15021, section III)
+    "akvq-vl": {"center_keys": False, "balance_keys": False},
+    # plus two exact identities without which keys with a bias collapse at 2 bits (docs/design.md)
+    "akvq": {"center_keys": True, "balance_keys": True},
+}
+CLIPS = {2: 0.8, 4: 1.0, 8: 1.0, 16: 1.0}  # range clipping by bits: paper section IV-A; no clipping above 2 bits
+INNERS = ("inductor", "aot_eager", "eager")
+CHOICES = {
+    "recipe": tuple(RECIPES),
+    "body_bits": (2, 4, 8, 16),
+    "text_bits": (2, 4, 8, 16),
+    "pivot_mode": ("topk", "massive"),
+    "value_rotation": ("fold", "online", "off"),
+    "prefill": ("exact", "quantized"),
+    "inner": INNERS,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class AKVQConfig:
+    """Settings of one compiled model.
+
+    body_bits       bits of every token that is not salient; 16 is lossless mode: the cache is carried, nothing is quantized
+    text_bits       bits of text tokens in TSA layers; 16 keeps TSA layers wholly at 16 bits
+    tsa_layers      decoder layers that attend to text first; they need vision tokens to be told apart (else they act as PSA)
+    window          most recent tokens kept at 16 bits, in every layer
+    pivots          tokens kept at 16 bits in PSA layers; pivot_mode "topk" fills all slots by max |h|, "massive" only with
+                    tokens above massive_floor and massive_ratio times the median
+    group           channels that share a scale; a head dim that is no multiple of it is one group
+    rotate          Walsh-Hadamard transform of keys and values; None: on, but off in lossless mode
+    value_rotation  "fold" into W_V and W_O where the graph proves it legal, else and with "online" inside the graph, "off"
+    prefill         "exact": the prompt attends to its own 16-bit keys, as serving systems do; "quantized": to the packed ones
+    inner, mode     the compiler of the rewritten graph, and its torch.compile mode (Inductor only)
+    """
+
+    recipe: str = "akvq"
+    body_bits: int = 2
+    text_bits: int = 4  # paper section III-B, text-salient attention
+    body_clip: float | None = None
+    text_clip: float | None = None
+    group: int = 128  # paper section IV-A
+    window: int = 128  # paper section IV-A
+    pivots: int = 15  # paper figure 8
+    pivot_mode: str = "topk"
+    massive_floor: float = 100.0  # Sun et al., arXiv 2402.17762
+    massive_ratio: float = 1000.0  # the same
+    tsa_layers: tuple[int, ...] = (0, 1)  # paper table I, LLaVA-1.5, LLaVA-1.6-vicuna, Qwen2-VL
+    center_keys: bool | None = None
+    balance_keys: bool | None = None
+    rotate: bool | None = None
+    value_rotation: str = "fold"
+    prefill: str = "exact"
+    capacity_step: int = 128  # tokens a dynamic cache grows by; one reallocation a step
+    inner: str = "inductor"
+    mode: str | None = None
+
+    def __post_init__(self):
+        for name, accepted in CHOICES.items():
+            if getattr(self, name) not in accepted:
+                self._refuse(name, "one of " + ", ".join(map(repr, accepted)))
+        for name in ("window", "pivots"):
+            if not _is_int(getattr(self, name)) or getattr(self, name) < 0:
+                self._refuse(name, "an integer >= 0")
+        if not _is_int(self.group) or self.group < 8 or self.group % 8:
+            self._refuse("group", "a multiple of 8")
+        if not _is_int(self.capacity_step) or self.capacity_step < 1:
+            self._refuse("capacity_step", "an integer >= 1")
+        for name in ("massive_floor", "massive_ratio"):
+            if not _is_number(getattr(self, name)) or getattr(self, name) < 0:
+                self._refuse(name, "a number >= 0")
+        for name in ("center_keys", "balance_keys", "rotate"):
+            if getattr(self, name) not in (None, True, False):
+                self._refuse(name, "True, False or None")
+        for name, bits in (("body_clip", self.body_bits), ("text_clip", self.text_bits)):
+            clip = getattr(self, name)
+            if clip is None:
+                object.__setattr__(self, name, CLIPS[bits])
+            elif not _is_number(clip) or not 0 < clip <= 1:
+                self._refuse(name, "a number in (0, 1]")
+        if isinstance(self.tsa_layers, (str, bytes)) or not all(_is_int(i) and i >= 0 for i in self.tsa_layers):
+            self._refuse("tsa_layers", "a sequence of layer numbers >= 0")
+        object.__setattr__(self, "tsa_layers", tuple(sorted(set(self.tsa_layers))))
+        if self.mode is not None and self.inner != "inductor":
+            self._refuse("mode", f"None when inner={self.inner!r}: only Inductor has modes")
+        lossless = self.body_bits == 16
+        for name, value in RECIPES[self.recipe].items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value and not lossless)
+        if self.rotate is None:
+            object.__setattr__(self, "rotate", not lossless)
+
+    def _refuse(self, name: str, accepted: str):
+        raise ValueError(f"akvq: option {name}={getattr(self, name)!r} is not accepted; accepted: {accepted}")
+
+    @property
+    def lossless(self) -> bool:
+        return self.body_bits == 16
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any] | None, mode: str | None = None) -> AKVQConfig:
+        """The config that torch.compile(backend="akvq", options=..., mode=...) means.
+
+        Raises ValueError for an unknown option (listing the known ones) or a value out of range.
+        """
+        options = dict(options or {})
+        known = [field.name for field in dataclasses.fields(cls)]
+        unknown = [key for key in options if key not in known]
+        if unknown:
+            near = difflib.get_close_matches(str(unknown[0]), known, 1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"akvq: unknown option {unknown[0]!r}.{hint} Known options: {', '.join(known)}")
+        if mode is not None and mode != "default":
+            options.setdefault("mode", mode)
+        if isinstance(options.get("tsa_layers"), list):
+            options["tsa_layers"] = tuple(options["tsa_layers"])
+        return cls(**options)
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

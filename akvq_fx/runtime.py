@@ -1,0 +1,138 @@
+"""Runtime: the callable that dynamo gets. Unwraps PackedKV arguments into buffers, calls the compiled graph, wraps what comes back.
+
+Host work only, a few microseconds a layer; nothing here reads the device in a decode step.
+"""
+
+from __future__ import annotations
+
+import weakref
+
+import torch
+
+from akvq_fx import vision_carry
+from akvq_fx.folding import HISTORY, Folded, version_of
+from akvq_fx.packed_kv import TOKENS, PackedKV, Storage
+from akvq_fx.passes.state import Appended, Packed, Program
+
+
+class Runtime:
+    """One rewritten graph, ready to be called with the arguments of the original one."""
+
+    def __init__(self, program: Program, inner, step: int, starts_call: bool):
+        self.program, self.inner, self.step, self.starts_call = program, inner, step, starts_call
+        self.growth = dict(program.appends)
+        pairs = [*program.owners.values(), *(o.owner for o in program.outputs if isinstance(o, Packed))]
+        self.watched = sorted({i for pair in pairs for i in pair if i is not None} | {f.value_weight for f in program.folds})
+        self.seen: list = []
+        self.owner: dict = {}
+
+    def __call__(self, *args):
+        program = self.program
+        self.know_weights(args)
+        for position, label in program.plain:
+            refuse_misread(args[position], label)
+        if self.starts_call and program.vision is None or program.packed:
+            vision_carry.put(None)
+        storages = self.open(args)
+        inputs = [args[i] if type(i) is int else storages[i[0]][i[1]] for i in program.inputs]
+        if program.vision == "take":
+            batch, tokens = (size(args) for size in program.vision_size)
+            inputs.insert(self.vision_slot(), vision_carry.take(batch, tokens, self.device(args)))
+        if program.packed:
+            with torch.no_grad():
+                results = list(self.inner(*inputs))
+        else:
+            results = list(self.inner(*inputs))
+        if program.vision == "make":
+            vision_carry.put(results.pop().detach())
+        return self.close(args, storages, results)
+
+    def know_weights(self, args) -> None:
+        """Fold what a prompt's graph needs folded, and know whose tokens are whose; skipped while the weights are the same."""
+        versions = [(ref(), version) for ref, version in self.seen]
+        if len(versions) == len(self.watched) and all(
+            known is args[i] and version == version_of(args[i])
+            for i, (known, version) in zip(self.watched, versions, strict=True)
+        ):
+            return
+        for fold in self.program.folds:
+            bias = None if fold.value_bias is None else args[fold.value_bias]
+            HISTORY.fold(args[fold.value_weight], Folded(bias, args[fold.output_weight], fold.rows, fold.columns))
+        self.seen = [(weakref.ref(args[i]), version_of(args[i])) for i in self.watched]
+        pairs = {*self.program.owners.values(), *(o.owner for o in self.program.outputs if isinstance(o, Packed))}
+        self.owner = {pair: None if None in pair else hash(tuple(HISTORY.fingerprint(args[i]) for i in pair)) for pair in pairs}
+        if self.on_weights is not None:
+            self.on_weights([args[i] for i in self.watched])
+
+    on_weights = None  # called with the weights of every model that runs this graph; the report listens
+
+    def open(self, args) -> dict[int, dict]:
+        """Storages of the PackedKV arguments, fit to be written, as buffers by name."""
+        storages = {}
+        for position in self.program.packed:
+            packed = args[position]
+            if packed.storage is None:
+                packed._storage()
+            expected, owner = self.owner.get(self.program.owners.get(position)), packed.storage.owner
+            if owner is not None and expected is not None and owner != expected:
+                raise ValueError(
+                    f"akvq: the packed cache of shape {list(packed.shape)} was made by other weights than the ones that continue it "
+                    "(another model or layer, or weights changed, folded or unfolded since); start with an empty cache"
+                )
+            tokens = self.growth.get(position)
+            if tokens is None:
+                storages[position] = packed.storage
+            else:
+                storages[position] = packed.writable(tokens(args), self.step)
+        return storages
+
+    def close(self, args, storages, results) -> tuple:
+        for position, tokens in self.program.appends:
+            storages[position].end = args[position].shape[TOKENS] + tokens(args)
+        for position, tokens in self.program.placed:
+            storage = storages[position]
+            if storage.layout.text_bits and storage.prompt == 0:
+                storage.compact_text(tokens(args))
+        out, views, i = [], {}, 0
+        for spec in self.program.outputs:
+            if spec is None:
+                out.append(results[i])
+                i += 1
+                continue
+            if id(spec) not in views:
+                if type(spec) is Appended:
+                    storage = storages[spec.arg]
+                    views[id(spec)] = args[spec.arg] if storage.end is None else PackedKV.view_of(storage, storage.end)
+                else:
+                    count = len(spec.layout.fields)
+                    views[id(spec)] = wrap(spec, results[i : i + count], args, self.owner.get(spec.owner))
+                    i += count
+            out.append(views[id(spec)])
+        return tuple(out)
+
+    def vision_slot(self) -> int:
+        """vision_tokens is a placeholder after the graph's own arguments and before the buffers."""
+        return self.slot
+
+    slot = 0
+
+    def device(self, args):
+        return next(a.device for a in args if isinstance(a, torch.Tensor))
+
+
+def wrap(spec: Packed, buffers: list, args, owner) -> PackedKV:
+    length, prompt = spec.length(args), spec.prompt(args)
+    storage = Storage(spec.layout, [b.detach() for b in buffers], None if spec.static else length, prompt, owner)
+    if spec.layout.text_bits:
+        storage.compact_text(prompt)
+    storage.mark_dynamic()
+    return PackedKV.view_of(storage, length)
+
+
+def refuse_misread(weight: torch.Tensor, label: str) -> None:
+    if HISTORY.is_folded(weight):
+        raise ValueError(
+            f"akvq: {label} got a plain 16-bit cache, but the value rotation is folded into its weights since; values cached before "
+            "the fold would be misread. Start with an empty cache, or call akvq_fx.unfold(model) and compile with "
+            "options={'value_rotation': 'online'}"
+        )

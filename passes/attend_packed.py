@@ -1,0 +1,70 @@
+"""Let attention read packed codes where its cache came in packed.
+
+Before   sdpa(q, expand(whole_k), expand(whole_v), mask)    After   attend(q, key buffers, value buffers, T, mask)
+Needs    pack_caches                                        Leaves  the output's shape and dtype
+
+A prompt reads its own 16-bit tokens (with prefill="quantized": the packed ones). More than one new token is passed along at full
+precision, so that a long chunk does not see itself through two bits.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from akvq_fx.kernels import attend  # noqa: F401 - registers the op
+from akvq_fx.passes.pack_caches import positions
+from akvq_fx.passes.patterns.nodes import shape, value
+from akvq_fx.passes.patterns.site import Site
+from akvq_fx.passes.state import GraphState, is_single_token
+from akvq_fx.report import PassReport
+
+akvq = torch.ops.akvq
+
+
+def attend_packed(state: GraphState) -> PassReport:
+    report = PassReport("attend_packed")
+    for site in state.sites:
+        if site.packed:
+            key, val = state.buffers[site.key.past], state.buffers[site.value.past]
+        elif state.config.prefill == "quantized" and not site.key_layout.lossless:
+            key, val = state.made[site.key.whole], state.made[site.value.whole]
+        else:
+            report.miss(site, "a prompt attends to its own 16-bit tokens", site.attention.node)
+            continue
+        rewrite(state, site, key, val)
+        report.match(site)
+    return report
+
+
+def rewrite(state: GraphState, site: Site, key, val) -> None:
+    attention = site.attention
+    old = attention.node
+    with state.before(old):
+        length = state.size_node(shape(site.key.whole)[2])
+        fresh = (None, None, None)
+        if site.packed and site.key.new is not None and not is_single_token(site.key):
+            fresh = (site.key.new, site.value.new, positions(state, site.key, site.key.new))
+        node = state.call(
+            akvq.attend.default,
+            attention.query,
+            key.nodes,
+            val.nodes,
+            length,
+            attention.mask,
+            attention.scale,
+            attention.is_causal,
+            *fresh,
+            str(key.layout),
+            str(val.layout),
+        )
+    node.meta = {**old.meta, "example_value": value(old)}
+    old.replace_all_uses_with(node)
+    state.graph.erase_node(old)
+    attention.node = node
+    if fresh[0] is not None:
+        state.stored_uses[site.key.whole].append((node, 7))
+        state.stored_uses[site.value.whole].append((node, 8))
+    state.query_uses.append((site, node))
+
+
+attend_packed.needs = ("pack_caches",)

@@ -1,0 +1,65 @@
+"""Return the packed buffers, drop what nothing reads any more, and check the graph.
+
+Before   return (logits, cat_k, cat_v)       After   return (logits, buffers..., )
+Needs    everything before it                Leaves  a linted graph of plain tensors, and state.program
+"""
+
+from __future__ import annotations
+
+from torch.fx import Node
+
+from akvq_fx.passes.pack_caches import packed_output
+from akvq_fx.passes.patterns.cache_write import is_packed
+from akvq_fx.passes.patterns.nodes import op, outputs
+from akvq_fx.passes.state import GraphState
+from akvq_fx.report import PassReport
+
+
+def clean_up(state: GraphState) -> PassReport:
+    report = PassReport("clean_up")
+    program = state.program
+    writes = {w.whole: (w, site) for site in reversed(state.sites) for w in (site.key, site.value)}
+    results, made = [], {}
+    for node in outputs(state.graph):
+        if isinstance(node, Node) and node in state.made:
+            write, site = writes[node]
+            if node not in made:
+                made[node] = packed_output(state, write, site)
+                results.extend(state.made[node].nodes)
+            program.outputs.append(made[node])
+            report.match(node.name)
+        elif isinstance(node, Node) and node in state.appended:
+            program.outputs.append(state.appended[node])
+            report.match(node.name)
+        else:
+            program.outputs.append(None)
+            results.append(node)
+    if state.vision is not None and not state.sites and program.vision is None:
+        program.vision = "make"
+        results.append(state.vision)
+    state.graph.output_node().args = (tuple(results),)
+    state.graph.eliminate_dead_code(lambda n: is_effect(n))
+    for node in state.placeholders:
+        if is_packed(node):
+            program.packed.append(state.position[node])
+            if node.users:
+                raise AssertionError(f"akvq: {node.name} is still read by {list(node.users)}")
+            state.graph.erase_node(node)
+    bound = {n: (state.position[past], name) for past, b in state.buffers.items() for n, name in
+             zip(b.nodes, b.layout.fields, strict=True)}  # fmt: skip
+    for node in state.graph.nodes:
+        if node.op == "placeholder" and str(node.target) != "vision_tokens":
+            program.inputs.append(state.position[node] if node in state.position else bound[node])
+    state.graph.lint()
+    state.gm.recompile()
+    return report
+
+
+def is_effect(node: Node) -> bool:
+    """Nodes that matter though nothing reads them: in-place ops on what the caller owns, and placeholders."""
+    name = op(node)
+    in_place = node.op == "call_method" and name.endswith("_") and not name.endswith("__")
+    return node.is_impure() or in_place or name in ("setitem", "iadd", "imul", "isub")
+
+
+clean_up.needs = ("read_unmatched",)

@@ -1,0 +1,108 @@
+"""Find attention over a cache: from each scaled_dot_product_attention outward to the keys' and values' cache writes.
+
+Before   cat(past, rope(k)), cat(past, v) -> expand GQA heads -> sdpa(q, k, v, mask)      After   state.sites
+Needs    canonicalize                                                                    Leaves  the graph as it was
+
+A call whose keys and values lead back to no cache (a vision tower, a model run without one) is not a site and not a refusal.
+A cache in a form that cannot be packed is refused with its reason and node, and stays exactly as it is.
+"""
+
+from __future__ import annotations
+
+from torch.fx import Node
+
+from akvq_fx.kernels.layout import DTYPE_NAMES
+from akvq_fx.passes.patterns.attention import attention_of, is_attention, ungrouped
+from akvq_fx.passes.patterns.cache_write import CacheWrite, cache_like, cache_write_of
+from akvq_fx.passes.patterns.nodes import NoMatch, op, same_size, shape, value
+from akvq_fx.passes.patterns.projection import weight_behind
+from akvq_fx.passes.patterns.rope import rope_of
+from akvq_fx.passes.patterns.site import Site, layer_of
+from akvq_fx.passes.state import GraphState
+from akvq_fx.report import PassReport
+
+STATIC_PLAIN = (
+    "16-bit buffers that the caller owns are written in place and cannot be exchanged from inside a graph; "
+    "compile the prompt's forward too (model.compile), or use a growing cache"
+)
+
+
+def find_sites(state: GraphState) -> PassReport:
+    report = PassReport("find_sites")
+    writes: dict[Node, CacheWrite] = {}
+    refused: dict[Node, None] = {}
+
+    def refuse(node: Node, miss: NoMatch, whole: Node | None):
+        weight = weight_behind(whole if whole is not None and op(whole) != "placeholder" else None)
+        layer, label = layer_of(weight, len(state.sites) + len(state.refused))
+        state.refused.append((label, layer, miss.reason, miss.node or node))
+        report.miss(label, miss.reason, miss.node or node)
+
+    for node in state.graph.nodes:
+        if not is_attention(node):
+            continue
+        whole = None
+        try:
+            attention = attention_of(node)
+            whole, value_whole = ungrouped(attention.key), ungrouped(attention.value)
+            refused[whole] = refused[value_whole] = None
+            key = writes.get(whole) or cache_write_of(whole)
+            val = writes.get(value_whole) or cache_write_of(value_whole)
+            if key is None and val is None:
+                del refused[whole]
+                refused.pop(value_whole, None)
+                continue
+            check(attention, key, val)
+        except NoMatch as miss:
+            refuse(node, miss, whole)
+            continue
+        writes[whole], writes[value_whole] = key, val
+        weights = weight_behind(key.new), weight_behind(val.new)
+        if key.kind == "read":
+            weights = weight_behind(attention.query), None
+        layer, label = layer_of(weights[0], len(state.sites))
+        rope = rope_of(key.new) if key.new is not None else "read only"
+        site = Site(attention, key, val, layer, label, rope, weights=weights if key.kind != "read" else (None, None))
+        state.sites.append(site)
+        report.match(site)
+    pending = [(n, why) for n, why in cache_like(state.graph) if n not in writes and n not in refused]
+    for whole, why in pending:
+        refuse(whole, NoMatch(why, whole), whole)
+    return report
+
+
+def check(attention, key: CacheWrite | None, val: CacheWrite | None) -> None:
+    """Raises NoMatch where keys and values do not make one packable cache."""
+    if key is None or val is None:
+        what, which = ("keys", attention.key) if key is None else ("values", attention.value)
+        raise NoMatch(f"the {what} reach attention through {op(ungrouped(which))}, not straight from the cache", which)
+    if key.kind != val.kind or key.packed != val.packed:
+        raise NoMatch(f"keys and values are cached differently ({key.kind} and {val.kind})", attention.node)
+    for name, write in (("keys", key), ("values", val)):
+        size = shape(write.whole)
+        if write.kind == "place" and not write.packed:
+            raise NoMatch(STATIC_PLAIN, write.whole)
+        if not isinstance(size[3], int) or size[3] % 8:
+            raise NoMatch(f"the head dim of the {name} is {size[3]}, accepted: a multiple of 8", write.whole)
+        if value(write.whole).dtype not in DTYPE_NAMES:
+            raise NoMatch(f"the {name} are {value(write.whole).dtype}, accepted: floating point", write.whole)
+        if not isinstance(size[0], int) or not isinstance(size[1], int):
+            raise NoMatch("batch or heads are symbolic", write.whole)
+        if write.kind == "fill" and not all(
+            u is attention.node or op(u) in ("index_copy_", "getitem", "unsqueeze", "expand", "repeat_interleave", "output",
+                                            "scaled_dot_product_attention", "size", "shape", "contiguous", "to")
+            for u in write.whole.users
+        ):  # fmt: skip
+            raise NoMatch("the static cache is used by another op too", write.whole)
+    heads, kv_heads = shape(attention.query)[1], shape(key.whole)[1]
+    if heads % kv_heads or shape(val.whole)[1] != kv_heads:
+        raise NoMatch(f"{heads} query heads do not divide into {kv_heads} KV heads", attention.node)
+    if not same_size(shape(key.whole)[2], shape(val.whole)[2]) and not key.packed:
+        raise NoMatch("keys and values differ in length", attention.node)
+    if shape(attention.query)[0] != shape(key.whole)[0]:
+        raise NoMatch("the query's batch is not the cache's", attention.node)
+    if key.static and attention.mask is None:
+        raise NoMatch("a static cache is read without a mask: unwritten slots would be attended to", attention.node)
+
+
+find_sites.needs = ("canonicalize",)

@@ -1,0 +1,143 @@
+"""Decide where the values' rotation is done: folded into W_V and W_O, or online inside the graph.
+
+Before   v = W_V x + b_V,  o = W_O concat_h(p v_h)      After   v' = H v,  o = (W_O H) concat_h(p v'_h)
+Needs    plan_layers                                    Leaves  the graph as it was; state.program.folds
+
+H H = I, so W_O W_V is unchanged: the model computes the same function, compiled or not. Legal only where the values reach the
+cache from a linear and the attention output reaches a linear through layout-only ops, both weights are dense parameters that
+nothing else uses, and this graph is the layer's first and a prompt's (values cached before a fold would be misread after it).
+Which weight row is which (head, channel) is read off by pushing row numbers through the graph's own views.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+from torch.fx.node import map_arg
+
+from akvq_fx.passes.patterns.nodes import NoMatch, shape, value
+from akvq_fx.passes.patterns.projection import chain_from_linear, chain_to_linear
+from akvq_fx.passes.patterns.site import Site
+from akvq_fx.passes.state import Fold, GraphState
+from akvq_fx.report import PassReport
+
+
+def fold_values(state: GraphState) -> PassReport:
+    report = PassReport("fold_values")
+    weights, history = state.weights, state.history
+    for site in state.sites:
+        weight = site.weights[1]
+        tensor = weights.get(state.position.get(weight, -1)) if weight is not None else None
+        if site.value_layout.rotated and site.value.packed:
+            site.value_rotation, site.value_reason = "online", "as the cache was made"
+            continue
+        if tensor is not None and history.is_folded(tensor):
+            site.value_rotation = "folded"
+        elif not state.config.rotate or state.config.value_rotation == "off" or site.value.packed:
+            site.value_rotation = "off"
+        else:
+            try:
+                state.program.folds.append(fold_of(state, site))
+                site.value_rotation = "folded"
+                report.match(site)
+            except NoMatch as miss:
+                site.value_rotation, site.value_reason = "online", miss.reason
+                report.miss(site, miss.reason, miss.node)
+                if tensor is not None:
+                    history.keep_online(tensor)
+        if not site.value.packed:
+            site.value_layout = dataclasses.replace(site.value_layout, rotated=site.value_rotation == "online")
+    return report
+
+
+def fold_of(state: GraphState, site: Site) -> Fold:
+    """Raises NoMatch where folding is not provably legal."""
+    weights, history = state.weights, state.history
+    if state.config.value_rotation == "online":
+        raise NoMatch("asked for by value_rotation='online'", site.attention.node)
+    if site.value.kind not in ("first", "fill"):
+        raise NoMatch("the first graph of this layer is not a prompt with an empty cache", site.value.whole)
+    readers = [s for s in state.sites if s.value.whole is site.value.whole]
+    if len(readers) > 1:
+        raise NoMatch(f"{len(readers)} attention calls read these values", site.value.whole)
+    source, target = chain_from_linear(site.value.new), chain_to_linear(site.attention.node)
+    parameters = [source.weight, target.weight, *([source.bias] if source.bias is not None else [])]
+    for leaf in parameters:
+        tensor = weights.get(state.position[leaf])
+        if type(tensor) not in (Tensor, torch.nn.Parameter) or not tensor.is_floating_point() or not tensor.is_leaf:
+            raise NoMatch("a projection's weight is no dense floating-point parameter", leaf)
+        if history.is_online(tensor):
+            raise NoMatch("an earlier graph of this layer already rotates its values online", leaf)
+        same = [p for p, other in weights.items() if other.untyped_storage()._cdata == tensor.untyped_storage()._cdata]
+        if len(same) > 1:
+            raise NoMatch("a projection's weight is shared with another parameter", leaf)
+    rows, columns = row_map(source, site), column_map(target, site)
+    at = state.position
+    bias = at[source.bias] if source.bias is not None else None
+    return Fold(at[source.weight], bias, at[target.weight], rows, columns)
+
+
+def row_map(chain, site: Site) -> Tensor:
+    """[H, D] int64: the output feature of the linear that becomes channel d of head h of the cached values."""
+    B, q, features = (int(s) for s in shape(chain.linear))
+    heads, dim = shape(site.value.whole)[1], shape(site.value.whole)[3]
+    numbers = torch.arange(features).expand(B, q, features)
+    tokens = torch.arange(q)[None, :, None].expand(B, q, features)
+    moved, order = push(numbers, chain.linear, chain.moves), push(tokens, chain.linear, chain.moves)
+    wanted = torch.arange(q).expand(heads, q)
+    if tuple(moved.shape) != (B, heads, q, dim) or not torch.equal(order[0, :, :, 0], wanted):
+        raise NoMatch("tokens and channels mix between the value projection and the cache", site.value.new)
+    return distinct(moved[0, :, 0], site.value.new)
+
+
+def column_map(chain, site: Site) -> Tensor:
+    """[Hq, D] int64: the input feature of the output projection that takes channel d of query head h."""
+    B, heads, q, dim = (int(s) for s in shape(site.attention.node))
+    numbers = torch.arange(heads * dim).view(1, heads, 1, dim).expand(B, heads, q, dim)
+    tokens = torch.arange(q)[None, None, :, None].expand(B, heads, q, dim)
+    moved, order = (push(x, site.attention.node, chain.moves) for x in (numbers, tokens))
+    if tuple(moved.shape) != (B, q, heads * dim) or not torch.equal(order[0, :, 0], torch.arange(q)):
+        raise NoMatch("tokens and channels mix between attention and the output projection", chain.linear)
+    return torch.argsort(distinct(moved[0, 0], chain.linear)).view(heads, dim)
+
+
+def distinct(index: Tensor, node: Node) -> Tensor:
+    if index.unique().numel() != index.numel():
+        raise NoMatch("a channel is used twice", node)
+    return index.clone()
+
+
+def push(x: Tensor, start: Node, moves: list[Node]) -> Tensor:
+    """Run layout-only nodes on x in place of start's value; sizes take the values that dynamo traced with."""
+    done = {start: x}
+    for node in moves:
+        take = lambda n: done[n] if n in done else concrete(n)
+        args, kwargs = map_arg(node.args, take), map_arg(node.kwargs, take)
+        args, kwargs = concrete_sizes(args), concrete_sizes(kwargs)
+        if node.op == "call_method":
+            done[node] = getattr(args[0], node.target)(*args[1:], **kwargs)
+        else:
+            done[node] = node.target(*args, **kwargs)
+    return done[moves[-1]] if moves else x
+
+
+def concrete(node: Node):
+    seen = value(node)
+    if isinstance(seen, torch.SymInt):
+        return seen.node.hint
+    if isinstance(seen, (int, torch.Size)):
+        return seen
+    raise NoMatch(f"a view depends on {node.name}", node)
+
+
+def concrete_sizes(args):
+    hint = lambda x: x.node.hint if isinstance(x, torch.SymInt) else x
+    args = torch.utils._pytree.tree_map(hint, args)
+    # a cast keeps indices what they are
+    return torch.utils._pytree.tree_map(lambda x: torch.int64 if isinstance(x, torch.dtype) else x, args)
+
+
+fold_values.needs = ("plan_layers",)

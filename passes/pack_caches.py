@@ -1,0 +1,157 @@
+"""Keep packed codes where the graph kept 16-bit keys and values.
+
+Before   whole = cat([past, new], 2); return whole      After   append(buffers, new, at); return the same cache, longer
+         whole = cat([empty, new], 2); return whole             buffers = pack(new, at, classes, pivots); return them
+Needs    plan_layers, fold_values                       Leaves  what attention reads: attend_packed's
+
+A prompt's own attention keeps its 16-bit tokens, which die with the layer. A plain cache met with new tokens is packed whole, once.
+"""
+
+from __future__ import annotations
+
+import operator
+
+import torch
+from torch.fx import Node
+
+from akvq_fx.kernels import cache, salience  # noqa: F401 - registers the ops
+from akvq_fx.passes.patterns.cache_write import CacheWrite
+from akvq_fx.passes.patterns.nodes import shape, value
+from akvq_fx.passes.patterns.site import Site
+from akvq_fx.passes.patterns.tokens import covers, residual_of
+from akvq_fx.passes.state import Buffers, GraphState, Packed, is_single_token
+from akvq_fx.report import PassReport
+
+akvq = torch.ops.akvq
+NEVER_MASSIVE = 3.0e38  # a floor that no activation reaches: only the first real token is kept
+
+
+def pack_caches(state: GraphState) -> PassReport:
+    report = PassReport("pack_caches")
+    done: set[Node] = set()
+    for site in state.sites:
+        for write, layout in ((site.key, site.key_layout), (site.value, site.value_layout)):
+            if write.whole in done:
+                continue
+            done.add(write.whole)
+            with state.before(site.attention.node):
+                if write.packed:
+                    state.program.owners[state.position[write.past]] = state.owner(site)
+                    extend(state, site, write)
+                else:
+                    begin(state, site, write, layout)
+        report.match(site)
+    return report
+
+
+def begin(state: GraphState, site: Site, write: CacheWrite, layout) -> None:
+    """Pack the prompt, or a plain cache met for the first time."""
+    x = write.whole if write.kind == "grow" else write.new
+    weight = site.weights[1]
+    if write.kind == "grow" and weight is not None:
+        state.program.plain.append((state.position[weight], site.label))
+    at = positions(state, write, x)
+    valid = valid_tokens(state, site, write, at)
+    classes = token_classes(state, site, x, valid)
+    pivots = pivot_tokens(state, site, x, valid) if layout.pivots else None
+    affine = None
+    if layout.affine:
+        center, balance = state.config.center_keys, state.config.balance_keys
+        affine = state.call(akvq.key_affine.default, x, site.attention.query, valid, center, balance)
+    capacity = state.capacity(write)
+    packed = state.call(akvq.pack.default, x, at, classes, pivots, affine, capacity, str(layout))
+    nodes = [state.call(operator.getitem, packed, i) for i in range(len(layout.fields))]
+    state.made[write.whole] = Buffers(layout, nodes)
+    state.stored_uses[write.whole] = [(packed, 0)]
+    state.affine[write.whole] = affine
+
+
+def extend(state: GraphState, site: Site, write: CacheWrite) -> None:
+    """Append to a packed cache; a read-only one is only bound."""
+    buffers = state.bind(write.past)
+    state.affine[write.whole] = buffers["affine"] if buffers.layout.affine else None
+    state.stored_uses[write.whole] = []
+    if write.kind == "read":
+        return
+    layout, x = buffers.layout, write.new
+    at = positions(state, write, x)
+    classes = pivots = None
+    if not is_single_token(write):
+        valid = valid_tokens(state, site, write, at)
+        classes = token_classes(state, site, x, valid)
+        if write.static and not layout.lossless:
+            pivots = pivot_tokens(state, site, x, valid) if layout.pivots else None
+            affine = None
+            if layout.affine:
+                center, balance = state.config.center_keys, state.config.balance_keys
+                affine = state.call(akvq.key_affine.default, x, site.attention.query, valid, center, balance)
+            state.call(akvq.restart.default, buffers.nodes, at, affine, str(layout))
+    append = state.call(akvq.append.default, buffers.nodes, x, at, classes, pivots, str(layout))
+    state.stored_uses[write.whole].append((append, 1))
+    tokens = state.program.appends if write.kind == "grow" else state.program.placed
+    tokens.append((state.position[write.past], state.size(shape(x)[2])))
+
+
+def positions(state: GraphState, write: CacheWrite, x: Node) -> Node:
+    """[q] int64: given by a static cache, else the q positions that follow the past."""
+    if write.at is not None:
+        return write.at
+    total, count = shape(write.whole)[2], shape(x)[2]
+    device = value(x).device
+    if write.kind == "grow" and write.packed:
+        key = ("at", str(total), str(count), device)
+        make = lambda: state.call(
+            torch.arange, state.size_node(total - count), state.size_node(total), device=device, dtype=torch.int64
+        )
+    else:
+        key = ("at", "0", str(count), device)
+        make = lambda: state.call(torch.arange, state.size_node(count), device=device, dtype=torch.int64)
+    return state.share(key, make)
+
+
+def valid_tokens(state: GraphState, site: Site, write: CacheWrite, at: Node) -> Node | None:
+    """[B, q] bool: which of the tokens at these positions some query may see; None where there is no mask."""
+    mask = site.attention.mask
+    if mask is None:
+        return None
+    batch = shape(write.whole)[0]
+    seen = state.share(("valid", mask, batch), lambda: state.call(akvq.valid_tokens.default, mask, batch))
+    whole = not write.static and not write.packed
+    if whole:
+        return seen
+    return state.share(("valid", mask, batch, at), lambda: state.call(torch.index_select, seen, 1, at))
+
+
+def token_classes(state: GraphState, site: Site, x: Node, valid: Node | None) -> Node:
+    vision = state.vision
+    if vision is not None and state.program.vision != "take" and not covers(vision, shape(x)[0], shape(x)[2]):
+        vision = None
+    make = lambda: state.call(akvq.token_classes.default, x, valid, vision)
+    return state.share(("classes", str(shape(x)[2]), valid, vision), make)
+
+
+def pivot_tokens(state: GraphState, site: Site, x: Node, valid: Node | None) -> Node:
+    """[B, P] int32, from the residual stream at the layer's input; where there is none to read, the first real token."""
+    config = state.config
+    residual = residual_of(site.attention, site.key.new) if site.key.new is not None else None
+    if residual is not None and site.key.kind != "grow" and covers(residual, shape(x)[0], shape(x)[2]):
+        key = ("pivots", residual, valid)
+        args = (config.pivots, config.pivot_mode, float(config.massive_floor), float(config.massive_ratio))
+        return state.share(key, lambda: state.call(akvq.find_pivots.default, residual, valid, *args))
+    site.notes.append("no residual stream in this graph: the pivot is the first real token")
+
+    def make():
+        flat = state.call(torch.select, x, 1, 0)
+        return state.call(akvq.find_pivots.default, flat, valid, config.pivots, "massive", NEVER_MASSIVE, 0.0)
+
+    return state.share(("pivots", "first", valid, str(shape(x)[2])), make)
+
+
+def packed_output(state: GraphState, write: CacheWrite, site: Site) -> Packed:
+    """What the runtime needs to wrap the new buffers of a write."""
+    length, tokens = shape(write.whole)[2], shape(write.new)[2]
+    prompt = state.size(tokens if write.static else length)
+    return Packed(state.made[write.whole].layout, state.size(length), prompt, write.static, state.owner(site))
+
+
+pack_caches.needs = ("plan_layers", "fold_values")

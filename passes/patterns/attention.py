@@ -1,0 +1,94 @@
+"""An attention call and what stands between it and the cache: grouped-query expansion, masks, the query's own chain."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch.fx import Node
+
+from akvq_fx.passes.patterns.nodes import NoMatch, argument, dimension, dims, op, same_size, shape, through_noops, value
+
+# the arguments of torch.nn.functional.scaled_dot_product_attention in order
+ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
+
+
+@dataclass
+class Attention:
+    """One scaled_dot_product_attention call, its arguments by name."""
+
+    node: Node
+    query: Node
+    key: Node
+    value: Node
+    mask: Node | None
+    is_causal: bool
+    scale: float | None
+
+
+def is_attention(node: Node) -> bool:
+    return op(node) == "scaled_dot_product_attention"
+
+
+def attention_of(node: Node) -> Attention:
+    """Arguments of an SDPA node. Raises NoMatch for a call that no packed cache can answer."""
+    a = {name: argument(node, i, name) for i, name in enumerate(ARGUMENTS)}
+    if a["dropout_p"]:
+        raise NoMatch(f"attention dropout is on (dropout_p={a['dropout_p']})", node)
+    if len(shape(a["query"])) != 4:
+        raise NoMatch(f"the query is {len(shape(a['query']))}-d, accepted: [B, H, q, D]", node)
+    if isinstance(a["is_causal"], Node):
+        raise NoMatch("is_causal is computed in the graph", node)
+    return Attention(node, a["query"], a["key"], a["value"], a["attn_mask"], bool(a["is_causal"]), a["scale"])
+
+
+def ungrouped(node: Node) -> Node:
+    """The cache tensor behind an SDPA's key or value argument: GQA expansion taken off, heads kept in blocked order.
+
+    Spellings: x[:, :, None].expand(...).reshape(...), x.unsqueeze(2).expand(...).reshape/flatten, x.repeat_interleave(n, 1),
+    enable_gqa or plain broadcasting (nothing to take off).
+    """
+    node = through_noops(node)
+    if op(node) == "repeat_interleave" and dimension(node, 2, 4, -1) == 1 and len(shape(node)) == 4:
+        return through_noops(node.args[0])
+    if op(node) in ("reshape", "view", "flatten"):
+        expanded = through_noops(node.args[0])
+        if op(expanded) == "expand" and len(shape(expanded)) == 5:
+            lifted = expanded.args[0]
+            if is_new_axis(lifted, 2) and is_merge(shape(expanded), shape(node)):
+                return through_noops(lifted.args[0])
+    return node
+
+
+def is_new_axis(node, axis: int) -> bool:
+    """x.unsqueeze(axis) or x[:, :, None, ...] of a 4-d x."""
+    if op(node) == "unsqueeze":
+        return dimension(node, 1, 5) == axis
+    if op(node) != "getitem" or not isinstance(node.args[1], tuple):
+        return False
+    index = node.args[1]
+    return index.count(None) == 1 and index.index(None) == axis and all(
+        i is None or i is Ellipsis or i == slice(None) for i in index
+    )
+
+
+def is_merge(before: tuple, after: tuple) -> bool:
+    """[B, H, n, T, D] -> [B, H*n, T, D]."""
+    return (
+        len(after) == 4
+        and same_size(before[0], after[0])
+        and isinstance(before[1], int)
+        and isinstance(before[2], int)
+        and before[1] * before[2] == after[1]
+        and same_size(before[4], after[3])
+    )
+
+
+def layout_only(node: Node) -> bool:
+    """Ops that move elements and compute nothing."""
+    return op(node) in (
+        "view", "reshape", "transpose", "permute", "contiguous", "flatten", "unflatten", "squeeze", "unsqueeze", "clone",
+        "getitem", "split", "chunk", "detach", "narrow", "select", "mT", "movedim", "tensor_split", "unbind",
+    ) or (op(node) == "to" and value(node).dtype == value(node.args[0]).dtype)  # fmt: skip
+
+
+__all__ = ["Attention", "attention_of", "dims", "is_attention", "layout_only", "ungrouped"]

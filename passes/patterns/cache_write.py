@@ -1,0 +1,150 @@
+"""How this step's keys or values meet the cache: the forms that caches take in dynamo graphs.
+
+grow    cat([past, new], 2), returned               growing cache, or a tuple of tensors
+first   cat([empty, new], 2) or new itself, returned  the prompt of a growing cache
+fill    zeros, zeros.index_copy_(2, at, new), zeros returned   the prompt of a static cache, allocated in the graph
+place   past.index_copy_(2, at, new)                static cache or registered buffer
+read    past, neither written nor returned          cross-attention over a cache that is already full
+
+Names play no part. A plain placeholder that is only read is not evidence of a cache: vision towers look the same.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch.fx import Graph, Node
+
+from akvq_fx.passes.patterns.nodes import NoMatch, argument, dimension, is_tensor, op, outputs, shape, tensors_of_cat, value
+
+TOKENS = 2  # the token axis of a [B, H, T, D] cache
+
+
+@dataclass
+class CacheWrite:
+    """One cache tensor of a graph.
+
+    kind    one of the forms above
+    past    the cache as it came in (a placeholder), None for first and fill
+    new     [B, H, q, D] this step's keys or values, None for read
+    whole   the node that attention reads and, unless kind is place or read, that the graph returns
+    at      positions given to index_copy_, None where they follow from the length
+    packed  the past is a PackedKV already
+    """
+
+    kind: str
+    past: Node | None
+    new: Node | None
+    whole: Node
+    at: Node | None = None
+    packed: bool = False
+
+    @property
+    def static(self) -> bool:
+        return self.kind in ("fill", "place")
+
+
+def is_packed(node) -> bool:
+    """The node is a placeholder that dynamo saw as a PackedKV."""
+    return op(node) == "placeholder" and type(value(node)).__name__ == "PackedKV"
+
+
+def is_empty(node) -> bool:
+    return is_tensor(node) and 0 in shape(node) and len(shape(node)) in (1, 4)
+
+
+def cache_write_of(whole: Node) -> CacheWrite | None:
+    """The write behind a [B, H, T, D] node that attention reads; None if the node is no cache at all.
+
+    Raises NoMatch where it is a cache in a form that cannot be packed.
+    """
+    returned = [n for n in outputs(whole.graph) if isinstance(n, Node)]
+    if len(shape(whole)) != 4:
+        return None
+    if op(whole) == "cat" and dimension(whole, 1, 4) == TOKENS:
+        return grown(whole, returned)
+    copies = [u for u in whole.users if op(u) in ("index_copy_", "index_copy") and u.args[0] is whole]
+    if op(whole) == "placeholder":
+        if copies:
+            return placed(whole, copies)
+        if other := [u for u in whole.users if is_mutation(u, whole)]:
+            raise NoMatch(f"the cache is written by {op(other[0])}, accepted: cat, index_copy_ or x[:, :, at] = new", other[0])
+        return CacheWrite("read", whole, None, whole, packed=True) if is_packed(whole) else None
+    if op(whole) in ("zeros", "new_zeros", "zeros_like", "full", "new_full") and copies:
+        if whole not in returned:
+            return None
+        copy = placed(whole, copies)
+        return CacheWrite("fill", None, copy.new, whole, copy.at)
+    if op(whole) in ("index_copy_",) and is_tensor(whole.args[0]):
+        return cache_write_of(whole.args[0])
+    if whole in returned:
+        return CacheWrite("first", None, whole, whole)
+    return None
+
+
+def grown(whole: Node, returned: list[Node]) -> CacheWrite | None:
+    """cat([past, new]) and its prompt form."""
+    parts = tensors_of_cat(whole)
+    if len(parts) != 2 or not all(isinstance(p, Node) for p in parts):
+        return None
+    past, new = parts
+    from_cache = is_empty(past) or op(past) == "placeholder" or is_packed(past)
+    if not from_cache or len(shape(new)) != 4:
+        return CacheWrite("first", None, whole, whole) if whole in returned else None
+    if whole not in returned:
+        kept = [u for u in whole.users if op(u) == "getitem" and u in returned]
+        if kept:
+            raise NoMatch("the cache keeps a slice of what attention reads (sliding window)", kept[0])
+        if is_packed(past):
+            raise NoMatch("what attention reads is not what the cache keeps", whole)
+        return None
+    if is_empty(past):
+        return CacheWrite("first", None, new, whole)
+    return CacheWrite("grow", past, new, whole, packed=is_packed(past))
+
+
+def placed(whole: Node, copies: list[Node]) -> CacheWrite:
+    """past.index_copy_(2, at, new)."""
+    if len(copies) > 1:
+        raise NoMatch("the cache is written twice in one step", copies[1])
+    copy = copies[0]
+    dim, at, new = (argument(copy, i, name) for i, name in ((1, "dim"), (2, "index"), (3, "source")))
+    if not isinstance(dim, int) or dim % 4 != TOKENS or len(shape(new)) != 4:
+        raise NoMatch("index_copy_ does not go along the token axis", copy)
+    if other := [u for u in whole.users if is_mutation(u, whole) and u is not copy]:
+        raise NoMatch(f"the cache is also written by {op(other[0])}", other[0])
+    return CacheWrite("place", whole, new, whole, at, packed=is_packed(whole))
+
+
+def is_mutation(user: Node, cache: Node) -> bool:
+    name = op(user)
+    in_place = name == "setitem" or (name.endswith("_") and not name.endswith("__"))
+    return in_place and bool(user.args) and user.args[0] is cache
+
+
+def cache_like(graph: Graph) -> list[tuple[Node, str]]:
+    """Cache tensors of the graph that no attention call was matched to, each with the reason to give.
+
+    Looks from the cache side: a cat of an empty tensor or placeholder along the tokens that is returned (whole or sliced), and
+    buffers written along the tokens.
+    """
+    found = []
+    returned = {n for n in outputs(graph) if isinstance(n, Node)}
+    for node in graph.nodes:
+        if op(node) == "cat" and len(shape(node)) == 4 and dimension(node, 1, 4) == TOKENS:
+            past = tensors_of_cat(node)[0]
+            if not (is_empty(past) or op(past) == "placeholder"):
+                continue
+            if node in returned:
+                found.append((node, "no scaled_dot_product_attention reads this cache directly"))
+            elif any(op(u) == "getitem" and u in returned for u in node.users):
+                found.append((node, "the cache keeps a slice of what attention reads (sliding window)"))
+        elif op(node) == "index_copy_" and len(shape(node)) == 4 and argument(node, 1, "dim") in (TOKENS, -2):
+            if op(node.args[0]) in ("placeholder", "zeros", "new_zeros"):
+                found.append((node.args[0], "no scaled_dot_product_attention reads this cache directly"))
+        elif op(node) == "copy_" and len(shape(node)) == 4 and op(node.args[0]) in ("placeholder", "zeros", "new_zeros"):
+            found.append((node.args[0], "the cache is overwritten as a whole (sliding window)"))
+    return found
+
+
+__all__ = ["CacheWrite", "cache_like", "cache_write_of", "is_packed"]

@@ -1,0 +1,60 @@
+"""Which rotary embedding a key went through, read from the ops between its projection and the cache.
+
+Only a description: rotation after RoPE is legal for every form, so no form refuses. A spelling that is not known here is
+called "other".
+"""
+
+from __future__ import annotations
+
+from torch.fx import Node
+
+from akvq_fx.passes.patterns.nodes import dimension, op, shape, tensors_of_cat
+from akvq_fx.passes.patterns.projection import weight_of
+
+
+def chain_of(key: Node, limit: int = 80) -> list[Node]:
+    """Nodes with a key-like last axis between key and its projection, nearest first."""
+    seen, queue, chain = set(), [key], []
+    while queue and len(chain) < limit:
+        node = queue.pop(0)
+        if node in seen or node.op in ("placeholder", "get_attr"):
+            continue
+        seen.add(node)
+        chain.append(node)
+        if weight_of(node) is None:
+            queue.extend(n for n in node.all_input_nodes if len(shape(n)) >= len(shape(key)) - 1)
+    return chain
+
+
+def rope_of(key: Node) -> str:
+    """E.g. "rope half", "rope interleaved, partial", "no rope", each with ", key norm" where the key is normalised."""
+    chain = chain_of(key)
+    names = {op(n) for n in chain}
+    rotated = "mul" in names and bool({"neg", "sub"} & names) and bool({"cat", "stack"} & names)
+    half_cat = [n for n in chain if op(n) == "cat" and dimension(n, 1, max(len(shape(n)), 1)) == len(shape(n)) - 1]
+    if "view_as_complex" in names:
+        form = "rope complex"
+    elif not rotated:
+        form = "no rope"
+    elif "stack" in names or any(is_strided(n) for n in chain):
+        form = "rope interleaved"
+    elif half_cat:
+        form = "rope half"
+    else:
+        form = "rope other"
+    if form.startswith("rope") and any(is_partial(n) for n in half_cat):
+        form += ", partial"
+    normed = {"rsqrt", "layer_norm", "rms_norm"} & names
+    return form + (", key norm" if normed else "")
+
+
+def is_strided(node: Node) -> bool:
+    """x[..., ::2]"""
+    index = node.args[1] if op(node) == "getitem" else None
+    return isinstance(index, tuple) and any(isinstance(i, slice) and i.step == 2 for i in index)
+
+
+def is_partial(node: Node) -> bool:
+    """cat([rotated, pass], -1) whose second part is a plain slice of the head."""
+    parts = tensors_of_cat(node)
+    return len(parts) == 2 and op(parts[1]) == "getitem" and op(parts[0]) in ("add", "to", "cat", "type_as")

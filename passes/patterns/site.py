@@ -1,0 +1,64 @@
+"""Site: one attention call over a packable cache, with everything that the passes need to know of it."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+
+from torch.fx import Node
+
+from akvq_fx.kernels.layout import Layout
+from akvq_fx.passes.patterns.attention import Attention
+from akvq_fx.passes.patterns.cache_write import CacheWrite
+from akvq_fx.passes.patterns.nodes import shape
+
+LAYER = re.compile(r"modules_(\d+)_")  # dynamo's name of an element of a ModuleList
+
+
+@dataclass
+class Site:
+    """key and value may be shared with other sites (KV-shared layers read one cache)."""
+
+    attention: Attention
+    key: CacheWrite
+    value: CacheWrite
+    layer: int
+    label: str
+    rope: str = "none"
+    key_layout: Layout | None = None
+    value_layout: Layout | None = None
+    policy: str = ""
+    value_rotation: str = "off"  # folded, online or off
+    value_reason: str = ""
+    weights: tuple[Node | None, Node | None] = (None, None)  # placeholders of the K and V projections
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def head_dim(self) -> int:
+        return shape(self.key.whole)[3]
+
+    @property
+    def packed(self) -> bool:
+        return self.key.packed and self.value.packed
+
+    @property
+    def groups(self) -> str:
+        """Query heads : KV heads."""
+        return f"{shape(self.attention.query)[1]}:{shape(self.key.whole)[1]}"
+
+    def __str__(self) -> str:
+        return f"{self.label} ({self.attention.node.name})"
+
+
+def layer_of(weight: Node | None, position: int) -> tuple[int, str]:
+    """(decoder layer, label): the first number in the parameter's path, else the site's place in the graph.
+
+    Paths only number and label the rows of a report; they never decide whether a site matches.
+    """
+    if weight is None:
+        return position, f"attention {position}"
+    path = str(weight.target)
+    found = LAYER.search(path)
+    name = re.sub(r"_+(modules|parameters)_+", ".", path)
+    name = re.sub(r"^[lL]_\w*?self_*\.?", "", name).strip("._").rsplit(".", 2)[0]
+    return (int(found.group(1)) if found else position), name

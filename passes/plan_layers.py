@@ -1,0 +1,111 @@
+"""Decide per site how its cache is packed: token classes, bits, and the layout of its buffers.
+
+Before   state.sites                                After   site.policy, site.key_layout, site.value_layout
+Needs    find_sites                                 Leaves  the graph as it was, but for one node with the vision tokens
+
+TSA (first layers, where vision tokens can be told apart): text at text_bits, vision at body_bits. PSA (all others): pivots at 16
+bits, the rest at body_bits. The most recent tokens are at 16 bits in both. A cache that arrives packed keeps its layout.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch.fx import Node
+
+from akvq_fx.kernels.layout import Layout
+from akvq_fx.passes.patterns.nodes import op, shape, value
+from akvq_fx.passes.patterns.tokens import covers, vision_masks
+from akvq_fx.passes.state import GraphState
+from akvq_fx.report import PassReport
+
+
+def plan_layers(state: GraphState) -> PassReport:
+    report = PassReport("plan_layers")
+    config = state.config
+    state.vision = vision_tokens(state)
+    for site in state.sites:
+        if site.packed:
+            site.key_layout = Layout.parse(value(site.key.past).layout_text)
+            site.value_layout = Layout.parse(value(site.value.past).layout_text)
+            site.policy = "lossless" if site.key_layout.lossless else "TSA" if site.key_layout.text_bits else "PSA"
+            report.match(site)
+            continue
+        tsa = site.layer in config.tsa_layers and state.vision is not None and prompt_sized(state, site)
+        if tsa and config.text_bits == 16 and not config.lossless:
+            reason = "text_bits=16 keeps TSA layers at 16 bits"
+            report.miss(site, reason, site.attention.node)
+            state.refused.append((site.label, site.layer, reason, site.attention.node))
+            continue
+        site.policy = "lossless" if config.lossless else "TSA" if tsa else "PSA"
+        site.key_layout, site.value_layout = layouts(state, site, tsa)
+        report.match(site)
+    state.sites = [site for site in state.sites if site.key_layout is not None]
+    return report
+
+
+def layouts(state: GraphState, site, tsa: bool) -> tuple[Layout, Layout]:
+    config = state.config
+
+    def layout(node: Node, affine: bool) -> Layout:
+        base = Layout(shape(node)[3], value(node).dtype, body_bits=config.body_bits, rotated=config.rotate, affine=affine)
+        if config.lossless:
+            return base
+        return dataclasses.replace(
+            base,
+            text_bits=config.text_bits if tsa else 0,
+            window=config.window,
+            pivots=0 if tsa else config.pivots,
+            group=config.group,
+            body_clip=config.body_clip,
+            text_clip=config.text_clip,
+        )
+
+    key = layout(site.key.whole, affine=config.center_keys or config.balance_keys)
+    return key, layout(site.value.whole, affine=False)
+
+
+def vision_tokens(state: GraphState) -> Node | None:
+    """One bool node [B, T] for the prompt of this graph, or None where the graph does not tell."""
+    masks = vision_masks(state.graph)
+    if not masks:
+        if state.carried_vision and state.sites:
+            last = [n for n in state.graph.nodes if n.op == "placeholder"][-1]
+            with state.graph.inserting_after(last):
+                size = shape(state.sites[0].attention.query)
+                state.program.vision = "take"
+                state.program.vision_size = state.size(size[0]), state.size(size[2])
+                return state.graph.placeholder("vision_tokens")
+        return None
+    flat = None
+    for mask in masks:
+        following = mask.next
+        while following.op == "placeholder":
+            following = following.next
+        with state.before(following):
+            node = mask
+            if op(mask) == "placeholder" and value(mask).dtype != torch.bool:
+                node = state.call(torch.ne, mask, 0)
+            if len(shape(mask)) == 3:
+                node = state.call(torch.select, mask, 2, 0)
+            node.meta.setdefault("example_value", value(mask)[..., 0] if len(shape(mask)) == 3 else value(mask))
+        if flat is not None:
+            later = max((flat, node), key=list(state.graph.nodes).index)
+            with state.graph.inserting_after(later):
+                both = state.call(torch.logical_or, flat, node)
+            both.meta["example_value"] = flat.meta["example_value"]
+            node = both
+        flat = node
+    return flat
+
+
+def prompt_sized(state: GraphState, site) -> bool:
+    """The vision mask speaks of the tokens that this site caches."""
+    if state.program.vision == "take":
+        return site.key.kind in ("first", "fill")
+    new = site.key.new if site.key.kind != "grow" else None
+    return new is not None and covers(state.vision, shape(new)[0], shape(new)[2])
+
+
+plan_layers.needs = ("find_sites",)

@@ -1,0 +1,58 @@
+"""Turn keys before they are packed, and the queries that meet packed keys, by the Walsh-Hadamard transform.
+
+Before   pack(k), append(buffers, k), attend(q, ...)    After   pack(hadamard(k)), append(.., hadamard(k)), attend(hadamard(q), ..)
+Needs    attend_packed                                  Leaves  scores as they were: (qH)(kH)^T = q k^T because H H^T = I
+
+Outlier channels make 2-bit keys useless; H spreads them over the head. Where keys are centred and balanced, the same node does it:
+H((k - c)/s) and H(q s), equal scores up to a constant per query that softmax does not see.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from akvq_fx.kernels import rotate  # noqa: F401 - registers the ops
+from akvq_fx.passes.state import GraphState
+from akvq_fx.report import PassReport
+
+akvq = torch.ops.akvq
+
+
+def rotate_queries_keys(state: GraphState) -> PassReport:
+    report = PassReport("rotate_queries_keys")
+    done = set()
+    for site in state.sites:
+        layout = site.key_layout
+        if not layout.rotated:
+            report.miss(site, "rotation is off", site.attention.node)
+            continue
+        whole = site.key.whole
+        if whole not in done:
+            done.add(whole)
+            turn_keys(state, whole)
+        for owner, node in state.query_uses:
+            if owner is site:
+                turn_query(state, site, node)
+        report.match(site)
+    return report
+
+
+def turn_keys(state: GraphState, whole) -> None:
+    affine, turned = state.affine[whole], {}
+    for node, position in state.stored_uses[whole]:
+        x = node.args[position]
+        if x not in turned:
+            with state.before(node):
+                call = (akvq.rotate_keys.default, x, affine) if affine is not None else (akvq.hadamard.default, x)
+                turned[x] = state.call(*call)
+        node.update_arg(position, turned[x])
+
+
+def turn_query(state: GraphState, site, node) -> None:
+    affine, q = state.affine[site.key.whole], node.args[0]
+    with state.before(node):
+        call = (akvq.rotate_queries.default, q, affine) if affine is not None else (akvq.hadamard.default, q)
+        node.update_arg(0, state.call(*call))
+
+
+rotate_queries_keys.needs = ("attend_packed",)

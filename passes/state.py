@@ -1,0 +1,236 @@
+"""GraphState: one graph on its way through the pipeline, and the program by which the runtime feeds the rewritten graph."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass, field
+from typing import Any
+
+import sympy
+import torch
+from torch.fx import GraphModule, Node
+
+from akvq_fx.config import AKVQConfig
+from akvq_fx.kernels.layout import Layout
+from akvq_fx.passes.patterns.cache_write import CacheWrite
+from akvq_fx.passes.patterns.nodes import op, shape, value
+from akvq_fx.passes.patterns.site import Site
+
+
+@dataclass
+class Buffers:
+    """A packed tensor inside the graph: one node per field of its layout."""
+
+    layout: Layout
+    nodes: list[Node]
+
+    def __getitem__(self, name: str) -> Node:
+        return self.nodes[self.layout.fields.index(name)]
+
+
+@dataclass
+class Packed:
+    """Graph output: consecutive buffers that become a new PackedKV of `length` tokens."""
+
+    layout: Layout
+    length: Size
+    prompt: Size
+    static: bool
+    owner: tuple[int | None, int | None]
+
+
+@dataclass
+class Appended:
+    """Graph output: the PackedKV of input `arg`, longer by the tokens appended."""
+
+    arg: int
+
+
+@dataclass
+class Fold:
+    """Value weights to rotate in place before the prompt runs. rows, columns: weight indices [H, D] of each channel."""
+
+    value_weight: int
+    value_bias: int | None
+    output_weight: int
+    rows: Any
+    columns: Any
+
+
+@dataclass
+class Program:
+    """How to call the rewritten graph with the arguments of the original one.
+
+    inputs    per placeholder: an argument's position, or (position, field) of a PackedKV's buffer
+    outputs   per original output: None for "as it comes", Packed or Appended
+    appends   per PackedKV argument that grows: (position, tokens)
+    placed    per static PackedKV argument that is written: (position, tokens)
+    packed    positions of all PackedKV arguments
+    owners    per PackedKV argument: positions of the key and value weights that make its tokens
+    folds     value weights to rotate before a prompt runs
+    vision    "make": the last output is the vision mask of this call; "take": the last input is, of vision_size tokens
+    plain     (value weight, label) of 16-bit caches that are packed on first contact
+    """
+
+    inputs: list[int | tuple[int, str]] = field(default_factory=list)
+    outputs: list[None | Packed | Appended] = field(default_factory=list)
+    appends: list[tuple[int, Size]] = field(default_factory=list)
+    placed: list[tuple[int, Size]] = field(default_factory=list)
+    packed: list[int] = field(default_factory=list)
+    owners: dict[int, tuple[int | None, int | None]] = field(default_factory=dict)
+    folds: list[Fold] = field(default_factory=list)
+    vision: str | None = None
+    vision_size: tuple[Size, Size] | None = None
+    plain: list[tuple[int, str]] = field(default_factory=list)
+
+
+class Size:
+    """A number known when the graph runs: a constant, or an expression over integer arguments and tensor sizes."""
+
+    def __init__(self, number, sources: dict[sympy.Symbol, tuple[int, int | None]]):
+        self.constant = number if isinstance(number, int) else None
+        if self.constant is None:
+            expr = number.node.expr
+            if expr.is_Integer:
+                self.constant = int(expr)
+            else:
+                self.symbols = sorted(expr.free_symbols, key=str)
+                self.sources = [sources[s] for s in self.symbols]
+                self.function = sympy.lambdify(self.symbols, expr, modules="math")
+
+    def __call__(self, args) -> int:
+        if self.constant is not None:
+            return self.constant
+        values = [args[i] if dim is None else args[i].shape[dim] for i, dim in self.sources]
+        return int(self.function(*values))
+
+
+class GraphState:
+    """A copy of dynamo's graph (editing the original breaks dynamo later), its sites, and the program so far."""
+
+    def __init__(self, gm: GraphModule, config: AKVQConfig, weights, history, carried_vision: bool = False):
+        """weights: real tensors behind placeholders, by position. history: which values are folded or online already."""
+        graph = torch.fx.Graph()
+        graph.output(graph.graph_copy(gm.graph, {}))
+        self.gm = GraphModule(gm, graph)
+        self.graph = self.gm.graph
+        self.config, self.weights, self.history = config, weights, history
+        self.carried_vision = carried_vision
+        self.sites: list[Site] = []
+        self.refused: list[tuple[str, int, str, Node]] = []  # label, layer, reason, node
+        self.program = Program()
+        self.reports: list = []
+        self.placeholders = [n for n in self.graph.nodes if n.op == "placeholder"]
+        self.position = {n: i for i, n in enumerate(self.placeholders)}
+        self.buffers: dict[Node, Buffers] = {}  # PackedKV placeholder -> its buffers
+        self.made: dict[Node, Buffers] = {}  # the whole of a first/fill/converted cache -> new buffers
+        self.shared: dict = {}  # nodes used by several sites: positions, masks of valid tokens, token classes
+        self.vision: Node | None = None
+        self.affine: dict[Node, Node | None] = {}  # whole -> its affine buffer, where keys are centred or balanced
+        self.unmatched: dict[Node, Node] = {}  # PackedKV placeholder -> the append of a read that was not matched
+        self.appended: dict[Node, Appended] = {}  # returned node -> the PackedKV it stands for
+        self.stored_uses: dict[Node, list[tuple[Node, int]]] = {}  # whole -> arguments that want its new tokens as stored
+        self.query_uses: list[tuple[Site, Node]] = []  # attend nodes, whose queries must be turned as the keys are
+
+    @contextlib.contextmanager
+    def before(self, node: Node):
+        with self.graph.inserting_before(node):
+            yield
+
+    def call(self, target, *args, **kwargs) -> Node:
+        return self.graph.call_function(target, args, kwargs)
+
+    def share(self, key, make) -> Node:
+        """One node for every site that needs the same thing; the first site in graph order makes it."""
+        if key not in self.shared:
+            self.shared[key] = make()
+        return self.shared[key]
+
+    def sources(self) -> dict[sympy.Symbol, tuple[int, int | None]]:
+        """Where the value of each size symbol can be read: an integer argument, else a tensor argument's size."""
+        found: dict = {}
+        for i, node in enumerate(self.placeholders):
+            seen = value(node)
+            if isinstance(seen, torch.SymInt) and seen.node.expr.is_Symbol:
+                found[seen.node.expr] = (i, None)
+        for i, node in enumerate(self.placeholders):
+            for dim, size in enumerate(shape(node)):
+                if isinstance(size, torch.SymInt) and size.node.expr.is_Symbol:
+                    found.setdefault(size.node.expr, (i, dim))
+        return found
+
+    def size(self, number) -> Size:
+        return Size(number, self.sources())
+
+    def size_node(self, number):
+        """A number as a graph argument: itself, or nodes that compute it from the graph's inputs."""
+        if not isinstance(number, torch.SymInt):
+            return number
+        expr = number.node.expr
+        if expr.is_Integer:
+            return int(expr)
+        key = ("size", expr)
+        if key not in self.shared:
+            self.shared[key] = self._size_nodes(expr)
+        return self.shared[key]
+
+    def _size_nodes(self, expr):
+        from torch.utils._sympy.interp import sympy_interp
+        from torch.utils._sympy.reference import PythonReferenceAnalysis
+
+        tracer = torch.fx.proxy.GraphAppendingTracer(self.graph)
+        environment = {}
+        last = self.placeholders[-1]
+        following = last.next
+        while following.op == "placeholder":
+            following = following.next
+        with self.graph.inserting_before(following):
+            for symbol in expr.free_symbols:
+                i, dim = self.sources()[symbol]
+                node = self.placeholders[i]
+                if dim is not None:
+                    node = self.graph.call_function(torch.ops.aten.sym_size.int, (node, dim))
+                environment[symbol] = torch.fx.Proxy(node, tracer)
+            return sympy_interp(PythonReferenceAnalysis, environment, expr).node
+
+    def bind(self, placeholder: Node) -> Buffers:
+        """Placeholders for the buffers of a PackedKV input, added after the existing ones in field order."""
+        if placeholder in self.buffers:
+            return self.buffers[placeholder]
+        packed = value(placeholder)
+        layout = Layout.parse(packed.layout_text)
+        B, H = packed.shape[:2]
+        text = packed.text_codes.shape[2] if layout.text_bits else 0
+        last = [n for n in self.graph.nodes if n.op == "placeholder"][-1]
+        nodes = []
+        for name in layout.fields:
+            with self.graph.inserting_after(last):
+                node = self.graph.placeholder(f"{placeholder.name}_{name}")
+            size, dtype = layout.buffer(name, B, H, packed.codes.shape[2], text)
+            with packed.codes.fake_mode if hasattr(packed.codes, "fake_mode") else contextlib.nullcontext():
+                node.meta["example_value"] = torch.empty(size, dtype=dtype, device=packed.device)
+            nodes.append(node)
+            last = node
+        self.buffers[placeholder] = Buffers(layout, nodes)
+        return self.buffers[placeholder]
+
+    def owner(self, site: Site) -> tuple[int | None, int | None]:
+        """Positions of the projections that make a site's keys and values."""
+        key, val = (self.position.get(w) if w is not None else None for w in site.weights)
+        return key, val
+
+    def capacity(self, write: CacheWrite):
+        """Capacity of a new packed cache as a graph argument: the buffer's for a static one, else T rounded up to a step."""
+        length = shape(write.whole)[2]
+        if write.static:
+            return self.size_node(length)
+        step = self.config.capacity_step
+        return self.size_node((length + step) // step * step)
+
+
+def is_single_token(write: CacheWrite) -> bool:
+    """A decode step: exactly one new token, known when the graph was traced."""
+    return write.new is not None and shape(write.new)[2] == 1
+
+
+__all__ = ["Appended", "Buffers", "Fold", "GraphState", "Packed", "Program", "Size", "is_single_token", "op"]

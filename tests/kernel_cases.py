@@ -1,0 +1,207 @@
+"""Shared by the kernel tests: tolerances, named layouts, random caches, and what a cache must read as."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from akvq_fx.kernels import cache as ops
+from akvq_fx.kernels.layout import PADDING, TEXT, VISION, Layout
+from akvq_fx.kernels.quantizer import dequantize, quantize
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+# Largest error allowed, as a share of the largest expected number (or of 1 where all are smaller).
+TOLERANCE = {
+    torch.float64: 1e-12,  # 53 bits: 256-term sums at 2**-53 each, 40 times over
+    torch.float32: 5e-5,  # 24 bits: 256-term sums at 2**-24 each, 3 times over
+    torch.float16: 4e-3,  # 11 bits: probabilities, products and the result each rounded at 2**-11, twice over
+    torch.bfloat16: 3e-2,  # 8 bits: the same at 2**-8
+}
+
+few = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+seeds = st.integers(0, 2**32 - 1)
+
+f32, f16, bf16 = torch.float32, torch.float16, torch.bfloat16
+LAYOUTS = {
+    "2bit": Layout(16, f32, body_bits=2, body_clip=0.8, window=5, pivots=2),
+    "2bit-f16-rotated": Layout(24, f16, body_bits=2, window=3, pivots=1, rotated=True),
+    "2bit-groups": Layout(40, f32, body_bits=2, window=3, pivots=1, group=8),
+    "2bit-no-overlay": Layout(16, f32, body_bits=2),
+    "2bit-text4-bf16": Layout(16, bf16, body_bits=2, text_bits=4, window=3, body_clip=0.8),
+    "4bit-text8-pivots": Layout(8, f32, body_bits=4, text_bits=8, pivots=2),
+    "4bit-affine": Layout(24, f32, body_bits=4, window=3, rotated=True, affine=True),
+    "8bit-bf16": Layout(40, bf16, body_bits=8, window=3, pivots=1),
+    "lossless-f16": Layout(16, f16),
+    "lossless-rotated-affine": Layout(16, f32, rotated=True, affine=True),
+}
+
+
+def randn(*shape, seed: int = 0, dtype: torch.dtype = f32) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def assert_close(name: str, expected: Tensor, actual: Tensor, dtype: torch.dtype | None = None) -> None:
+    """Equal within TOLERANCE of dtype (actual's where omitted)."""
+    assert expected.shape == actual.shape, f"{name}: expected {list(expected.shape)}, got {list(actual.shape)}"
+    error = (expected.double() - actual.double()).abs()
+    size = expected.double().abs()
+    limit = TOLERANCE[dtype or actual.dtype] * max(1.0, size.max().item())
+    rms = (error.square().mean().sqrt() / size.square().mean().sqrt().clamp_min(1e-30)).item()
+    assert error.max() <= limit, f"{name}: max error {error.max().item():.3g} > {limit:.3g}, RMS ratio {rms:.3g}"
+
+
+def assert_same(name: str, expected: Tensor, actual: Tensor) -> None:
+    """Equal to the bit, NaN equal to NaN."""
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True, msg=lambda text: f"{name}: {text}")
+
+
+@dataclasses.dataclass
+class Case:
+    """A prompt and what is known about its tokens."""
+
+    layout: Layout
+    x: Tensor  # [B, H, T, D]
+    classes: Tensor  # [B, T] uint8
+    pivots: Tensor | None  # [B, P] int32
+    affine: Tensor | None  # [B, 3, H, D]
+    capacity: int
+
+    @property
+    def length(self) -> int:
+        return self.x.shape[2]
+
+    def pack(self) -> list[Tensor]:
+        at = torch.arange(self.length)
+        args = (self.x, at, self.classes, self.pivots, self.affine, self.capacity, str(self.layout))
+        return torch.ops.akvq.pack(*args)
+
+    def empty(self) -> list[Tensor]:
+        """Buffers of the case with nothing written but the affine map."""
+        B, H = self.x.shape[:2]
+        cache = self.layout.allocate(B, H, self.capacity, self.capacity if self.layout.text_bits else 0)
+        if self.layout.affine:
+            ops.named(cache, self.layout)["affine"].copy_(self.affine)
+        return cache
+
+    def expected(self) -> Tensor:
+        """What the packed prompt reads as in the stored space, token by token."""
+        ring = range(max(0, self.length - self.layout.window), self.length)
+        return expected_tokens(self.layout, self.x, self.classes, self.pivots, ring)
+
+
+def expected_tokens(layout: Layout, x: Tensor, classes: Tensor, pivots: Tensor | None, ring) -> Tensor:
+    """x [B, H, T, D] with every token at its due bits: ring and pivots exact, text at text bits, else body bits."""
+    if layout.lossless:
+        return x.to(layout.dtype)
+    rounded = lambda bits, clip: dequantize(*quantize(x, bits, clip, layout.groups), bits, layout.dtype)
+    out = rounded(layout.body_bits, layout.body_clip)
+    text = rounded(layout.text_bits, layout.text_clip) if layout.text_bits else None
+    for row in range(x.shape[0]):
+        for t in range(x.shape[2]):
+            exact = (layout.window and t in ring) or (
+                layout.pivots and pivots is not None and t in pivots[row].tolist()
+            )
+            if exact:
+                out[row, :, t] = x[row, :, t]
+            elif text is not None and classes[row, t] == TEXT:
+                out[row, :, t] = text[row, :, t]
+    return out
+
+
+def random_affine(B: int, H: int, D: int, seed: int = 0) -> Tensor:
+    """Centres of order 1 and gains that are powers of two, so that s * (1/s) is exactly 1."""
+    gain = 2.0 ** randn(B, H, D, seed=seed + 1).mul(2).round().clamp(-4, 4)
+    return torch.stack([randn(B, H, D, seed=seed), 1 / gain, gain], 1)
+
+
+@st.composite
+def layouts(draw, head_dims=(8, 16, 24, 40), dtypes=(f32, f16, bf16)) -> Layout:
+    bits = draw(st.sampled_from((2, 4, 8, 16)))
+    overlays = {}
+    if bits != 16:
+        overlays = {
+            "text_bits": draw(st.sampled_from((0, 0, 2, 4, 8))),
+            "window": draw(st.sampled_from((0, 1, 5, 40))),
+            "pivots": draw(st.sampled_from((0, 1, 3))),
+        }
+    return Layout(
+        draw(st.sampled_from(head_dims)),
+        draw(st.sampled_from(dtypes)),
+        body_bits=bits,
+        body_clip=draw(st.sampled_from((0.8, 1.0))),
+        text_clip=draw(st.sampled_from((0.9, 1.0))) if overlays.get("text_bits") else 1.0,
+        group=draw(st.sampled_from((8, 128))),
+        rotated=draw(st.booleans()),
+        affine=draw(st.booleans()),
+        **overlays,
+    )
+
+
+@st.composite
+def cases(draw, layout=None, batch=None, heads=None, length=None) -> Case:
+    """A random prompt; batch, heads and length may be given to match another case."""
+    layout = draw(layouts()) if layout is None else layout
+    B = draw(st.integers(1, 3)) if batch is None else batch
+    H = draw(st.integers(1, 3)) if heads is None else heads
+    T = draw(st.integers(1, 23)) if length is None else length
+    classes = draw(st.lists(st.sampled_from((VISION, TEXT, PADDING)), min_size=B * T, max_size=B * T))
+    pivots = None
+    if layout.pivots:
+        some = st.lists(st.integers(0, T - 1), max_size=layout.pivots, unique=True)
+        rows = [draw(some) for _ in range(B)]
+        pivots = torch.tensor([row + [-1] * (layout.pivots - len(row)) for row in rows], dtype=torch.int32)
+    seed = draw(seeds)
+    return Case(
+        layout,
+        randn(B, H, T, layout.head_dim, seed=seed, dtype=layout.dtype),
+        torch.tensor(classes, dtype=torch.uint8).view(B, T),
+        pivots,
+        random_affine(B, H, layout.head_dim, seed) if layout.affine else None,
+        T + draw(st.integers(0, 7)),
+    )
+
+
+def case_of(layout: Layout, B: int = 2, H: int = 2, T: int = 11, capacity: int = 13, seed: int = 0) -> Case:
+    """A fixed prompt for one layout, with every token class in it."""
+    classes = torch.tensor([VISION, TEXT, TEXT, VISION, PADDING], dtype=torch.uint8).repeat(B, T)[:, :T]
+    pivots = torch.arange(B)[:, None] + torch.arange(layout.pivots) * 3
+    pivots[0, -1:] = -1
+    pivots[pivots >= T] = -1
+    x = randn(B, H, T, layout.head_dim, seed=seed, dtype=layout.dtype)
+    affine = random_affine(B, H, layout.head_dim, seed) if layout.affine else None
+    return Case(layout, x, classes, pivots.to(torch.int32) if layout.pivots else None, affine, capacity)
+
+
+@st.composite
+def splits(draw, total: int) -> list[int]:
+    """Sizes of consecutive chunks that add up to total."""
+    cuts = sorted({0, total, *draw(st.lists(st.integers(0, total), max_size=4))})
+    return [after - before for before, after in zip(cuts, cuts[1:], strict=False)]
+
+
+def poison(cache: list[Tensor], layout: Layout, length: int) -> list[Tensor]:
+    """A copy in which every slot that the first `length` tokens never wrote holds NaN or garbage."""
+    cache = [buffer.clone() for buffer in cache]
+    b = ops.named(cache, layout)
+    junk = lambda t: torch.full_like(t, torch.nan if t.is_floating_point() else 0x5A)
+    b["classes"][:, length:] = junk(b["classes"])[:, length:]
+    b["codes"][:, :, length:] = junk(b["codes"])[:, :, length:]
+    if "range" in b:
+        b["range"][:, :, length:] = junk(b["range"])[:, :, length:]
+    if "ring" in b:
+        b["ring"][:, :, length:] = junk(b["ring"])[:, :, length:]
+    for positions, values in (("pivot_at", ("pivots",)), ("text_at", ("text_codes", "text_range"))):
+        for name in values if positions in b else ():
+            free = (b[positions] < 0)[:, None, :, None]
+            b[name].copy_(torch.where(free, junk(b[name]), b[name]))
+    return cache
+
+
+def assert_caches_same(
+    expected: list[Tensor], actual: list[Tensor], layout: Layout, skip: tuple[str, ...] = ()
+) -> None:
+    for name, e, a in zip(layout.fields, expected, actual, strict=True):
+        if name not in skip:
+            assert_same(name, e, a)

@@ -1,0 +1,201 @@
+"""attend: registered right, and torch's own attention over what the packed cache reads as."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from akvq_fx.kernels.attend import attend
+from akvq_fx.kernels.cache import append, read
+from akvq_fx.kernels.layout import Layout
+from hypothesis import given
+from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from tests.kernel_cases import (
+    LAYOUTS,
+    Case,
+    assert_close,
+    assert_same,
+    bf16,
+    case_of,
+    cases,
+    f16,
+    f32,
+    few,
+    layouts,
+    poison,
+    randn,
+    seeds,
+)
+
+every_layout = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+TEXT_BF16, PLAIN_F16 = LAYOUTS["2bit-text4-bf16"], LAYOUTS["2bit-f16-rotated"]
+
+
+def oracle(q, k, v, mask=None, scale=None, is_causal=False):
+    """torch's attention in float64, every query head with its own copy of keys and values."""
+    groups = q.shape[1] // k.shape[1]
+    k, v = (t.double().repeat_interleave(groups, 1) for t in (k, v))
+    if mask is not None and mask.dtype != torch.bool:
+        mask = mask.double()
+    return F.scaled_dot_product_attention(q.double(), k, v, attn_mask=mask, scale=scale, is_causal=is_causal)
+
+
+def call(q, key: Case, value: Case, length=None, mask=None, scale=None, is_causal=False, fresh=(None, None, None)):
+    length = key.length if length is None else length
+    args = (q, key.pack(), value.pack(), length, mask, scale, is_causal, *fresh)
+    return attend(*args, str(key.layout), str(value.layout))
+
+
+@every_layout
+@pytest.mark.parametrize("with_fresh", (False, True), ids=("stored", "fresh"))
+def test_registration(layout, with_fresh):
+    key, value = case_of(layout), case_of(layout, seed=1)
+    q = randn(2, 6, 2, layout.head_dim, seed=2, dtype=layout.dtype)
+    at = torch.tensor([key.length - 2, key.length - 1])
+    fresh = (key.x[:, :, -2:], value.x[:, :, -2:], at) if with_fresh else (None, None, None)
+    mask = torch.ones(2, 1, 2, key.length, dtype=torch.bool)
+    args = (q, key.pack(), value.pack(), key.length, mask, 0.3, False, *fresh, str(layout), str(layout))
+    torch.library.opcheck(attend, args)
+
+
+@pytest.mark.parametrize("dtype", (f32, f16, bf16), ids=str)
+def test_registration_with_two_layouts(dtype):
+    key = case_of(Layout(24, dtype, body_bits=2, window=3, text_bits=4))
+    value = case_of(Layout(16, dtype, body_bits=16))
+    q = randn(2, 2, 5, 24, dtype=dtype)
+    args = (q, key.pack(), value.pack(), 7, None, None, True, None, None, None, str(key.layout), str(value.layout))
+    torch.library.opcheck(attend, args)
+
+
+@st.composite
+def masks(draw, B, Hq, q, T, dtype):
+    """None, bool or float, broadcast over any of its dims; every query sees the first token."""
+    kind = draw(st.sampled_from(("none", "bool", "float")))
+    if kind == "none":
+        return None
+    shape = draw(st.sampled_from(((B, Hq, q, T), (B, 1, q, T), (1, Hq, 1, T), (1, 1, q, T), (B, 1, 1, T), (q, T))))
+    noise = randn(*shape, seed=draw(seeds))
+    if kind == "bool":
+        seen = noise > 0
+        seen[..., 0] = True
+        return seen
+    return noise.masked_fill((noise > 1) & (torch.arange(T) > 0), -torch.inf).to(dtype)
+
+
+@st.composite
+def calls(draw):
+    """Key and value caches of one prompt with their own layouts, queries, and the other arguments of attention."""
+    dtype = draw(st.sampled_from((f32, f32, f16, bf16)))
+    key = draw(cases(draw(layouts(dtypes=(dtype,)))))
+    B, H, T, _ = key.x.shape
+    value = draw(cases(draw(layouts(dtypes=(dtype,))), batch=B, heads=H, length=T))
+    tokens, groups = draw(st.integers(1, 16)), draw(st.sampled_from((1, 2, 5)))
+    q = randn(B, H * groups, tokens, key.layout.head_dim, seed=draw(seeds), dtype=dtype)
+    mask = draw(masks(B, H * groups, tokens, T, dtype))
+    scale = draw(st.sampled_from((None, 0.1, 0.5)))
+    return q, key, value, mask, scale, mask is None and draw(st.booleans())
+
+
+@given(calls())
+@few
+def test_equals_torch_on_the_dequantized_cache(drawn):
+    q, key, value, mask, scale, is_causal = drawn
+    out = call(q, key, value, mask=mask, scale=scale, is_causal=is_causal)
+    assert (out.dtype, out.is_contiguous()) == (q.dtype, True)
+    assert_close("out", oracle(q, key.expected(), value.expected(), mask, scale, is_causal), out)
+
+
+@given(calls(), st.data())
+@few
+def test_fresh_tokens_are_read_at_full_precision(drawn, data):
+    q, key, value, mask, scale, is_causal = drawn
+    count = data.draw(st.integers(1, key.length), label="fresh")
+    at = torch.arange(key.length - count, key.length)
+    fresh = (key.x[:, :, at], value.x[:, :, at], at)
+    k, v = key.expected().clone(), value.expected().clone()
+    k[:, :, at], v[:, :, at] = fresh[0], fresh[1]
+    out = call(q, key, value, mask=mask, scale=scale, is_causal=is_causal, fresh=fresh)
+    assert_close("out", oracle(q, k, v, mask, scale, is_causal), out)
+
+
+@given(calls(), st.data())
+@few
+def test_sees_the_first_length_tokens_only(drawn, data):
+    q, key, value, _, scale, _ = drawn
+    length = data.draw(st.integers(1, key.length), label="length")
+    out = call(q, key, value, length=length, scale=scale)
+    k, v = key.expected()[:, :, :length], value.expected()[:, :, :length]
+    assert_close("out", oracle(q, k, v, scale=scale), out)
+
+
+@given(calls())
+@few
+def test_what_was_never_written_does_not_matter(drawn):
+    q, key, value, mask, scale, is_causal = drawn
+    dirty = [poison(case.pack(), case.layout, case.length) for case in (key, value)]
+    args = (key.length, mask, scale, is_causal, None, None, None, str(key.layout), str(value.layout))
+    out = attend(q, *dirty, *args)
+    assert out.isfinite().all()
+    assert_same("out", attend(q, key.pack(), value.pack(), *args), out)
+
+
+@every_layout
+def test_leaves_the_cache_alone_and_is_no_view_of_it(layout):
+    key = case_of(layout)
+    cache, q = key.pack(), randn(2, 2, 1, layout.head_dim, dtype=layout.dtype)
+    fresh = (key.x[:, :, :1] * 5, key.x[:, :, :1] * 5, torch.tensor([10]))
+    attend(q, cache, cache, 11, None, None, False, *fresh, str(layout), str(layout)).fill_(7)
+    for before, after in zip(key.pack(), cache, strict=True):
+        assert_same("buffer", before, after)
+
+
+def test_a_cropped_and_continued_cache_is_attended_as_it_reads():
+    key = case_of(TEXT_BF16)
+    cache, q = key.pack(), randn(2, 4, 1, 16, dtype=bf16)
+    append(cache, key.x[:, :, :2] * 3, torch.tensor([6, 7]), None, None, str(TEXT_BF16))
+    tokens = read(cache, 8, TEXT_BF16)
+    assert_same("new tokens", key.x[:, :, :2] * 3, tokens[:, :, 6:])
+    out = attend(q, cache, cache, 8, None, None, False, None, None, None, str(TEXT_BF16), str(TEXT_BF16))
+    assert_close("out", oracle(q, tokens, tokens), out)
+
+
+@pytest.mark.parametrize("q_dtype", (torch.float64, f32, bf16), ids=str)
+def test_answers_in_the_dtype_of_q(q_dtype):
+    key = case_of(PLAIN_F16)
+    q = randn(2, 2, 3, 24, dtype=q_dtype)
+    out = call(q, key, key)
+    assert out.dtype == q_dtype
+    assert_close("out", oracle(q, key.expected(), key.expected()), out)
+
+
+@pytest.mark.parametrize("broken", (torch.nan, torch.inf), ids=str)
+def test_a_broken_token_spoils_only_queries_that_may_see_it(broken):
+    key = case_of(Layout(16, f32, body_bits=2, window=3))
+    value = case_of(key.layout, seed=1)
+    q = randn(2, 2, 9, 16)
+    clean = call(q, key, value, is_causal=True)
+    key.x[1, :, 4, 3] = value.x[1, :, 4, 3] = broken
+    out = call(q, key, value, length=9, is_causal=True)
+    assert_close("row without it", clean[0], out[0])
+    assert not out[1, :, 4:].isfinite().any()
+    before = call(q[:, :, :4], key, value, length=4, is_causal=True)
+    assert_close("length before it", clean[:, :, :4], before)
+
+
+@pytest.mark.parametrize("shape", [(2, 2, 1, 24), (2, 3, 1, 16), (2, 2, 16)], ids=str)
+def test_fake_refuses_other_queries(shape):
+    layout = LAYOUTS["2bit"]
+    message = r"akvq::attend: q is \[.*\], accepted: \[B, Hq, q, 16\] with Hq a multiple of 2"
+    with FakeTensorMode(allow_non_fake_inputs=True), pytest.raises(ValueError, match=message):
+        cache = layout.allocate(2, 2, 5)
+        attend(torch.ones(shape), cache, cache, 3, None, None, False, None, None, None, str(layout), str(layout))
+
+
+@pytest.mark.parametrize("fake", (False, True), ids=("eager", "fake"))
+def test_refuses_buffers_of_another_layout(fake):
+    layout, other = LAYOUTS["2bit"], str(LAYOUTS["2bit-no-overlay"])
+    with FakeTensorMode() if fake else torch.no_grad():
+        cache, q = layout.allocate(2, 2, 5), torch.ones(2, 2, 1, 16)
+        for texts in ((other, str(layout)), (str(layout), other)):
+            with pytest.raises(ValueError, match="akvq cache: got 7 buffers, layout f32/d16/b2/c1/g128 has 4"):
+                attend(q, cache, cache, 3, None, None, False, None, None, None, *texts)
