@@ -1,5 +1,27 @@
-"""akvq_fx: torch.compile(model, backend="akvq") gives any traced vision-language model a 2-bit key-value cache."""
+"""akvq_fx: torch.compile(model, backend="akvq") gives any traced vision-language model the AKVQ-VL 2-bit key-value cache.
+
+    import torch
+    model.compile(backend="akvq")            # or torch.compile(model, backend="akvq"); no import of akvq_fx is needed
+    model.generate(...)                      # the cache object, generate and the model stay as they are
+
+    akvq_fx.report(model)                    # what was packed, and why not where it was not
+    akvq_fx.cache_stats(past_key_values)     # tokens by class, bytes, bits per element
+"""
+
 from pathlib import Path as _Path
+
 _here = _Path(__file__).parent
 if not (_here / "passes").is_dir():  # a checkout: passes/ and kernels/ lie beside akvq_fx/
     __path__.append(str(_here.parent))
+
+from akvq_fx.backend import akvq  # noqa: E402
+from akvq_fx.config import AKVQConfig  # noqa: E402
+from akvq_fx.explain import explain, report  # noqa: E402
+from akvq_fx.folding import unfold  # noqa: E402
+from akvq_fx.packed_kv import PackedKV  # noqa: E402
+from akvq_fx.report import Report  # noqa: E402
+from akvq_fx.stats import cache_stats  # noqa: E402
+from akvq_fx.tokens import mark_vision  # noqa: E402
+
+__version__ = "0.1.0"
+__all__ = ["AKVQConfig", "PackedKV", "Report", "akvq", "cache_stats", "explain", "mark_vision", "report", "unfold"]

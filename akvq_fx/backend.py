@@ -15,17 +15,17 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
-from akvq_fx import records, vision_carry
+from akvq_fx import compiled_generate, records, vision_carry
 from akvq_fx.config import AKVQConfig
 from akvq_fx.folding import HISTORY
 from akvq_fx.passes import PIPELINE
-from akvq_fx.passes.patterns.cache_write import is_packed
-from akvq_fx.passes.patterns.nodes import is_tensor, value
+from akvq_fx.passes.patterns.nodes import value
 from akvq_fx.passes.patterns.tokens import starts_a_call
 from akvq_fx.passes.state import GraphState
 from akvq_fx.runtime import Runtime
 
 log = logging.getLogger(__name__)
+compiled_generate.install()
 
 
 def akvq(gm: GraphModule, example_inputs: list, *, mode: str | None = None, options: Mapping[str, Any] | None = None):
@@ -121,6 +121,3 @@ def compile_inner(gm: GraphModule, example_inputs: list, config: AKVQConfig):
 
     patches = list_mode_options(config.mode) if config.mode else None
     return compile_fx(gm, example_inputs, config_patches=patches)
-
-
-__all__ = ["akvq", "compile_inner", "is_packed", "is_tensor", "rewrite"]

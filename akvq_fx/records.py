@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 import weakref
 
@@ -11,25 +12,46 @@ from akvq_fx.passes.patterns.cache_write import is_packed
 from akvq_fx.passes.patterns.nodes import shape
 from akvq_fx.passes.patterns.site import Site
 from akvq_fx.passes.state import GraphState
-from akvq_fx.report import GraphReport, SiteRow
+from akvq_fx.report import GraphReport, Report, SiteRow
 
 LIMIT = 4096  # graphs remembered; a process that compiles more has other worries
 
 
 class Record:
-    """One compiled graph and the weights it ran with."""
+    """One compiled graph, the weights it ran with, and per row the key projections: layers and models may share a graph."""
 
-    def __init__(self, report: GraphReport, weights):
-        self.report = report
+    def __init__(self, report: GraphReport, key_weights: list[int | None]):
+        self.report, self.key_weights = report, key_weights
         self.weights: list[weakref.ref] = []
-        self.add_weights(weights)
+        self.keys: list[list[weakref.ref]] = [[] for _ in report.rows]
 
-    def add_weights(self, weights) -> None:
-        known = {id(ref()) for ref in self.weights}
-        self.weights += [weakref.ref(w) for w in weights if id(w) not in known]
+    def add_weights(self, args) -> None:
+        remember(self.weights, [a for a in args if isinstance(a, torch.nn.Parameter)])
+        for refs, position in zip(self.keys, self.key_weights, strict=True):
+            if position is not None:
+                remember(refs, [args[position]])
 
     def concerns(self, ids: set[int]) -> bool:
         return any(id(w) in ids for w in (ref() for ref in self.weights) if w is not None)
+
+    def rows(self, names: dict[int, str]) -> list[SiteRow]:
+        """The rows, one for each of the model's layers that ran them; names: id of a parameter -> its name."""
+        found = []
+        for row, refs in zip(self.report.rows, self.keys, strict=True):
+            labels = [names[id(ref())] for ref in refs if id(ref()) in names]
+            found += [renamed(row, label) for label in labels] or [row]
+        return found
+
+
+def remember(refs: list[weakref.ref], weights: list) -> None:
+    known = {id(ref()) for ref in refs}
+    refs += [weakref.ref(w) for w in weights if id(w) not in known]
+
+
+def renamed(row: SiteRow, parameter: str) -> SiteRow:
+    """The row under the name of the module that owns its key projection."""
+    numbers = [int(part) for part in parameter.split(".") if part.isdigit()]
+    return dataclasses.replace(row, layer=numbers[0] if numbers else row.layer, label=parameter.rsplit(".", 2)[0])
 
 
 RECORDS: list[Record] = []
@@ -37,18 +59,20 @@ _lock = threading.Lock()
 
 
 def add(state: GraphState, example_inputs: list) -> Record:
-    parameters = [x for x in example_inputs if isinstance(x, torch.nn.Parameter)]
-    record = Record(graph_report(state), parameters)
+    keys = [state.owner(site)[0] for site in state.sites] + [None] * len(state.refused)
+    record = Record(graph_report(state), keys)
+    record.add_weights(example_inputs)
     with _lock:
         RECORDS[:] = [r for r in RECORDS if any(ref() is not None for ref in r.weights)][-LIMIT:]
         RECORDS.append(record)
     return record
 
 
-def of(model: torch.nn.Module) -> list[Record]:
-    """Records of the graphs compiled for a model, oldest first."""
-    ids = {id(p) for p in model.parameters()}
-    return [record for record in RECORDS if record.concerns(ids)]
+def of(model: torch.nn.Module) -> Report:
+    """Reports of the graphs compiled for a model, oldest first."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    mine = [record for record in RECORDS if record.concerns(names.keys())]
+    return Report([GraphReport(r.report.kind, r.rows(names), r.report.passes) for r in mine])
 
 
 def graph_report(state: GraphState) -> GraphReport:

@@ -62,9 +62,9 @@ class Runtime:
         pairs = {*self.program.owners.values(), *(o.owner for o in self.program.outputs if isinstance(o, Packed))}
         self.owner = {pair: None if None in pair else hash(tuple(HISTORY.fingerprint(args[i]) for i in pair)) for pair in pairs}
         if self.on_weights is not None:
-            self.on_weights([args[i] for i in self.watched])
+            self.on_weights(args)
 
-    on_weights = None  # called with the weights of every model that runs this graph; the report listens
+    on_weights = None  # called with the arguments whenever other weights run this graph; the report listens
 
     def open(self, args) -> dict[int, dict]:
         """Storages of the PackedKV arguments, fit to be written, as buffers by name."""

@@ -10,7 +10,7 @@ from torch.fx import Node
 
 from akvq_fx.passes.pack_caches import packed_output
 from akvq_fx.passes.patterns.cache_write import is_packed
-from akvq_fx.passes.patterns.nodes import op, outputs
+from akvq_fx.passes.patterns.nodes import outputs
 from akvq_fx.passes.state import GraphState
 from akvq_fx.report import PassReport
 
@@ -38,7 +38,7 @@ def clean_up(state: GraphState) -> PassReport:
         program.vision = "make"
         results.append(state.vision)
     state.graph.output_node().args = (tuple(results),)
-    state.graph.eliminate_dead_code(lambda n: is_effect(n))
+    state.graph.eliminate_dead_code(lambda n: n in state.effects or n.is_impure())
     for node in state.placeholders:
         if is_packed(node):
             program.packed.append(state.position[node])
@@ -53,13 +53,6 @@ def clean_up(state: GraphState) -> PassReport:
     state.graph.lint()
     state.gm.recompile()
     return report
-
-
-def is_effect(node: Node) -> bool:
-    """Nodes that matter though nothing reads them: in-place ops on what the caller owns, and placeholders."""
-    name = op(node)
-    in_place = node.op == "call_method" and name.endswith("_") and not name.endswith("__")
-    return node.is_impure() or in_place or name in ("setitem", "iadd", "imul", "isub")
 
 
 clean_up.needs = ("read_unmatched",)

@@ -101,9 +101,14 @@ def vision_tokens(state: GraphState) -> Node | None:
 
 
 def prompt_sized(state: GraphState, site) -> bool:
-    """The vision mask speaks of the tokens that this site caches."""
+    """The vision mask speaks of the tokens that this site caches, and the graph is this layer's own.
+
+    A graph of a single layer, entered after the graph that placed the images, is one that dynamo shares among layers.
+    """
     if state.program.vision == "take":
-        return site.key.kind in ("first", "fill")
+        if len(state.sites) < 2 and site.layer in state.config.tsa_layers:
+            site.notes.append("one graph for all layers: no TSA, as the layer cannot be told")
+        return site.key.kind in ("first", "fill") and len(state.sites) > 1
     new = site.key.new if site.key.kind != "grow" else None
     return new is not None and covers(state.vision, shape(new)[0], shape(new)[2])
 

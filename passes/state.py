@@ -121,6 +121,8 @@ class GraphState:
         self.program = Program()
         self.reports: list = []
         self.placeholders = [n for n in self.graph.nodes if n.op == "placeholder"]
+        # what nothing read before we came is there for its effect (in-place writes, vmap levels, grad modes) and stays
+        self.effects = {n for n in self.graph.nodes if not n.users}
         self.position = {n: i for i, n in enumerate(self.placeholders)}
         self.buffers: dict[Node, Buffers] = {}  # PackedKV placeholder -> its buffers
         self.made: dict[Node, Buffers] = {}  # the whole of a first/fill/converted cache -> new buffers

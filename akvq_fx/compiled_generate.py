@@ -1,0 +1,77 @@
+"""The one thing outside itself that akvq_fx touches: `torch.compile(model, backend="akvq").generate(...)`.
+
+In plain PyTorch that call reaches the original module (OptimizedModule forwards unknown attributes), whose generate then calls the
+uncompiled forward: nothing is compiled, silently. Here OptimizedModule gets a `generate` attribute that, for modules compiled with
+this backend and for no others, runs the same method with the compiled forward in place for as long as the call lasts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import threading
+import weakref
+
+from torch._dynamo.eval_frame import OptimizedModule
+
+_calls: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # OptimizedModule -> its compiled _call_impl
+_depth: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # original module -> (generate calls under way, what to restore)
+_lock = threading.Lock()
+
+
+def uses_akvq(module: OptimizedModule) -> bool:
+    """The module was compiled with backend="akvq" (or the backend function itself)."""
+    from akvq_fx.backend import akvq
+
+    fn = getattr(module.dynamo_ctx, "callback", None)
+    for link in ("_torchdynamo_orig_backend", "_torchdynamo_orig_callable"):  # the chain's name differs between torch versions
+        while hasattr(fn, link):
+            fn = getattr(fn, link)
+    return getattr(fn, "compiler_fn", fn) is akvq
+
+
+@contextlib.contextmanager
+def compiled_forward(module: OptimizedModule):
+    """The original module calls its compiled forward inside; nested and concurrent calls share one switch."""
+    original = module._orig_mod
+    with _lock:
+        if module not in _calls:
+            _calls[module] = module.dynamo_ctx(original._call_impl)
+        count, before = _depth.get(original, (0, original._compiled_call_impl))
+        _depth[original] = count + 1, before
+        original._compiled_call_impl = _calls[module]
+    try:
+        yield
+    finally:
+        with _lock:
+            count, before = _depth.pop(original)
+            if count > 1:
+                _depth[original] = count - 1, before
+            else:
+                original._compiled_call_impl = before
+
+
+class Generate:
+    """Descriptor: OptimizedModule.generate."""
+
+    def __get__(self, module: OptimizedModule | None, owner=None):
+        if module is None:
+            return self
+        method = module._orig_mod.generate  # AttributeError where the model has none, as before
+        if not uses_akvq(module):
+            return method
+
+        @functools.wraps(method)
+        def generate(*args, **kwargs):
+            with compiled_forward(module):
+                return method(*args, **kwargs)
+
+        return generate
+
+    def __set__(self, module: OptimizedModule, value) -> None:
+        setattr(module._orig_mod, "generate", value)  # noqa: B010 - what OptimizedModule does for attributes it does not know
+
+
+def install() -> None:
+    if not isinstance(OptimizedModule.__dict__.get("generate"), Generate):
+        OptimizedModule.generate = Generate()

@@ -1,0 +1,99 @@
+"""cache_stats: what a cache holds and what it costs, in whatever object it lives."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from akvq_fx.packed_kv import PackedKV, token_counts
+
+
+@dataclass
+class CacheStats:
+    """tokens: by class, from the keys of the first packed layer of each policy; bytes as allocated, spare capacity included.
+
+    packed_bytes     packed tensors          plain_bytes      tensors that stayed at 16 (or 32) bits
+    bytes_16bit      the same cache at 16 bits a number       bits_per_element  of the packed tensors
+    """
+
+    packed_tensors: int = 0
+    plain_tensors: int = 0
+    packed_bytes: int = 0
+    plain_bytes: int = 0
+    elements: int = 0
+    plain_elements: int = 0
+    tokens: dict[str, dict[str, int]] = field(default_factory=dict)
+
+    @property
+    def bits_per_element(self) -> float:
+        return 8 * self.packed_bytes / self.elements if self.elements else 16.0
+
+    @property
+    def bytes_16bit(self) -> int:
+        return 2 * (self.elements + self.plain_elements)
+
+    @property
+    def ratio(self) -> float:
+        """16-bit bytes over actual bytes."""
+        actual = self.packed_bytes + self.plain_bytes
+        return self.bytes_16bit / actual if actual else 1.0
+
+    def __str__(self) -> str:
+        lines = [
+            f"packed tensors {self.packed_tensors}, {self.packed_bytes:,} bytes, {self.bits_per_element:.2f} bits per element",
+            f"plain tensors {self.plain_tensors}, {self.plain_bytes:,} bytes",
+            f"the same cache at 16 bits {self.bytes_16bit:,} bytes, {self.ratio:.2f} times as much",
+        ]
+        lines += [f"{policy} tokens: " + ", ".join(f"{k} {v}" for k, v in counts.items()) for policy, counts in self.tokens.items()]
+        return "\n".join(lines)
+
+
+def cache_stats(cache: Any) -> CacheStats:
+    """Count a cache: a transformers cache object, nested tuples, lists or dicts of tensors, a module's buffers, or one tensor.
+
+    Raises TypeError where no tensor is found in it.
+    """
+    stats, seen = CacheStats(), set()
+    for tensor in tensors_of(cache):
+        if id(tensor) in seen or not tensor.is_floating_point():
+            continue
+        seen.add(id(tensor))
+        if isinstance(tensor, PackedKV):
+            stats.packed_tensors += 1
+            stats.packed_bytes += tensor.nbytes_packed
+            stats.elements += tensor.numel()
+            layout = tensor.layout_of
+            policy = "lossless" if layout.lossless else "TSA" if layout.text_bits else "PSA"
+            if policy not in stats.tokens:
+                stats.tokens[policy] = token_counts(tensor)
+        elif tensor.dim() >= 3 and tensor.numel():
+            stats.plain_tensors += 1
+            stats.plain_bytes += tensor.numel() * tensor.element_size()
+            stats.plain_elements += tensor.numel()
+    if not stats.packed_tensors and not stats.plain_tensors:
+        raise TypeError(f"akvq: no cache tensors found in {type(cache).__name__}; accepted: a cache object, tensors, or containers of them")
+    return stats
+
+
+def tensors_of(cache: Any) -> Iterator[Tensor]:
+    """Tensors of a cache, by structure: containers, `layers`, and the two caches of an encoder-decoder one."""
+    if isinstance(cache, Tensor):
+        yield cache
+    elif isinstance(cache, Mapping):
+        for part in cache.values():
+            yield from tensors_of(part)
+    elif isinstance(cache, (list, tuple)):
+        for part in cache:
+            yield from tensors_of(part)
+    elif isinstance(cache, torch.nn.Module):
+        yield from cache.buffers()
+    elif hasattr(cache, "self_attention_cache"):
+        yield from tensors_of([cache.self_attention_cache, cache.cross_attention_cache])
+    elif hasattr(cache, "layers"):
+        yield from tensors_of(list(cache.layers))
+    elif hasattr(cache, "keys") and not callable(cache.keys):
+        yield from tensors_of([t for t in (cache.keys, getattr(cache, "values", None)) if t is not None])
