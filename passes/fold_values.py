@@ -117,8 +117,9 @@ def push(x: Tensor, start: Node, moves: list[Node]) -> Tensor:
         take = lambda n: done[n] if n in done else concrete(n)
         args, kwargs = map_arg(node.args, take), map_arg(node.kwargs, take)
         args, kwargs = concrete_sizes(args), concrete_sizes(kwargs)
-        if node.op == "call_method":
-            done[node] = getattr(args[0], node.target)(*args[1:], **kwargs)
+        if node.op == "call_method":  # index numbers are expanded, so a view of them may need a copy
+            name = "reshape" if node.target == "view" else node.target
+            done[node] = getattr(args[0], name)(*args[1:], **kwargs)
         else:
             done[node] = node.target(*args, **kwargs)
     return done[moves[-1]] if moves else x

@@ -207,13 +207,16 @@ def test_a_crop_into_a_longer_ring_keeps_what_the_ring_still_holds():
 
 
 def gather_text(cache, layout, length):
-    """Text slots of a one-row cache moved to the front, as a prompt's or a crop's end leaves them."""
-    b = named(cache, layout)
+    """A one-row cache that keeps the text slots of the first `length` tokens and one for each token still to come."""
+    b = dict(named(cache, layout))
     kept = ((b["text_at"][0] >= 0) & (b["text_at"][0] < length)).nonzero()[:, 0]
-    for name, axis, free in (("text_codes", 2, 0), ("text_range", 2, 0), ("text_at", 1, -1)):
+    free = b["codes"].shape[2] - length
+    for name, axis, fill in (("text_codes", 2, 0), ("text_range", 2, 0), ("text_at", 1, -1)):
         rows = b[name].index_select(axis, kept)
-        b[name].fill_(free).narrow(axis, 0, len(kept)).copy_(rows)
+        tail = rows.new_full((*rows.shape[:axis], free, *rows.shape[axis + 1 :]), fill)
+        b[name] = torch.cat([rows, tail], axis)
     b["state"][STATE_TEXT] = len(kept) - length
+    return list(b.values())
 
 
 def test_a_gathered_text_overlay_continues_after_crops():
@@ -221,7 +224,7 @@ def test_a_gathered_text_overlay_continues_after_crops():
     case = case_of(layout, B=1, T=8, capacity=12)
     case.classes = torch.tensor([[TEXT, TEXT, TEXT, VISION, VISION, TEXT, VISION, TEXT]], dtype=torch.uint8)
     cache, x, classes = case.pack(), case.x, case.classes
-    gather_text(cache, layout, 8)
+    cache = gather_text(cache, layout, 8)
     assert_same("gathered", case.expected(), read(cache, 8, layout))
     steps = [
         (8, TEXT),
@@ -236,7 +239,7 @@ def test_a_gathered_text_overlay_continues_after_crops():
     ]
     for start, kind in steps:
         if start == 5:
-            gather_text(cache, layout, start)
+            cache = gather_text(cache, layout, start)
         new, kinds = randn(1, 2, 1, 8, seed=start), torch.tensor([[kind]], dtype=torch.uint8)
         append(cache, new, torch.tensor([start]), kinds, None, str(layout))
         x, classes = torch.cat([x[:, :, :start], new], 2), torch.cat([classes[:, :start], kinds], 1)
@@ -353,6 +356,17 @@ def test_restart_registration(layout):
     case = case_of(layout)
     for first in (0, 3):
         torch.library.opcheck(restart, (case.pack(), torch.tensor([first]), case.affine, str(layout)))
+
+
+@every_layout
+def test_restart_forgets_ring_and_pivots_and_takes_the_map(layout):
+    case = case_of(layout)
+    cache, other = case.pack(), None if case.affine is None else case.affine + 1
+    restart(cache, torch.tensor([0, 1]), other, str(layout))
+    b = named(cache, layout)
+    assert b["state"].tolist() == [0, 0, 0]
+    assert "pivot_at" not in b or (b["pivot_at"] == -1).all()
+    assert other is None or torch.equal(b["affine"], other)
 
 
 @given(st.data(), cases())
