@@ -69,7 +69,9 @@ class Storage:
     def map(self, fn, end: int | None = -1) -> Storage:
         """A new storage with fn(name, buffer) in place of every buffer."""
         buffers = [fn(name, buffer) for name, buffer in zip(self.layout.fields, self.buffers, strict=True)]
-        return Storage(self.layout, buffers, self.end if end == -1 else end, self.prompt, self.owner)
+        made = Storage(self.layout, buffers, self.end if end == -1 else end, self.prompt, self.owner)
+        made.mark_dynamic()
+        return made
 
     def clone(self) -> Storage:
         return self.map(lambda name, buffer: buffer.clone())
@@ -125,6 +127,8 @@ class Storage:
                 self[name] = fresh
             else:
                 self[name].copy_(fresh)
+        if self.layout.affine:
+            self["affine"][:, 1:] = 1.0  # the identity: tokens written outside a graph must not be multiplied by 0
         self.prompt, self.end = 0, None if self.end is None else 0
 
     def to_stored(self, x: Tensor) -> Tensor:
@@ -239,6 +243,15 @@ class PackedKV(TorchAOBaseTensor):
     def __repr__(self, *, tensor_contents=None) -> str:
         return f"PackedKV(shape={list(self.shape)}, {self.layout_text}, device={self.device})"
 
+    def __copy__(self) -> PackedKV:
+        return _resized(self, self.shape[TOKENS])
+
+    def __deepcopy__(self, memo) -> PackedKV:
+        """A clone: torch's own would copy `storage` with the list of the original's views, not knowing the copy."""
+        if id(self) not in memo:
+            memo[id(self)] = self.clone()
+        return memo[id(self)]
+
     def __reduce_ex__(self, protocol):
         s = self._storage()
         return _rebuild, (s.buffers, self.layout_text, s.end, s.prompt, s.owner, self.shape[TOKENS])
@@ -269,7 +282,9 @@ class PackedKV(TorchAOBaseTensor):
 
 
 def _rebuild(buffers, layout_text, end, prompt, owner, length) -> PackedKV:
-    return PackedKV.view_of(Storage(Layout.parse(layout_text), list(buffers), end, prompt, owner), length)
+    storage = Storage(Layout.parse(layout_text), list(buffers), end, prompt, owner)
+    storage.mark_dynamic()
+    return PackedKV.view_of(storage, length)
 
 
 _said: set[str] = set()
@@ -289,15 +304,20 @@ def _plain(packed: PackedKV, op: str) -> Tensor:
     return packed.dequantize()
 
 
+def _unsupported_write(func) -> NotImplementedError:
+    return NotImplementedError(
+        f"akvq: {func} would write into a packed cache, which keeps codes, not elements; accepted writes are cat on "
+        "the token axis, index_copy_ on the token axis of a static cache, zero_, and copy_ from a PackedKV of the same "
+        "layout. Use cache.dequantize() for a plain copy."
+    )
+
+
 def _through_dequantize(func, args, kwargs):
-    schema = func._schema
-    if any(arg.alias_info is not None and arg.alias_info.is_write for arg in schema.arguments[:1]) and isinstance(
-        args[0], PackedKV
-    ):
-        raise NotImplementedError(
-            f"akvq: {func} would write into a packed cache, which keeps codes, not elements; accepted writes are cat, "
-            "index_copy_ on the token axis, zero_ and copy_ from a PackedKV of the same layout. Use cache.dequantize() for a plain copy."
-        )
+    given = zip(func._schema.arguments, args, strict=False)
+    given = {**{arg.name: x for arg, x in given}, **kwargs}
+    for arg in func._schema.arguments:
+        if arg.alias_info is not None and arg.alias_info.is_write and isinstance(given.get(arg.name), PackedKV):
+            raise _unsupported_write(func)
     unwrap = lambda x: _plain(x, str(func)) if isinstance(x, PackedKV) else x
     args, kwargs = torch.utils._pytree.tree_map(unwrap, (args, kwargs))
     return func(*args, **kwargs)
@@ -366,7 +386,8 @@ def _(func, types, args, kwargs):
 
 def _stack_rows(tensors: list[PackedKV]) -> PackedKV:
     """Batch concatenation of caches of one layout and length."""
-    layouts, lengths = {t.layout_text for t in tensors}, {t.shape[TOKENS] for t in tensors}
+    layouts = {(t.layout_text, t.static, t.storage.owner) for t in tensors}
+    lengths = {t.shape[TOKENS] for t in tensors}
     ends = {tuple(t.storage["state"].tolist()) for t in tensors}
     if len(layouts) > 1 or len(lengths) > 1 or len(ends) > 1 or len({t.storage.capacity for t in tensors}) > 1:
         return NotImplemented
@@ -378,6 +399,7 @@ def _stack_rows(tensors: list[PackedKV]) -> PackedKV:
     joined = stores[0].map(
         lambda name, b: b.clone() if name == "state" else torch.cat([s[name] for s in stores], 0)
     )
+    joined.prompt = max(s.prompt for s in stores)  # text slots before it may be compacted in some row
     return PackedKV.view_of(joined, lengths.pop())
 
 
@@ -420,6 +442,8 @@ def _(func, types, args, kwargs):
     rest = [i for i in indices[1:] if i is not None]
     if rest or indices[0] is None or indices[0].dim() != 1 or indices[0].dtype == torch.uint8:
         return NotImplemented
+    if indices[0].dtype == torch.bool and len(indices[0]) != packed.shape[0]:
+        return NotImplemented
     index = indices[0].nonzero().flatten() if indices[0].dtype == torch.bool else indices[0]
     return _rowwise(packed, torch.where(index < 0, index + packed.shape[0], index))
 
@@ -435,14 +459,31 @@ def _(func, types, args, kwargs):
 @PackedKV.implements_torch_function([torch.Tensor.repeat_interleave, torch.repeat_interleave])
 def _(func, types, args, kwargs):
     def rows(packed, repeats, dim=None, **_):
-        if dim != 0 or not isinstance(packed, PackedKV):
-            raise NotImplementedError("akvq: repeat_interleave of a packed cache is defined for dim=0, its batch")
+        if dim not in (0, -4) or not isinstance(packed, PackedKV):
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
         return packed.index_select(0, torch.arange(packed.shape[0], device=packed.device).repeat_interleave(repeats))
 
     return rows(*args, **kwargs)
 
 
-@implements([aten.split.Tensor])
+@PackedKV.implements_torch_function([torch.Tensor.contiguous])
+def _(func, types, args, kwargs):
+    return args[0]  # torchao's would drop the storage, and the length for the capacity
+
+
+@PackedKV.implements_torch_function([torch.Tensor.__setitem__])
+def _(func, types, args, kwargs):
+    packed, index, _ = args
+    if isinstance(packed, PackedKV) and not torch.compiler.is_compiling():
+        parts = index if isinstance(index, tuple) else (index,)
+        if any(not isinstance(i, Tensor | list) and i is not Ellipsis and i != slice(None) for i in parts):
+            raise _unsupported_write(f"x[{index}] = ...")  # aten would write into a temporary and lose it
+    with torch._C.DisableTorchFunctionSubclass():
+        return func(*args, **kwargs)
+
+
+@implements([aten.split.Tensor, aten.split_with_sizes.default])
 def _(func, types, args, kwargs):
     packed, size, dim = (*args, 0)[:3]
     if dim % 4 or packed.storage is None:
@@ -454,8 +495,8 @@ def _(func, types, args, kwargs):
 @implements([aten.index_copy_.default])
 def _(func, types, args, kwargs):
     packed, dim, at, x = args
-    if dim % 4 != TOKENS:
-        return NotImplemented
+    if dim % 4 != TOKENS or packed.storage is not None and packed.storage.end is not None:
+        return NotImplemented  # a growing cache takes cat; a write before its end would break ring and text slots
     if packed.storage is not None:
         ops.append(packed.storage.buffers, packed.storage.to_stored(x), at, None, None, packed.layout_text)
     return packed
@@ -466,6 +507,8 @@ def _(func, types, args, kwargs):
     packed, indices, x = args[:3]
     if len(indices) != 3 or indices[0] is not None or indices[1] is not None:
         return NotImplemented
+    if packed.storage is not None and packed.storage.end is not None:
+        return NotImplemented
     if packed.storage is not None:
         ops.append(packed.storage.buffers, packed.storage.to_stored(x), indices[2], None, None, packed.layout_text)
     return packed
@@ -474,13 +517,18 @@ def _(func, types, args, kwargs):
 @implements([aten.copy_.default])
 def _(func, types, args, kwargs):
     target, source = args[:2]
+    if not isinstance(target, PackedKV):
+        return NotImplemented
     if target.storage is None:
         return target
     same = isinstance(source, PackedKV) and source.layout_text == target.layout_text and source.shape == target.shape
+    same = same and source.static == target.static
     if not same or [b.shape for b in source.storage.buffers] != [b.shape for b in target.storage.buffers]:
         return NotImplemented
     for into, out_of in zip(target.storage.buffers, source.storage.buffers, strict=True):
         into.copy_(out_of)
+    for name in ("end", "prompt", "owner"):
+        setattr(target.storage, name, getattr(source.storage, name))
     return target
 
 

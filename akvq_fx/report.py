@@ -95,12 +95,19 @@ class Report:
         return [row for _, row in self.rows if row.status == "16-bit"]
 
     def __str__(self) -> str:
-        lines = [COLUMNS]
+        lines, reasons = [COLUMNS], []
         for graph, r in self.rows:
-            lines.append((str(r.layer), graph.kind, r.status, r.pattern, str(r.head_dim), r.heads, r.policy, r.bits,
-                          r.values, r.reason))  # fmt: skip
+            why = ""
+            if r.reason:
+                text = r.reason.split(" [")[0]
+                if text not in reasons:
+                    reasons.append(text)
+                why = f"({reasons.index(text) + 1})"
+            lines.append((str(r.layer), graph.kind, r.status, r.pattern, str(r.head_dim or ""), r.heads, r.policy, r.bits,
+                          r.values, why))  # fmt: skip
         body = _table(lines) if len(lines) > 1 else "no attention over a cache was compiled"
-        return "\n".join([body, *(f"note: {hint}" for hint in self.hints)])
+        footnotes = [f"({i}) {text}" for i, text in enumerate(reasons, 1)]
+        return "\n".join([body, *footnotes, *(f"note: {hint}" for hint in self.hints)])
 
     def to_dict(self) -> dict:
         """Plain data, for JSON."""

@@ -4,7 +4,8 @@ Before   x[:, :, at] = new                          After   x.index_copy_(2, at,
          torch._C._nn.scaled_dot_product_attention          the same node, every argument by name
 Needs    nothing                                    Leaves  numbers and shapes as they were
 
-Only exact equivalents: an indexed write whose source has another dtype or shape than its target is left alone.
+Only exact equivalents: an indexed write into anything but a cache, or whose source has another dtype or shape than its target, is
+left alone.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from torch.fx import Node
 
 from akvq_fx.passes.patterns.attention import ARGUMENTS, is_attention
+from akvq_fx.passes.patterns.cache_write import is_packed
 from akvq_fx.passes.patterns.nodes import argument, is_tensor, op, same_size, shape, value
 from akvq_fx.passes.state import GraphState
 from akvq_fx.report import PassReport
@@ -44,7 +46,9 @@ def token_index(node: Node) -> Node | None:
         return None
     at, rest = index[2], (*index[:2], *index[3:])
     exact = (
-        all(i == slice(None) for i in rest)
+        # elsewhere a position may be negative, which index_copy_ does not take (sliding windows write at -1)
+        (is_packed(target) or op(target) in ("zeros", "new_zeros"))
+        and all(i == slice(None) for i in rest)
         and is_tensor(at)
         and len(shape(at)) == 1
         and value(at).dtype == torch.int64

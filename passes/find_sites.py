@@ -35,6 +35,8 @@ def find_sites(state: GraphState) -> PassReport:
     def refuse(node: Node, miss: NoMatch, whole: Node | None):
         weight = weight_behind(whole if whole is not None and op(whole) != "placeholder" else None)
         layer, label = layer_of(weight, len(state.sites) + len(state.refused))
+        if any((label, miss.reason) == (known[0], known[2]) for known in state.refused):
+            return  # keys and values of one layer, one reason
         state.refused.append((label, layer, miss.reason, miss.node or node))
         report.miss(label, miss.reason, miss.node or node)
 

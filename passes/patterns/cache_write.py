@@ -136,15 +136,28 @@ def cache_like(graph: Graph) -> list[tuple[Node, str]]:
             if not (is_empty(past) or op(past) == "placeholder"):
                 continue
             if node in returned:
-                found.append((node, "no scaled_dot_product_attention reads this cache directly"))
+                found.append((node, unread(node)))
             elif any(op(u) == "getitem" and u in returned for u in node.users):
                 found.append((node, "the cache keeps a slice of what attention reads (sliding window)"))
         elif op(node) == "index_copy_" and len(shape(node)) == 4 and argument(node, 1, "dim") in (TOKENS, -2):
             if op(node.args[0]) in ("placeholder", "zeros", "new_zeros"):
-                found.append((node.args[0], "no scaled_dot_product_attention reads this cache directly"))
-        elif op(node) == "copy_" and len(shape(node)) == 4 and op(node.args[0]) in ("placeholder", "zeros", "new_zeros"):
+                found.append((node.args[0], unread(node.args[0])))
+        elif op(node) == "copy_" and op(node.args[0]) in ("placeholder", "zeros", "new_zeros") and op(node.args[1]) in ("roll", "getitem"):
             found.append((node.args[0], "the cache is overwritten as a whole (sliding window)"))
     return found
+
+
+def unread(cache: Node, reach: int = 40) -> str:
+    """Why no attention call was matched to a cache: what its first consumers are."""
+    seen, queue = set(), [cache]
+    while queue and len(seen) < reach:
+        node = queue.pop(0)
+        if op(node) == "softmax":
+            return "its attention is written out (matmul, softmax); scaled_dot_product_attention is what is matched"
+        if node not in seen and op(node) != "output":
+            seen.add(node)
+            queue.extend(node.users)
+    return "no scaled_dot_product_attention reads this cache directly"
 
 
 __all__ = ["CacheWrite", "cache_like", "cache_write_of", "is_packed"]

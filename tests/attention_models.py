@@ -1,0 +1,689 @@
+"""Tiny decoders in plain torch, one class per spelling of a cache; each docstring says what the backend must do with it.
+
+A spelling overrides one step of `Attention`, so a mix of spellings is a class that inherits several: see `mixed`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+import torch.nn.functional as F
+from akvq_fx.backend import akvq, rewrite
+from akvq_fx.config import AKVQConfig
+from akvq_fx.explain import DryHistory
+from torch import Tensor, nn
+
+VOCABULARY, WIDTH = 64, 32
+
+
+class Attention(nn.Module):
+    """cat([past, new], dim=-2) from a 4-d empty start, half RoPE, x[:, :, None].expand().reshape(): packed."""
+
+    heads, kv_heads, dim = 4, 2, 16
+    bias = False
+    dropout = 0.0
+
+    def __init__(self):
+        super().__init__()
+        q, kv = self.heads * self.dim, self.kv_heads * self.dim
+        self.make_projections(q, kv)
+        self.o_proj = nn.Linear(q, WIDTH, bias=self.bias)
+
+    def make_projections(self, q: int, kv: int):
+        self.q_proj = nn.Linear(WIDTH, q, bias=self.bias)
+        self.k_proj = nn.Linear(WIDTH, kv, bias=self.bias)
+        self.v_proj = nn.Linear(WIDTH, kv, bias=self.bias)
+
+    def project(self, x):
+        return (
+            self.split_heads(self.q_proj(x), self.heads),
+            self.split_heads(self.k_proj(x), self.kv_heads),
+            self.split_heads(self.v_proj(x), self.kv_heads),
+        )
+
+    def split_heads(self, x, count):
+        return x.view(x.shape[0], x.shape[1], count, self.dim).transpose(1, 2)
+
+    def norm_before(self, x):
+        return x
+
+    def norm_after(self, x):
+        return x
+
+    def rope(self, x, at):
+        cos, sin = angles(at, x.shape[-1], x.dtype)
+        cos, sin = torch.cat((cos, cos), -1), torch.cat((sin, sin), -1)
+        first, second = x.chunk(2, -1)
+        return x * cos[None, None] + torch.cat((-second, first), dim=-1) * sin[None, None]
+
+    def start(self, x):
+        return torch.empty(x.shape[0], self.kv_heads, 0, self.dim, dtype=x.dtype)
+
+    def write(self, past, k, v):
+        past = (self.start(k), self.start(v)) if past is None else past
+        k, v = torch.cat([past[0], k], dim=-2), torch.cat([past[1], v], dim=-2)
+        return k, v, (k, v)
+
+    def group(self, x):
+        if self.heads == self.kv_heads:
+            return x
+        B, H, T, D = x.shape
+        return x[:, :, None].expand(B, H, self.heads // H, T, D).reshape(B, self.heads, T, D)
+
+    def mask(self, at, total, padding, past, dtype):
+        """None where torch's is_causal says enough, else bool."""
+        if padding is None and (past is None or at.shape[0] == 1):
+            return None
+        return seen(at, total, padding)
+
+    def attend(self, q, k, v, mask):
+        causal = mask is None and q.shape[2] > 1
+        return F.scaled_dot_product_attention(
+            q, self.group(k), self.group(v), attn_mask=mask, dropout_p=self.dropout, is_causal=causal
+        )
+
+    def merge_heads(self, y):
+        return y.transpose(1, 2).reshape(y.shape[0], y.shape[2], -1)
+
+    def output(self, y, x):
+        return self.o_proj(self.merge_heads(y))
+
+    def forward(self, x, past, at, total, padding):
+        q, k, v = self.project(x)
+        q, k = self.norm_before(q), self.norm_before(k)
+        q, k = self.rope(q, at), self.rope(k, at)
+        q, k = self.norm_after(q), self.norm_after(k)
+        mask = self.mask(at, total, padding, past, x.dtype)
+        k, v, kept = self.write(past, k, v)
+        return self.output(self.attend(q, k, v, mask), x), kept
+
+
+def angles(at: Tensor, dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos, sin [T, dim/2]."""
+    frequency = 100.0 ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+    angle = at[:, None].double() * frequency[None]
+    return angle.cos().to(dtype), angle.sin().to(dtype)
+
+
+def seen(at: Tensor, total, padding: Tensor | None) -> Tensor:
+    """[B or 1, 1, q, total] bool: causal, and where padding [B, total] is True; a token always sees itself."""
+    columns = torch.arange(total, device=at.device)
+    mask = (columns[None] <= at[:, None])[None, None]
+    if padding is None:
+        return mask
+    return mask & padding[:, None, None] | (columns[None] == at[:, None])[None, None]
+
+
+# how the cache is written
+
+
+class CatTuple(Attention):
+    """cat((past, new), dim=2): packed."""
+
+    def write(self, past, k, v):
+        past = (self.start(k), self.start(v)) if past is None else past
+        k, v = torch.cat((past[0], k), dim=2), torch.cat((past[1], v), dim=2)
+        return k, v, (k, v)
+
+
+class Concat(Attention):
+    """torch.concat under its other name: packed."""
+
+    def write(self, past, k, v):
+        past = (self.start(k), self.start(v)) if past is None else past
+        k, v = torch.concat([past[0], k], dim=2), torch.concat([past[1], v], dim=-2)
+        return k, v, (k, v)
+
+
+class FlatStart(Attention):
+    """The first prompt is cat([tensor([]), new]), a 1-d empty start: packed."""
+
+    def start(self, x):
+        return torch.tensor([], dtype=x.dtype)
+
+
+class Direct(Attention):
+    """The first prompt's keys are returned as they are, no cat: packed."""
+
+    def write(self, past, k, v):
+        if past is not None:
+            k, v = torch.cat((past[0], k), dim=2), torch.cat((past[1], v), dim=2)
+        return k, v, (k, v)
+
+
+class StaticIndexCopy(Attention):
+    """zeros allocated in the prompt's graph, index_copy_ at tensor positions: packed, attention needs a mask."""
+
+    slots = 16
+
+    def write(self, past, k, v):
+        if past is None:
+            shape = (k.shape[0], self.kv_heads, self.slots, self.dim)
+            past = torch.zeros(shape, dtype=k.dtype), torch.zeros(shape, dtype=v.dtype)
+        self.put(past[0], k)
+        self.put(past[1], v)
+        return past[0], past[1], past
+
+    def put(self, cache, new):
+        cache.index_copy_(2, self.at, new)
+
+    def mask(self, at, total, padding, past, dtype):
+        return seen(at, total, padding)
+
+    def forward(self, x, past, at, total, padding):
+        self.at = at
+        return super().forward(x, past, at, self.slots, padding)
+
+
+class StaticSetItem(StaticIndexCopy):
+    """zeros allocated in the prompt's graph, x[:, :, at] = new: packed."""
+
+    def put(self, cache, new):
+        cache[:, :, self.at] = new
+
+
+# grouped queries
+
+
+class UnsqueezeFlatten(Attention):
+    """unsqueeze(2).expand().flatten(1, 2): packed."""
+
+    def group(self, x):
+        return x.unsqueeze(2).expand(-1, -1, self.heads // self.kv_heads, -1, -1).flatten(1, 2)
+
+
+class Interleave(Attention):
+    """repeat_interleave(n, dim=1): packed."""
+
+    def group(self, x):
+        return x.repeat_interleave(self.heads // self.kv_heads, dim=1)
+
+
+class EnableGqa(Attention):
+    """enable_gqa=True, nothing expanded: packed."""
+
+    def attend(self, q, k, v, mask):
+        causal = mask is None and q.shape[2] > 1
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=True)
+
+
+class Mqa(Attention):
+    """One KV head, broadcast by attention itself: packed."""
+
+    kv_heads = 1
+
+    def group(self, x):
+        return x
+
+
+class Mha(Attention):
+    """As many KV heads as query heads: packed."""
+
+    kv_heads = 4
+
+
+# masks
+
+
+class BoolMask(Attention):
+    """A bool mask made in the graph, every step: packed."""
+
+    def mask(self, at, total, padding, past, dtype):
+        return seen(at, total, padding)
+
+
+class FloatMask(Attention):
+    """An additive mask: packed."""
+
+    def mask(self, at, total, padding, past, dtype):
+        lowest = torch.finfo(dtype).min
+        return torch.zeros((), dtype=dtype).masked_fill(~seen(at, total, padding), lowest)
+
+
+class PerHeadMask(Attention):
+    """An additive mask that differs by head (linear biases): packed."""
+
+    def mask(self, at, total, padding, past, dtype):
+        distance = (at[:, None] - torch.arange(total)[None]).to(dtype)
+        slope = 2.0 ** -torch.arange(1, self.heads + 1).to(dtype)
+        bias = -slope[None, :, None, None] * distance[None, None]
+        return bias.masked_fill(~seen(at, total, padding), torch.finfo(dtype).min)
+
+
+# rotary embeddings
+
+
+class RopeInterleaved(Attention):
+    """Pairs x[..., ::2], x[..., 1::2], stacked and flattened: packed."""
+
+    def rope(self, x, at):
+        cos, sin = angles(at, x.shape[-1], x.dtype)
+        even, odd = x[..., ::2], x[..., 1::2]
+        return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2)
+
+
+class RopePartial(Attention):
+    """Half RoPE on half of the head, cat with the rest: packed."""
+
+    def rope(self, x, at):
+        half = self.dim // 2
+        return torch.cat([super().rope(x[..., :half], at), x[..., half:]], dim=-1)
+
+
+class RopeComplex(Attention):
+    """view_as_complex times a unit complex number: packed."""
+
+    def rope(self, x, at):
+        cos, sin = angles(at, x.shape[-1], x.dtype)
+        turned = torch.view_as_complex(x.reshape(*x.shape[:-1], -1, 2)) * torch.complex(cos, sin)[None, None]
+        return torch.view_as_real(turned).flatten(3).type_as(x)
+
+
+class NoRope(Attention):
+    """Keys as projected: packed."""
+
+    def rope(self, x, at):
+        return x
+
+
+class NormBefore(Attention):
+    """Root-mean-square norm of queries and keys before RoPE: packed."""
+
+    def norm_before(self, x):
+        return root_mean_square(x)
+
+
+class NormAfter(Attention):
+    """Root-mean-square norm after RoPE: packed, as the rotation stands after both."""
+
+    def norm_after(self, x):
+        return root_mean_square(x)
+
+
+def root_mean_square(x: Tensor) -> Tensor:
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
+
+
+# fused projections
+
+
+class FusedSplit(Attention):
+    """One linear, split into q, k, v: packed, values folded by rows."""
+
+    def make_projections(self, q, kv):
+        self.sizes = [q, kv, kv]
+        self.qkv_proj = nn.Linear(WIDTH, q + 2 * kv, bias=self.bias)
+
+    def project(self, x):
+        q, k, v = self.qkv_proj(x).split(self.sizes, dim=-1)
+        return self.split_heads(q, self.heads), self.split_heads(k, self.kv_heads), self.split_heads(v, self.kv_heads)
+
+
+class FusedSlices(FusedSplit):
+    """One linear, sliced with x[..., a:b]: packed, values folded by rows."""
+
+    def project(self, x):
+        y, (a, b) = self.qkv_proj(x), (self.sizes[0], self.sizes[0] + self.sizes[1])
+        parts = (y[..., :a], self.heads), (y[..., a:b], self.kv_heads), (y[..., b:], self.kv_heads)
+        return tuple(self.split_heads(part, count) for part, count in parts)
+
+
+class FusedChunk(FusedSplit):
+    """One linear, chunk(3): packed, values folded by rows."""
+
+    kv_heads = 4
+
+    def project(self, x):
+        return tuple(self.split_heads(part, self.heads) for part in self.qkv_proj(x).chunk(3, dim=-1))
+
+
+class FusedView(FusedSplit):
+    """One linear, view per KV head, indexed on the last axis but one: packed, values folded by rows."""
+
+    def project(self, x):
+        B, T, _ = x.shape
+        y = self.qkv_proj(x).view(B, T, self.kv_heads, self.heads // self.kv_heads + 2, self.dim)
+        q = y[..., :-2, :].reshape(B, T, self.heads, self.dim)
+        return q.transpose(1, 2), y[..., -2, :].transpose(1, 2), y[..., -1, :].transpose(1, 2)
+
+
+# layouts of heads
+
+
+class Unflatten(Attention):
+    """unflatten and permute in, permute and flatten out: packed, folded."""
+
+    def split_heads(self, x, count):
+        return x.unflatten(-1, (count, self.dim)).permute(0, 2, 1, 3)
+
+    def merge_heads(self, y):
+        return y.permute(0, 2, 1, 3).contiguous().flatten(2)
+
+
+class ChannelMajor(Attention):
+    """Weights hold a head's channels apart, in and out: packed, folded through the permutation."""
+
+    def split_heads(self, x, count):
+        return x.reshape(x.shape[0], x.shape[1], self.dim, count).permute(0, 3, 1, 2)
+
+    def merge_heads(self, y):
+        return y.permute(0, 2, 3, 1).reshape(y.shape[0], y.shape[2], -1)
+
+
+class Biased(Attention):
+    """Every projection has a bias: packed, the value bias is folded too."""
+
+    bias = True
+
+
+# head dims
+
+
+class Dim8(Attention):
+    """The smallest head: packed."""
+
+    dim = 8
+
+
+class Dim24(Attention):
+    """Not a power of two: packed, rotated in blocks of 8."""
+
+    dim = 24
+
+
+class Dim80(Attention):
+    """Blocks of 16: packed."""
+
+    dim = 80
+
+
+# packed, but not folded
+
+
+class Gated(Attention):
+    """A gate between attention and the output projection: packed, the values turn online."""
+
+    def output(self, y, x):
+        return self.o_proj(self.merge_heads(y) * torch.sigmoid(self.q_proj(x)))
+
+
+class NormedOutput(Attention):
+    """A norm between attention and the output projection: packed, the values turn online."""
+
+    def output(self, y, x):
+        return self.o_proj(F.layer_norm(self.merge_heads(y), (self.heads * self.dim,)))
+
+
+class TiedWeight(Attention):
+    """The value weight is the key weight too: packed, the values turn online."""
+
+    def make_projections(self, q, kv):
+        super().make_projections(q, kv)
+        self.v_proj.weight = self.k_proj.weight
+
+
+class SharedStorage(Attention):
+    """The value weight is a slice of another parameter's memory: packed, the values turn online."""
+
+    def make_projections(self, q, kv):
+        super().make_projections(q, kv)
+        memory = torch.randn(2 * kv, WIDTH) * WIDTH**-0.5
+        self.k_proj.weight, self.v_proj.weight = nn.Parameter(memory[:kv]), nn.Parameter(memory[kv:])
+
+
+class UsedElsewhere(Attention):
+    """The output weight feeds another linear of the graph: packed, the values turn online."""
+
+    def output(self, y, x):
+        return super().output(y, x) + F.linear(self.merge_heads(y).tanh(), self.o_proj.weight)
+
+
+# left at 16 bits
+
+
+class SlidingSlice(Attention):
+    """The cache keeps a slice of what attention reads: left alone."""
+
+    def write(self, past, k, v):
+        k, v, _ = super().write(past, k, v)
+        return k, v, (k[:, :, -4:], v[:, :, -4:])
+
+    def mask(self, at, total, padding, past, dtype):
+        return None if past is None else torch.ones(at.shape[0], past[0].shape[2] + at.shape[0], dtype=torch.bool)
+
+
+class EagerSoftmax(Attention):
+    """matmul, softmax, matmul: no attention call reads the cache, left alone."""
+
+    def attend(self, q, k, v, mask):
+        scores = q @ self.group(k).transpose(-1, -2) * self.dim**-0.5
+        if q.shape[2] > 1:
+            scores = scores + torch.full((q.shape[2], k.shape[2]), -1e9).triu(k.shape[2] - q.shape[2] + 1)
+        return scores.softmax(-1) @ self.group(v)
+
+
+class Latent(Attention):
+    """Keys and values are made from the cache by a linear: left alone."""
+
+    kv_heads = 1
+
+    def __init__(self):
+        super().__init__()
+        self.up_k = nn.Linear(self.dim, self.dim, bias=False)
+        self.up_v = nn.Linear(self.dim, self.dim, bias=False)
+
+    def group(self, x):
+        return x
+
+    def attend(self, q, k, v, mask):
+        return super().attend(q, self.up_k(k), self.up_v(v), mask)
+
+
+class Dropout(Attention):
+    """dropout_p > 0: left alone."""
+
+    dropout = 0.5
+
+
+class Dim12(Attention):
+    """A head dim that is no multiple of 8: left alone."""
+
+    dim = 12
+
+
+class IntegerCache(Attention):
+    """The caller quantizes its cache already: left alone."""
+
+    def write(self, past, k, v):
+        k, v = ((x * 32).round().clamp(-127, 127).to(torch.int8) for x in (k, v))
+        past = (k[:, :, :0], v[:, :, :0]) if past is None else past
+        k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)
+        return k.float() / 32, v.float() / 32, (k, v)
+
+
+class TiledRepeat(Attention):
+    """repeat puts heads in tiled order 0 1 0 1, not 0 0 1 1: left alone."""
+
+    def group(self, x):
+        return x.repeat(1, self.heads // self.kv_heads, 1, 1)
+
+
+class Buffers(StaticIndexCopy):
+    """16-bit buffers that the module owns: left alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("k_cache", torch.zeros(2, self.kv_heads, self.slots, self.dim))
+        self.register_buffer("v_cache", torch.zeros(2, self.kv_heads, self.slots, self.dim))
+
+    def write(self, past, k, v):
+        self.k_cache[:, :, self.at] = k
+        self.v_cache[:, :, self.at] = v
+        return self.k_cache, self.v_cache, None
+
+
+class ChunkedValues(Attention):
+    """Values reach attention through chunk and cat of the cache: left alone."""
+
+    kv_heads = 4
+
+    def attend(self, q, k, v, mask):
+        first, second = v.chunk(2, dim=1)
+        return super().attend(q, k, torch.cat((second, first), dim=1), mask)
+
+
+class Block(nn.Module):
+    """Attention and a small MLP on a residual stream."""
+
+    def __init__(self, attention: type[Attention]):
+        super().__init__()
+        self.attention = attention()
+        self.up, self.down = nn.Linear(WIDTH, 2 * WIDTH), nn.Linear(2 * WIDTH, WIDTH)
+
+    def forward(self, x, past, at, total, padding):
+        y, kept = self.attention(F.layer_norm(x, (WIDTH,)), past, at, total, padding)
+        x = x + y
+        return x + self.down(F.gelu(self.up(x))), kept
+
+
+class Decoder(nn.Module):
+    """Token ids in, logits out; the cache is a tuple of (keys, values), one pair a layer."""
+
+    def __init__(self, attention: type[Attention] = Attention, layers: int = 1, seed: int = 0):
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            self.embed = nn.Embedding(VOCABULARY, WIDTH)
+            self.layers = nn.ModuleList(Block(attention) for _ in range(layers))
+            self.head = nn.Linear(WIDTH, VOCABULARY)
+
+    def start(self, tokens, cache, at):
+        past = 0 if cache is None else cache[0][0].shape[2]
+        count = tokens.shape[1]
+        return (torch.arange(past, past + count) if at is None else at), past + count
+
+    def forward(self, tokens, cache=None, padding=None, at=None):
+        at, total = self.start(tokens, cache, at)
+        return self.run(self.embed(tokens), cache, at, total, padding)
+
+    def run(self, x, cache, at, total, padding=None):
+        kept = []
+        for i, layer in enumerate(self.layers):
+            x, pair = layer(x, None if cache is None else cache[i], at, total, padding)
+            kept.append(pair)
+        return self.head(x), None if kept[0] is None else tuple(kept)
+
+
+class SharedDecoder(Decoder):
+    """The last layer reads the first layer's cache: both sites packed over one pair, values online."""
+
+    def __init__(self, attention=Attention, seed: int = 0):
+        super().__init__(attention, layers=2, seed=seed)
+
+    def run(self, x, cache, at, total, padding=None):
+        x, pair = self.layers[0](x, None if cache is None else cache[0], at, total, padding)
+        reader = self.layers[1].attention
+        q = reader.rope(reader.project(x)[0], at)
+        mask = reader.mask(at, total, padding, None if cache is None else cache[0], x.dtype)
+        return self.head(x + reader.output(reader.attend(q, *pair, mask), x)), (pair,)
+
+
+class CrossDecoder(Decoder):
+    """A first call makes keys and values of a memory, later calls only read them: packed, read-only afterwards."""
+
+    def forward(self, tokens, cache=None, memory=None):
+        x, kept = self.embed(tokens), []
+        for i, layer in enumerate(self.layers):
+            part = layer.attention
+            q, k, v = part.project(x)
+            if cache is None:
+                _, k, v = part.project(memory)
+            else:
+                k, v = cache[i]
+            kept.append((k, v))
+            y = F.scaled_dot_product_attention(q, part.group(k), part.group(v))
+            x = x + part.output(y, x)
+        return self.head(x), tuple(kept)
+
+
+class VisionTower(nn.Module):
+    """Attention with no cache: neither a site nor a refusal."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention = Mha()
+
+    def forward(self, x):
+        q, k, v = self.attention.project(x)
+        return self.attention.output(F.scaled_dot_product_attention(q, k, v), x)
+
+
+def plain_read(q, k, v):
+    """Keys and values come in as they are, 16-bit and only read: neither a site nor a refusal."""
+    return F.scaled_dot_product_attention(q, k, v) * 2
+
+
+def mixed(*spellings: type[Attention], **fields) -> type[Attention]:
+    """One attention class of several spellings."""
+    return type("And".join(c.__name__ for c in spellings) or "Attention", (*spellings, Attention), fields)
+
+
+@dataclasses.dataclass
+class Capture:
+    """One graph that dynamo made: its text before, the state after the pipeline, and what the backend returned."""
+
+    gm: torch.fx.GraphModule
+    inputs: list
+    before: str
+    state: object
+    compiled: object
+
+    def report(self, name: str):
+        return next(r for r in self.state.reports if r.name == name)
+
+
+class Spy:
+    """The akvq backend with the inner compiler off, which keeps every graph that it is given."""
+
+    def __init__(self, **options):
+        self.options = {"inner": "eager", **options}
+        self.captures: list[Capture] = []
+
+    def __call__(self, gm, example_inputs):
+        before = str(gm.graph)
+        state = rewrite(gm, example_inputs, AKVQConfig.from_options(self.options), DryHistory())
+        compiled = akvq(gm, example_inputs, options=self.options)
+        self.captures.append(Capture(gm, list(example_inputs), before, state, compiled))
+        return compiled
+
+
+def captured(model, *args, options: dict | None = None, **kwargs) -> list[Capture]:
+    """The graphs of one call."""
+    spy = Spy(**(options or {}))
+    with torch.no_grad():
+        torch.compile(model, backend=spy)(*args, **kwargs)
+    return spy.captures
+
+
+def token_ids(batch: int, count: int, seed: int = 0) -> Tensor:
+    return torch.randint(0, VOCABULARY, (batch, count), generator=torch.Generator().manual_seed(seed))
+
+
+def roll(model, batch: int = 2, prompt: int = 6, steps: int = 3, chunk: int = 0, pad: int = 0, seed: int = 0):
+    """(logits of the prompt, of single steps and of a chunk of tokens, the cache at the end).
+
+    pad: that many tokens of the first row are padding.
+    """
+    ids = token_ids(batch, prompt + steps + chunk, seed)
+    visible = torch.ones(batch, ids.shape[1], dtype=torch.bool)
+    visible[0, :pad] = False
+    static = getattr(model.layers[0].attention, "slots", 0)
+    cuts = [0, prompt, *range(prompt + 1, prompt + steps + 1), *([ids.shape[1]] if chunk else [])]
+    logits, cache = [], None
+    with torch.no_grad():
+        for a, b in zip(cuts, cuts[1:], strict=False):
+            padding = None if not pad else F.pad(visible, (0, static - len(ids[0])), value=True) if static else visible[:, :b]
+            out, cache = model(ids[:, a:b], cache, padding, torch.arange(a, b) if static else None)
+            logits.append(out)
+    return logits, cache
