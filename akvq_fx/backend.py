@@ -37,11 +37,11 @@ def akvq(gm: GraphModule, example_inputs: list, *, mode: str | None = None, opti
     state = rewrite(gm, example_inputs, config, HISTORY)
     record = records.add(state, example_inputs)
     program = state.program
-    changed = state.sites or program.packed or program.vision
+    changed = state.sites or program.packed or program.unpacked or program.vision
     if not changed:
         inner = compile_inner(gm, example_inputs, config)
         return Passthrough(inner) if starts_a_call(gm.graph) else inner
-    with torch.no_grad() if program.packed else contextlib.nullcontext():
+    with torch.no_grad() if program.packed or program.unpacked else contextlib.nullcontext():
         inner = compile_inner(state.gm, inner_examples(state, example_inputs), config)
     runtime = Runtime(program, inner, config.capacity_step, starts_a_call(gm.graph))
     runtime.on_weights = record.add_weights
@@ -94,12 +94,18 @@ def inner_examples(state: GraphState, example_inputs: list) -> list:
         if node.op != "placeholder":
             continue
         if node in state.position:
-            examples.append(example_inputs[state.position[node]])
+            example = example_inputs[state.position[node]]
+            examples.append(fake_plain(value(node)) if state.position[node] in state.program.unpacked else example)
         elif str(node.target) == "vision_tokens":
             examples.append(fake_vision(state))
         else:
             examples.append(node.meta["example_value"])
     return examples
+
+
+def fake_plain(packed):
+    with packed.codes.fake_mode:
+        return torch.empty(packed.shape, dtype=packed.dtype, device=packed.device)
 
 
 def fake_vision(state: GraphState):

@@ -67,11 +67,18 @@ class History:
         version = version_of(weight)
         known = self.prints.get(weight)
         if known is None or known[0] != version:
-            flat = weight.detach().reshape(-1)
+            flat = dense(weight).detach().reshape(-1)
             sample = flat[:: max(1, flat.numel() // SAMPLES)][:SAMPLES].float().cpu().contiguous()
             known = version, zlib.crc32(sample.numpy().tobytes(), flat.numel())
             self.prints[weight] = known
         return known[1]
+
+
+def dense(weight: Tensor) -> Tensor:
+    """The weight, or the first inner tensor of a wrapper (a quantized weight has no view of its own)."""
+    while hasattr(weight, "__tensor_flatten__"):
+        weight = getattr(weight, weight.__tensor_flatten__()[0][0])
+    return weight
 
 
 def version_of(weight: Tensor) -> int:

@@ -40,6 +40,17 @@ with _quiet("torchao", "torch.utils._pytree"):
 
 aten = torch.ops.aten
 TOKENS = 2  # the token axis of [B, H, T, D]
+CODES = 2  # codes stand third in every layout's fields
+
+
+def _dynamic_tokens() -> dict:
+    """What torch._dynamo.maybe_mark_dynamic leaves on a tensor; copying it is 50 times quicker than calling it for every view."""
+    probe = torch.empty(1, 1, 1)
+    torch._dynamo.maybe_mark_dynamic(probe, TOKENS)
+    return dict(vars(probe))
+
+
+DYNAMIC_TOKENS = _dynamic_tokens()
 
 
 class Storage:
@@ -50,10 +61,11 @@ class Storage:
     owner   fingerprint of the projections that made the tokens, None if unknown
     """
 
-    __slots__ = ("layout", "buffers", "end", "prompt", "owner", "views")
+    __slots__ = ("layout", "text", "buffers", "rows", "device", "end", "prompt", "owner", "views")
 
     def __init__(self, layout: Layout, buffers: list[Tensor], end: int | None, prompt: int, owner: int | None):
         self.layout, self.buffers, self.end, self.prompt, self.owner = layout, buffers, end, prompt, owner
+        self.text, self.rows, self.device = str(layout), tuple(self.codes.shape[:2]), self.codes.device
         self.views: list[weakref.ref] = []
 
     def __getitem__(self, name: str) -> Tensor:
@@ -64,7 +76,11 @@ class Storage:
 
     @property
     def capacity(self) -> int:
-        return self["codes"].shape[2]
+        return self.codes.shape[2]
+
+    @property
+    def codes(self) -> Tensor:
+        return self.buffers[CODES]
 
     def map(self, fn, end: int | None = -1) -> Storage:
         """A new storage with fn(name, buffer) in place of every buffer."""
@@ -76,7 +92,7 @@ class Storage:
     def clone(self) -> Storage:
         return self.map(lambda name, buffer: buffer.clone())
 
-    def rows(self, index: Tensor) -> Storage:
+    def gather(self, index: Tensor) -> Storage:
         """Storage of the batch rows `index` [B'], gathered."""
         return self.map(lambda name, b: b.clone() if name == "state" else b.index_select(0, index.to(b.device)))
 
@@ -151,39 +167,41 @@ class PackedKV(TorchAOBaseTensor):
     tensor_data_names = ["codes"]
     tensor_attribute_names = ["layout_text"]
 
-    def __new__(cls, codes: Tensor, layout_text: str, storage: Storage | None = None, size=None, stride=None):
+    def __new__(cls, codes: Tensor, layout_text: str, size=None, stride=None):
         layout = Layout.parse(layout_text)
         size = torch.Size((*codes.shape[:3], layout.head_dim)) if size is None else size
         return torch.Tensor._make_wrapper_subclass(
             cls, size, strides=stride, dtype=layout.dtype, device=codes.device, requires_grad=False
         )
 
-    def __init__(self, codes: Tensor, layout_text: str, storage: Storage | None = None, size=None, stride=None):
-        self.codes, self.layout_text, self.storage = codes, layout_text, storage
-        self.traced, self.text_codes, self.static = ["codes"], None, False
-        if storage is not None:
-            self.static = storage.end is None
-            if storage.layout.text_bits:
-                self.traced, self.text_codes = ["codes", "text_codes"], storage["text_codes"]
-            if len(storage.views) > 8:
-                storage.views = [ref for ref in storage.views if ref() is not None]
-            storage.views.append(weakref.ref(self))
-            if storage.end is not None:  # a growing cache: its length is a symbol from the first decode step on
-                torch._dynamo.maybe_mark_dynamic(self, TOKENS)
+    def __init__(self, codes: Tensor, layout_text: str, size=None, stride=None):
+        """A tensor for tracing: codes bring the shapes, there are no other buffers behind it. `view_of` makes the real ones."""
+        self.codes, self.layout_text, self.storage = codes, layout_text, None
+        self.traced, self.text_codes, self.static, self.length = ["codes"], None, False, None
 
     @classmethod
     def view_of(cls, storage: Storage, length: int) -> PackedKV:
-        """The first `length` tokens of a storage."""
-        codes = storage["codes"]
-        size = torch.Size((codes.shape[0], codes.shape[1], length, storage.layout.head_dim))
-        return cls(codes, str(storage.layout), storage, size)
+        """The first `length` tokens of a storage. On the path of every decode step, so it does no more than it must."""
+        layout = storage.layout
+        size = (*storage.rows, length, layout.head_dim)
+        self = torch.Tensor._make_wrapper_subclass(cls, size, dtype=layout.dtype, device=storage.device)
+        self.codes, self.layout_text, self.storage, self.length = storage.codes, storage.text, storage, length
+        self.traced, self.text_codes, self.static = ["codes"], None, storage.end is None
+        if layout.text_bits:
+            self.traced, self.text_codes = ["codes", "text_codes"], storage["text_codes"]
+        if len(storage.views) > 8:
+            storage.views = [ref for ref in storage.views if ref() is not None]
+        storage.views.append(weakref.ref(self))
+        if not self.static:  # a growing cache: its length is a symbol from the first decode step on
+            self.__dict__.update(DYNAMIC_TOKENS)
+        return self
 
     def __tensor_flatten__(self):
         return self.traced, (self.layout_text, self.static)
 
     @classmethod
     def __tensor_unflatten__(cls, inner, context, outer_size, outer_stride):
-        out = cls(inner["codes"], context[0], None, outer_size, outer_stride)
+        out = cls(inner["codes"], context[0], outer_size, outer_stride)
         out.traced, out.static = list(inner), context[1]
         out.text_codes = inner.get("text_codes")
         return out
@@ -211,13 +229,27 @@ class PackedKV(TorchAOBaseTensor):
         storage = self._storage()
         return ops.dequantize(storage.buffers, self.shape[TOKENS], self.layout_text)
 
+    def unpack(self) -> Tensor:
+        """Turn this cache back to 16 bits for good, and return its plain tensor [B, H, T, D], which later writes go to.
+
+        For graphs that move tokens inside a static cache. The object stays a PackedKV, in the lossless layout.
+        """
+        if not self.layout_of.lossless:
+            layout = Layout(self.shape[-1], self.dtype)
+            plain = self.dequantize().contiguous()
+            old = self.storage
+            buffers = [old["state"], old["classes"], plain]
+            self.storage = Storage(layout, buffers, old.end, old.prompt, old.owner)
+            self.codes, self.layout_text, self.traced, self.text_codes = plain, str(layout), ["codes"], None
+        return self.storage.codes[:, :, : self.shape[TOKENS]]
+
     def classes(self) -> Tensor:
         """[B, T] uint8, indices into akvq_fx.kernels.layout.CLASS_NAMES."""
         return self._storage()["classes"][:, : self.shape[TOKENS]]
 
     def writable(self, extra: int, step: int) -> Storage:
         """The storage, fit to take `extra` tokens after this view's last: a copy if a longer view is still alive elsewhere."""
-        storage, length = self._storage(), self.shape[TOKENS]
+        storage, length = self._storage(), self.length
         if storage.end is None:
             return storage
         if length < storage.end:
@@ -248,9 +280,7 @@ class PackedKV(TorchAOBaseTensor):
 
     def __deepcopy__(self, memo) -> PackedKV:
         """A clone: torch's own would copy `storage` with the list of the original's views, not knowing the copy."""
-        if id(self) not in memo:
-            memo[id(self)] = self.clone()
-        return memo[id(self)]
+        return self.clone()
 
     def __reduce_ex__(self, protocol):
         s = self._storage()
@@ -264,7 +294,8 @@ class PackedKV(TorchAOBaseTensor):
             result = handler(func, types, args, kwargs)
             if result is not NotImplemented:
                 return result
-        return _through_dequantize(func, args, kwargs)
+        result = func.decompose(*args, **kwargs)  # composite ops come whole in inference mode
+        return _through_dequantize(func, args, kwargs) if result is NotImplemented else result
 
     @staticmethod
     def save(caches: dict[str, PackedKV], path) -> None:
@@ -327,15 +358,15 @@ def _resized(packed: PackedKV, length) -> PackedKV:
     """The same tokens, another length: a shape-only tensor while tracing, a view of the storage otherwise."""
     if packed.storage is None:
         size = torch.Size((packed.shape[0], packed.shape[1], length, packed.shape[3]))
-        return PackedKV(packed.codes, packed.layout_text, None, size)
+        return PackedKV(packed.codes, packed.layout_text, size)
     return PackedKV.view_of(packed.storage, length)
 
 
 def _rowwise(packed: PackedKV, index: Tensor) -> PackedKV:
     if packed.storage is None:
         size = torch.Size((index.shape[0], *packed.shape[1:]))
-        return PackedKV(packed.codes.index_select(0, index), packed.layout_text, None, size)
-    storage = packed.storage.rows(index)
+        return PackedKV(packed.codes.index_select(0, index), packed.layout_text, size)
+    storage = packed.storage.gather(index)
     storage.mark_dynamic()
     return PackedKV.view_of(storage, packed.shape[TOKENS])
 
@@ -343,7 +374,7 @@ def _rowwise(packed: PackedKV, index: Tensor) -> PackedKV:
 implements = PackedKV.implements
 
 
-@implements([aten.detach.default, aten.alias.default, aten.lift_fresh.default])
+@implements([aten.detach.default, aten.alias.default, aten.lift_fresh.default, aten.contiguous.default])
 def _(func, types, args, kwargs):
     return _resized(args[0], args[0].shape[TOKENS])
 
@@ -366,6 +397,11 @@ def _(func, types, args, kwargs):
     moved = packed.storage.map(lambda name, b: b.to(device, non_blocking=kwargs.get("non_blocking", False), copy=True))
     moved.mark_dynamic()
     return PackedKV.view_of(moved, packed.shape[TOKENS])
+
+
+@implements([aten.to.dtype_layout])
+def _(func, types, args, kwargs):
+    return NotImplemented  # composite, met in inference mode only; torchao's would drop the storage
 
 
 @implements([aten.cat.default])
@@ -470,6 +506,19 @@ def _(func, types, args, kwargs):
 @PackedKV.implements_torch_function([torch.Tensor.contiguous])
 def _(func, types, args, kwargs):
     return args[0]  # torchao's would drop the storage, and the length for the capacity
+
+
+@PackedKV.implements_torch_function([
+    torch.Tensor.__getitem__, torch.Tensor.detach, torch.detach, torch.Tensor.narrow, torch.narrow,
+    torch.Tensor.split, torch.split, torch.Tensor.chunk, torch.chunk,
+])  # fmt: skip
+def _(func, types, args, kwargs):
+    """Not as autograd's view, whose `_base` would keep the longer view alive: a crop would be copied, rows would stay."""
+    with torch._C.DisableTorchFunctionSubclass():
+        if torch.compiler.is_compiling():
+            return func(*args, **kwargs)
+        with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)):
+            return func(*args, **kwargs)
 
 
 @PackedKV.implements_torch_function([torch.Tensor.__setitem__])

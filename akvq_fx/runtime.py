@@ -11,7 +11,7 @@ import torch
 
 from akvq_fx import vision_carry
 from akvq_fx.folding import HISTORY, Folded, version_of
-from akvq_fx.packed_kv import TOKENS, PackedKV, Storage
+from akvq_fx.packed_kv import PackedKV, Storage
 from akvq_fx.passes.state import Appended, Packed, Program
 
 
@@ -34,7 +34,11 @@ class Runtime:
         if self.starts_call and program.vision is None or program.packed:
             vision_carry.put(None)
         storages = self.open(args)
-        inputs = [args[i] if type(i) is int else storages[i[0]][i[1]] for i in program.inputs]
+        if program.unpacked:
+            args = list(args)
+            for i in program.unpacked:
+                args[i] = args[i].unpack()
+        inputs = [args[i] if type(i) is int else storages[i[0]].buffers[i[1]] for i in program.inputs]
         if program.vision == "take":
             batch, tokens = (size(args) for size in program.vision_size)
             inputs.insert(self.vision_slot(), vision_carry.take(batch, tokens, self.device(args)))
@@ -49,16 +53,16 @@ class Runtime:
 
     def know_weights(self, args) -> None:
         """Fold what a prompt's graph needs folded, and know whose tokens are whose; skipped while the weights are the same."""
-        versions = [(ref(), version) for ref, version in self.seen]
-        if len(versions) == len(self.watched) and all(
-            known is args[i] and version == version_of(args[i])
-            for i, (known, version) in zip(self.watched, versions, strict=True)
-        ):
-            return
+        for i, known, version in self.seen:
+            if known() is not args[i] or version != version_of(args[i]):
+                break
+        else:
+            if self.seen or not self.watched:
+                return
         for fold in self.program.folds:
             bias = None if fold.value_bias is None else args[fold.value_bias]
             HISTORY.fold(args[fold.value_weight], Folded(bias, args[fold.output_weight], fold.rows, fold.columns))
-        self.seen = [(weakref.ref(args[i]), version_of(args[i])) for i in self.watched]
+        self.seen = [(i, weakref.ref(args[i]), version_of(args[i])) for i in self.watched]
         pairs = {*self.program.owners.values(), *(o.owner for o in self.program.outputs if isinstance(o, Packed))}
         self.owner = {pair: None if None in pair else hash(tuple(HISTORY.fingerprint(args[i]) for i in pair)) for pair in pairs}
         if self.on_weights is not None:
@@ -88,7 +92,7 @@ class Runtime:
 
     def close(self, args, storages, results) -> tuple:
         for position, tokens in self.program.appends:
-            storages[position].end = args[position].shape[TOKENS] + tokens(args)
+            storages[position].end = args[position].length + tokens(args)
         for position, tokens in self.program.placed:
             storage = storages[position]
             if storage.layout.text_bits and storage.prompt == 0:

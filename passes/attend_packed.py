@@ -13,7 +13,7 @@ import torch
 
 from akvq_fx.kernels import attend  # noqa: F401 - registers the op
 from akvq_fx.passes.pack_caches import positions
-from akvq_fx.passes.patterns.nodes import shape, value
+from akvq_fx.passes.patterns.nodes import value
 from akvq_fx.passes.patterns.site import Site
 from akvq_fx.passes.state import GraphState, is_single_token
 from akvq_fx.report import PassReport
@@ -40,7 +40,7 @@ def rewrite(state: GraphState, site: Site, key, val) -> None:
     attention = site.attention
     old = attention.node
     with state.before(old):
-        length = state.size_node(shape(site.key.whole)[2])
+        length = state.size_node(site.length)
         fresh = (None, None, None)
         if site.packed and site.key.new is not None and not is_single_token(site.key):
             fresh = (site.key.new, site.value.new, positions(state, site.key, site.key.new))

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch.fx import Node
 
 from akvq_fx.passes.patterns.attention import ARGUMENTS, is_attention
-from akvq_fx.passes.patterns.cache_write import is_packed
+from akvq_fx.passes.patterns.cache_write import ALLOCATIONS, is_packed
 from akvq_fx.passes.patterns.nodes import argument, is_tensor, op, same_size, shape, value
 from akvq_fx.passes.state import GraphState
 from akvq_fx.report import PassReport
@@ -33,6 +33,7 @@ def canonicalize(state: GraphState) -> PassReport:
                 target, new = node.args[0], node.args[2]
                 copy = state.graph.call_method("index_copy_", (target, 2, at, new))
                 copy.meta = {**node.meta, "example_value": value(target)}
+            state.effects.add(copy)  # it has no readers either
             node.replace_all_uses_with(copy)
             state.graph.erase_node(node)
             report.match(copy.name)
@@ -47,7 +48,7 @@ def token_index(node: Node) -> Node | None:
     at, rest = index[2], (*index[:2], *index[3:])
     exact = (
         # elsewhere a position may be negative, which index_copy_ does not take (sliding windows write at -1)
-        (is_packed(target) or op(target) in ("zeros", "new_zeros"))
+        (is_packed(target) or op(target) in ALLOCATIONS)
         and all(i == slice(None) for i in rest)
         and is_tensor(at)
         and len(shape(at)) == 1

@@ -40,13 +40,12 @@ def clean_up(state: GraphState) -> PassReport:
     state.graph.output_node().args = (tuple(results),)
     state.graph.eliminate_dead_code(lambda n: n in state.effects or n.is_impure())
     for node in state.placeholders:
-        if is_packed(node):
+        if is_packed(node) and state.position[node] not in program.unpacked:
             program.packed.append(state.position[node])
             if node.users:
                 raise AssertionError(f"akvq: {node.name} is still read by {list(node.users)}")
             state.graph.erase_node(node)
-    bound = {n: (state.position[past], name) for past, b in state.buffers.items() for n, name in
-             zip(b.nodes, b.layout.fields, strict=True)}  # fmt: skip
+    bound = {n: (state.position[past], i) for past, b in state.buffers.items() for i, n in enumerate(b.nodes)}
     for node in state.graph.nodes:
         if node.op == "placeholder" and str(node.target) != "vision_tokens":
             program.inputs.append(state.position[node] if node in state.position else bound[node])

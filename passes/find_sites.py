@@ -12,19 +12,14 @@ from __future__ import annotations
 from torch.fx import Node
 
 from akvq_fx.kernels.layout import DTYPE_NAMES
-from akvq_fx.passes.patterns.attention import attention_of, is_attention, ungrouped
-from akvq_fx.passes.patterns.cache_write import CacheWrite, cache_like, cache_write_of
+from akvq_fx.passes.patterns.attention import attention_of, is_attention, prefix_of, ungrouped
+from akvq_fx.passes.patterns.cache_write import ALLOCATIONS, STATIC_PLAIN, CacheWrite, cache_like, cache_write_of
 from akvq_fx.passes.patterns.nodes import NoMatch, op, same_size, shape, value
 from akvq_fx.passes.patterns.projection import weight_behind
 from akvq_fx.passes.patterns.rope import rope_of
 from akvq_fx.passes.patterns.site import Site, layer_of
 from akvq_fx.passes.state import GraphState
 from akvq_fx.report import PassReport
-
-STATIC_PLAIN = (
-    "16-bit buffers that the caller owns are written in place and cannot be exchanged from inside a graph; "
-    "compile the prompt's forward too (model.compile), or use a growing cache"
-)
 
 
 def find_sites(state: GraphState) -> PassReport:
@@ -46,7 +41,7 @@ def find_sites(state: GraphState) -> PassReport:
         whole = None
         try:
             attention = attention_of(node)
-            whole, value_whole = ungrouped(attention.key), ungrouped(attention.value)
+            (whole, length), (value_whole, value_length) = read_from(attention.key), read_from(attention.value)
             refused[whole] = refused[value_whole] = None
             key = writes.get(whole) or cache_write_of(whole)
             val = writes.get(value_whole) or cache_write_of(value_whole)
@@ -54,7 +49,7 @@ def find_sites(state: GraphState) -> PassReport:
                 del refused[whole]
                 refused.pop(value_whole, None)
                 continue
-            check(attention, key, val)
+            check(attention, key, val, length, value_length)
         except NoMatch as miss:
             refuse(node, miss, whole)
             continue
@@ -64,7 +59,7 @@ def find_sites(state: GraphState) -> PassReport:
             weights = weight_behind(attention.query), None
         layer, label = layer_of(weights[0], len(state.sites))
         rope = rope_of(key.new) if key.new is not None else "read only"
-        site = Site(attention, key, val, layer, label, rope, weights=weights if key.kind != "read" else (None, None))
+        site = Site(attention, key, val, length, layer, label, rope, weights=weights if key.kind != "read" else (None, None))
         state.sites.append(site)
         report.match(site)
     pending = [(n, why) for n, why in cache_like(state.graph) if n not in writes and n not in refused]
@@ -73,7 +68,15 @@ def find_sites(state: GraphState) -> PassReport:
     return report
 
 
-def check(attention, key: CacheWrite | None, val: CacheWrite | None) -> None:
+def read_from(argument: Node) -> tuple[Node, object]:
+    """The cache behind an attention argument, and how many of its tokens attention sees."""
+    node = ungrouped(argument)
+    cut, length = prefix_of(node)
+    static = op(cut) in ("placeholder", *ALLOCATIONS)
+    return (ungrouped(cut), length) if static else (node, shape(node)[2] if len(shape(node)) == 4 else None)
+
+
+def check(attention, key: CacheWrite | None, val: CacheWrite | None, length, value_length) -> None:
     """Raises NoMatch where keys and values do not make one packable cache."""
     if key is None or val is None:
         what, which = ("keys", attention.key) if key is None else ("values", attention.value)
@@ -103,7 +106,9 @@ def check(attention, key: CacheWrite | None, val: CacheWrite | None) -> None:
         raise NoMatch("keys and values differ in length", attention.node)
     if shape(attention.query)[0] != shape(key.whole)[0]:
         raise NoMatch("the query's batch is not the cache's", attention.node)
-    if key.static and attention.mask is None:
+    if key.static and not same_size(length, value_length):
+        raise NoMatch("attention sees more of the keys than of the values", attention.node)
+    if key.static and attention.mask is None and same_size(length, shape(key.whole)[2]):
         raise NoMatch("a static cache is read without a mask: unwritten slots would be attended to", attention.node)
 
 

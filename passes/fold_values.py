@@ -82,7 +82,9 @@ def fold_of(state: GraphState, site: Site) -> Fold:
 
 def row_map(chain, site: Site) -> Tensor:
     """[H, D] int64: the output feature of the linear that becomes channel d of head h of the cached values."""
-    B, q, features = (int(s) for s in shape(chain.linear))
+    if len(shape(chain.linear)) != 3:
+        raise NoMatch(f"the value projection gives {len(shape(chain.linear))} axes, accepted: [B, T, features]", chain.linear)
+    B, q, features = concrete_sizes(shape(chain.linear))
     heads, dim = shape(site.value.whole)[1], shape(site.value.whole)[3]
     numbers = torch.arange(features).expand(B, q, features)
     tokens = torch.arange(q)[None, :, None].expand(B, q, features)
@@ -95,7 +97,7 @@ def row_map(chain, site: Site) -> Tensor:
 
 def column_map(chain, site: Site) -> Tensor:
     """[Hq, D] int64: the input feature of the output projection that takes channel d of query head h."""
-    B, heads, q, dim = (int(s) for s in shape(site.attention.node))
+    B, heads, q, dim = concrete_sizes(shape(site.attention.node))
     numbers = torch.arange(heads * dim).view(1, heads, 1, dim).expand(B, heads, q, dim)
     tokens = torch.arange(q)[None, None, :, None].expand(B, heads, q, dim)
     moved, order = (push(x, site.attention.node, chain.moves) for x in (numbers, tokens))
@@ -135,6 +137,7 @@ def concrete(node: Node):
 
 
 def concrete_sizes(args):
+    """Sizes as numbers; int() of a symbol would make dynamo compile for that number alone."""
     hint = lambda x: x.node.hint if isinstance(x, torch.SymInt) else x
     args = torch.utils._pytree.tree_map(hint, args)
     # a cast keeps indices what they are

@@ -3,8 +3,8 @@
 Before   whole = cat([packed, new], 2); anything(whole)     After   append(buffers, new, at); anything(dequantize(buffers))
 Needs    attend_packed                                      Leaves  numbers equal to the dequantized cache's
 
-Only for caches that an earlier graph packed. The copy lives for the layer that reads it. A packed cache that this graph would
-overwrite in another way is refused: codes cannot take it.
+Only for caches that an earlier graph packed. The copy lives for the layer that reads it. A packed cache that this graph overwrites
+in another way goes back to 16 bits: codes cannot take it, and no token is quantized twice.
 """
 
 from __future__ import annotations
@@ -92,12 +92,10 @@ def read_rest(state: GraphState, past, report: PassReport) -> None:
     """What still reads the packed placeholder itself: static caches and read-only ones without a matched attention."""
     users = [u for u in past.users if op(u) != "output" and not is_growth(u, past)]
     writes = [u for u in users if op(u) == "index_copy_" and u.args[0] is past]
-    for u in users:
-        if is_mutation(u, past) and u not in writes:
-            raise ValueError(
-                f"akvq: the graph overwrites the packed cache {past.name} by {op(u)} (node {u.name}); codes accept cat, index_copy_ and "
-                "x[:, :, at] = new. Keep this cache at 16 bits: options={'body_bits': 16}, or a cache without a sliding window"
-            )
+    overwrites = [u for u in users if is_mutation(u, past) and u not in writes]
+    if overwrites:
+        unpack(state, past, overwrites[0], report)
+        return
     for write in writes:
         matched = any("append" in op(n) for n, _ in state.stored_uses.get(past, []))
         if not matched:
@@ -118,6 +116,17 @@ def read_rest(state: GraphState, past, report: PassReport) -> None:
         report.miss(past.name, f"read by {op(first)}: dequantized for it", first)
     if past in outputs(state.graph):
         state.appended[past] = Appended(state.position[past])
+
+
+def unpack(state: GraphState, past, write, report: PassReport) -> None:
+    """The graph moves tokens inside a static cache (a full sliding window rolls): codes would have to be quantized again.
+
+    The runtime turns the cache back to 16 bits, once, before this graph first runs; the graph then reads and writes it as it is.
+    """
+    if past in state.buffers:
+        raise AssertionError(f"akvq: {past.name} is both packed and overwritten by {op(write)}")
+    state.program.unpacked.append(state.position[past])
+    report.miss(past.name, f"overwritten by {op(write)}: back to 16 bits", write)
 
 
 def reaches_output(node) -> bool:

@@ -61,22 +61,24 @@ class Fold:
 class Program:
     """How to call the rewritten graph with the arguments of the original one.
 
-    inputs    per placeholder: an argument's position, or (position, field) of a PackedKV's buffer
+    inputs    per placeholder: an argument's position, or (position, number) of a PackedKV's buffer
     outputs   per original output: None for "as it comes", Packed or Appended
     appends   per PackedKV argument that grows: (position, tokens)
     placed    per static PackedKV argument that is written: (position, tokens)
-    packed    positions of all PackedKV arguments
+    packed    positions of all PackedKV arguments that the graph takes as buffers
+    unpacked  positions of PackedKV arguments that the graph takes as plain tensors
     owners    per PackedKV argument: positions of the key and value weights that make its tokens
     folds     value weights to rotate before a prompt runs
     vision    "make": the last output is the vision mask of this call; "take": the last input is, of vision_size tokens
     plain     (value weight, label) of 16-bit caches that are packed on first contact
     """
 
-    inputs: list[int | tuple[int, str]] = field(default_factory=list)
+    inputs: list[int | tuple[int, int]] = field(default_factory=list)
     outputs: list[None | Packed | Appended] = field(default_factory=list)
     appends: list[tuple[int, Size]] = field(default_factory=list)
     placed: list[tuple[int, Size]] = field(default_factory=list)
     packed: list[int] = field(default_factory=list)
+    unpacked: list[int] = field(default_factory=list)
     owners: dict[int, tuple[int | None, int | None]] = field(default_factory=dict)
     folds: list[Fold] = field(default_factory=list)
     vision: str | None = None

@@ -6,6 +6,7 @@ A spelling overrides one step of `Attention`, so a mix of spellings is a class t
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +23,6 @@ class Attention(nn.Module):
 
     heads, kv_heads, dim = 4, 2, 16
     bias = False
-    dropout = 0.0
 
     def __init__(self):
         super().__init__()
@@ -60,7 +60,7 @@ class Attention(nn.Module):
     def start(self, x):
         return torch.empty(x.shape[0], self.kv_heads, 0, self.dim, dtype=x.dtype)
 
-    def write(self, past, k, v):
+    def write(self, past, k, v, at):
         past = (self.start(k), self.start(v)) if past is None else past
         k, v = torch.cat([past[0], k], dim=-2), torch.cat([past[1], v], dim=-2)
         return k, v, (k, v)
@@ -78,10 +78,8 @@ class Attention(nn.Module):
         return seen(at, total, padding)
 
     def attend(self, q, k, v, mask):
-        causal = mask is None and q.shape[2] > 1
-        return F.scaled_dot_product_attention(
-            q, self.group(k), self.group(v), attn_mask=mask, dropout_p=self.dropout, is_causal=causal
-        )
+        causal = whole_prompt(q, mask)
+        return F.scaled_dot_product_attention(q, self.group(k), self.group(v), attn_mask=mask, is_causal=causal)
 
     def merge_heads(self, y):
         return y.transpose(1, 2).reshape(y.shape[0], y.shape[2], -1)
@@ -95,8 +93,15 @@ class Attention(nn.Module):
         q, k = self.rope(q, at), self.rope(k, at)
         q, k = self.norm_after(q), self.norm_after(k)
         mask = self.mask(at, total, padding, past, x.dtype)
-        k, v, kept = self.write(past, k, v)
+        k, v, kept = self.write(past, k, v, at)
         return self.output(self.attend(q, k, v, mask), x), kept
+
+
+def whole_prompt(q: Tensor, mask: Tensor | None) -> bool:
+    """is_causal of an attention call, decided by a branch: a symbolic bool is no argument of attention."""
+    if q.shape[2] == 1:
+        return False
+    return mask is None
 
 
 def angles(at: Tensor, dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -121,7 +126,7 @@ def seen(at: Tensor, total, padding: Tensor | None) -> Tensor:
 class CatTuple(Attention):
     """cat((past, new), dim=2): packed."""
 
-    def write(self, past, k, v):
+    def write(self, past, k, v, at):
         past = (self.start(k), self.start(v)) if past is None else past
         k, v = torch.cat((past[0], k), dim=2), torch.cat((past[1], v), dim=2)
         return k, v, (k, v)
@@ -130,7 +135,7 @@ class CatTuple(Attention):
 class Concat(Attention):
     """torch.concat under its other name: packed."""
 
-    def write(self, past, k, v):
+    def write(self, past, k, v, at):
         past = (self.start(k), self.start(v)) if past is None else past
         k, v = torch.concat([past[0], k], dim=2), torch.concat([past[1], v], dim=-2)
         return k, v, (k, v)
@@ -146,7 +151,7 @@ class FlatStart(Attention):
 class Direct(Attention):
     """The first prompt's keys are returned as they are, no cat: packed."""
 
-    def write(self, past, k, v):
+    def write(self, past, k, v, at):
         if past is not None:
             k, v = torch.cat((past[0], k), dim=2), torch.cat((past[1], v), dim=2)
         return k, v, (k, v)
@@ -157,30 +162,29 @@ class StaticIndexCopy(Attention):
 
     slots = 16
 
-    def write(self, past, k, v):
+    def write(self, past, k, v, at):
         if past is None:
             shape = (k.shape[0], self.kv_heads, self.slots, self.dim)
             past = torch.zeros(shape, dtype=k.dtype), torch.zeros(shape, dtype=v.dtype)
-        self.put(past[0], k)
-        self.put(past[1], v)
+        self.put(past[0], at, k)
+        self.put(past[1], at, v)
         return past[0], past[1], past
 
-    def put(self, cache, new):
-        cache.index_copy_(2, self.at, new)
+    def put(self, cache, at, new):
+        cache.index_copy_(2, at, new)
 
     def mask(self, at, total, padding, past, dtype):
         return seen(at, total, padding)
 
     def forward(self, x, past, at, total, padding):
-        self.at = at
         return super().forward(x, past, at, self.slots, padding)
 
 
 class StaticSetItem(StaticIndexCopy):
     """zeros allocated in the prompt's graph, x[:, :, at] = new: packed."""
 
-    def put(self, cache, new):
-        cache[:, :, self.at] = new
+    def put(self, cache, at, new):
+        cache[:, :, at] = new
 
 
 # grouped queries
@@ -204,7 +208,7 @@ class EnableGqa(Attention):
     """enable_gqa=True, nothing expanded: packed."""
 
     def attend(self, q, k, v, mask):
-        causal = mask is None and q.shape[2] > 1
+        causal = whole_prompt(q, mask)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=True)
 
 
@@ -436,7 +440,51 @@ class UsedElsewhere(Attention):
     """The output weight feeds another linear of the graph: packed, the values turn online."""
 
     def output(self, y, x):
-        return super().output(y, x) + F.linear(self.merge_heads(y).tanh(), self.o_proj.weight)
+        return super().output(y, x) + F.linear(self.q_proj(x).tanh(), self.o_proj.weight)
+
+
+class OutputUsedTwice(Attention):
+    """The attention output goes to the projection and past it: packed, the values turn online."""
+
+    def output(self, y, x):
+        return super().output(y, x) + y.mean(dim=(1, 3))[..., None]
+
+
+class FlatTokens(Attention):
+    """Projections see [B * T, E]: packed, the values turn online."""
+
+    def project(self, x):
+        B, T, _ = x.shape
+        flat = x.reshape(B * T, -1)
+        fold = lambda y, count: y.view(B, T, count, self.dim).transpose(1, 2)
+        return (
+            fold(self.q_proj(flat), self.heads),
+            fold(self.k_proj(flat), self.kv_heads),
+            fold(self.v_proj(flat), self.kv_heads),
+        )
+
+
+class FlatOutput(Attention):
+    """The output projection sees [B * T, E]: packed, the values turn online."""
+
+    def output(self, y, x):
+        return self.o_proj(self.merge_heads(y).reshape(-1, self.heads * self.dim)).view(x.shape)
+
+
+class ScaledValues(Attention):
+    """The values are scaled between their projection and the cache: packed, the values turn online."""
+
+    def project(self, x):
+        q, k, v = super().project(x)
+        return q, k, v * 0.5
+
+
+class TransposedWeight(Attention):
+    """x @ weight.T instead of a linear: packed, the values turn online."""
+
+    def project(self, x):
+        q, k, _ = super().project(x)
+        return q, k, self.split_heads(x @ self.v_proj.weight.T, self.kv_heads)
 
 
 # left at 16 bits
@@ -445,8 +493,8 @@ class UsedElsewhere(Attention):
 class SlidingSlice(Attention):
     """The cache keeps a slice of what attention reads: left alone."""
 
-    def write(self, past, k, v):
-        k, v, _ = super().write(past, k, v)
+    def write(self, past, k, v, at):
+        k, v, _ = super().write(past, k, v, at)
         return k, v, (k[:, :, -4:], v[:, :, -4:])
 
     def mask(self, at, total, padding, past, dtype):
@@ -483,7 +531,9 @@ class Latent(Attention):
 class Dropout(Attention):
     """dropout_p > 0: left alone."""
 
-    dropout = 0.5
+    def attend(self, q, k, v, mask):
+        causal = whole_prompt(q, mask)
+        return F.scaled_dot_product_attention(q, self.group(k), self.group(v), mask, dropout_p=0.5, is_causal=causal)
 
 
 class Dim12(Attention):
@@ -495,7 +545,7 @@ class Dim12(Attention):
 class IntegerCache(Attention):
     """The caller quantizes its cache already: left alone."""
 
-    def write(self, past, k, v):
+    def write(self, past, k, v, at):
         k, v = ((x * 32).round().clamp(-127, 127).to(torch.int8) for x in (k, v))
         past = (k[:, :, :0], v[:, :, :0]) if past is None else past
         k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)
@@ -517,9 +567,9 @@ class Buffers(StaticIndexCopy):
         self.register_buffer("k_cache", torch.zeros(2, self.kv_heads, self.slots, self.dim))
         self.register_buffer("v_cache", torch.zeros(2, self.kv_heads, self.slots, self.dim))
 
-    def write(self, past, k, v):
-        self.k_cache[:, :, self.at] = k
-        self.v_cache[:, :, self.at] = v
+    def write(self, past, k, v, at):
+        self.k_cache[:, :, at] = k
+        self.v_cache[:, :, at] = v
         return self.k_cache, self.v_cache, None
 
 
@@ -596,9 +646,9 @@ class CrossDecoder(Decoder):
         x, kept = self.embed(tokens), []
         for i, layer in enumerate(self.layers):
             part = layer.attention
-            q, k, v = part.project(x)
+            q = part.split_heads(part.q_proj(x), part.heads)
             if cache is None:
-                _, k, v = part.project(memory)
+                k, v = (part.split_heads(p(memory), part.kv_heads) for p in (part.k_proj, part.v_proj))
             else:
                 k, v = cache[i]
             kept.append((k, v))
@@ -626,7 +676,8 @@ def plain_read(q, k, v):
 
 def mixed(*spellings: type[Attention], **fields) -> type[Attention]:
     """One attention class of several spellings."""
-    return type("And".join(c.__name__ for c in spellings) or "Attention", (*spellings, Attention), fields)
+    bases = [c for c in dict.fromkeys(spellings) if c is not Attention]
+    return type("And".join(c.__name__ for c in bases) or "Attention", (*bases, Attention), fields)
 
 
 @dataclasses.dataclass
@@ -687,3 +738,39 @@ def roll(model, batch: int = 2, prompt: int = 6, steps: int = 3, chunk: int = 0,
             out, cache = model(ids[:, a:b], cache, padding, torch.arange(a, b) if static else None)
             logits.append(out)
     return logits, cache
+
+
+@dataclasses.dataclass
+class Evidence:
+    """What one model did, eager and compiled, on the same tokens."""
+
+    model: nn.Module
+    eager: list[Tensor]
+    compiled: list[Tensor]
+    cache: object
+    captures: list[Capture]
+
+    @property
+    def error(self) -> float:
+        return max((a - b).abs().max().item() for a, b in zip(self.eager, self.compiled, strict=True))
+
+
+def evidence(model: nn.Module, options: dict | None = None, **schedule) -> Evidence:
+    """roll the model before it is compiled, then compiled; attention dropout draws the same numbers in both."""
+    torch.manual_seed(0)
+    eager, _ = roll(model, **schedule)
+    torch._dynamo.reset()
+    spy = Spy(**(options or {}))
+    run = torch.compile(model, backend=spy)
+    torch.manual_seed(0)
+    logits, cache = roll(run, **schedule)
+    return Evidence(model, eager, logits, cache, spy.captures)
+
+
+LOSSLESS = {"body_bits": 16}
+
+
+@functools.cache
+def lossless(attention: type[Attention]) -> Evidence:
+    """One decoder layer of this spelling, carried without rotation or quantization; shared by the tests."""
+    return evidence(Decoder(attention), LOSSLESS)

@@ -1,4 +1,4 @@
-"""PackedKV: acts on codes as a plain tensor acts on elements, keeps its tokens apart from other views, warns when it cannot."""
+"""PackedKV acts on codes as a plain tensor on elements, keeps views apart, says when it reads through dequantize."""
 
 import copy
 import io
@@ -8,16 +8,27 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from akvq_fx import packed_kv
 from akvq_fx.kernels import cache as ops
 from akvq_fx.kernels.layout import PADDING, STATE_TEXT, TEXT, VISION, Layout
 from akvq_fx.kernels.quantizer import dequantize, quantize
-from akvq_fx.packed_kv import PackedKV, Storage
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers.cache_utils import DynamicCache, StaticLayer
 
-from tests.kernel_cases import LAYOUTS, assert_caches_same, assert_same, case_of, cases, f16, f32, randn, seeds
+from akvq_fx import packed_kv
+from akvq_fx.packed_kv import PackedKV, Storage
+from tests.kernel_cases import (
+    LAYOUTS,
+    assert_caches_same,
+    assert_close,
+    assert_same,
+    case_of,
+    cases,
+    f16,
+    f32,
+    randn,
+    seeds,
+)
 
 some = settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 every_layout = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
@@ -54,7 +65,12 @@ def assert_reads(name: str, expected: torch.Tensor, x: PackedKV) -> None:
     assert type(x) is PackedKV, f"{name}: got {type(x).__name__}"
     assert x.codes.dtype == (x.layout_of.dtype if x.layout_of.lossless else torch.int16)
     assert x.dtype == expected.dtype
-    assert_same(name, expected, x.dequantize())
+    if expected.numel() and (
+        x.layout_of.rotated or x.layout_of.affine
+    ):  # H is a matrix product, whose last bit depends on the number of rows
+        assert_close(name, expected, x.dequantize())
+    else:
+        assert_same(name, expected, x.dequantize())
 
 
 def through_torch_save(x):
@@ -119,6 +135,8 @@ def test_row_ops_move_codes(op, case):
     before = x.dequantize()
     y = on_codes(op, x)
     assert_reads("rows", op(before), y)
+    with torch.inference_mode():
+        assert_reads("rows in inference mode", op(before), on_codes(op, x))
     new = tokens_for(x, 3)
     assert_reads("rows, then append", op(x.append(new).dequantize()), y.append(op(new)))
 
@@ -132,6 +150,8 @@ def test_copies_hold_the_same_tokens(op, case, owner):
     y = on_codes(op, x)
     assert_reads("copy", before, y)
     assert (y.storage.owner, y.storage.end, y.storage.prompt) == (owner, case.length, case.length)
+    with torch.inference_mode():
+        assert_reads("copy in inference mode", before, on_codes(op, x))
     expected = packed_of(case).append(new).dequantize()
     assert_reads("copy, then append", expected, y.append(new))
 
@@ -160,6 +180,16 @@ def test_copies_are_known_to_their_storage(op):
     assert_reads("the copy, cropped and continued elsewhere", before, y)
 
 
+@pytest.mark.parametrize("op", SAME_OPS.values(), ids=SAME_OPS)
+def test_continuing_a_copy_leaves_the_original(op):
+    x = packed_of(case_of(LAYOUTS["2bit"]))
+    before = x.dequantize()
+    y = op(x)
+    y = y[:, :, :4]
+    y.append(tokens_for(y, 9))
+    assert_reads("the original", before, x)
+
+
 def test_deepcopy_of_shared_references_keeps_them_shared():
     x = packed_of(case_of(LAYOUTS["2bit"]))
     first, second = copy.deepcopy([x, x])
@@ -174,6 +204,8 @@ def test_crop_is_a_length(crop, case, data):
     n = data.draw(st.integers(0, case.length), label="kept")
     y = on_codes(crop, x, n)
     assert_reads("crop", x.dequantize()[:, :, :n], y)
+    with torch.inference_mode():
+        assert_reads("crop in inference mode", x.dequantize()[:, :, :n], on_codes(crop, x, n))
     assert y.codes.data_ptr() == x.codes.data_ptr()
 
 
@@ -305,10 +337,10 @@ def test_growth_keeps_everything(layout):
     assert_same("codes", fresh["codes"][:, :, 20:], y.storage["codes"][:, :, 20:])
 
 
-def tsa_case(B=3, T=10, capacity=16):
-    """Rows with 4, 2 and no text tokens."""
-    case = case_of(TSA, B=B, T=T, capacity=capacity)
-    case.classes = torch.full((B, T), VISION, dtype=torch.uint8)
+def tsa_case(capacity=16):
+    """Ten tokens; rows with 4, 2 and no text tokens."""
+    case = case_of(TSA, B=3, T=10, capacity=capacity)
+    case.classes = torch.full((3, 10), VISION, dtype=torch.uint8)
     case.classes[0, [0, 3, 4, 9]] = TEXT
     case.classes[1, [2, 8]] = TEXT
     case.classes[2, :2] = PADDING
@@ -340,6 +372,8 @@ def test_text_after_crop_and_append(kept):
     recent = slice(stored.shape[2] - TSA.window, None)
     due[:, :, recent] = exact[:, :, recent]
     assert_same("tokens", due, x.dequantize())
+    for at in x.storage["text_at"]:
+        assert len(at[at >= 0].unique()) == (at >= 0).sum(), f"a position has two text slots: {at.tolist()}"
     assert x.storage.prompt == min(kept, 10)
 
 
@@ -353,19 +387,21 @@ def test_crop_within_the_answer_does_not_compact():
 
 
 def test_batch_cat_of_compactions():
-    """Two prompts of one text slot offset: a crop between their lengths must not land on a kept slot."""
-    a, b = tsa_case(B=1), tsa_case(B=1)
-    a.classes[:] = b.classes[:] = VISION
-    a.classes[0, 0] = TEXT
-    b.classes[0, [0, 1, 2, 3]] = TEXT
-    first, second = packed_of(a)[:, :, :7], packed_of(b)
-    first = first.append(tokens_for(first, 3))
-    assert int(first.storage["state"][STATE_TEXT]) == int(second.storage["state"][STATE_TEXT]) == -6
-    for x in (torch.cat([first, second]), torch.cat([second, first])):
-        y = x[:, :, :8]
-        del x
-        before = ops.read(y.storage.buffers, 4, TSA)
-        assert_same("kept", before, ops.read(y.append(tokens_for(y, 1)).storage.buffers, 4, TSA))
+    """Two prompts with one text slot offset: a crop between their lengths must not land on a kept slot."""
+
+    def prompt(length, text):
+        case = case_of(TSA, B=1, T=length, capacity=16)
+        case.classes = torch.full((1, length), VISION, dtype=torch.uint8)
+        case.classes[0, text] = TEXT
+        return packed_of(case)
+
+    short, long = prompt(6, []), prompt(10, [0, 1, 2, 3])
+    short = short.append(tokens_for(short, 4))
+    assert int(short.storage["state"][STATE_TEXT]) == int(long.storage["state"][STATE_TEXT]) == -6
+    for parts in ([short, long], [long, short]):
+        y = on_codes(torch.cat, parts)[:, :, :7]
+        before = y.dequantize()[:, :, :4]
+        assert_same("kept", before, y.append(tokens_for(y, 1)).dequantize()[:, :, :4])
 
 
 @pytest.mark.parametrize("write", ["index_copy_", "setitem", "setitem-ellipsis"])

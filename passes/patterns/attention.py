@@ -32,6 +32,8 @@ def is_attention(node: Node) -> bool:
 def attention_of(node: Node) -> Attention:
     """Arguments of an SDPA node. Raises NoMatch for a call that no packed cache can answer."""
     a = {name: argument(node, i, name) for i, name in enumerate(ARGUMENTS)}
+    if isinstance(a["dropout_p"], Node):
+        raise NoMatch("attention dropout is computed in the graph", node)
     if a["dropout_p"]:
         raise NoMatch(f"attention dropout is on (dropout_p={a['dropout_p']})", node)
     if len(shape(a["query"])) != 4:
@@ -57,6 +59,16 @@ def ungrouped(node: Node) -> Node:
             if is_new_axis(lifted, 2) and is_merge(shape(expanded), shape(node)):
                 return through_noops(lifted.args[0])
     return node
+
+
+def prefix_of(node: Node) -> tuple[Node, object]:
+    """(x, n) of x[:, :, :n]: a static cache read up to its last token; (node, its length) for anything else."""
+    index = node.args[1] if op(node) == "getitem" and isinstance(node, Node) else None
+    if isinstance(index, tuple) and len(index) in (3, 4) and len(shape(node)) == 4 and isinstance(index[2], slice):
+        rest = (*index[:2], *index[3:])
+        if all(i == slice(None) for i in rest) and index[2].start in (None, 0) and index[2].step in (None, 1):
+            return node.args[0], shape(node)[2]
+    return node, shape(node)[2] if len(shape(node)) == 4 else None
 
 
 def is_new_axis(node, axis: int) -> bool:
@@ -91,4 +103,4 @@ def layout_only(node: Node) -> bool:
     ) or (op(node) == "to" and value(node).dtype == value(node.args[0]).dtype)  # fmt: skip
 
 
-__all__ = ["Attention", "attention_of", "dims", "is_attention", "layout_only", "ungrouped"]
+__all__ = ["Attention", "attention_of", "dims", "is_attention", "layout_only", "prefix_of", "ungrouped"]

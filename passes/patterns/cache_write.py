@@ -18,6 +18,11 @@ from torch.fx import Graph, Node
 from akvq_fx.passes.patterns.nodes import NoMatch, argument, dimension, is_tensor, op, outputs, shape, tensors_of_cat, value
 
 TOKENS = 2  # the token axis of a [B, H, T, D] cache
+ALLOCATIONS = ("zeros", "new_zeros", "zeros_like", "full", "new_full")
+STATIC_PLAIN = (
+    "16-bit buffers that the caller owns are written in place and cannot be exchanged from inside a graph; "
+    "compile the prompt's forward too (model.compile), or use a growing cache"
+)
 
 
 @dataclass
@@ -68,9 +73,11 @@ def cache_write_of(whole: Node) -> CacheWrite | None:
         if copies:
             return placed(whole, copies)
         if other := [u for u in whole.users if is_mutation(u, whole)]:
+            if op(other[0]) == "setitem" and not is_packed(whole):
+                raise NoMatch(STATIC_PLAIN, whole)
             raise NoMatch(f"the cache is written by {op(other[0])}, accepted: cat, index_copy_ or x[:, :, at] = new", other[0])
         return CacheWrite("read", whole, None, whole, packed=True) if is_packed(whole) else None
-    if op(whole) in ("zeros", "new_zeros", "zeros_like", "full", "new_full") and copies:
+    if op(whole) in ALLOCATIONS and copies:
         if whole not in returned:
             return None
         copy = placed(whole, copies)
@@ -78,6 +85,8 @@ def cache_write_of(whole: Node) -> CacheWrite | None:
     if op(whole) in ("index_copy_",) and is_tensor(whole.args[0]):
         return cache_write_of(whole.args[0])
     if whole in returned:
+        if other := [u for u in whole.users if is_mutation(u, whole)]:
+            raise NoMatch(f"the cache is written by {op(other[0])}, accepted: cat, index_copy_ or x[:, :, at] = new", other[0])
         return CacheWrite("first", None, whole, whole)
     return None
 
@@ -140,9 +149,9 @@ def cache_like(graph: Graph) -> list[tuple[Node, str]]:
             elif any(op(u) == "getitem" and u in returned for u in node.users):
                 found.append((node, "the cache keeps a slice of what attention reads (sliding window)"))
         elif op(node) == "index_copy_" and len(shape(node)) == 4 and argument(node, 1, "dim") in (TOKENS, -2):
-            if op(node.args[0]) in ("placeholder", "zeros", "new_zeros"):
+            if op(node.args[0]) in ("placeholder", *ALLOCATIONS):
                 found.append((node.args[0], unread(node.args[0])))
-        elif op(node) == "copy_" and op(node.args[0]) in ("placeholder", "zeros", "new_zeros") and op(node.args[1]) in ("roll", "getitem"):
+        elif op(node) == "copy_" and op(node.args[0]) in ("placeholder", *ALLOCATIONS) and op(node.args[1]) in ("roll", "getitem"):
             found.append((node.args[0], "the cache is overwritten as a whole (sliding window)"))
     return found
 

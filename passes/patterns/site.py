@@ -17,11 +17,12 @@ LAYER = re.compile(r"modules_(\d+)_")  # dynamo's name of an element of a Module
 
 @dataclass
 class Site:
-    """key and value may be shared with other sites (KV-shared layers read one cache)."""
+    """key and value may be shared with other sites (KV-shared layers read one cache); length is what attention sees of them."""
 
     attention: Attention
     key: CacheWrite
     value: CacheWrite
+    length: object
     layer: int
     label: str
     rope: str = "none"

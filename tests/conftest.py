@@ -1,0 +1,37 @@
+"""Fixtures of all tests: dynamo starts clean, golden texts are compared or, with --update-golden, written."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from akvq_fx import vision_carry
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def pytest_addoption(parser):
+    parser.addoption("--update-golden", action="store_true", help="write tests/golden/*.txt instead of comparing")
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo():
+    """No compiled code and no vision mask of an earlier test."""
+    torch._dynamo.reset()
+    vision_carry.put(None)
+    yield
+    vision_carry.put(None)
+
+
+@pytest.fixture
+def golden(request):
+    """golden(name, text): the text equals tests/golden/name.txt."""
+
+    def check(name: str, text: str) -> None:
+        path = GOLDEN / f"{name}.txt"
+        if request.config.getoption("--update-golden"):
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(text.rstrip() + "\n")
+        assert path.is_file(), f"no golden text {name}; write it with pytest --update-golden and read it"
+        assert path.read_text() == text.rstrip() + "\n", f"{name} changed; read the difference, then pytest --update-golden"
+
+    return check

@@ -1,0 +1,143 @@
+"""The house holds: imports point one way, the library neither prints nor knows a model's name, passes stand in order."""
+
+import ast
+from pathlib import Path
+
+import akvq_fx.passes
+import pytest
+import torch
+from akvq_fx.passes import PIPELINE, check_order
+from akvq_fx.report import PassReport
+
+from tests.attention_models import Decoder, captured, token_ids
+
+ROOT = Path(__file__).parent.parent
+LAYERS = ("config", "kernels", "passes.patterns", "passes", "akvq_fx")  # each may import itself and what stands before it
+FAMILIES = (
+    "llava qwen gemma mistral mllama paligemma internvl idefics falcon cohere deepseek llama phi3 smolvlm florence kosmos glm4v"
+).split()
+
+
+def files(*folders: str) -> list[Path]:
+    return sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py"))
+
+
+def place(path: Path) -> int:
+    """Index into LAYERS of a file of the library."""
+    parts = path.relative_to(ROOT).parts
+    if parts[0] == "passes":
+        return 2 if parts[1] == "patterns" else 3
+    if parts[0] == "akvq_fx":
+        return 0 if path.stem in ("config", "report") else 4
+    return 1
+
+
+def target(module: str) -> int | None:
+    """Index into LAYERS of an imported module; None for one that is not ours."""
+    if module.split(".")[0] != "akvq_fx":
+        return None
+    if module in ("akvq_fx.config", "akvq_fx.report"):
+        return 0
+    for name, index in (("akvq_fx.kernels", 1), ("akvq_fx.passes.patterns", 2), ("akvq_fx.passes", 3)):
+        if module == name or module.startswith(name + "."):
+            return index
+    return 4
+
+
+def imports(tree: ast.AST) -> list[str]:
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "relative import"
+            found += [f"{node.module}.{alias.name}" if node.module == "akvq_fx" else node.module for alias in node.names]
+    return found
+
+
+def upward(path: Path, tree: ast.AST) -> list[str]:
+    return [module for module in imports(tree) if (t := target(module)) is not None and t > place(path)]
+
+
+LIBRARY = files("akvq_fx", "passes", "kernels")
+where = lambda path: str(path.relative_to(ROOT))
+
+
+@pytest.mark.parametrize("path", LIBRARY, ids=where)
+def test_imports_point_one_way(path):
+    assert upward(path, ast.parse(path.read_text())) == []
+
+
+def test_an_upward_import_would_be_seen():
+    inside = ROOT / "passes" / "patterns" / "nodes.py"
+    assert upward(inside, ast.parse("from akvq_fx.passes.state import GraphState")) == ["akvq_fx.passes.state"]
+    assert upward(ROOT / "kernels" / "cache.py", ast.parse("from akvq_fx import packed_kv")) == ["akvq_fx.packed_kv"]
+    assert upward(ROOT / "akvq_fx" / "report.py", ast.parse("import akvq_fx.kernels.layout")) == ["akvq_fx.kernels.layout"]
+
+
+@pytest.mark.parametrize("path", LIBRARY, ids=where)
+def test_needs_no_transformers_and_prints_nothing(path):
+    tree = ast.parse(path.read_text())
+    assert [m for m in imports(tree) if m.split(".")[0] == "transformers"] == []
+    calls = [n.func.id for n in ast.walk(tree) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)]
+    assert "print" not in calls
+
+
+@pytest.mark.parametrize("path", files("passes", "kernels"), ids=where)
+def test_knows_no_model_family(path):
+    constants = [n.value.lower() for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Constant) and type(n.value) is str]
+    docstrings = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, (ast.Module, ast.FunctionDef, ast.ClassDef)):
+            docstrings.add(ast.get_docstring(node, clean=False))
+    code = [text for text in constants if text not in {d.lower() for d in docstrings if d}]
+    assert [(f, text) for text in code for f in FAMILIES if f in text] == []
+
+
+def test_passes_stand_in_order():
+    check_order(PIPELINE)
+    for i, step in enumerate(PIPELINE):
+        for needed in getattr(step, "needs", ()):
+            with pytest.raises(AssertionError, match=f"{step.__name__} needs .*{needed}"):
+                check_order([step, *(other for j, other in enumerate(PIPELINE) if j != i)])
+
+
+def test_every_pass_but_the_first_says_what_it_needs():
+    names = {step.__name__ for step in PIPELINE}
+    assert not hasattr(PIPELINE[0], "needs")
+    for step in PIPELINE[1:]:
+        assert step.needs and set(step.needs) < names
+
+
+def test_each_pass_reports_under_its_name():
+    (capture,) = captured(Decoder(), token_ids(2, 6))
+    assert all(type(report) is PassReport for report in capture.state.reports)
+    assert [report.name for report in capture.state.reports] == [step.__name__ for step in PIPELINE]
+
+
+def test_one_pass_a_file():
+    for step in PIPELINE:
+        assert step.__module__ == f"akvq_fx.passes.{step.__name__}"
+        assert step.__code__.co_filename.endswith(f"{step.__name__}.py")
+    stems = {path.stem for path in (ROOT / "passes").glob("*.py")} - {"__init__", "state"}
+    assert stems == {step.__name__ for step in PIPELINE}
+
+
+def test_an_error_names_its_pass(monkeypatch):
+    def explode(state):
+        raise ValueError("boom")
+
+    monkeypatch.setattr("akvq_fx.backend.PIPELINE", (*PIPELINE[:2], explode))
+    with pytest.raises(Exception, match=r"boom \(akvq pass explode, after canonicalize, find_sites\)"):
+        captured(Decoder(), token_ids(2, 6))
+
+
+def test_bare_imports_are_refused():
+    for folder in ("passes", "kernels"):
+        with pytest.raises(ImportError, match=f"import akvq_fx.{folder}"):
+            exec(compile((ROOT / folder / "__init__.py").read_text(), folder, "exec"), {"__name__": folder})
+
+
+def test_importing_changes_nothing_global():
+    assert torch.nn.functional.scaled_dot_product_attention is torch._C._nn.scaled_dot_product_attention
+    assert akvq_fx.passes.PIPELINE is PIPELINE

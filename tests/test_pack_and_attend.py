@@ -1,0 +1,211 @@
+"""pack_caches, attend_packed and the rotations: the rewritten graph computes what the model did, over prompt, steps and chunks."""
+
+import akvq_fx
+import pytest
+import torch
+from akvq_fx.packed_kv import PackedKV
+
+from tests import attention_models as models
+from tests.attention_models import LOSSLESS, Decoder, captured, evidence, lossless, mixed, roll, token_ids
+from tests.test_find_sites import MUST_FIRE
+
+ROTATED = {"body_bits": 16, "rotate": True}
+ONLINE = {**ROTATED, "value_rotation": "online"}
+TWO_BITS = {"tsa_layers": ()}
+name = lambda x: x.__name__ if isinstance(x, type) else ""
+
+
+def ops(capture) -> list[str]:
+    """Names of the akvq ops of the rewritten graph, in order."""
+    return [str(n.target).split(".")[1] for n in capture.state.graph.nodes if str(n.target).startswith("akvq.")]
+
+
+@pytest.mark.parametrize("spelling", MUST_FIRE, ids=name)
+def test_lossless_equals_eager(spelling):
+    assert lossless(spelling).error <= 1e-6
+
+
+@pytest.mark.parametrize("spelling", MUST_FIRE, ids=name)
+def test_rotated_and_folded_equals_eager(spelling):
+    seen = evidence(Decoder(spelling).double(), ROTATED, steps=2, chunk=3)
+    assert seen.error <= 1e-10
+    assert [s.value_rotation for c in seen.captures for s in c.state.sites] == ["folded"] * len(seen.captures)
+    assert all(c.report("rotate_queries_keys").matched for c in seen.captures)
+
+
+@pytest.mark.parametrize(
+    "spelling", [models.Attention, models.StaticIndexCopy, models.Mqa, models.FusedView, models.Dim24, models.Gated], ids=name
+)
+def test_rotated_online_equals_eager(spelling):
+    seen = evidence(Decoder(spelling).double(), ONLINE, steps=2, chunk=3)
+    assert seen.error <= 1e-10
+    assert [s.value_rotation for c in seen.captures for s in c.state.sites] == ["online"] * len(seen.captures)
+    assert all("hadamard" in ops(c) and c.report("rotate_values").matched for c in seen.captures)
+
+
+@pytest.mark.parametrize("options", [ROTATED, ONLINE], ids=["fold", "online"])
+@pytest.mark.parametrize("batch, prompt, steps, chunk", [(1, 1, 2, 2), (3, 11, 1, 5), (1, 130, 3, 2)], ids=str)
+def test_rotated_in_single_precision(options, batch, prompt, steps, chunk):
+    model = Decoder(mixed(models.Biased), layers=2)
+    seen = evidence(model, options, batch=batch, prompt=prompt, steps=steps, chunk=chunk)
+    assert seen.error <= 1e-4
+    assert len(akvq_fx.report(model).packed) >= 4 and not akvq_fx.report(model).refused
+
+
+@pytest.mark.parametrize(
+    "spelling",
+    [
+        models.Attention,
+        models.FloatMask,
+        models.PerHeadMask,
+        mixed(models.EnableGqa, models.BoolMask),
+        models.StaticIndexCopy,
+        models.StaticSetItem,
+    ],
+    ids=name,
+)
+def test_left_padding(spelling):
+    seen = evidence(Decoder(spelling), ROTATED, pad=2, chunk=3)
+    assert seen.error <= 1e-4
+    assert all(isinstance(t, PackedKV) for t in seen.cache[0])
+
+
+def test_padding_is_a_class_of_its_own():
+    class Blind(models.BoolMask):
+        """Padding sees nothing and is seen by nothing."""
+
+        def mask(self, at, total, padding, past, dtype):
+            return (torch.arange(total)[None] <= at[:, None])[None, None] & padding[:, None, None]
+
+    seen = evidence(Decoder(Blind), TWO_BITS, pad=2)
+    classes = seen.cache[0][0].classes()
+    assert (classes[0, :2] == 3).all() and (classes[0, 2:] != 3).all() and (classes[1] != 3).all()
+    assert akvq_fx.cache_stats(seen.cache).tokens["PSA"]["padding"] == 2
+    for a, b in zip(seen.eager, seen.compiled, strict=True):
+        torch.testing.assert_close(a[1], b[1], rtol=0, atol=1e-4)
+
+
+def test_two_bits_really_quantize():
+    seen = evidence(Decoder(models.Dim80), {**TWO_BITS, "window": 2, "pivots": 1}, prompt=24, steps=2)
+    keys = seen.cache[0][0]
+    assert keys._storage()["codes"].dtype == torch.int16 and keys.layout_of.body_bits == 2
+    assert torch.equal(seen.eager[0], seen.compiled[0]) or (seen.eager[0] - seen.compiled[0]).abs().max() < 1e-5
+    error = max((a - b).abs().max().item() for a, b in zip(seen.eager[1:], seen.compiled[1:], strict=True))
+    assert 1e-4 < error < 1, "a step that shows no quantization error did not read codes"
+    rows = akvq_fx.report(seen.model).packed
+    assert [(r.status, r.bits) for r in rows] == [(s, "recent 2: 16, pivots 1: 16, rest: 2") for s in ("prompt", "packed")]
+
+
+def test_steps_within_the_window_are_exact():
+    seen = evidence(Decoder(layers=2), TWO_BITS, steps=3, chunk=3)
+    assert seen.error <= 1e-4
+    assert seen.cache[0][0].layout_of.body_bits == 2
+
+
+def test_prompt_may_read_its_own_codes():
+    options = {**TWO_BITS, "prefill": "quantized", "window": 0, "pivots": 1}
+    seen = evidence(Decoder(), options, prompt=24)
+    prompt, _ = seen.captures
+    assert "attend" in ops(prompt) and prompt.report("attend_packed").matched
+    assert 1e-4 < (seen.eager[0] - seen.compiled[0]).abs().max() < 1
+
+
+def test_chunk_reads_itself_at_full_precision():
+    options = {**TWO_BITS, "window": 0, "pivots": 1, "center_keys": False, "balance_keys": False}
+    model, ids = Decoder(), token_ids(1, 12)
+    run = torch.compile(model, backend=models.Spy(**options))
+    with torch.no_grad():
+        _, cache = run(ids[:, :1])
+        got, cache = run(ids[:, 1:], cache)
+        want, _ = model(ids)
+    torch.testing.assert_close(got, want[:, 1:], rtol=0, atol=1e-4)
+    with torch.no_grad():
+        stored = cache[0][0].dequantize()
+    assert stored.shape[2] == 12
+
+
+def test_ops_of_prompt_and_step():
+    seen = evidence(Decoder(), TWO_BITS)
+    prompt, step = seen.captures
+    assert ops(prompt).count("pack") == 2 and "attend" not in ops(prompt) and "append" not in ops(prompt)
+    assert ops(step).count("append") == 2 and ops(step).count("attend") == 1 and "dequantize" not in ops(step)
+    assert not any("scaled_dot_product_attention" in str(n.target) for n in step.state.graph.nodes)
+    assert [r.name for r in step.state.reports] == [f.__name__ for f in akvq_fx.passes.PIPELINE]
+
+
+def test_one_token_more_is_the_same_storage():
+    model, ids = Decoder(), token_ids(1, 8)
+    run = torch.compile(model, backend=models.Spy(**LOSSLESS))
+    with torch.no_grad():
+        _, before = run(ids[:, :6])
+        _, after = run(ids[:, 6:7], before)
+    (key, _), (longer, _) = before[0], after[0]
+    assert longer.shape[2] == key.shape[2] + 1 and longer._storage() is key._storage()
+
+
+def test_capacity_grows_without_a_recompile():
+    seen = evidence(Decoder(), {**LOSSLESS, "capacity_step": 4}, prompt=6, steps=8)
+    assert len(seen.captures) == 2 and seen.error <= 1e-6
+    assert seen.cache[0][0]._storage().capacity == 16
+
+
+def test_an_old_cache_can_be_continued_twice():
+    model, ids = Decoder(), token_ids(1, 10)
+    run = torch.compile(model, backend=models.Spy(**LOSSLESS))
+    with torch.no_grad():
+        _, prefix = run(ids[:, :6])
+        first, kept = run(ids[:, 6:7], prefix)
+        second, _ = run(ids[:, 8:9], prefix)
+        third, _ = run(ids[:, 7:8], kept)
+        want = [model(torch.cat([ids[:, :6], tail], 1))[0][:, -1:] for tail in (ids[:, 6:7], ids[:, 8:9], ids[:, 6:8])]
+    for got, expected in zip((first, second, third), want, strict=True):
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", [LOSSLESS, ROTATED], ids=["plain", "rotated"])
+def test_static_cache_restarts(options):
+    model, ids = Decoder(models.StaticIndexCopy), token_ids(2, 9, seed=3)
+    run = torch.compile(model, backend=models.Spy(**options))
+    (want, _), (_, cache) = roll(model, seed=3), roll(run)
+    for pair in cache:
+        for tensor in pair:
+            tensor.zero_()
+    with torch.no_grad():
+        got = [run(ids[:, :6], cache, None, torch.arange(6))[0]]
+        got += [run(ids[:, i : i + 1], cache, None, torch.arange(i, i + 1))[0] for i in range(6, 9)]
+    for a, b in zip(want, got, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-4)
+
+
+def test_training_mode_gradient_of_a_prompt_is_the_models_own():
+    model, ids = Decoder(), token_ids(2, 6)
+    run = torch.compile(model, backend=models.Spy(**LOSSLESS))
+    model(ids)[0].square().sum().backward()
+    want = {k: p.grad.clone() for k, p in model.named_parameters()}
+    model.zero_grad()
+    run(ids)[0].square().sum().backward()
+    for key, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, want[key], rtol=1e-4, atol=1e-5)
+
+
+def test_golden_graphs(golden):
+    seen = evidence(Decoder(), TWO_BITS)
+    prompt, step = seen.captures
+    golden("prompt_graph", str(prompt.state.graph))
+    golden("step_graph", str(step.state.graph))
+    again = evidence(Decoder(), TWO_BITS)
+    assert [str(c.state.graph) for c in again.captures] == [str(c.state.graph) for c in seen.captures]
+
+
+def test_golden_report(golden):
+    model = Decoder(layers=2)
+    model.layers[1] = models.Block(models.Dim12)
+    evidence(model, TWO_BITS)
+    golden("report", str(akvq_fx.report(model)))
+
+
+def test_rewriting_twice_is_rewriting_once():
+    (first,) = captured(Decoder(), token_ids(2, 6))
+    (second,) = captured(Decoder(), token_ids(2, 6))
+    assert str(first.state.graph) == str(second.state.graph)
+    assert str(first.gm.graph) == first.before

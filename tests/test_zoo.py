@@ -1,0 +1,86 @@
+"""Model families of transformers, built tiny from config: lossless generation is token-identical, 2-bit generation runs on codes.
+
+Every family runs with a growing cache and a left-padded batch of two, and with a static cache and one row. AKVQ_ZOO=full adds the other
+two combinations. A family whose report says that every cache stays at 16 bits must be exact at 2 bits too.
+"""
+
+import os
+import warnings
+
+import pytest
+import torch
+
+import akvq_fx
+from akvq_fx import PackedKV
+from tests.zoo import ZOO
+
+COMBINATIONS = [("dynamic", 2), ("static", 1)]
+if os.environ.get("AKVQ_ZOO") == "full":
+    COMBINATIONS += [("dynamic", 1), ("static", 2)]
+TOKENS = 8
+SMALL = {"inner": "eager", "window": 8, "pivots": 3}
+
+# generate() of these runs an inner module; compiling the outer one compiles nothing
+INNER = {"blip2_opt": "language_model", "instructblip_opt": "language_model", "kosmos2": "text_model"}
+# caches that a graph must leave at 16 bits: their attention is written out (softcap, sinks, ALiBi, GPT-J), or latent (MLA), or
+# reads its values through other ops (DiffLlama), or every layer is a sliding window
+ALL_16BIT = {"gemma2", "gpt_oss", "gptj", "bloom", "deepseek_v3", "diffllama"}
+SLIDING_ONLY = {"mistral_swa", "idefics2"}
+# stock torch.compile changes these too, so the uncompiled model is no reference: they are compared with backend="eager"
+COMPARE_COMPILED = {"phi4_multimodal"}
+NO_STATIC = {"kosmos2"}  # transformers fails before any compiler sees it
+
+
+def generate(family, cache, batch, compile_options=None, backend="akvq"):
+    """(sequences, cache tensors, report) of one greedy generation."""
+    torch._dynamo.reset()
+    model, inputs = ZOO[family](batch=batch)
+    inner = getattr(model, INNER[family]) if family in INNER else model
+    if compile_options is not None:
+        inner.compile(backend=backend, options=compile_options or None)
+    extra = {"cache_implementation": "static"} if cache == "static" else {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        out = model.generate(**inputs, max_new_tokens=TOKENS, return_dict_in_generate=True, **extra)
+    tensors = []
+    for part in (out.get("past_key_values"), *(getattr(out.get("past_key_values"), n, None) for n in
+                 ("self_attention_cache", "cross_attention_cache"))):  # fmt: skip
+        tensors += [layer.keys for layer in getattr(part, "layers", []) if getattr(layer, "keys", None) is not None]
+    return out.sequences, tensors, akvq_fx.report(inner)
+
+
+@pytest.mark.parametrize("cache, batch", COMBINATIONS, ids=lambda value: str(value))
+@pytest.mark.parametrize("family", list(ZOO))
+def test_family(family, cache, batch):
+    if cache == "static" and family in NO_STATIC:
+        pytest.skip("transformers cannot run this family with a static cache")
+    if family in COMPARE_COMPILED:
+        expected = generate(family, cache, batch, {}, backend="eager")[0]
+    else:
+        expected = generate(family, cache, batch)[0]
+
+    lossless, tensors, report = generate(family, cache, batch, {"body_bits": 16, **SMALL})
+    assert torch.equal(lossless, expected), f"lossless tokens differ\n{report}"
+    untouched = family in ALL_16BIT or (family in SLIDING_ONLY and cache == "dynamic")
+    assert any(isinstance(t, PackedKV) for t in tensors) or family in ALL_16BIT | SLIDING_ONLY | set(INNER), str(report)
+    assert all(row.reason for row in report.refused)
+
+    two_bits, tensors, report = generate(family, cache, batch, SMALL)
+    assert two_bits.shape == expected.shape
+    if untouched:
+        assert torch.equal(two_bits, expected), f"every cache stays at 16 bits, yet tokens differ\n{report}"
+        assert report.refused and not report.packed
+    elif family not in INNER and family not in SLIDING_ONLY:
+        packed = [t for t in tensors if isinstance(t, PackedKV)]
+        assert packed and all(t.codes.dtype == torch.int16 for t in packed), str(report)
+        statuses = {(graph.kind, row.status) for graph, row in report.rows}
+        assert ("decode", "packed") in statuses, str(report)
+
+
+@pytest.mark.parametrize("family", sorted(INNER))
+def test_says_which_module_to_compile(family):
+    torch._dynamo.reset()
+    model, inputs = ZOO[family]()
+    model.compile(backend="akvq", options=SMALL)
+    model.generate(**inputs, max_new_tokens=2)
+    assert f"model.{INNER[family]}.compile" in str(akvq_fx.report(model))
