@@ -37,7 +37,7 @@ def akvq(gm: GraphModule, example_inputs: list, *, mode: str | None = None, opti
     state = rewrite(gm, example_inputs, config, HISTORY)
     record = records.add(state, example_inputs)
     program = state.program
-    changed = state.sites or program.packed or program.unpacked or program.vision
+    changed = state.sites or program.packed or program.unpacked or program.vision or program.plain
     if not changed:
         inner = compile_inner(gm, example_inputs, config)
         return Passthrough(inner) if starts_a_call(gm.graph) else inner

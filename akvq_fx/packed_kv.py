@@ -139,7 +139,7 @@ class Storage:
         B, H, C = self["codes"].shape[:3]
         empty = self.layout.allocate(B, H, C, C if self.layout.text_bits else 0, self["codes"].device)
         for name, fresh in zip(self.layout.fields, empty, strict=True):
-            if name.startswith("text"):
+            if name.startswith("text") and self[name].shape != fresh.shape:  # compacted for a prompt that is gone
                 self[name] = fresh
             else:
                 self[name].copy_(fresh)
@@ -193,7 +193,8 @@ class PackedKV(TorchAOBaseTensor):
             storage.views = [ref for ref in storage.views if ref() is not None]
         storage.views.append(weakref.ref(self))
         if not self.static:  # a growing cache: its length is a symbol from the first decode step on
-            self.__dict__.update(DYNAMIC_TOKENS)
+            for name, marks in DYNAMIC_TOKENS.items():
+                setattr(self, name, set(marks) if isinstance(marks, set) else marks)
         return self
 
     def __tensor_flatten__(self):
@@ -234,13 +235,13 @@ class PackedKV(TorchAOBaseTensor):
 
         For graphs that move tokens inside a static cache. The object stays a PackedKV, in the lossless layout.
         """
-        if not self.layout_of.lossless:
-            layout = Layout(self.shape[-1], self.dtype)
-            plain = self.dequantize().contiguous()
-            old = self.storage
-            buffers = [old["state"], old["classes"], plain]
-            self.storage = Storage(layout, buffers, old.end, old.prompt, old.owner)
-            self.codes, self.layout_text, self.traced, self.text_codes = plain, str(layout), ["codes"], None
+        plain_layout = Layout(self.shape[-1], self.dtype)
+        if self.layout_of != plain_layout:
+            plain, old = self.dequantize().contiguous(), self.storage
+            buffers = [old["state"].clone(), old["classes"][:, : self.length].clone(), plain]
+            self.storage = Storage(plain_layout, buffers, old.end, old.prompt, old.owner)
+            self.storage.views.append(weakref.ref(self))
+            self.codes, self.layout_text, self.traced, self.text_codes = plain, str(plain_layout), ["codes"], None
         return self.storage.codes[:, :, : self.shape[TOKENS]]
 
     def classes(self) -> Tensor:
@@ -413,11 +414,21 @@ def _(func, types, args, kwargs):
         return _stack_rows(tensors)
     if dim != TOKENS or not isinstance(first, PackedKV) or any(isinstance(t, PackedKV) for t in rest):
         return NotImplemented
-    if first.storage is None:
+    if first.storage is None:  # tracing; outside a graph the op itself checks
+        for t in rest:
+            require_same_rows(first, t)
         return _resized(first, first.shape[TOKENS] + sum(t.shape[TOKENS] for t in rest))
     for t in rest:
         first = first.append(t)
     return first
+
+
+def require_same_rows(packed: PackedKV, new: Tensor) -> None:
+    if new.dim() != 4 or (*new.shape[:2], new.shape[3]) != (*packed.shape[:2], packed.shape[3]):
+        raise ValueError(
+            f"akvq: Sizes of tensors must match except in dimension 2: the packed cache is {list(packed.shape)}, the new tokens are "
+            f"{list(new.shape)}; a cache from another model or batch cannot be continued"
+        )
 
 
 def _stack_rows(tensors: list[PackedKV]) -> PackedKV:

@@ -93,10 +93,6 @@ class Runtime:
     def close(self, args, storages, results) -> tuple:
         for position, tokens in self.program.appends:
             storages[position].end = args[position].length + tokens(args)
-        for position, tokens in self.program.placed:
-            storage = storages[position]
-            if storage.layout.text_bits and storage.prompt == 0:
-                storage.compact_text(tokens(args))
         out, views, i = [], {}, 0
         for spec in self.program.outputs:
             if spec is None:
@@ -127,7 +123,7 @@ class Runtime:
 def wrap(spec: Packed, buffers: list, args, owner) -> PackedKV:
     length, prompt = spec.length(args), spec.prompt(args)
     storage = Storage(spec.layout, [b.detach() for b in buffers], None if spec.static else length, prompt, owner)
-    if spec.layout.text_bits:
+    if spec.layout.text_bits and not spec.static:  # a static cache may be written again from its start: its slots stay positions
         storage.compact_text(prompt)
     storage.mark_dynamic()
     return PackedKV.view_of(storage, length)

@@ -158,7 +158,7 @@ def before_compiling(ids: Tensor, image: Tensor) -> None:
         "1. Ask before compiling: akvq_fx.explain(model, ids, image)",
         "It runs the model once, changes nothing, and tells what the backend would do at every attention call:",
         unmarked,
-        "All layers are packed, yet all under the rule for late layers (PSA): the graph does not tell images from text.",
+        "All layers are packed, yet all under the rule for late layers (PSA): no graph tells images from text.",
     )
     marked = akvq_fx.explain(fresh(), ids, image, akvq_options=OPTIONS)
     assert [row.policy for row in marked.packed] == ["TSA", "TSA", "PSA", "PSA"]
@@ -184,8 +184,8 @@ def packed(ids: Tensor, image: Tensor, plain_logits: Tensor, plain_cache: tuple)
     say(
         '3. Switch it on: model.compile(backend="akvq"), then prompt and decode loop as before',
         f"The cache that came back is the same tuple; one tensor of it is {key}.",
-        f"The prompt's logits differ by {error:.1e} (it reads its own unpacked tokens), those of the first decode step,",
-        f"which reads the packed ones, by {later:.1%}.",
+        f"The prompt's logits differ by {error:.1e} (it reads its own unpacked tokens),",
+        f"those of the first decode step, which reads the packed ones, by {later:.1%}.",
         "Random weights make random attention, so no text is compared here; examples/quickstart.py does that.",
     )
     assert key.dequantize().shape == key.shape and torch.isfinite(value.dequantize()).all()
@@ -199,8 +199,8 @@ def what_was_done(model: nn.Module, cache: tuple) -> None:
     assert stats.tokens["TSA"]["vision"] == IMAGE_TOKENS
     say("4. Look at what was done: akvq_fx.report(model) and akvq_fx.cache_stats(cache)", report, "", stats)
     print(
-        "\nMost of these bits are the recent tokens, in the model's own float32. A 16-bit model halves them, and a longer\n"
-        "prompt makes them vanish: what is left here is 3 bits, 2 of a code and 1 for the ranges of a head of 32."
+        "\nMost of these bits are the recent tokens, in the model's own float32. A 16-bit model halves them, and a\n"
+        "longer prompt makes them vanish: 3 bits are left here, 2 of a code and 1 for the range of a head of 32."
     )
 
 
@@ -213,8 +213,8 @@ def lossless(ids: Tensor, image: Tensor, plain_tokens: list[int], plain_logits: 
     torch.testing.assert_close(logits, plain_logits)
     say(
         '5. In doubt, take the bits out of the question: options={"body_bits": 16}',
-        "The cache goes through every rewrite and keeps all its bits. Tokens and logits equal those of the eager model:",
-        "a difference that you see at 2 bits comes from the 2 bits, not from the rewriting.",
+        "The cache goes through every rewrite and keeps all its bits. Tokens and logits equal those of the eager",
+        "model: a difference that you see at 2 bits comes from the 2 bits, not from the rewriting.",
     )
 
 
@@ -234,8 +234,8 @@ def refused(ids: Tensor, image: Tensor, plain_tokens: list[int]) -> None:
     say(
         "6. What a refusal looks like: the same model over its own buffers, k_cache[:, :, positions] = k",
         f"layer {report.refused[0].layer}: {report.refused[0].status}, {report.refused[0].reason}",
-        "Such layers run exactly as they did. To have them packed, let the model return torch.cat([past, k], dim=2), as in",
-        "step 3: then the cache is a tensor that the compiled graph makes, and it can make it packed.",
+        "Such layers run exactly as they did. To have them packed, let the model return torch.cat([past, k], dim=2),",
+        "as in step 3: then the cache is a tensor that the compiled graph makes, and it can make it packed.",
     )
 
 

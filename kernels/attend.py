@@ -49,17 +49,23 @@ def attend(
 ) -> Tensor:
     fresh = None if fresh_key is None else (fresh_key, fresh_value, at)
     layouts = Layout.parse(key_layout), Layout.parse(value_layout)
+    check(q, key, value, *layouts)
     out = reference(q, key, value, *layouts, length, mask, scale, is_causal, fresh)
     return out.clone(memory_format=torch.contiguous_format)
 
 
 @attend.register_fake
 def _(q, key, value, length, mask, scale, is_causal, fresh_key, fresh_value, at, key_layout, value_layout):
-    key_parsed, value_parsed = Layout.parse(key_layout), Layout.parse(value_layout)
-    heads = named(key, key_parsed)["codes"].shape[1]
-    named(value, value_parsed)
-    if q.dim() != 4 or q.shape[3] != key_parsed.head_dim or q.shape[1] % heads:
+    layouts = Layout.parse(key_layout), Layout.parse(value_layout)
+    check(q, key, value, *layouts)
+    return q.new_empty((*q.shape[:3], layouts[1].head_dim))
+
+
+def check(q: Tensor, key, value, key_layout: Layout, value_layout: Layout) -> None:
+    """Raises ValueError where q does not fit the cache."""
+    heads = named(key, key_layout)["codes"].shape[1]
+    named(value, value_layout)
+    if q.dim() != 4 or q.shape[3] != key_layout.head_dim or q.shape[1] % heads:
         raise ValueError(
-            f"akvq::attend: q is {list(q.shape)}, accepted: [B, Hq, q, {key_parsed.head_dim}] with Hq a multiple of {heads}"
+            f"akvq::attend: q is {list(q.shape)}, accepted: [B, Hq, q, {key_layout.head_dim}] with Hq a multiple of {heads}"
         )
-    return q.new_empty((*q.shape[:3], value_parsed.head_dim))

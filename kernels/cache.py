@@ -61,7 +61,8 @@ def write(
         b["pivot_at"].masked_fill_(b["pivot_at"] >= start, -1)
     if layout.pivots and pivots is not None:
         keep_pivots(b, x, at, pivots, layout)
-    held = torch.minimum(b["state"][STATE_RING : STATE_RING + 1], start)
+    ring, last = b["state"][STATE_RING : STATE_RING + 1], b["state"][STATE_END : STATE_END + 1]
+    held = torch.where(start > last, start, torch.minimum(ring, start))  # a write past the end leaves a gap that the ring never held
     b["state"][STATE_RING : STATE_RING + 1] = torch.maximum(held, end - layout.window)
     b["state"][STATE_END : STATE_END + 1] = end
 
@@ -70,7 +71,7 @@ def keep_pivots(b: dict[str, Tensor], x: Tensor, at: Tensor, pivots: Tensor, lay
     """Fill the pivot slots from tokens pivots [B, P] of x, where x starts a cache (its first position is 0)."""
     B, H, _, D = x.shape
     begins = at[0] == 0
-    row = pivots[:, : layout.pivots].long()
+    row = torch.nn.functional.pad(pivots.long(), (0, layout.pivots - pivots.shape[1]), value=-1)  # also cuts what is too many
     valid, row = row >= 0, row.clamp_min(0)
     chosen = x.gather(2, row[:, None, :, None].expand(B, H, -1, D)).to(b["pivots"].dtype)
     position = torch.where(valid, at[row], -1)
@@ -172,6 +173,8 @@ def restart(cache: list[Tensor], at: Tensor, affine: Tensor | None, layout: str)
     parsed = Layout.parse(layout)
     b, begins = named(cache, parsed), at[0] == 0
     b["state"][:STATE_TEXT] *= ~begins
+    if parsed.text_bits:
+        b["text_at"].masked_fill_(begins, -1)
     if parsed.pivots:
         b["pivot_at"].copy_(torch.where(begins, -1, b["pivot_at"]))
     if parsed.affine:

@@ -24,11 +24,13 @@ GAIN_RANGE = 64.0  # s stays within 64 times of its geometric mean, so that rota
 
 def find_pivots_reference(h: Tensor, valid: Tensor | None, count: int, mode: str, floor: float, ratio: float) -> Tensor:
     B, T, _ = h.shape
+    if mode not in ("topk", "massive"):
+        raise ValueError(f"akvq::find_pivots: mode is {mode!r}, accepted: 'topk', 'massive'")
     magnitude = h.detach().abs()
     peak = magnitude.amax(-1).float()  # [B, T]
     if valid is None:
         valid = torch.ones(B, T, dtype=torch.bool, device=h.device)
-    peak = torch.where(valid, peak, -1.0).nan_to_num(0.0, posinf=torch.finfo(torch.float32).max)
+    peak = peak.nan_to_num(0.0, posinf=torch.finfo(torch.float32).max)
     eligible = valid.clone()
     if mode == "massive":
         per_token = magnitude.float().median(-1).values  # the row's median through its tokens' medians: one pass, no sort of T*E

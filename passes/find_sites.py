@@ -13,8 +13,8 @@ from torch.fx import Node
 
 from akvq_fx.kernels.layout import DTYPE_NAMES
 from akvq_fx.passes.patterns.attention import attention_of, is_attention, prefix_of, ungrouped
-from akvq_fx.passes.patterns.cache_write import ALLOCATIONS, STATIC_PLAIN, CacheWrite, cache_like, cache_write_of
-from akvq_fx.passes.patterns.nodes import NoMatch, op, same_size, shape, value
+from akvq_fx.passes.patterns.cache_write import ALLOCATIONS, STATIC_PLAIN, CacheWrite, cache_like, cache_write_of, is_packed
+from akvq_fx.passes.patterns.nodes import NoMatch, op, same_size, shape, tensors_of_cat, value
 from akvq_fx.passes.patterns.projection import weight_behind
 from akvq_fx.passes.patterns.rope import rope_of
 from akvq_fx.passes.patterns.site import Site, layer_of
@@ -62,10 +62,21 @@ def find_sites(state: GraphState) -> PassReport:
         site = Site(attention, key, val, length, layer, label, rope, weights=weights if key.kind != "read" else (None, None))
         state.sites.append(site)
         report.match(site)
+    watch_plain_caches(state)
     pending = [(n, why) for n, why in cache_like(state.graph) if n not in writes and n not in refused]
     for whole, why in pending:
         refuse(whole, NoMatch(why, whole), whole)
     return report
+
+
+def watch_plain_caches(state: GraphState) -> None:
+    """Note every 16-bit cache that grows here, matched or not: the runtime refuses one from before its values were folded."""
+    for node in state.graph.nodes:
+        if op(node) == "cat" and len(shape(node)) == 4 and len(tensors_of_cat(node)) == 2:
+            past, new = tensors_of_cat(node)
+            weight = weight_behind(new) if op(past) == "placeholder" and not is_packed(past) and isinstance(new, Node) else None
+            if weight is not None and op(weight) == "placeholder":
+                state.program.plain.append((state.position[weight], layer_of(weight, 0)[1]))
 
 
 def read_from(argument: Node) -> tuple[Node, object]:
@@ -102,7 +113,8 @@ def check(attention, key: CacheWrite | None, val: CacheWrite | None, length, val
     heads, kv_heads = shape(attention.query)[1], shape(key.whole)[1]
     if heads % kv_heads or shape(val.whole)[1] != kv_heads:
         raise NoMatch(f"{heads} query heads do not divide into {kv_heads} KV heads", attention.node)
-    if not same_size(shape(key.whole)[2], shape(val.whole)[2]) and not key.packed:
+    lengths = shape(key.whole)[2], shape(val.whole)[2]
+    if all(isinstance(n, int) for n in lengths) and lengths[0] != lengths[1]:  # each cache input has a length symbol of its own
         raise NoMatch("keys and values differ in length", attention.node)
     if shape(attention.query)[0] != shape(key.whole)[0]:
         raise NoMatch("the query's batch is not the cache's", attention.node)

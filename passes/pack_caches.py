@@ -47,9 +47,6 @@ def pack_caches(state: GraphState) -> PassReport:
 def begin(state: GraphState, site: Site, write: CacheWrite, layout) -> None:
     """Pack the prompt, or a plain cache met for the first time."""
     x = write.whole if write.kind == "grow" else write.new
-    weight = site.weights[1]
-    if write.kind == "grow" and weight is not None:
-        state.program.plain.append((state.position[weight], site.label))
     at = positions(state, write, x)
     valid = valid_tokens(state, site, write, at)
     classes = token_classes(state, site, x, valid)
@@ -88,8 +85,8 @@ def extend(state: GraphState, site: Site, write: CacheWrite) -> None:
             state.call(akvq.restart.default, buffers.nodes, at, affine, str(layout))
     append = state.call(akvq.append.default, buffers.nodes, x, at, classes, pivots, str(layout))
     state.stored_uses[write.whole].append((append, 1))
-    tokens = state.program.appends if write.kind == "grow" else state.program.placed
-    tokens.append((state.position[write.past], state.size(shape(x)[2])))
+    if write.kind == "grow":
+        state.program.appends.append((state.position[write.past], state.size(shape(x)[2])))
 
 
 def positions(state: GraphState, write: CacheWrite, x: Node) -> Node:

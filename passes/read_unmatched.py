@@ -11,9 +11,8 @@ from __future__ import annotations
 
 import torch
 
-from akvq_fx.passes.patterns.cache_write import CacheWrite, is_mutation, is_packed
+from akvq_fx.passes.patterns.cache_write import is_mutation, is_packed
 from akvq_fx.passes.patterns.nodes import dimension, op, outputs, shape, tensors_of_cat, value
-from akvq_fx.passes.pack_caches import positions
 from akvq_fx.passes.state import Appended, GraphState
 from akvq_fx.report import PassReport
 
@@ -28,12 +27,12 @@ def read_unmatched(state: GraphState) -> PassReport:
         for whole in grown:
             replace_shape_reads(state, whole)
             readers = [u for u in whole.users if op(u) != "output" and reaches_output(u)]
-            if past not in state.buffers:
+            matched = past in state.buffers
+            if not matched:
                 append(state, past, whole)
             if readers:
-                with state.graph.inserting_after(last_write(state, past, whole)):
-                    copy = dequantized(state, past, shape(whole)[2], value(whole))
-                whole.replace_all_uses_with(copy, delete_user_cb=lambda u: op(u) != "output")
+                copy = read_before(state, past, whole) if matched else read_after(state, past, whole)
+                whole.replace_all_uses_with(copy, delete_user_cb=lambda u, live=readers: u in live)
                 report.miss(past.name, f"read by {op(readers[0])}: dequantized for it", readers[0])
             returned(state, whole, past)
         replace_shape_reads(state, past)
@@ -52,13 +51,11 @@ def append(state: GraphState, past, whole) -> None:
     """An append for a growth that no attention was matched to; its tokens are turned as the buffers are."""
     buffers = state.bind(past)
     new = tensors_of_cat(whole)[1]
-    write = CacheWrite("grow", past, new, whole, packed=True)
-    with state.graph.inserting_after(new):
-        marker = state.call(torch.ops.aten.detach.default, new)
-    with state.before(marker):
-        at = positions(state, write, new)
+    with state.before(whole):
+        # positions of its own: a shared node may stand after another cache's growth
+        first, end = (state.size_node(n) for n in (shape(whole)[2] - shape(new)[2], shape(whole)[2]))
+        at = state.call(torch.arange, first, end, device=value(new).device, dtype=torch.int64)
         node = state.call(akvq.append.default, buffers.nodes, stored(state, buffers, new), at, None, None, str(buffers.layout))
-    state.graph.erase_node(marker)
     state.unmatched[past] = node
     state.program.appends.append((state.position[past], state.size(shape(new)[2])))
 
@@ -69,11 +66,19 @@ def stored(state: GraphState, buffers, new):
     return state.call(akvq.hadamard.default, new) if buffers.layout.rotated else new
 
 
-def last_write(state: GraphState, past, whole):
-    if past in state.unmatched:
-        return state.unmatched[past]
-    appends = [node for node, position in state.stored_uses.get(whole, []) if "append" in op(node)]
-    return appends[-1] if appends else whole
+def read_after(state: GraphState, past, whole):
+    """The whole cache, new tokens as stored: the append stands before it."""
+    with state.graph.inserting_after(state.unmatched[past]):
+        return dequantized(state, past, shape(whole)[2], value(whole))
+
+
+def read_before(state: GraphState, past, whole):
+    """The whole cache where a matched attention appends later in the graph: what was stored, and the new tokens as they are."""
+    with state.before(whole):
+        old = dequantized(state, past, shape(past)[2], value(past))
+        copy = state.call(torch.cat, [old, tensors_of_cat(whole)[1]], 2)
+    copy.meta["example_value"] = value(whole)
+    return copy
 
 
 def dequantized(state: GraphState, past, length, like):
@@ -96,26 +101,43 @@ def read_rest(state: GraphState, past, report: PassReport) -> None:
     if overwrites:
         unpack(state, past, overwrites[0], report)
         return
+    appends = [n for n, _ in state.stored_uses.get(past, []) if "append" in op(n)]
+    matched = bool(appends)
+    for write in writes if not matched else ():
+        buffers = state.bind(past)
+        with state.before(write):
+            new, at = write.args[3], write.args[2]
+            written = stored(state, buffers, new)
+            appends.append(state.call(akvq.append.default, buffers.nodes, written, at, None, None, str(buffers.layout)))
+    read_copies(state, past, writes, appends, report)
     for write in writes:
-        matched = any("append" in op(n) for n, _ in state.stored_uses.get(past, []))
-        if not matched:
-            buffers = state.bind(past)
-            with state.before(write):
-                new, at = write.args[3], write.args[2]
-                state.call(akvq.append.default, buffers.nodes, stored(state, buffers, new), at, None, None, str(buffers.layout))
         write.replace_all_uses_with(past)
         state.graph.erase_node(write)
-    readers = [u for u in past.users if op(u) != "output" and not is_growth(u, past)]
-    live = [u for u in readers if reaches_output(u)]
-    if live:
-        first = min(live, key=list(state.graph.nodes).index)
-        with state.before(first):
-            copy = dequantized(state, past, shape(past)[2], value(past))
-        for u in live:
-            u.replace_input_with(past, copy)
-        report.miss(past.name, f"read by {op(first)}: dequantized for it", first)
     if past in outputs(state.graph):
         state.appended[past] = Appended(state.position[past])
+
+
+def read_copies(state: GraphState, past, writes, appends, report: PassReport) -> None:
+    """A copy for the live readers of a placeholder; readers with a write between them see different tokens, so get their own."""
+    order = {n: i for i, n in enumerate(state.graph.nodes)}
+    copies: dict = {}
+    for whole in (past, *writes):
+        for u in [u for u in whole.users if u not in writes and op(u) != "output" and not is_growth(u, past)]:
+            if not reaches_output(u):
+                continue
+            before = [w for w in writes if order[w] < order[u]]
+            done = sum(order[a] < order[u] for a in appends)
+            copies.setdefault((len(before), done), (before[done:], []))[1].append((whole, u))
+    for pending, readers in copies.values():
+        first = min((u for _, u in readers), key=order.get)
+        with state.before(first):
+            copy = dequantized(state, past, shape(past)[2], value(past))
+            for write in pending:  # its append stands at an attention further on
+                copy = state.graph.call_method("index_copy", (copy, 2, write.args[2], write.args[3]))
+                copy.meta["example_value"] = value(past)
+        for whole, u in readers:
+            u.replace_input_with(whole, copy)
+        report.miss(past.name, f"read by {op(first)}: dequantized for it", first)
 
 
 def unpack(state: GraphState, past, write, report: PassReport) -> None:

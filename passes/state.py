@@ -64,7 +64,6 @@ class Program:
     inputs    per placeholder: an argument's position, or (position, number) of a PackedKV's buffer
     outputs   per original output: None for "as it comes", Packed or Appended
     appends   per PackedKV argument that grows: (position, tokens)
-    placed    per static PackedKV argument that is written: (position, tokens)
     packed    positions of all PackedKV arguments that the graph takes as buffers
     unpacked  positions of PackedKV arguments that the graph takes as plain tensors
     owners    per PackedKV argument: positions of the key and value weights that make its tokens
@@ -76,7 +75,6 @@ class Program:
     inputs: list[int | tuple[int, int]] = field(default_factory=list)
     outputs: list[None | Packed | Appended] = field(default_factory=list)
     appends: list[tuple[int, Size]] = field(default_factory=list)
-    placed: list[tuple[int, Size]] = field(default_factory=list)
     packed: list[int] = field(default_factory=list)
     unpacked: list[int] = field(default_factory=list)
     owners: dict[int, tuple[int | None, int | None]] = field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""Tiny decoders in plain torch, one class per spelling of a cache; each docstring says what the backend must do with it.
+"""Tiny decoders in plain torch, one class per spelling of a cache; each docstring says what the backend must do.
 
 A spelling overrides one step of `Attention`, so a mix of spellings is a class that inherits several: see `mixed`.
 """
@@ -10,10 +10,12 @@ import functools
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
+
+import akvq_fx
 from akvq_fx.backend import akvq, rewrite
 from akvq_fx.config import AKVQConfig
 from akvq_fx.explain import DryHistory
-from torch import Tensor, nn
 
 VOCABULARY, WIDTH = 64, 32
 
@@ -280,7 +282,8 @@ class RopeComplex(Attention):
 
     def rope(self, x, at):
         cos, sin = angles(at, x.shape[-1], x.dtype)
-        turned = torch.view_as_complex(x.reshape(*x.shape[:-1], -1, 2)) * torch.complex(cos, sin)[None, None]
+        pairs = torch.view_as_complex(x.reshape(*x.shape[:-1], -1, 2).contiguous())
+        turned = pairs * torch.complex(cos, sin)[None, None]
         return torch.view_as_real(turned).flatten(3).type_as(x)
 
 
@@ -409,7 +412,7 @@ class Gated(Attention):
     """A gate between attention and the output projection: packed, the values turn online."""
 
     def output(self, y, x):
-        return self.o_proj(self.merge_heads(y) * torch.sigmoid(self.q_proj(x)))
+        return self.o_proj(self.merge_heads(y) * torch.sigmoid(x.mean(-1, keepdim=True)))
 
 
 class NormedOutput(Attention):
@@ -583,6 +586,46 @@ class ChunkedValues(Attention):
         return super().attend(q, k, torch.cat((second, first), dim=1), mask)
 
 
+class SwitchesToEager(EagerSoftmax):
+    """Attention reads the prompt by scaled_dot_product_attention, later tokens by matmul: packed, then dequantized."""
+
+    def attend(self, q, k, v, mask):
+        if q.shape[2] > 1:
+            return Attention.attend(self, q, k, v, mask)
+        return EagerSoftmax.attend(self, q, k, v, mask)
+
+
+class SwitchesToSliding(Attention):
+    """The whole prompt is kept, later steps keep a slice: packed, then dequantized."""
+
+    def write(self, past, k, v, at):
+        k, v, kept = super().write(past, k, v, at)
+        return k, v, kept if past is None else (k[:, :, -4:], v[:, :, -4:])
+
+
+class StaticSwitchesToEager(StaticIndexCopy):
+    """A static cache that later tokens read by matmul: packed, then dequantized."""
+
+    def attend(self, q, k, v, mask):
+        if q.shape[2] > 1:
+            return super().attend(q, k, v, mask)
+        scores = q @ self.group(k).transpose(-1, -2) * self.dim**-0.5
+        return scores.masked_fill(~mask, torch.finfo(scores.dtype).min).softmax(-1) @ self.group(v)
+
+
+class SwitchesToRoll(StaticIndexCopy):
+    """A static cache that a later step would roll: refused with what to do."""
+
+    def write(self, past, k, v, at):
+        if past is None:
+            return super().write(past, k, v, at)
+        for cache, new in zip(past, (k, v), strict=True):
+            rolled = cache.roll(-1, dims=2)
+            rolled[:, :, -1:] = new
+            cache.copy_(rolled)
+        return past[0], past[1], past
+
+
 class Block(nn.Module):
     """Attention and a small MLP on a residual stream."""
 
@@ -655,6 +698,38 @@ class CrossDecoder(Decoder):
             y = F.scaled_dot_product_attention(q, part.group(k), part.group(v))
             x = x + part.output(y, x)
         return self.head(x), tuple(kept)
+
+
+class VisionDecoder(Decoder):
+    """Image features [B, T, E] replace the embeddings of some tokens, placed in one of the ways that models do it."""
+
+    def __init__(self, placement: str, layers: int = 3, broken: bool = False):
+        super().__init__(layers=layers)
+        self.placement, self.broken = placement, broken
+
+    def forward(self, tokens, cache=None, images=None, at_image=None, mm_token_type_ids=None):
+        at, total = self.start(tokens, cache, None)
+        x = self.embed(tokens)
+        if images is not None:
+            x = self.place(x, images, at_image)
+        if mm_token_type_ids is not None:
+            x = x + 0.1 * mm_token_type_ids[..., None]
+        if self.broken:
+            torch._dynamo.graph_break()
+        return self.run(x, cache, at, total)
+
+    def place(self, x, images, at_image):
+        if self.placement == "masked_scatter":
+            return x.masked_scatter(at_image[..., None].expand_as(x), images)
+        if self.placement == "masked_scatter_":
+            return x.clone().masked_scatter_(at_image[..., None].expand_as(x), images)
+        if self.placement == "setitem":
+            x = x.clone()
+            x[at_image] = images
+            return x
+        if self.placement == "index_put":
+            return x.index_put((at_image,), images)
+        return akvq_fx.mark_vision(torch.where(at_image[..., None], images.mean(0), x), at_image)
 
 
 class VisionTower(nn.Module):
@@ -730,11 +805,12 @@ def roll(model, batch: int = 2, prompt: int = 6, steps: int = 3, chunk: int = 0,
     visible = torch.ones(batch, ids.shape[1], dtype=torch.bool)
     visible[0, :pad] = False
     static = getattr(model.layers[0].attention, "slots", 0)
+    slots = F.pad(visible, (0, max(0, static - len(ids[0]))), value=True)
     cuts = [0, prompt, *range(prompt + 1, prompt + steps + 1), *([ids.shape[1]] if chunk else [])]
     logits, cache = [], None
     with torch.no_grad():
         for a, b in zip(cuts, cuts[1:], strict=False):
-            padding = None if not pad else F.pad(visible, (0, static - len(ids[0])), value=True) if static else visible[:, :b]
+            padding = None if not pad else slots if static else visible[:, :b]
             out, cache = model(ids[:, a:b], cache, padding, torch.arange(a, b) if static else None)
             logits.append(out)
     return logits, cache

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from akvq_fx import vision_carry
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -32,6 +33,7 @@ def golden(request):
             path.parent.mkdir(exist_ok=True)
             path.write_text(text.rstrip() + "\n")
         assert path.is_file(), f"no golden text {name}; write it with pytest --update-golden and read it"
-        assert path.read_text() == text.rstrip() + "\n", f"{name} changed; read the difference, then pytest --update-golden"
+        same = path.read_text() == text.rstrip() + "\n"
+        assert same, f"{name} changed; read the difference, then pytest --update-golden"
 
     return check

@@ -1,14 +1,14 @@
-"""find_sites: every spelling of a cache is matched with its RoPE named, and what cannot be packed keeps graph and bits."""
+"""find_sites: every spelling of a cache is matched, its RoPE named; what cannot be packed keeps graph and bits."""
 
-import akvq_fx
 import pytest
 import torch
-from akvq_fx.config import AKVQConfig
-from akvq_fx.explain import DryHistory
-from akvq_fx.packed_kv import PackedKV
 from akvq_fx.passes.canonicalize import canonicalize
 from akvq_fx.passes.state import GraphState
 
+import akvq_fx
+from akvq_fx.config import AKVQConfig
+from akvq_fx.explain import DryHistory
+from akvq_fx.packed_kv import PackedKV
 from tests import attention_models as models
 from tests.attention_models import Decoder, captured, lossless, roll, token_ids
 
@@ -156,7 +156,7 @@ def test_two_layers_share_one_cache():
     for capture in seen.captures:
         first, second = capture.state.sites
         assert first.key.whole is second.key.whole and first.value.whole is second.value.whole
-        assert sum("akvq.append" in str(n.target) or "akvq.pack" in str(n.target) for n in capture.state.graph.nodes) == 2
+        assert sum(str(n.target).startswith(("akvq.append", "akvq.pack")) for n in capture.state.graph.nodes) == 2
     assert len(seen.captures) == 2 and seen.error <= 1e-6
     assert all(isinstance(t, PackedKV) for t in seen.cache[0])
 
@@ -221,9 +221,8 @@ class CastCache(models.Attention):
     ids=name,
 )
 def test_prompt_refusals(spelling, reason):
-    (capture,) = captured(
-        Decoder(spelling), token_ids(2, 6), at=torch.arange(6) if hasattr(spelling, "slots") else None, options=models.LOSSLESS
-    )
+    at = torch.arange(6) if hasattr(spelling, "slots") else None
+    (capture,) = captured(Decoder(spelling), token_ids(2, 6), at=at, options=models.LOSSLESS)
     assert capture.state.sites == []
     assert any(reason in why for _, _, why, _ in capture.state.refused), capture.state.refused
     assert untouched(capture)

@@ -1,17 +1,17 @@
-"""fold_values: W_O W_V is what it was for any layout of heads, folded once, refused where it is not provably legal, and undone."""
+"""fold_values: W_O W_V is what it was for any layout of heads; folded once, undone, refused where not proven legal."""
 
 import copy
 
-import akvq_fx
 import pytest
 import torch
-from akvq_fx.folding import HISTORY
-from akvq_fx.packed_kv import PackedKV
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
+import akvq_fx
+from akvq_fx.folding import HISTORY
+from akvq_fx.packed_kv import PackedKV
 from tests import attention_models as models
 from tests.attention_models import Attention, Decoder, evidence, mixed, roll, token_ids
 
@@ -72,7 +72,7 @@ def prompt(model, count: int = 6, batch: int = 2):
         return model(token_ids(batch, count))
 
 
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
+@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
 @given(
     qkv=st.sampled_from(QKV),
     layout=st.sampled_from(LAYOUTS),
@@ -245,7 +245,8 @@ def test_decode_first_stays_online():
     before = value_weight(model).detach().clone()
     logits, _ = roll(run)
     assert spy.captures[-1].state.sites[0].value_rotation == "online"
-    assert spy.captures[1].state.sites[0].value_reason == "an earlier graph of this layer already rotates its values online"
+    (site,) = spy.captures[1].state.sites
+    assert site.value_reason == "an earlier graph of this layer already rotates its values online"
     assert torch.equal(value_weight(model), before)
     for a, b in zip((want, *steps), logits, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
@@ -268,7 +269,7 @@ def test_plain_cache_at_a_folded_layer_is_refused():
         _, plain = model(ids[:, :6])
         run, _ = compiled(model)
         run(ids[:, :6])
-        with pytest.raises(ValueError, match="layers.0.attention got a plain 16-bit cache, but the value rotation is folded"):
+        with pytest.raises(ValueError, match="layers.0.attention got a plain 16-bit cache, .* is folded"):
             run(ids[:, 6:7], plain)
 
 

@@ -1,10 +1,10 @@
-"""pack_caches, attend_packed and the rotations: the rewritten graph computes what the model did, over prompt, steps and chunks."""
+"""pack_caches, attend_packed, rotations: the rewritten graph computes what the model did, prompt, steps and chunks."""
 
-import akvq_fx
 import pytest
 import torch
-from akvq_fx.packed_kv import PackedKV
 
+import akvq_fx
+from akvq_fx.packed_kv import PackedKV
 from tests import attention_models as models
 from tests.attention_models import LOSSLESS, Decoder, captured, evidence, lossless, mixed, roll, token_ids
 from tests.test_find_sites import MUST_FIRE
@@ -12,6 +12,17 @@ from tests.test_find_sites import MUST_FIRE
 ROTATED = {"body_bits": 16, "rotate": True}
 ONLINE = {**ROTATED, "value_rotation": "online"}
 TWO_BITS = {"tsa_layers": ()}
+TURNED = (  # where the rotation or the fold takes another way; test_properties mixes the others in
+    models.Direct,
+    models.StaticSetItem,
+    models.Mqa,
+    models.PerHeadMask,
+    models.RopeComplex,
+    models.NormAfter,
+    models.FusedView,
+    models.ChannelMajor,
+    models.Dim24,
+)
 name = lambda x: x.__name__ if isinstance(x, type) else ""
 
 
@@ -25,7 +36,7 @@ def test_lossless_equals_eager(spelling):
     assert lossless(spelling).error <= 1e-6
 
 
-@pytest.mark.parametrize("spelling", MUST_FIRE, ids=name)
+@pytest.mark.parametrize("spelling", TURNED, ids=name)
 def test_rotated_and_folded_equals_eager(spelling):
     seen = evidence(Decoder(spelling).double(), ROTATED, steps=2, chunk=3)
     assert seen.error <= 1e-10
@@ -33,9 +44,7 @@ def test_rotated_and_folded_equals_eager(spelling):
     assert all(c.report("rotate_queries_keys").matched for c in seen.captures)
 
 
-@pytest.mark.parametrize(
-    "spelling", [models.Attention, models.StaticIndexCopy, models.Mqa, models.FusedView, models.Dim24, models.Gated], ids=name
-)
+@pytest.mark.parametrize("spelling", [models.StaticIndexCopy, models.Mqa, models.Dim24, models.Gated], ids=name)
 def test_rotated_online_equals_eager(spelling):
     seen = evidence(Decoder(spelling).double(), ONLINE, steps=2, chunk=3)
     assert seen.error <= 1e-10
@@ -44,7 +53,7 @@ def test_rotated_online_equals_eager(spelling):
 
 
 @pytest.mark.parametrize("options", [ROTATED, ONLINE], ids=["fold", "online"])
-@pytest.mark.parametrize("batch, prompt, steps, chunk", [(1, 1, 2, 2), (3, 11, 1, 5), (1, 130, 3, 2)], ids=str)
+@pytest.mark.parametrize("batch, prompt, steps, chunk", [(1, 1, 2, 2), (3, 130, 1, 5)], ids=str)
 def test_rotated_in_single_precision(options, batch, prompt, steps, chunk):
     model = Decoder(mixed(models.Biased), layers=2)
     seen = evidence(model, options, batch=batch, prompt=prompt, steps=steps, chunk=chunk)
@@ -57,10 +66,8 @@ def test_rotated_in_single_precision(options, batch, prompt, steps, chunk):
     [
         models.Attention,
         models.FloatMask,
-        models.PerHeadMask,
-        mixed(models.EnableGqa, models.BoolMask),
+        mixed(models.EnableGqa, models.PerHeadMask),
         models.StaticIndexCopy,
-        models.StaticSetItem,
     ],
     ids=name,
 )
@@ -93,7 +100,9 @@ def test_two_bits_really_quantize():
     error = max((a - b).abs().max().item() for a, b in zip(seen.eager[1:], seen.compiled[1:], strict=True))
     assert 1e-4 < error < 1, "a step that shows no quantization error did not read codes"
     rows = akvq_fx.report(seen.model).packed
-    assert [(r.status, r.bits) for r in rows] == [(s, "recent 2: 16, pivots 1: 16, rest: 2") for s in ("prompt", "packed")]
+    assert [(r.status, r.bits) for r in rows] == [
+        (s, "recent 2: 16, pivots 1: 16, rest: 2") for s in ("prompt", "packed")
+    ]
 
 
 def test_steps_within_the_window_are_exact():

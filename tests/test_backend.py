@@ -1,0 +1,268 @@
+"""The backend's edges: options, errors, odd input, threads, and what a long generation costs."""
+
+import gc
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+from transformers import DynamicCache
+
+import akvq_fx
+from akvq_fx import AKVQConfig, PackedKV
+from tests.zoo import ZOO
+
+SMALL = {"inner": "eager", "window": 8, "pivots": 3}
+
+
+@pytest.fixture
+def llama():
+    torch._dynamo.reset()
+    return ZOO["llama"]()
+
+
+def greedy(model, inputs, tokens, cache=None):
+    """(logits per step, cache) of a plain decode loop on one unpadded row."""
+    ids, logits = inputs["input_ids"][:1], []
+    with torch.no_grad():
+        for _ in range(tokens):
+            out = model(input_ids=ids, past_key_values=cache, use_cache=True)
+            cache, ids = out.past_key_values, out.logits[:, -1:].argmax(-1)
+            logits.append(out.logits[:, -1])
+    return logits, cache
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"windw": 8}, "unknown option 'windw'. Did you mean 'window'"),
+        ({"body_bits": 3}, "body_bits=3"),
+        ({"body_bits": True}, "body_bits"),
+        ({"window": -1}, "window=-1"),
+        ({"body_clip": 0}, "body_clip"),
+        ({"recipe": "best"}, "accepted: one of 'akvq-vl', 'akvq'"),
+        ({"inner": "xla"}, "inner='xla'"),
+        ({"inner": "eager", "mode": "max-autotune"}, "only Inductor has modes"),
+        ({"tsa_layers": "01"}, "tsa_layers"),
+    ],
+    ids=str,
+)
+def test_bad_options_are_refused(llama, options, message):
+    model, inputs = llama
+    model.compile(backend="akvq", options=options)
+    with pytest.raises(Exception, match=message.replace("(", r"\(")), torch.no_grad():
+        model(**inputs)
+
+
+def test_known_options_are_listed():
+    with pytest.raises(ValueError, match="Known options: recipe, body_bits, text_bits"):
+        AKVQConfig.from_options({"x": 1})
+
+
+def test_backend_needs_no_import():
+    code = "import torch; torch.compile(torch.nn.Linear(2, 2), backend='akvq', options={'inner': 'eager'})(torch.ones(1, 2)); print('ok')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd="/")
+    assert done.stdout.strip() == "ok", done.stderr
+    assert "Failed to load" not in done.stderr
+
+
+def test_without_a_cache_numbers_are_exact(llama):
+    model, inputs = llama
+    with torch.no_grad():
+        expected = model(**inputs, use_cache=False).logits
+        model.compile(backend="akvq", options=SMALL)
+        assert torch.equal(model(**inputs, use_cache=False).logits, expected)
+    assert not akvq_fx.report(model).rows
+
+
+def test_gradients_of_a_prompt_are_exact(llama):
+    """Packing a prompt's cache does not touch the loss: its own attention reads 16-bit tokens, and the codes carry no gradient."""
+    model, inputs = llama
+    model(**inputs, use_cache=True).logits.sum().backward()
+    expected = model.lm_head.weight.grad.clone()
+    model.zero_grad()
+    compiled = torch.compile(model, backend="akvq", options={**SMALL, "value_rotation": "online"})
+    out = compiled(**inputs, use_cache=True)
+    out.logits.sum().backward()
+    torch.testing.assert_close(model.lm_head.weight.grad, expected)
+    assert all(isinstance(layer.keys, PackedKV) for layer in out.past_key_values.layers)
+
+
+def test_bypass_is_noticed(llama):
+    """The check that the other tests lean on: without the backend nothing is packed, and report says that nothing was compiled."""
+    model, inputs = llama
+    _, cache = greedy(model, inputs, 2)
+    assert not any(isinstance(layer.keys, PackedKV) for layer in cache.layers)
+    assert "nothing was compiled" in str(akvq_fx.report(model))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")], ids=str)
+def test_broken_keys_stay_where_they_are(llama, bad):
+    """A non-finite embedding spoils what a 16-bit cache would spoil, and no other row of the batch."""
+    model, inputs = llama
+    model.compile(backend="akvq", options=SMALL)
+    inputs = {k: v.clone() for k, v in inputs.items()}
+    embeds = model.get_input_embeddings()(inputs.pop("input_ids")).detach()
+    clean = model.generate(inputs_embeds=embeds, **inputs, max_new_tokens=4, output_logits=True, return_dict_in_generate=True)
+    embeds[0, -3] = bad
+    broken = model.generate(inputs_embeds=embeds, **inputs, max_new_tokens=4, output_logits=True, return_dict_in_generate=True)
+    for one, other in zip(clean.logits, broken.logits, strict=True):
+        assert not other[0].isfinite().any()
+        torch.testing.assert_close(one[1], other[1])
+
+
+def test_empty_prompt_is_an_error_not_a_crash(llama):
+    model, inputs = llama
+    model.compile(backend="akvq", options=SMALL)
+    with pytest.raises((RuntimeError, ValueError, IndexError)), torch.no_grad():
+        model(input_ids=inputs["input_ids"][:, :0], use_cache=True)
+
+
+def test_batch_change_between_calls(llama):
+    """Another batch is another cache; continuing a cache with another batch is refused."""
+    model, inputs = llama
+    model.compile(backend="akvq", options=SMALL)
+    both = model.generate(**inputs, max_new_tokens=3, return_dict_in_generate=True)
+    one = model.generate(**{k: v[1:] for k, v in inputs.items()}, max_new_tokens=3, return_dict_in_generate=True)
+    assert both.sequences.shape[0] == 2 and one.sequences.shape[0] == 1
+    with pytest.raises(Exception, match="Sizes of tensors must match|batch"), torch.no_grad():
+        model(input_ids=torch.ones(1, 1, dtype=torch.long), past_key_values=both.past_key_values)
+
+
+def test_recompiled_in_the_middle_of_a_generation(llama):
+    model, inputs = llama
+    expected, _ = greedy(model, inputs, 8)
+    model.compile(backend="akvq", options={**SMALL, "body_bits": 16})
+    _, cache = greedy(model, inputs, 4)
+    torch._dynamo.reset()
+    with torch.no_grad():
+        logits = model(input_ids=expected[3].argmax(-1)[:, None], past_key_values=cache, use_cache=True).logits[:, -1]
+    torch.testing.assert_close(logits, expected[4], atol=1e-4, rtol=1e-4)
+
+
+def test_plain_cache_from_before_a_fold_is_refused(llama):
+    model, inputs = llama
+    _, plain = greedy(model, inputs, 2)
+    model.compile(backend="akvq", options=SMALL)
+    greedy(model, inputs, 2)
+    with pytest.raises(ValueError, match="folded into its weights"):
+        greedy(model, {"input_ids": inputs["input_ids"][:, -1:]}, 1, plain)
+
+
+def test_unfold_restores_the_weights(llama):
+    model, inputs = llama
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    model.compile(backend="akvq", options=SMALL)
+    _, cache = greedy(model, inputs, 2)
+    changed = [name for name, p in model.named_parameters() if not torch.equal(p, before[name])]
+    assert sorted({name.split(".")[-2] for name in changed}) == ["o_proj", "v_proj"]
+    assert akvq_fx.unfold(model) == 3 and akvq_fx.unfold(model) == 0
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p, before[name], atol=1e-6, rtol=1e-6)
+    with pytest.raises(ValueError, match="made by other weights"):
+        greedy(model, {"input_ids": inputs["input_ids"][:, -1:]}, 1, cache)
+
+
+def test_two_threads_two_models():
+    """Compilation and decoding from two threads at once; each model gets its own tokens."""
+    torch._dynamo.reset()
+    pairs = [ZOO["llama"](seed=seed) for seed in (0, 1)]
+    expected = [model.generate(**inputs, max_new_tokens=6) for model, inputs in pairs]
+    found: list = [None, None]
+
+    def work(i):
+        model, inputs = pairs[i]
+        model.compile(backend="akvq", options={**SMALL, "body_bits": 16})
+        found[i] = model.generate(**inputs, max_new_tokens=6)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for got, want in zip(found, expected, strict=True):
+        assert torch.equal(got, want)
+
+
+def test_a_long_generation_compiles_twice_and_leaks_nothing(llama):
+    """200 tokens over two capacity steps: a prompt graph, a decode graph, and memory that is the cache."""
+    model, inputs = llama
+    model.compile(backend="akvq", options={**SMALL, "capacity_step": 64})
+    counters.clear()
+    _, cache = greedy(model, inputs, 3)
+    graphs = counters["stats"]["unique_graphs"]
+    gc.collect()
+    alive = tensors_alive()
+    ids = torch.full((1, 1), 33)
+    with torch.no_grad():
+        for _ in range(200):
+            cache = model(input_ids=ids, past_key_values=cache, use_cache=True).past_key_values
+    assert counters["stats"]["unique_graphs"] == graphs == 2
+    gc.collect()
+    assert tensors_alive() - alive <= 8
+    packed = cache.layers[0].keys
+    assert packed.shape[2] == 23 + 202 and packed.storage.capacity == 256
+    assert len(packed.storage.views) <= 10
+
+
+def tensors_alive() -> int:
+    return sum(isinstance(x, torch.Tensor) for x in gc.get_objects())
+
+
+def test_prompt_memory_is_packed_before_the_call_returns(llama):
+    """No 16-bit copy of the cache outlives the call: the only tensors left are the packed buffers."""
+    model, inputs = llama
+    model.compile(backend="akvq", options=SMALL)
+    greedy(model, inputs, 2)
+    gc.collect()
+    known = {id(x) for x in gc.get_objects() if isinstance(x, torch.Tensor)}
+    _, cache = greedy(model, inputs, 1)
+    gc.collect()
+    shape = tuple(cache.layers[0].keys.shape)
+    new = [x for x in gc.get_objects() if isinstance(x, torch.Tensor) and id(x) not in known]
+    assert not [x for x in new if tuple(x.shape) == shape and not isinstance(x, PackedKV)]
+
+
+def test_static_cache_object_keeps_its_interface():
+    torch._dynamo.reset()
+    model, inputs = ZOO["llama"]()
+    model.compile(backend="akvq", options=SMALL)
+    out = model.generate(**inputs, max_new_tokens=4, cache_implementation="static", return_dict_in_generate=True)
+    cache = out.past_key_values
+    assert int(cache.get_seq_length()) == inputs["input_ids"].shape[1] + 3
+    stats = akvq_fx.cache_stats(cache)
+    assert stats.packed_tensors == 6 and stats.plain_tensors == 0
+    cache.reset()
+    assert int(cache.get_seq_length()) == 0 and not cache.layers[0].keys.dequantize().any()
+
+
+def test_cache_stats_of_a_plain_cache(llama):
+    model, inputs = llama
+    with torch.no_grad():
+        cache = model(**inputs, use_cache=True).past_key_values
+    stats = akvq_fx.cache_stats(cache)
+    assert stats.packed_tensors == 0 and stats.plain_tensors == 6 and stats.ratio == 0.5  # float32 here, 16 bits there
+    with pytest.raises(TypeError, match="no cache tensors"):
+        akvq_fx.cache_stats(DynamicCache())
+
+
+def test_explain_changes_nothing(llama):
+    model, inputs = llama
+    before = [p.detach().clone() for p in model.parameters()]
+    report = akvq_fx.explain(model, **inputs, akvq_options=SMALL)
+    assert [row.status for row in report.packed] == ["prompt"] * 3
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    assert "nothing was compiled" in str(akvq_fx.report(model))
+
+
+@pytest.mark.parametrize("inner", ["aot_eager", "inductor"])
+def test_inner_compilers_agree(llama, inner):
+    model, inputs = llama
+    small = {k: v[1:, 6:] for k, v in inputs.items()}
+    expected = model.generate(**small, max_new_tokens=4)
+    model.compile(backend="akvq", options={**SMALL, "inner": inner, "window": 64})
+    out = model.generate(**small, max_new_tokens=4, return_dict_in_generate=True)
+    assert torch.equal(out.sequences, expected)
+    assert all(isinstance(layer.keys, PackedKV) for layer in out.past_key_values.layers)
