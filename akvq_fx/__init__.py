@@ -1,11 +1,11 @@
 """akvq_fx: torch.compile(model, backend="akvq") gives any traced vision-language model the AKVQ-VL 2-bit key-value cache.
 
-    import torch
-    model.compile(backend="akvq")            # or torch.compile(model, backend="akvq"); no import of akvq_fx is needed
-    model.generate(...)                      # the cache object, generate and the model stay as they are
+import torch
+model.compile(backend="akvq")            # or torch.compile(model, backend="akvq"); no import of akvq_fx is needed
+model.generate(...)                      # the cache object, generate and the model stay as they are
 
-    akvq_fx.report(model)                    # what was packed, and why not where it was not
-    akvq_fx.cache_stats(past_key_values)     # tokens by class, bytes, bits per element
+akvq_fx.report(model)                    # what was packed, and why not where it was not
+akvq_fx.cache_stats(past_key_values)     # tokens by class, bytes, bits per element
 """
 
 from pathlib import Path as _Path

@@ -15,7 +15,9 @@ import weakref
 from torch._dynamo.eval_frame import OptimizedModule
 
 _calls: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # OptimizedModule -> its compiled _call_impl
-_depth: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # original module -> (generate calls under way, what to restore)
+_depth: weakref.WeakKeyDictionary = (
+    weakref.WeakKeyDictionary()
+)  # original module -> (generate calls under way, what to restore)
 _lock = threading.Lock()
 
 
@@ -24,7 +26,10 @@ def uses_akvq(module: OptimizedModule) -> bool:
     from akvq_fx.backend import akvq
 
     fn = getattr(module.dynamo_ctx, "callback", None)
-    for link in ("_torchdynamo_orig_backend", "_torchdynamo_orig_callable"):  # the chain's name differs between torch versions
+    for link in (
+        "_torchdynamo_orig_backend",
+        "_torchdynamo_orig_callable",
+    ):  # the chain's name differs between torch versions
         while hasattr(fn, link):
             fn = getattr(fn, link)
     return getattr(fn, "compiler_fn", fn) is akvq

@@ -14,7 +14,7 @@ from akvq_fx.kernels.layout import Layout
 B, H, C, CT, T = sympy.symbols("B H C Ct T", positive=True, integer=True)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def bytes_of(layout: Layout) -> sympy.Expr:
     """Bytes of one packed key or value tensor, an expression in B, H, C and Ct."""
     total = sympy.Integer(0)

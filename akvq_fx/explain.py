@@ -61,8 +61,11 @@ def report(model: nn.Module) -> Report:
         found.hints.append("nothing was compiled for this model yet: call it, or its generate, after compiling it")
         if inner:
             found.hints.append(
-                f"its generate may run an inner module that was not compiled; compile that one: model.{inner[0]}.compile(backend=\"akvq\")"
+                "its generate may run an inner module that was not compiled; compile that one: "
+                f'model.{inner[0]}.compile(backend="akvq")'
             )
     elif not found.rows:
-        found.hints.append("graphs were compiled, but none holds attention over a cache; is the cache on (use_cache=True)?")
+        found.hints.append(
+            "graphs were compiled, but none holds attention over a cache; is the cache on (use_cache=True)?"
+        )
     return found

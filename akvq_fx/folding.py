@@ -104,6 +104,7 @@ def unfold(model: nn.Module) -> int:
     """Take the value rotations out of a model's weights again; returns how many layers were unfolded.
 
     Weights come back to within one rounding of what they were. Caches made while folded are refused afterwards, and compiled
-    graphs of the model fold again when they next run a prompt: recompile with value_rotation="online" to keep the weights as they are.
+    graphs of the model fold again when they next run a prompt: recompile with value_rotation="online" to keep the
+    weights as they are.
     """
     return sum(HISTORY.unfold(parameter) for parameter in model.parameters())

@@ -1,4 +1,5 @@
-"""Records: what was compiled for which weights, kept so that report(model) can tell. Weak: a model that goes away takes them along."""
+"""Records: what was compiled for which weights, kept so that report(model) can tell. Weak: a model that goes away
+takes them along."""
 
 from __future__ import annotations
 
@@ -90,7 +91,9 @@ def graph_report(state: GraphState) -> GraphReport:
 def row_of(site: Site, state: GraphState) -> SiteRow:
     layout = site.key_layout
     status = "packed" if site.packed or state.config.prefill == "quantized" else "prompt"
-    values = site.value_rotation + (f": {site.value_reason}" if site.value_rotation == "online" and site.value_reason else "")
+    values = site.value_rotation + (
+        f": {site.value_reason}" if site.value_rotation == "online" and site.value_reason else ""
+    )
     return SiteRow(site.layer, site.label, status, site.rope, layout.head_dim, site.groups, site.policy, bits_of(layout), values,
                    "; ".join(dict.fromkeys(site.notes)))  # fmt: skip
 
@@ -101,5 +104,7 @@ def bits_of(layout) -> str:
         return "16"
     parts = [f"recent {layout.window}: 16"] if layout.window else []
     parts += [f"pivots {layout.pivots}: 16"] if layout.pivots else []
-    parts += [f"text: {layout.text_bits}, vision: {layout.body_bits}"] if layout.text_bits else [f"rest: {layout.body_bits}"]
+    parts += (
+        [f"text: {layout.text_bits}, vision: {layout.body_bits}"] if layout.text_bits else [f"rest: {layout.body_bits}"]
+    )
     return ", ".join(parts)

@@ -22,7 +22,9 @@ class Runtime:
         self.program, self.inner, self.step, self.starts_call = program, inner, step, starts_call
         self.growth = dict(program.appends)
         pairs = [*program.owners.values(), *(o.owner for o in program.outputs if isinstance(o, Packed))]
-        self.watched = sorted({i for pair in pairs for i in pair if i is not None} | {f.value_weight for f in program.folds})
+        self.watched = sorted(
+            {i for pair in pairs for i in pair if i is not None} | {f.value_weight for f in program.folds}
+        )
         self.seen: list = []
         self.owner: dict = {}
 
@@ -64,7 +66,9 @@ class Runtime:
             HISTORY.fold(args[fold.value_weight], Folded(bias, args[fold.output_weight], fold.rows, fold.columns))
         self.seen = [(i, weakref.ref(args[i]), version_of(args[i])) for i in self.watched]
         pairs = {*self.program.owners.values(), *(o.owner for o in self.program.outputs if isinstance(o, Packed))}
-        self.owner = {pair: None if None in pair else hash(tuple(HISTORY.fingerprint(args[i]) for i in pair)) for pair in pairs}
+        self.owner = {
+            pair: None if None in pair else hash(tuple(HISTORY.fingerprint(args[i]) for i in pair)) for pair in pairs
+        }
         if self.on_weights is not None:
             self.on_weights(args)
 
@@ -80,7 +84,8 @@ class Runtime:
             expected, owner = self.owner.get(self.program.owners.get(position)), packed.storage.owner
             if owner is not None and expected is not None and owner != expected:
                 raise ValueError(
-                    f"akvq: the packed cache of shape {list(packed.shape)} was made by other weights than the ones that continue it "
+                    f"akvq: the packed cache of shape {list(packed.shape)} was made by other weights "
+                    f"than the ones that continue it "
                     "(another model or layer, or weights changed, folded or unfolded since); start with an empty cache"
                 )
             tokens = self.growth.get(position)
@@ -123,7 +128,9 @@ class Runtime:
 def wrap(spec: Packed, buffers: list, args, owner) -> PackedKV:
     length, prompt = spec.length(args), spec.prompt(args)
     storage = Storage(spec.layout, [b.detach() for b in buffers], None if spec.static else length, prompt, owner)
-    if spec.layout.text_bits and not spec.static:  # a static cache may be written again from its start: its slots stay positions
+    if (
+        spec.layout.text_bits and not spec.static
+    ):  # a static cache may be written again from its start: its slots stay positions
         storage.compact_text(prompt)
     storage.mark_dynamic()
     return PackedKV.view_of(storage, length)
@@ -132,7 +139,8 @@ def wrap(spec: Packed, buffers: list, args, owner) -> PackedKV:
 def refuse_misread(weight: torch.Tensor, label: str) -> None:
     if HISTORY.is_folded(weight):
         raise ValueError(
-            f"akvq: {label} got a plain 16-bit cache, but the value rotation is folded into its weights since; values cached before "
+            f"akvq: {label} got a plain 16-bit cache, but the value rotation is folded into "
+            f"its weights since; values cached before "
             "the fold would be misread. Start with an empty cache, or call akvq_fx.unfold(model) and compile with "
             "options={'value_rotation': 'online'}"
         )

@@ -48,7 +48,10 @@ class CacheStats:
             f"plain tensors {self.plain_tensors}, {self.plain_bytes:,} bytes",
             f"the same cache at 16 bits {self.bytes_16bit:,} bytes, {self.ratio:.2f} times as much",
         ]
-        lines += [f"{policy} tokens: " + ", ".join(f"{k} {v}" for k, v in counts.items()) for policy, counts in self.tokens.items()]
+        lines += [
+            f"{policy} tokens: " + ", ".join(f"{k} {v}" for k, v in counts.items())
+            for policy, counts in self.tokens.items()
+        ]
         return "\n".join(lines)
 
 
@@ -75,7 +78,9 @@ def cache_stats(cache: Any) -> CacheStats:
             stats.plain_bytes += tensor.numel() * tensor.element_size()
             stats.plain_elements += tensor.numel()
     if not stats.packed_tensors and not stats.plain_tensors:
-        raise TypeError(f"akvq: no cache tensors found in {type(cache).__name__}; accepted: a cache object, tensors, or containers of them")
+        raise TypeError(
+            f"akvq: no cache tensors found in {type(cache).__name__}; accepted: a cache object, tensors, or containers of them"
+        )
     return stats
 
 

@@ -2,9 +2,12 @@
 
     python benchmarks/decode_overhead.py [--layers 32] [--tokens 40] [--inner eager]
 
-Three models with the same random weights decode greedily from the same prompt: uncompiled, compiled with a backend that returns dynamo's
-graph as it is ("dynamo"), and with akvq in lossless mode and at 2 bits. Printed per step: milliseconds, the ratio to dynamo, and for akvq
-the time spent in the wrapper itself (unwrapping and wrapping caches), as a share of the dynamo step. Times are medians; no figure is
+Three models with the same random weights decode greedily from the same prompt: uncompiled, compiled with a backend
+that returns dynamo's
+graph as it is ("dynamo"), and with akvq in lossless mode and at 2 bits. Printed per step: milliseconds, the ratio to
+dynamo, and for akvq
+the time spent in the wrapper itself (unwrapping and wrapping caches), as a share of the dynamo step. Times are
+medians; no figure is
 meant to be compared between runs.
 """
 
@@ -90,7 +93,10 @@ def main() -> None:
         "akvq lossless": dict(backend="akvq", options={"body_bits": 16, "inner": args.inner}),
         "akvq 2-bit": dict(backend="akvq", options={"inner": args.inner}),
     }
-    print(f"{args.layers} layers, prompt {args.prompt}, {args.tokens} decode steps, inner {args.inner}, {torch.get_num_threads()} threads")
+    print(
+        f"{args.layers} layers, prompt {args.prompt}, {args.tokens} decode steps, inner "
+        f"{args.inner}, {torch.get_num_threads()} threads"
+    )
     base = None
     for name, options in cases.items():
         torch._dynamo.reset()

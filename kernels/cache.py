@@ -24,7 +24,9 @@ from akvq_fx.kernels.rotate import restore
 def named(cache: list[Tensor], layout: Layout) -> dict[str, Tensor]:
     """The buffers by name."""
     if len(cache) != len(layout.fields):
-        raise ValueError(f"akvq cache: got {len(cache)} buffers, layout {layout} has {len(layout.fields)}: {layout.fields}")
+        raise ValueError(
+            f"akvq cache: got {len(cache)} buffers, layout {layout} has {len(layout.fields)}: {layout.fields}"
+        )
     return dict(zip(layout.fields, cache, strict=True))
 
 
@@ -62,7 +64,9 @@ def write(
     if layout.pivots and pivots is not None:
         keep_pivots(b, x, at, pivots, layout)
     ring, last = b["state"][STATE_RING : STATE_RING + 1], b["state"][STATE_END : STATE_END + 1]
-    held = torch.where(start > last, start, torch.minimum(ring, start))  # a write past the end leaves a gap that the ring never held
+    held = torch.where(
+        start > last, start, torch.minimum(ring, start)
+    )  # a write past the end leaves a gap that the ring never held
     b["state"][STATE_RING : STATE_RING + 1] = torch.maximum(held, end - layout.window)
     b["state"][STATE_END : STATE_END + 1] = end
 
@@ -71,7 +75,9 @@ def keep_pivots(b: dict[str, Tensor], x: Tensor, at: Tensor, pivots: Tensor, lay
     """Fill the pivot slots from tokens pivots [B, P] of x, where x starts a cache (its first position is 0)."""
     B, H, _, D = x.shape
     begins = at[0] == 0
-    row = torch.nn.functional.pad(pivots.long(), (0, layout.pivots - pivots.shape[1]), value=-1)  # also cuts what is too many
+    row = torch.nn.functional.pad(
+        pivots.long(), (0, layout.pivots - pivots.shape[1]), value=-1
+    )  # also cuts what is too many
     valid, row = row >= 0, row.clamp_min(0)
     chosen = x.gather(2, row[:, None, :, None].expand(B, H, -1, D)).to(b["pivots"].dtype)
     position = torch.where(valid, at[row], -1)

@@ -131,7 +131,7 @@ class Layout:
         return "/".join(parts)
 
     @staticmethod
-    @functools.lru_cache(maxsize=None)
+    @functools.cache
     def parse(text: str) -> Layout:
         """The inverse of str(). Raises ValueError for anything str() cannot have written."""
         keys = {"d": "head_dim", "b": "body_bits", "c": "body_clip", "g": "group", "w": "window", "p": "pivots",

@@ -33,7 +33,9 @@ def find_pivots_reference(h: Tensor, valid: Tensor | None, count: int, mode: str
     peak = peak.nan_to_num(0.0, posinf=torch.finfo(torch.float32).max)
     eligible = valid.clone()
     if mode == "massive":
-        per_token = magnitude.float().median(-1).values  # the row's median through its tokens' medians: one pass, no sort of T*E
+        per_token = (
+            magnitude.float().median(-1).values
+        )  # the row's median through its tokens' medians: one pass, no sort of T*E
         per_token = torch.where(valid, per_token, torch.nan)
         eligible &= (peak > floor) & (peak > ratio * per_token.nanmedian(-1, keepdim=True).values)
     first = valid.to(torch.uint8).argmax(-1, keepdim=True)

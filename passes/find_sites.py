@@ -13,7 +13,14 @@ from torch.fx import Node
 
 from akvq_fx.kernels.layout import DTYPE_NAMES
 from akvq_fx.passes.patterns.attention import attention_of, is_attention, prefix_of, ungrouped
-from akvq_fx.passes.patterns.cache_write import ALLOCATIONS, STATIC_PLAIN, CacheWrite, cache_like, cache_write_of, is_packed
+from akvq_fx.passes.patterns.cache_write import (
+    ALLOCATIONS,
+    STATIC_PLAIN,
+    CacheWrite,
+    cache_like,
+    cache_write_of,
+    is_packed,
+)
 from akvq_fx.passes.patterns.nodes import NoMatch, op, same_size, shape, tensors_of_cat, value
 from akvq_fx.passes.patterns.projection import weight_behind
 from akvq_fx.passes.patterns.rope import rope_of
@@ -59,7 +66,9 @@ def find_sites(state: GraphState) -> PassReport:
             weights = weight_behind(attention.query), None
         layer, label = layer_of(weights[0], len(state.sites))
         rope = rope_of(key.new) if key.new is not None else "read only"
-        site = Site(attention, key, val, length, layer, label, rope, weights=weights if key.kind != "read" else (None, None))
+        site = Site(
+            attention, key, val, length, layer, label, rope, weights=weights if key.kind != "read" else (None, None)
+        )
         state.sites.append(site)
         report.match(site)
     watch_plain_caches(state)
@@ -74,7 +83,11 @@ def watch_plain_caches(state: GraphState) -> None:
     for node in state.graph.nodes:
         if op(node) == "cat" and len(shape(node)) == 4 and len(tensors_of_cat(node)) == 2:
             past, new = tensors_of_cat(node)
-            weight = weight_behind(new) if op(past) == "placeholder" and not is_packed(past) and isinstance(new, Node) else None
+            weight = (
+                weight_behind(new)
+                if op(past) == "placeholder" and not is_packed(past) and isinstance(new, Node)
+                else None
+            )
             if weight is not None and op(weight) == "placeholder":
                 state.program.plain.append((state.position[weight], layer_of(weight, 0)[1]))
 
@@ -114,7 +127,9 @@ def check(attention, key: CacheWrite | None, val: CacheWrite | None, length, val
     if heads % kv_heads or shape(val.whole)[1] != kv_heads:
         raise NoMatch(f"{heads} query heads do not divide into {kv_heads} KV heads", attention.node)
     lengths = shape(key.whole)[2], shape(val.whole)[2]
-    if all(isinstance(n, int) for n in lengths) and lengths[0] != lengths[1]:  # each cache input has a length symbol of its own
+    if (
+        all(isinstance(n, int) for n in lengths) and lengths[0] != lengths[1]
+    ):  # each cache input has a length symbol of its own
         raise NoMatch("keys and values differ in length", attention.node)
     if shape(attention.query)[0] != shape(key.whole)[0]:
         raise NoMatch("the query's batch is not the cache's", attention.node)

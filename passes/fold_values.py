@@ -83,7 +83,9 @@ def fold_of(state: GraphState, site: Site) -> Fold:
 def row_map(chain, site: Site) -> Tensor:
     """[H, D] int64: the output feature of the linear that becomes channel d of head h of the cached values."""
     if len(shape(chain.linear)) != 3:
-        raise NoMatch(f"the value projection gives {len(shape(chain.linear))} axes, accepted: [B, T, features]", chain.linear)
+        raise NoMatch(
+            f"the value projection gives {len(shape(chain.linear))} axes, accepted: [B, T, features]", chain.linear
+        )
     B, q, features = concrete_sizes(shape(chain.linear))
     heads, dim = shape(site.value.whole)[1], shape(site.value.whole)[3]
     numbers = torch.arange(features).expand(B, q, features)

@@ -49,7 +49,9 @@ def layouts(state: GraphState, site, tsa: bool) -> tuple[Layout, Layout]:
     config = state.config
 
     def layout(node: Node, affine: bool) -> Layout:
-        base = Layout(shape(node)[3], value(node).dtype, body_bits=config.body_bits, rotated=config.rotate, affine=affine)
+        base = Layout(
+            shape(node)[3], value(node).dtype, body_bits=config.body_bits, rotated=config.rotate, affine=affine
+        )
         if config.lossless:
             return base
         return dataclasses.replace(

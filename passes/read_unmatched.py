@@ -55,7 +55,9 @@ def append(state: GraphState, past, whole) -> None:
         # positions of its own: a shared node may stand after another cache's growth
         first, end = (state.size_node(n) for n in (shape(whole)[2] - shape(new)[2], shape(whole)[2]))
         at = state.call(torch.arange, first, end, device=value(new).device, dtype=torch.int64)
-        node = state.call(akvq.append.default, buffers.nodes, stored(state, buffers, new), at, None, None, str(buffers.layout))
+        node = state.call(
+            akvq.append.default, buffers.nodes, stored(state, buffers, new), at, None, None, str(buffers.layout)
+        )
     state.unmatched[past] = node
     state.program.appends.append((state.position[past], state.size(shape(new)[2])))
 

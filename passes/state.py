@@ -131,7 +131,9 @@ class GraphState:
         self.affine: dict[Node, Node | None] = {}  # whole -> its affine buffer, where keys are centred or balanced
         self.unmatched: dict[Node, Node] = {}  # PackedKV placeholder -> the append of a read that was not matched
         self.appended: dict[Node, Appended] = {}  # returned node -> the PackedKV it stands for
-        self.stored_uses: dict[Node, list[tuple[Node, int]]] = {}  # whole -> arguments that want its new tokens as stored
+        self.stored_uses: dict[
+            Node, list[tuple[Node, int]]
+        ] = {}  # whole -> arguments that want its new tokens as stored
         self.query_uses: list[tuple[Site, Node]] = []  # attend nodes, whose queries must be turned as the keys are
 
     @contextlib.contextmanager

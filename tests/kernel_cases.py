@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 
 import torch
-from akvq_fx.kernels import cache as ops
-from akvq_fx.kernels.layout import PADDING, TEXT, VISION, Layout
-from akvq_fx.kernels.quantizer import dequantize, quantize
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from torch import Tensor
+
+from akvq_fx.kernels import cache as ops
+from akvq_fx.kernels.layout import PADDING, TEXT, VISION, Layout
+from akvq_fx.kernels.quantizer import dequantize, quantize
 
 # Largest error allowed, as a share of the largest expected number (or of 1 where all are smaller).
 TOLERANCE = {

@@ -3,13 +3,13 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from akvq_fx.kernels.attend import attend
-from akvq_fx.kernels.cache import append, read
-from akvq_fx.kernels.layout import Layout
 from hypothesis import given
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from akvq_fx.kernels.attend import attend
+from akvq_fx.kernels.cache import append, read
+from akvq_fx.kernels.layout import Layout
 from tests.kernel_cases import (
     LAYOUTS,
     Case,

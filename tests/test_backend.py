@@ -62,7 +62,10 @@ def test_known_options_are_listed():
 
 
 def test_backend_needs_no_import():
-    code = "import torch; torch.compile(torch.nn.Linear(2, 2), backend='akvq', options={'inner': 'eager'})(torch.ones(1, 2)); print('ok')"
+    code = (
+        "import torch; model = torch.nn.Linear(2, 2)\n"
+        "torch.compile(model, backend='akvq', options={'inner': 'eager'})(torch.ones(1, 2)); print('ok')"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd="/")
     assert done.stdout.strip() == "ok", done.stderr
     assert "Failed to load" not in done.stderr
@@ -105,9 +108,13 @@ def test_broken_keys_stay_where_they_are(llama, bad):
     model.compile(backend="akvq", options=SMALL)
     inputs = {k: v.clone() for k, v in inputs.items()}
     embeds = model.get_input_embeddings()(inputs.pop("input_ids")).detach()
-    clean = model.generate(inputs_embeds=embeds, **inputs, max_new_tokens=4, output_logits=True, return_dict_in_generate=True)
+    clean = model.generate(
+        inputs_embeds=embeds, **inputs, max_new_tokens=4, output_logits=True, return_dict_in_generate=True
+    )
     embeds[0, -3] = bad
-    broken = model.generate(inputs_embeds=embeds, **inputs, max_new_tokens=4, output_logits=True, return_dict_in_generate=True)
+    broken = model.generate(
+        inputs_embeds=embeds, **inputs, max_new_tokens=4, output_logits=True, return_dict_in_generate=True
+    )
     for one, other in zip(clean.logits, broken.logits, strict=True):
         assert not other[0].isfinite().any()
         torch.testing.assert_close(one[1], other[1])

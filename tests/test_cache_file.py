@@ -8,13 +8,13 @@ import sys
 
 import pytest
 import torch
-from akvq_fx.kernels.layout import DTYPES, STATE_END, STATE_RING, STATE_TEXT, Layout
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from akvq_fx import cache_file
+from akvq_fx.kernels.layout import DTYPES, STATE_END, STATE_RING, STATE_TEXT, Layout
 from akvq_fx.packed_kv import PackedKV, Storage
 from tests.kernel_cases import LAYOUTS, assert_caches_same, assert_same, case_of, cases, f32, randn
 

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from akvq_fx.kernels.cache import append, create, dequantize, named, pack, read, restart
-from akvq_fx.kernels.layout import PADDING, PIVOT, STATE_TEXT, TEXT, VISION, Layout
-from akvq_fx.kernels.rotate import matrix, rotate_keys
 from hypothesis import given
 from hypothesis import strategies as st
 
+from akvq_fx.kernels.cache import append, create, dequantize, named, pack, read, restart
+from akvq_fx.kernels.layout import PADDING, PIVOT, STATE_TEXT, TEXT, VISION, Layout
+from akvq_fx.kernels.rotate import matrix, rotate_keys
 from tests.kernel_cases import (
     LAYOUTS,
     assert_caches_same,

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from akvq_fx.passes.canonicalize import canonicalize
-from akvq_fx.passes.state import GraphState
 
 import akvq_fx
 from akvq_fx.config import AKVQConfig
 from akvq_fx.explain import DryHistory
 from akvq_fx.packed_kv import PackedKV
+from akvq_fx.passes.canonicalize import canonicalize
+from akvq_fx.passes.state import GraphState
 from tests import attention_models as models
 from tests.attention_models import Decoder, captured, lossless, roll, token_ids
 

@@ -1,4 +1,5 @@
-"""generate() with everything it does to a cache outside the graph: beams, crops, copies, turns; lossless equals the uncompiled model."""
+"""generate() with everything it does to a cache outside the graph: beams, crops, copies, turns; lossless equals the
+uncompiled model."""
 
 import copy
 import warnings
@@ -30,7 +31,9 @@ def continued(model, out, mask, extra):
 
 
 def turns(model, inputs):
-    return continued(model, run(model, inputs), inputs["attention_mask"], torch.full((inputs["input_ids"].shape[0], 5), 33))
+    return continued(
+        model, run(model, inputs), inputs["attention_mask"], torch.full((inputs["input_ids"].shape[0], 5), 33)
+    )
 
 
 def prefix(model, inputs):
@@ -61,7 +64,9 @@ MODES = {
     "prompt_lookup": lambda m, x: run(m, text_only(x, slice(1, 2)), prompt_lookup_num_tokens=3, max_new_tokens=12),
     "assisted": assisted,
     "chunked_prefill": lambda m, x: run(m, x, prefill_chunk_size=7),
-    "static_twice": lambda m, x: (run(m, x, cache_implementation="static"), run(m, x, cache_implementation="static"))[1],
+    "static_twice": lambda m, x: (run(m, x, cache_implementation="static"), run(m, x, cache_implementation="static"))[
+        1
+    ],
     "turns": turns,
     "prefix_copied": prefix,
     "sampled": sampled,
@@ -98,7 +103,9 @@ def test_two_bits_stay_codes(mode):
 def test_growing_and_static_cache_agree():
     model, inputs = ZOO["llava"]()
     model.compile(backend="akvq", options=SMALL)
-    logits = [run(model, inputs, output_logits=True, **extra).logits for extra in ({}, {"cache_implementation": "static"})]
+    logits = [
+        run(model, inputs, output_logits=True, **extra).logits for extra in ({}, {"cache_implementation": "static"})
+    ]
     for growing, static in zip(*logits, strict=True):
         torch.testing.assert_close(growing, static, atol=1e-4, rtol=1e-4)
 
@@ -169,7 +176,9 @@ def test_plain_growing_cache_is_packed_on_first_contact(bits):
     torch._dynamo.reset()
     model, inputs = ZOO["llama"]()
     expected, _ = decode_after_eager_prompt(model, model, inputs)
-    compiled = torch.compile(model, backend="akvq", options={**SMALL, "body_bits": bits, "window": 64 if bits == 2 else 8})
+    compiled = torch.compile(
+        model, backend="akvq", options={**SMALL, "body_bits": bits, "window": 64 if bits == 2 else 8}
+    )
     ids, cache = decode_after_eager_prompt(model, compiled, inputs)
     assert torch.equal(ids, expected)
     assert all(isinstance(layer.keys, PackedKV) for layer in cache.layers)
@@ -185,7 +194,9 @@ def test_two_models_share_code_not_caches():
             parameter.mul_(1.0 + 0.05 * torch.randn_like(parameter))
     expected = [run(model, inputs).sequences for model in models]
     for model in models:
-        model.compile(backend="akvq", options={**SMALL, "window": 64})  # all tokens are recent: only rotation is in play
+        model.compile(
+            backend="akvq", options={**SMALL, "window": 64}
+        )  # all tokens are recent: only rotation is in play
     outs = [run(model, inputs) for model in models]
     for model, out, tokens in zip(models, outs, expected, strict=True):
         assert torch.equal(out.sequences, tokens)

@@ -3,11 +3,11 @@
 import ast
 from pathlib import Path
 
-import akvq_fx.passes
 import pytest
 import torch
-from akvq_fx.passes import PIPELINE, check_order
 
+import akvq_fx.passes
+from akvq_fx.passes import PIPELINE, check_order
 from akvq_fx.report import PassReport
 from tests.attention_models import Decoder, captured, token_ids
 

@@ -4,10 +4,10 @@ import dataclasses
 
 import pytest
 import torch
-from akvq_fx.kernels.layout import DTYPES, PADDING, Layout, pack_bits, unpack_bits
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from akvq_fx.kernels.layout import DTYPES, PADDING, Layout, pack_bits, unpack_bits
 from tests.kernel_cases import LAYOUTS, assert_same, few, layouts, seeds
 
 clips = st.floats(0, 1, exclude_min=True, allow_subnormal=False)

@@ -8,14 +8,14 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from akvq_fx.kernels import cache as ops
-from akvq_fx.kernels.layout import PADDING, STATE_TEXT, TEXT, VISION, Layout
-from akvq_fx.kernels.quantizer import dequantize, quantize
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers.cache_utils import DynamicCache, StaticLayer
 
-from akvq_fx import packed_kv
+from akvq_fx import packed_ops
+from akvq_fx.kernels import cache as ops
+from akvq_fx.kernels.layout import PADDING, STATE_TEXT, TEXT, VISION, Layout
+from akvq_fx.kernels.quantizer import dequantize, quantize
 from akvq_fx.packed_kv import PackedKV, Storage
 from tests.kernel_cases import (
     LAYOUTS,
@@ -57,7 +57,7 @@ def on_codes(fn, *args):
 
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
         warnings.simplefilter("error")
-        patch.setattr(packed_kv, "_plain", read)
+        patch.setattr(packed_ops, "plain_of", read)
         return fn(*args)
 
 
@@ -490,7 +490,7 @@ def warns_once(op: str):
     class Context:
         def __enter__(self):
             self.patch = pytest.MonkeyPatch()
-            self.patch.setattr(packed_kv, "_said", set())
+            self.patch.setattr(packed_ops, "_said", set())
             self.catch = warnings.catch_warnings(record=True)
             self.said = self.catch.__enter__()
             warnings.simplefilter("always")

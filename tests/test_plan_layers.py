@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from akvq_fx.kernels.layout import TEXT, VISION
 
 import akvq_fx
+from akvq_fx.kernels.layout import TEXT, VISION
 from tests import attention_models as models
 from tests.attention_models import Decoder, VisionDecoder, captured, token_ids
 

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from akvq_fx.kernels.quantizer import FP16_MAX, SCALE_FLOOR, dequantize, quantize
 from hypothesis import given
 from hypothesis import strategies as st
 
+from akvq_fx.kernels.quantizer import FP16_MAX, SCALE_FLOOR, dequantize, quantize
 from tests.kernel_cases import assert_same, few, randn, seeds
 
 FP16_HALF_ULP = 2.0**-11  # relative, of a normal fp16 number

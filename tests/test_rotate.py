@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from akvq_fx.kernels.rotate import hadamard, matrix, restore, rotate_keys, rotate_queries, shift_and_rotate
 from hypothesis import given
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from akvq_fx.kernels.rotate import hadamard, matrix, restore, rotate_keys, rotate_queries, shift_and_rotate
 from tests.kernel_cases import TOLERANCE, assert_close, assert_same, few, randn, random_affine, seeds
 
 HEAD_DIMS = (8, 16, 24, 40, 48, 64, 80, 96, 128, 256)

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from akvq_fx.kernels.layout import PADDING, TEXT, VISION
-from akvq_fx.kernels.rotate import shift_and_rotate
-from akvq_fx.kernels.salience import GAIN_RANGE, find_pivots, key_affine, mark_vision, token_classes, valid_tokens
 from hypothesis import given
 from hypothesis import strategies as st
 
+from akvq_fx.kernels.layout import PADDING, TEXT, VISION
+from akvq_fx.kernels.rotate import shift_and_rotate
+from akvq_fx.kernels.salience import GAIN_RANGE, find_pivots, key_affine, mark_vision, token_classes, valid_tokens
 from tests.kernel_cases import assert_close, assert_same, bf16, f16, f32, few, randn, seeds
 
 FLOOR, RATIO = 100.0, 1000.0  # thresholds of a massive activation, arXiv 2402.17762

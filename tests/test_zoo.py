@@ -1,6 +1,7 @@
 """Model families of transformers, built tiny from config: lossless generation is token-identical, 2-bit generation runs on codes.
 
-Every family runs with a growing cache and a left-padded batch of two, and with a static cache and one row. AKVQ_ZOO=full adds the other
+Every family runs with a growing cache and a left-padded batch of two, and with a static cache and one row.
+AKVQ_ZOO=full adds the other
 two combinations. A family whose report says that every cache stays at 16 bits must be exact at 2 bits too.
 """
 

@@ -78,8 +78,10 @@ def is_new_axis(node, axis: int) -> bool:
     if op(node) != "getitem" or not isinstance(node.args[1], tuple):
         return False
     index = node.args[1]
-    return index.count(None) == 1 and index.index(None) == axis and all(
-        i is None or i is Ellipsis or i == slice(None) for i in index
+    return (
+        index.count(None) == 1
+        and index.index(None) == axis
+        and all(i is None or i is Ellipsis or i == slice(None) for i in index)
     )
 
 

@@ -15,7 +15,17 @@ from dataclasses import dataclass
 
 from torch.fx import Graph, Node
 
-from akvq_fx.passes.patterns.nodes import NoMatch, argument, dimension, is_tensor, op, outputs, shape, tensors_of_cat, value
+from akvq_fx.passes.patterns.nodes import (
+    NoMatch,
+    argument,
+    dimension,
+    is_tensor,
+    op,
+    outputs,
+    shape,
+    tensors_of_cat,
+    value,
+)
 
 TOKENS = 2  # the token axis of a [B, H, T, D] cache
 ALLOCATIONS = ("zeros", "new_zeros", "zeros_like", "full", "new_full")
@@ -75,7 +85,9 @@ def cache_write_of(whole: Node) -> CacheWrite | None:
         if other := [u for u in whole.users if is_mutation(u, whole)]:
             if op(other[0]) == "setitem" and not is_packed(whole):
                 raise NoMatch(STATIC_PLAIN, whole)
-            raise NoMatch(f"the cache is written by {op(other[0])}, accepted: cat, index_copy_ or x[:, :, at] = new", other[0])
+            raise NoMatch(
+                f"the cache is written by {op(other[0])}, accepted: cat, index_copy_ or x[:, :, at] = new", other[0]
+            )
         return CacheWrite("read", whole, None, whole, packed=True) if is_packed(whole) else None
     if op(whole) in ALLOCATIONS and copies:
         if whole not in returned:
@@ -86,7 +98,9 @@ def cache_write_of(whole: Node) -> CacheWrite | None:
         return cache_write_of(whole.args[0])
     if whole in returned:
         if other := [u for u in whole.users if is_mutation(u, whole)]:
-            raise NoMatch(f"the cache is written by {op(other[0])}, accepted: cat, index_copy_ or x[:, :, at] = new", other[0])
+            raise NoMatch(
+                f"the cache is written by {op(other[0])}, accepted: cat, index_copy_ or x[:, :, at] = new", other[0]
+            )
         return CacheWrite("first", None, whole, whole)
     return None
 
@@ -151,7 +165,11 @@ def cache_like(graph: Graph) -> list[tuple[Node, str]]:
         elif op(node) == "index_copy_" and len(shape(node)) == 4 and argument(node, 1, "dim") in (TOKENS, -2):
             if op(node.args[0]) in ("placeholder", *ALLOCATIONS):
                 found.append((node.args[0], unread(node.args[0])))
-        elif op(node) == "copy_" and op(node.args[0]) in ("placeholder", *ALLOCATIONS) and op(node.args[1]) in ("roll", "getitem"):
+        elif (
+            op(node) == "copy_"
+            and op(node.args[0]) in ("placeholder", *ALLOCATIONS)
+            and op(node.args[1]) in ("roll", "getitem")
+        ):
             found.append((node.args[0], "the cache is overwritten as a whole (sliding window)"))
     return found
 

@@ -30,7 +30,9 @@ def vision_masks(graph: Graph) -> list[Node]:
     found = [m for m in found if is_tensor(m) and str(value(m).dtype) == "torch.bool" and len(shape(m)) in (2, 3)]
     if found:
         return list(dict.fromkeys(found))
-    return [n for n in graph.nodes if op(n) == "placeholder" and "mm_token_type_ids" in str(n.target) and len(shape(n)) == 2]
+    return [
+        n for n in graph.nodes if op(n) == "placeholder" and "mm_token_type_ids" in str(n.target) and len(shape(n)) == 2
+    ]
 
 
 def starts_a_call(graph: Graph) -> bool:
@@ -41,7 +43,8 @@ def starts_a_call(graph: Graph) -> bool:
 def residual_of(attention: Attention, key: Node) -> Node | None:
     """The residual stream [B, q, E] at the layer's input.
 
-    It is what the layer adds the attention output to: the first add after attention whose other operand the keys were computed from.
+    It is what the layer adds the attention output to: the first add after attention whose other operand the keys
+    were computed from.
     """
     projection = next((n for n in ancestors(key) if weight_of(n) is not None), None)
     if projection is None:

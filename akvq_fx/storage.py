@@ -1,0 +1,129 @@
+"""Storage: the buffers behind packed cache tensors, and what the host does to them between steps."""
+
+from __future__ import annotations
+
+import weakref
+
+import torch
+from torch import Tensor
+
+from akvq_fx.kernels.layout import PADDING, STATE_TEXT, Layout
+from akvq_fx.kernels.rotate import hadamard, rotate_keys
+
+TOKENS = 2  # the token axis of [B, H, T, D]
+CODES = 2  # codes stand third in every layout's fields
+
+
+def _dynamic_tokens() -> dict:
+    """What torch._dynamo.maybe_mark_dynamic leaves on a tensor; copying it is 50 times quicker than calling it for every view."""
+    probe = torch.empty(1, 1, 1)
+    torch._dynamo.maybe_mark_dynamic(probe, TOKENS)
+    return dict(vars(probe))
+
+
+DYNAMIC_TOKENS = _dynamic_tokens()
+
+
+class Storage:
+    """The buffers behind one or more PackedKV views of the same tokens.
+
+    end     tokens written, where the host knows it (a growing cache); None for a static one, whose end is on the device
+    prompt  tokens of the prompt: text overlay slots before it are compacted, later ones follow the position
+    owner   fingerprint of the projections that made the tokens, None if unknown
+    """
+
+    __slots__ = ("layout", "text", "buffers", "rows", "device", "end", "prompt", "owner", "views")
+
+    def __init__(self, layout: Layout, buffers: list[Tensor], end: int | None, prompt: int, owner: int | None):
+        self.layout, self.buffers, self.end, self.prompt, self.owner = layout, buffers, end, prompt, owner
+        self.text, self.rows, self.device = str(layout), tuple(self.codes.shape[:2]), self.codes.device
+        self.views: list[weakref.ref] = []
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.buffers[self.layout.fields.index(name)]
+
+    def __setitem__(self, name: str, buffer: Tensor):
+        self.buffers[self.layout.fields.index(name)] = buffer
+
+    @property
+    def capacity(self) -> int:
+        return self.codes.shape[2]
+
+    @property
+    def codes(self) -> Tensor:
+        return self.buffers[CODES]
+
+    def map(self, fn, end: int | None = -1) -> Storage:
+        """A new storage with fn(name, buffer) in place of every buffer."""
+        buffers = [fn(name, buffer) for name, buffer in zip(self.layout.fields, self.buffers, strict=True)]
+        made = Storage(self.layout, buffers, self.end if end == -1 else end, self.prompt, self.owner)
+        made.mark_dynamic()
+        return made
+
+    def clone(self) -> Storage:
+        return self.map(lambda name, buffer: buffer.clone())
+
+    def gather(self, index: Tensor) -> Storage:
+        """Storage of the batch rows `index` [B'], gathered."""
+        return self.map(lambda name, b: b.clone() if name == "state" else b.index_select(0, index.to(b.device)))
+
+    def compact_text(self, length: int) -> None:
+        """Keep only the text slots of positions below `length`; later tokens then take slot position + state[2].
+
+        Codes move, none is made. Asks the device how many slots are used: called after a prompt or a crop, never in a decode step.
+        """
+        at = self["text_at"]
+        used = (at >= 0) & (at < length)
+        width = int(used.sum(1).max()) if at.numel() else 0
+        order = torch.argsort(~used, dim=1, stable=True)[:, :width]
+        tail = self.capacity - length
+        for name in ("text_codes", "text_range"):
+            b = self[name]
+            kept = b.gather(2, order[:, None, :, None].expand(-1, b.shape[1], -1, b.shape[3]))
+            self[name] = torch.nn.functional.pad(kept, (0, 0, 0, tail))
+        kept = torch.where(used.gather(1, order), at.gather(1, order), -1)
+        self["text_at"] = torch.nn.functional.pad(kept, (0, tail), value=-1)
+        self["state"][STATE_TEXT] = width - length
+        self.prompt = length
+        self.mark_dynamic()
+
+    def grow(self, capacity: int) -> None:
+        """Make room for `capacity` tokens; new slots are empty."""
+        extra = capacity - self.capacity
+        for name in self.layout.fields:
+            b = self[name]
+            if name in ("codes", "range", "text_codes", "text_range"):
+                self[name] = torch.nn.functional.pad(b, (0, 0, 0, extra))
+            elif name in ("classes", "text_at"):
+                self[name] = torch.nn.functional.pad(b, (0, extra), value=PADDING if name == "classes" else -1)
+        self.mark_dynamic()
+
+    def mark_dynamic(self) -> None:
+        """Let dynamo treat capacities that change as symbols: growth must not recompile."""
+        if self.end is not None:
+            torch._dynamo.maybe_mark_dynamic(self["codes"], 2)
+        if self.layout.text_bits:
+            torch._dynamo.maybe_mark_dynamic(self["text_codes"], 2)
+
+    def clear(self) -> None:
+        """Forget every token, in place."""
+        B, H, C = self["codes"].shape[:3]
+        empty = self.layout.allocate(B, H, C, C if self.layout.text_bits else 0, self["codes"].device)
+        for name, fresh in zip(self.layout.fields, empty, strict=True):
+            if name.startswith("text") and self[name].shape != fresh.shape:  # compacted for a prompt that is gone
+                self[name] = fresh
+            else:
+                self[name].copy_(fresh)
+        if self.layout.affine:
+            self["affine"][:, 1:] = 1.0  # the identity: tokens written outside a graph must not be multiplied by 0
+        self.prompt, self.end = 0, None if self.end is None else 0
+
+    def to_stored(self, x: Tensor) -> Tensor:
+        """x as the model made it -> the space of the buffers."""
+        if self.layout.affine:
+            return rotate_keys(x, self["affine"])
+        return hadamard(x) if self.layout.rotated else x
+
+    @property
+    def nbytes(self) -> int:
+        return sum(b.numel() * b.element_size() for b in self.buffers)
