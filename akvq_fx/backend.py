@@ -64,7 +64,7 @@ class Passthrough:
 def rewrite(gm: GraphModule, example_inputs: list, config: AKVQConfig, history) -> GraphState:
     """Run the pipeline over a copy of the graph; every pass leaves a numbered artifact for TORCH_TRACE and one debug line."""
     tensors = {i: x for i, x in enumerate(example_inputs) if isinstance(x, torch.Tensor)}
-    state = GraphState(gm, config, tensors, history, carried_vision=vision_carry.peek() is not None)
+    state = GraphState(gm, config, tensors, history)
     done: list[str] = []
     for number, step in enumerate(PIPELINE):
         begin = time.perf_counter()

@@ -19,6 +19,9 @@ class DryHistory:
     def is_folded(self, weight) -> bool:
         return HISTORY.is_folded(weight)
 
+    def is_folded_output(self, weight) -> bool:
+        return HISTORY.is_folded_output(weight)
+
     def is_online(self, weight) -> bool:
         return HISTORY.is_online(weight)
 

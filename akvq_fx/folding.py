@@ -33,11 +33,14 @@ class History:
     """Which value weights are folded, and which must stay online because a graph that rotates them is out there."""
 
     def __init__(self):
-        self.folded, self.online, self.prints = (WeakTensorKeyDictionary() for _ in range(3))
+        self.folded, self.outputs, self.online, self.prints = (WeakTensorKeyDictionary() for _ in range(4))
         self.lock = threading.Lock()
 
     def is_folded(self, weight: Tensor) -> bool:
         return weight in self.folded
+
+    def is_folded_output(self, weight: Tensor) -> bool:
+        return weight in self.outputs
 
     def is_online(self, weight: Tensor) -> bool:
         return weight in self.online
@@ -52,6 +55,7 @@ class History:
                 return False
             turn(weight, record)
             self.folded[weight] = record
+            self.outputs[record.output] = True
             return True
 
     def unfold(self, weight: Tensor) -> bool:
@@ -59,6 +63,7 @@ class History:
             record = self.folded.pop(weight, None)
             if record is None:
                 return False
+            self.outputs.pop(record.output, None)
             turn(weight, record)
             return True
 

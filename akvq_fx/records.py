@@ -60,7 +60,7 @@ _lock = threading.Lock()
 
 
 def add(state: GraphState, example_inputs: list) -> Record:
-    keys = [state.owner(site)[0] for site in state.sites] + [None] * len(state.refused)
+    keys = [state.owner(site)[0] for site in state.sites] + [None] * (len(state.refused) + len(state.dequantized))
     record = Record(graph_report(state), keys)
     record.add_weights(example_inputs)
     with _lock:
@@ -85,6 +85,8 @@ def graph_report(state: GraphState) -> GraphReport:
     rows = [row_of(site, state) for site in state.sites]
     for label, layer, reason, node in state.refused:
         rows.append(SiteRow(layer, label, "16-bit", "", 0, "", "", "16", "as they are", f"{reason} [{node}]"))
+    for label, layer, reason, node in state.dequantized:
+        rows.append(SiteRow(layer, label, "dequantized", "", 0, "", "", "as packed", "as packed", f"{reason} [{node}]"))
     return GraphReport(kind, rows, list(state.reports))
 
 

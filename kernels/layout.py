@@ -48,6 +48,7 @@ class Layout:
     text_clip: float = 1.0
     rotated: bool = False  # buffers hold H x rather than x
     affine: bool = False
+    folded: bool = False  # values whose rotation lies in the projection weights: only W_O of their own layer undoes it
 
     def __post_init__(self):
         def refuse(what, given, accepted):
@@ -128,6 +129,7 @@ class Layout:
         parts += [f"tc{exact(self.text_clip)}"] if self.text_bits or self.text_clip != 1 else []
         parts += ["rotated"] if self.rotated else []
         parts += ["affine"] if self.affine else []
+        parts += ["folded"] if self.folded else []
         return "/".join(parts)
 
     @staticmethod
@@ -139,7 +141,7 @@ class Layout:
         dtype, *parts = text.split("/")
         values: dict = {"dtype": DTYPES.get(dtype)}
         for part in parts:
-            if part in ("rotated", "affine"):
+            if part in ("rotated", "affine", "folded"):
                 values[part] = True
                 continue
             key = part.rstrip("0123456789.+-e") or part

@@ -12,7 +12,6 @@ from __future__ import annotations
 import torch
 
 from akvq_fx.kernels import attend  # noqa: F401 - registers the op
-from akvq_fx.passes.pack_caches import positions
 from akvq_fx.passes.patterns.nodes import value
 from akvq_fx.passes.patterns.site import Site
 from akvq_fx.passes.state import GraphState, is_single_token
@@ -43,7 +42,7 @@ def rewrite(state: GraphState, site: Site, key, val) -> None:
         length = state.size_node(site.length)
         fresh = (None, None, None)
         if site.packed and site.key.new is not None and not is_single_token(site.key):
-            fresh = (site.key.new, site.value.new, positions(state, site.key, site.key.new))
+            fresh = (site.key.new, site.value.new, state.positions(site.key, site.key.new))
         node = state.call(
             akvq.attend.default,
             attention.query,

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from torch.fx import Node
 
-from akvq_fx.passes.pack_caches import packed_output
 from akvq_fx.passes.patterns.cache_write import is_packed
 from akvq_fx.passes.patterns.nodes import outputs
 from akvq_fx.passes.state import GraphState
@@ -24,7 +23,7 @@ def clean_up(state: GraphState) -> PassReport:
         if isinstance(node, Node) and node in state.made:
             write, site = writes[node]
             if node not in made:
-                made[node] = packed_output(state, write, site)
+                made[node] = state.packed_output(write, site)
                 results.extend(state.made[node].nodes)
             program.outputs.append(made[node])
             report.match(node.name)

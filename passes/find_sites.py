@@ -34,10 +34,11 @@ def find_sites(state: GraphState) -> PassReport:
     writes: dict[Node, CacheWrite] = {}
     refused: dict[Node, None] = {}
 
-    def refuse(node: Node, miss: NoMatch, whole: Node | None):
+    def refuse(node: Node, miss: NoMatch, whole: Node | None, from_cache: bool = False):
         weight = weight_behind(whole if whole is not None and op(whole) != "placeholder" else None)
         layer, label = layer_of(weight, len(state.sites) + len(state.refused))
-        if any((label, miss.reason) == (known[0], known[2]) for known in state.refused):
+        known = {(name, "" if from_cache else reason) for name, _, reason, _ in state.refused}
+        if (label, "" if from_cache else miss.reason) in known:
             return  # keys and values of one layer, one reason
         state.refused.append((label, layer, miss.reason, miss.node or node))
         report.miss(label, miss.reason, miss.node or node)
@@ -74,7 +75,7 @@ def find_sites(state: GraphState) -> PassReport:
     watch_plain_caches(state)
     pending = [(n, why) for n, why in cache_like(state.graph) if n not in writes and n not in refused]
     for whole, why in pending:
-        refuse(whole, NoMatch(why, whole), whole)
+        refuse(whole, NoMatch(why, whole), whole, from_cache=True)
     return report
 
 

@@ -34,6 +34,11 @@ def fold_values(state: GraphState) -> PassReport:
         if site.value_layout.rotated and site.value.packed:
             site.value_rotation, site.value_reason = "online", "as the cache was made"
             continue
+        if site.value_layout.folded:
+            site.value_rotation = "folded"
+            if site.value.kind == "read" and not undone_by_weights(state, site):
+                site.value_rotation, site.value_reason = "online", "folded into the weights of another layer"
+            continue
         if tensor is not None and history.is_folded(tensor):
             site.value_rotation = "folded"
         elif not state.config.rotate or state.config.value_rotation == "off" or site.value.packed:
@@ -49,8 +54,20 @@ def fold_values(state: GraphState) -> PassReport:
                 if tensor is not None:
                     history.keep_online(tensor)
         if not site.value.packed:
-            site.value_layout = dataclasses.replace(site.value_layout, rotated=site.value_rotation == "online")
+            site.value_layout = dataclasses.replace(
+                site.value_layout, rotated=site.value_rotation == "online", folded=site.value_rotation == "folded"
+            )
     return report
+
+
+def undone_by_weights(state: GraphState, site: Site) -> bool:
+    """The output projection behind this attention is one that a fold has turned."""
+    try:
+        weight = chain_to_linear(site.attention.node).weight
+    except NoMatch:
+        return False
+    tensor = state.weights.get(state.position[weight])
+    return tensor is not None and state.history.is_folded_output(tensor)
 
 
 def fold_of(state: GraphState, site: Site) -> Fold:

@@ -16,10 +16,10 @@ from torch.fx import Node
 
 from akvq_fx.kernels import cache, salience  # noqa: F401 - registers the ops
 from akvq_fx.passes.patterns.cache_write import CacheWrite
-from akvq_fx.passes.patterns.nodes import shape, value
+from akvq_fx.passes.patterns.nodes import shape
 from akvq_fx.passes.patterns.site import Site
 from akvq_fx.passes.patterns.tokens import covers, residual_of
-from akvq_fx.passes.state import Buffers, GraphState, Packed, is_single_token
+from akvq_fx.passes.state import Buffers, GraphState, is_single_token
 from akvq_fx.report import PassReport
 
 akvq = torch.ops.akvq
@@ -47,7 +47,7 @@ def pack_caches(state: GraphState) -> PassReport:
 def begin(state: GraphState, site: Site, write: CacheWrite, layout) -> None:
     """Pack the prompt, or a plain cache met for the first time."""
     x = write.whole if write.kind == "grow" else write.new
-    at = positions(state, write, x)
+    at = state.positions(write, x)
     valid = valid_tokens(state, site, write, at)
     classes = token_classes(state, site, x, valid)
     pivots = pivot_tokens(state, site, x, valid) if layout.pivots else None
@@ -71,7 +71,7 @@ def extend(state: GraphState, site: Site, write: CacheWrite) -> None:
     if write.kind == "read":
         return
     layout, x = buffers.layout, write.new
-    at = positions(state, write, x)
+    at = state.positions(write, x)
     classes = pivots = None
     if not is_single_token(write):
         valid = valid_tokens(state, site, write, at)
@@ -87,23 +87,6 @@ def extend(state: GraphState, site: Site, write: CacheWrite) -> None:
     state.stored_uses[write.whole].append((append, 1))
     if write.kind == "grow":
         state.program.appends.append((state.position[write.past], state.size(shape(x)[2])))
-
-
-def positions(state: GraphState, write: CacheWrite, x: Node) -> Node:
-    """[q] int64: given by a static cache, else the q positions that follow the past."""
-    if write.at is not None:
-        return write.at
-    total, count = shape(write.whole)[2], shape(x)[2]
-    device = value(x).device
-    if write.kind == "grow" and write.packed:
-        key = ("at", str(total), str(count), device)
-        make = lambda: state.call(
-            torch.arange, state.size_node(total - count), state.size_node(total), device=device, dtype=torch.int64
-        )
-    else:
-        key = ("at", "0", str(count), device)
-        make = lambda: state.call(torch.arange, state.size_node(count), device=device, dtype=torch.int64)
-    return state.share(key, make)
 
 
 def valid_tokens(state: GraphState, site: Site, write: CacheWrite, at: Node) -> Node | None:
@@ -142,13 +125,6 @@ def pivot_tokens(state: GraphState, site: Site, x: Node, valid: Node | None) -> 
         return state.call(akvq.find_pivots.default, flat, valid, config.pivots, "massive", NEVER_MASSIVE, 0.0)
 
     return state.share(("pivots", "first", valid, str(shape(x)[2])), make)
-
-
-def packed_output(state: GraphState, write: CacheWrite, site: Site) -> Packed:
-    """What the runtime needs to wrap the new buffers of a write."""
-    length, tokens = shape(write.whole)[2], shape(write.new)[2]
-    prompt = state.size(tokens if write.static else length)
-    return Packed(state.made[write.whole].layout, state.size(length), prompt, write.static, state.owner(site))
 
 
 pack_caches.needs = ("plan_layers", "fold_values")

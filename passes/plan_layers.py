@@ -16,7 +16,7 @@ from torch.fx import Node
 
 from akvq_fx.kernels.layout import Layout
 from akvq_fx.passes.patterns.nodes import op, shape, value
-from akvq_fx.passes.patterns.tokens import covers, vision_masks
+from akvq_fx.passes.patterns.tokens import covers, starts_a_call, vision_masks
 from akvq_fx.passes.state import GraphState
 from akvq_fx.report import PassReport
 
@@ -25,6 +25,8 @@ def plan_layers(state: GraphState) -> PassReport:
     report = PassReport("plan_layers")
     config = state.config
     state.vision = vision_tokens(state)
+    if len(state.sites) == 1 and state.vision is None and not starts_a_call(state.graph) and not state.sites[0].packed:
+        state.sites[0].notes.append("a graph of one layer may serve several: no TSA, as the layer cannot be told")
     for site in state.sites:
         if site.packed:
             site.key_layout = Layout.parse(value(site.key.past).layout_text)
@@ -72,7 +74,9 @@ def vision_tokens(state: GraphState) -> Node | None:
     """One bool node [B, T] for the prompt of this graph, or None where the graph does not tell."""
     masks = vision_masks(state.graph)
     if not masks:
-        if state.carried_vision and state.sites:
+        # the layers of a prompt in a graph of their own: an earlier graph of the call may have placed images, now or next time
+        prompt = any(site.key.kind in ("first", "fill") for site in state.sites)
+        if prompt and len(state.sites) > 1 and not starts_a_call(state.graph) and state.config.tsa_layers:
             last = [n for n in state.graph.nodes if n.op == "placeholder"][-1]
             with state.graph.inserting_after(last):
                 size = shape(state.sites[0].attention.query)
@@ -108,9 +112,7 @@ def prompt_sized(state: GraphState, site) -> bool:
     A graph of a single layer, entered after the graph that placed the images, is one that dynamo shares among layers.
     """
     if state.program.vision == "take":
-        if len(state.sites) < 2 and site.layer in state.config.tsa_layers:
-            site.notes.append("one graph for all layers: no TSA, as the layer cannot be told")
-        return site.key.kind in ("first", "fill") and len(state.sites) > 1
+        return site.key.kind in ("first", "fill")
     new = site.key.new if site.key.kind != "grow" else None
     return new is not None and covers(state.vision, shape(new)[0], shape(new)[2])
 

@@ -13,6 +13,8 @@ import torch
 
 from akvq_fx.passes.patterns.cache_write import is_mutation, is_packed
 from akvq_fx.passes.patterns.nodes import dimension, op, outputs, shape, tensors_of_cat, value
+from akvq_fx.passes.patterns.projection import weight_behind
+from akvq_fx.passes.patterns.site import layer_of
 from akvq_fx.passes.state import Appended, GraphState
 from akvq_fx.report import PassReport
 
@@ -33,11 +35,20 @@ def read_unmatched(state: GraphState) -> PassReport:
             if readers:
                 copy = read_before(state, past, whole) if matched else read_after(state, past, whole)
                 whole.replace_all_uses_with(copy, delete_user_cb=lambda u, live=readers: u in live)
-                report.miss(past.name, f"read by {op(readers[0])}: dequantized for it", readers[0])
+                say(state, report, past, tensors_of_cat(whole)[1], readers[0])
             returned(state, whole, past)
         replace_shape_reads(state, past)
         read_rest(state, past, report)
     return report
+
+
+def say(state: GraphState, report: PassReport, past, new, reader) -> None:
+    """Name the layer by the projection of its new tokens; keys and values of one layer make one row."""
+    reason = f"read by {op(reader)}: dequantized for it"
+    layer, label = layer_of(weight_behind(new), len(state.sites) + len(state.dequantized))
+    report.miss(label, reason, reader)
+    if label not in {known for known, *_ in state.dequantized}:
+        state.dequantized.append((label, layer, reason, reader))
 
 
 def is_growth(user, past) -> bool:
@@ -139,7 +150,7 @@ def read_copies(state: GraphState, past, writes, appends, report: PassReport) ->
                 copy.meta["example_value"] = value(past)
         for whole, u in readers:
             u.replace_input_with(whole, copy)
-        report.miss(past.name, f"read by {op(first)}: dequantized for it", first)
+        say(state, report, past, writes[0].args[3] if writes else None, first)
 
 
 def unpack(state: GraphState, past, write, report: PassReport) -> None:

@@ -3,7 +3,8 @@
 Before   pack(v), o = attend(...)       After   pack(hadamard(v)), o = hadamard(attend(...))
 Needs    attend_packed                  Leaves  the attention output as it was: p (vH) H = p v
 
-H is the same for every head, so grouped queries need no care.
+H is the same for every head, so grouped queries need no care. Values that were folded for another layer's output projection (layers
+that share a cache across graphs) arrive turned; only the output is turned back.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ def rotate_values(state: GraphState) -> PassReport:
     report = PassReport("rotate_values")
     done = set()
     for site in state.sites:
-        if not site.value_layout.rotated:
+        if site.value_rotation != "online":
             report.miss(site, f"values are {site.value_rotation}", site.attention.node)
             continue
         if site.value.whole not in done:

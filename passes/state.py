@@ -108,16 +108,16 @@ class Size:
 class GraphState:
     """A copy of dynamo's graph (editing the original breaks dynamo later), its sites, and the program so far."""
 
-    def __init__(self, gm: GraphModule, config: AKVQConfig, weights, history, carried_vision: bool = False):
+    def __init__(self, gm: GraphModule, config: AKVQConfig, weights, history):
         """weights: real tensors behind placeholders, by position. history: which values are folded or online already."""
         graph = torch.fx.Graph()
         graph.output(graph.graph_copy(gm.graph, {}))
         self.gm = GraphModule(gm, graph)
         self.graph = self.gm.graph
         self.config, self.weights, self.history = config, weights, history
-        self.carried_vision = carried_vision
         self.sites: list[Site] = []
         self.refused: list[tuple[str, int, str, Node]] = []  # label, layer, reason, node
+        self.dequantized: list[tuple[str, int, str, Node]] = []  # the same for packed caches read through a copy
         self.program = Program()
         self.reports: list = []
         self.placeholders = [n for n in self.graph.nodes if n.op == "placeholder"]
@@ -217,6 +217,28 @@ class GraphState:
             last = node
         self.buffers[placeholder] = Buffers(layout, nodes)
         return self.buffers[placeholder]
+
+    def positions(self, write: CacheWrite, x: Node) -> Node:
+        """[q] int64: given by a static cache, else the q positions that follow the past."""
+        if write.at is not None:
+            return write.at
+        total, count = shape(write.whole)[2], shape(x)[2]
+        device = value(x).device
+        if write.kind == "grow" and write.packed:
+            key = ("at", str(total), str(count), device)
+            make = lambda: self.call(
+                torch.arange, self.size_node(total - count), self.size_node(total), device=device, dtype=torch.int64
+            )
+        else:
+            key = ("at", "0", str(count), device)
+            make = lambda: self.call(torch.arange, self.size_node(count), device=device, dtype=torch.int64)
+        return self.share(key, make)
+
+    def packed_output(self, write: CacheWrite, site: Site) -> Packed:
+        """What the runtime needs to wrap the new buffers of a write."""
+        length, tokens = shape(write.whole)[2], shape(write.new)[2]
+        prompt = self.size(tokens if write.static else length)
+        return Packed(self.made[write.whole].layout, self.size(length), prompt, write.static, self.owner(site))
 
     def owner(self, site: Site) -> tuple[int | None, int | None]:
         """Positions of the projections that make a site's keys and values."""

@@ -558,7 +558,6 @@ WRITES = {
     "add_": lambda x, y: x.add_(1),
     "mul_": lambda x, y: x.mul_(y),
     "fill_": lambda x, y: x.fill_(1),
-    "copy_-plain": lambda x, y: x.copy_(y),
     "out": lambda x, y: torch.add(y, 1, out=x),
     "setitem-int": lambda x, y: x.__setitem__((slice(None), slice(None), 3), y[:, :, 3]),
     "setitem-slice": lambda x, y: x.__setitem__((slice(None), slice(None), slice(2, 5)), y[:, :, 2:5]),
@@ -566,6 +565,19 @@ WRITES = {
     "setitem-mask": lambda x, y: x.__setitem__(y > 0, 0.0),
     "index_copy_-heads": lambda x, y: x.index_copy_(1, torch.tensor([0]), y[:, :1]),
 }
+
+
+def test_copy_of_plain_numbers():
+    """A static cache overwritten as a whole (a full sliding window rolls) goes back to 16 bits; a growing one refuses."""
+    growing = packed_of(case_of(LAYOUTS["2bit"]))
+    with pytest.raises(NotImplementedError, match=r"akvq: .* would write"):
+        growing.copy_(torch.ones(growing.shape))
+    static = packed_of(case_of(LAYOUTS["2bit"]), True)
+    numbers = torch.randn(static.shape)
+    assert static.copy_(numbers) is static
+    assert static.layout_of.lossless and torch.equal(static.dequantize(), numbers)
+    static.index_copy_(2, torch.tensor([1]), numbers[:, :, :1])
+    assert torch.equal(static.dequantize()[:, :, 1], numbers[:, :, 0])
 
 
 @pytest.mark.parametrize("static", [False, True], ids=["growing", "static"])

@@ -140,7 +140,6 @@ def test_carried_mask_of_another_shape_is_not_used():
     assert vision_of(first).any() and not (second[0][0].classes() == VISION).any()
 
 
-@pytest.mark.xfail(strict=True, reason="layers compiled by a text-only call in a graph of their own take no mask later")
 def test_mask_is_carried_into_layers_that_a_text_prompt_compiled():
     model, (tokens, images, at_image) = VisionDecoder("masked_scatter", broken=True), scene()
     [_, (_, cache)], _, _ = run_all(model, (tokens,), (tokens, images, at_image))

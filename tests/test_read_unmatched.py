@@ -158,7 +158,6 @@ def test_grows_without_a_reader():
     torch.testing.assert_close(longer.dequantize(), torch.cat([before, new], 2), rtol=0, atol=1e-5)
 
 
-@pytest.mark.xfail(strict=True, reason="SiteRow promises the status, no row carries it yet")
 def test_report_names_the_dequantized_layer():
     seen = evidence(Decoder(models.SwitchesToEager), LOSSLESS, steps=1)
     assert any(row.status == "dequantized" for _, row in akvq_fx.report(seen.model).rows)
