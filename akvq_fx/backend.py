@@ -71,6 +71,8 @@ def rewrite(gm: GraphModule, example_inputs: list, config: AKVQConfig, history) 
         try:
             report = step(state)
         except Exception as error:
+            if type(error) not in (AssertionError, RuntimeError, TypeError, ValueError):
+                raise
             raise type(error)(f"{error} (akvq pass {step.__name__}, after {', '.join(done) or 'none'})") from error
         done.append(step.__name__)
         state.reports.append(report)

@@ -1,0 +1,56 @@
+"""The symbolic cost model is what gets allocated: bytes for any layout, bits of the paper's settings, and what cache_stats counts."""
+
+import pytest
+import sympy
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import akvq_fx
+from akvq_fx import cost
+from akvq_fx.kernels.layout import Layout
+from tests.kernel_cases import LAYOUTS
+from tests.zoo import ZOO
+
+
+@pytest.mark.parametrize("name", list(LAYOUTS))
+@settings(max_examples=10, deadline=None)
+@given(batch=st.integers(1, 3), heads=st.integers(1, 4), capacity=st.integers(0, 70), text=st.integers(0, 40))
+def test_bytes_are_what_is_allocated(name, batch, heads, capacity, text):
+    layout = LAYOUTS[name]
+    allocated = layout.allocate(batch, heads, capacity, text if layout.text_bits else 0)
+    expected = cost.bytes_of(layout).subs({cost.B: batch, cost.H: heads, cost.C: capacity, cost.CT: text})
+    assert sum(b.numel() * b.element_size() for b in allocated) == int(expected)
+
+
+PAPER = Layout(128, torch.float16, body_bits=2, window=128, pivots=15, body_clip=0.8, rotated=True)
+
+
+def test_bits_of_the_papers_settings():
+    """(143*16 + (T-143)*2.25)/T by the design's count; a salient token is in the body too, and positions and classes cost a little."""
+    assert cost.limit_bits(PAPER, heads=32) == pytest.approx(2.25, abs=0.005)
+    for tokens in (735, 4096, 32768):
+        counted = (143 * 16 + (tokens - 143) * 2.25) / tokens
+        exact = float(cost.bits_per_element(PAPER, 32).subs(cost.T, tokens))
+        assert counted < exact < counted + 143 * 2.25 / tokens + 0.02
+
+
+def test_bits_fall_with_length():
+    bits = cost.bits_per_element(PAPER, 32)
+    assert sympy.diff(bits, cost.T).subs(cost.T, 1000) < 0
+
+
+def test_cache_stats_agrees():
+    torch._dynamo.reset()
+    model, inputs = ZOO["llama"]()
+    model.compile(backend="akvq", options={"inner": "eager", "window": 8, "pivots": 3})
+    cache = model.generate(**inputs, max_new_tokens=3, return_dict_in_generate=True).past_key_values
+    stats = akvq_fx.cache_stats(cache)
+    sizes = {cost.B: 2, cost.H: 2, cost.C: 128, cost.CT: 0}
+    expected = sum(
+        int(cost.bytes_of(t.layout_of).subs(sizes)) for layer in cache.layers for t in (layer.keys, layer.values)
+    )
+    assert stats.packed_bytes == expected
+    tokens = stats.tokens["PSA"]
+    assert sum(tokens.values()) == 2 * (inputs["input_ids"].shape[1] + 2)
+    assert tokens["padding"] == int((inputs["attention_mask"] == 0).sum())
