@@ -14,7 +14,7 @@ _here = _Path(__file__).parent
 if not (_here / "passes").is_dir():  # a checkout: passes/ and kernels/ lie beside akvq_fx/
     __path__.append(str(_here.parent))
 
-from akvq_fx.backend import akvq  # noqa: E402
+from akvq_fx.backend import _register_checkout, akvq  # noqa: E402
 from akvq_fx.config import AKVQConfig  # noqa: E402
 from akvq_fx.explain import explain, report  # noqa: E402
 from akvq_fx.folding import unfold  # noqa: E402
@@ -23,5 +23,6 @@ from akvq_fx.report import Report  # noqa: E402
 from akvq_fx.stats import cache_stats  # noqa: E402
 from akvq_fx.tokens import mark_vision  # noqa: E402
 
+_register_checkout()
 __version__ = "0.1.0"
 __all__ = ["AKVQConfig", "PackedKV", "Report", "akvq", "cache_stats", "explain", "mark_vision", "report", "unfold"]

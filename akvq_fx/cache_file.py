@@ -82,7 +82,7 @@ def save(caches: dict[str, PackedKV], path) -> None:
         described = {field: (b.dtype, tuple(b.shape)) for field, b in buffers.items()}
         capacity = check_buffers(place, storage.layout, described)
         check_numbers(place, entries[name], capacity)
-        check_contents(place, storage.layout, buffers, entries[name]["prompt"])
+        check_contents(place, storage.layout, buffers, entries[name])
         tensors |= {f"{name}/{field}": buffer for field, buffer in buffers.items()}
     save_file(tensors, path, {KEY: json.dumps({"version": VERSION, "caches": entries})})
 
@@ -111,7 +111,7 @@ def read(place: Place, file, keys: dict[str, str], entry: dict, device) -> Packe
     check_numbers(place, entry, capacity)
     # copied: the library's tensor is the mapped file itself, and would change and crash with it
     buffers = {field: file.get_tensor(keys[field]).clone() for field in layout.fields}
-    check_contents(place, layout, buffers, entry["prompt"])
+    check_contents(place, layout, buffers, entry)
     storage = Storage(layout, [b.to(device) for b in buffers.values()], entry["end"], entry["prompt"], entry["owner"])
     storage.mark_dynamic()
     return PackedKV.view_of(storage, entry["length"])
@@ -204,12 +204,14 @@ def check_numbers(place: Place, entry: dict, capacity: int) -> None:
         place.integer("its end", entry["end"], 0, capacity, "null for a static cache, or tokens written")
 
 
-def check_contents(place: Place, layout: Layout, buffers: dict[str, Tensor], prompt: int) -> None:
+def check_contents(place: Place, layout: Layout, buffers: dict[str, Tensor], entry: dict) -> None:
     """Classes and positions: everything that an op uses as an index."""
-    capacity = buffers["codes"].shape[2]
+    capacity, prompt = buffers["codes"].shape[2], entry["prompt"]
     state = place.inside("buffer 'state'")
     end, ring, offset = (int(buffers["state"][i]) for i in (STATE_END, STATE_RING, STATE_TEXT))
     state.integer("end", end, 0, capacity, "tokens written, at most the capacity")
+    if entry["end"] is not None:
+        state.integer("end", end, entry["end"], entry["end"], "the end that the metadata gives")
     state.integer("first position of the ring", ring, max(0, end - layout.window), end, "one of the last W")
     place.elements("buffer 'classes'", buffers["classes"], 0, len(CLASS_NAMES) - 1, f"one of {', '.join(CLASS_NAMES)}")
     if layout.pivots:

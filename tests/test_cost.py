@@ -1,4 +1,4 @@
-"""The symbolic cost model is what gets allocated: bytes for any layout, bits of the paper's settings, and what cache_stats counts."""
+"""The symbolic cost model is what gets allocated: bytes of any layout, bits at the paper's settings, cache_stats."""
 
 import pytest
 import sympy
@@ -27,7 +27,7 @@ PAPER = Layout(128, torch.float16, body_bits=2, window=128, pivots=15, body_clip
 
 
 def test_bits_of_the_papers_settings():
-    """(143*16 + (T-143)*2.25)/T by the design's count; a salient token is in the body too, and positions and classes cost a little."""
+    """(143*16 + (T-143)*2.25)/T by the design's count; a salient token is in the body too."""
     assert cost.limit_bits(PAPER, heads=32) == pytest.approx(2.25, abs=0.005)
     for tokens in (735, 4096, 32768):
         counted = (143 * 16 + (tokens - 143) * 2.25) / tokens
