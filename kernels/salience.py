@@ -13,6 +13,8 @@ key_affine(k [B, H, T, D], q [B, Hq, Tq, D], valid [B, T], centre, balance) -> [
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -74,7 +76,7 @@ def key_affine_reference(k: Tensor, q: Tensor, valid: Tensor | None, centre: boo
         heard = heard.unflatten(1, (H, -1)).mean(2).sqrt()
         log = 0.5 * (deviation.clamp_min(STD_FLOOR).log() - heard.clamp_min(STD_FLOOR).log())
         log = log - log.mean(-1, keepdim=True)
-        s = log.clamp(-torch.log(torch.tensor(GAIN_RANGE)), torch.log(torch.tensor(GAIN_RANGE))).exp()
+        s = log.clamp(-math.log(GAIN_RANGE), math.log(GAIN_RANGE)).exp()
     return torch.stack([c, 1 / s, s], 1)
 
 
