@@ -27,6 +27,13 @@ class Runtime:
         )
         self.seen: list = []
         self.owner: dict = {}
+        # placeholders stand in this order: the graph's own arguments, then the buffers of one packed tensor after the other
+        self.plain = [i for i in program.inputs if type(i) is int]
+        self.bound = list(dict.fromkeys(i[0] for i in program.inputs if type(i) is not int))
+        fields = [
+            (i, n) for i in self.bound for n in range(sum(type(j) is not int and j[0] == i for j in program.inputs))
+        ]
+        assert program.inputs == [*self.plain, *fields], "akvq: buffers of a packed tensor are not in order"
 
     def __call__(self, *args):
         program = self.program
@@ -40,7 +47,9 @@ class Runtime:
             args = list(args)
             for i in program.unpacked:
                 args[i] = args[i].unpack()
-        inputs = [args[i] if type(i) is int else storages[i[0]].buffers[i[1]] for i in program.inputs]
+        inputs = [args[i] for i in self.plain]
+        for position in self.bound:
+            inputs += storages[position].buffers
         if program.vision == "take":
             batch, tokens = (size(args) for size in program.vision_size)
             inputs.insert(self.vision_slot(), vision_carry.take(batch, tokens, self.device(args)))
@@ -74,45 +83,45 @@ class Runtime:
 
     on_weights = None  # called with the arguments whenever other weights run this graph; the report listens
 
-    def open(self, args) -> dict[int, dict]:
-        """Storages of the PackedKV arguments, fit to be written, as buffers by name."""
-        storages = {}
+    def open(self, args) -> dict[int, Storage]:
+        """Storages of the PackedKV arguments, fit to be written."""
+        storages, owners, growth = {}, self.program.owners, self.growth
         for position in self.program.packed:
             packed = args[position]
-            if packed.storage is None:
-                packed._storage()
-            expected, owner = self.owner.get(self.program.owners.get(position)), packed.storage.owner
-            if owner is not None and expected is not None and owner != expected:
+            storage = packed.storage or packed._storage()
+            expected = self.owner.get(owners.get(position))
+            if storage.owner != expected and None not in (storage.owner, expected):
                 raise ValueError(
-                    f"akvq: the packed cache of shape {list(packed.shape)} was made by other weights "
-                    f"than the ones that continue it "
-                    "(another model or layer, or weights changed, folded or unfolded since); start with an empty cache"
+                    f"akvq: the packed cache of shape {list(packed.shape)} was made by other weights than the ones that "
+                    "continue it (another model or layer, or weights changed, folded or unfolded since); "
+                    "start with an empty cache"
                 )
-            tokens = self.growth.get(position)
-            if tokens is None:
-                storages[position] = packed.storage
-            else:
-                storages[position] = packed.writable(tokens(args), self.step)
+            tokens = growth.get(position)
+            if tokens is not None:
+                count = tokens.constant if tokens.constant is not None else tokens(args)
+                storage = packed.writable(count, self.step)
+                storage.end = packed.length + count
+            storages[position] = storage
         return storages
 
     def close(self, args, storages, results) -> tuple:
-        for position, tokens in self.program.appends:
-            storages[position].end = args[position].length + tokens(args)
         out, views, i = [], {}, 0
         for spec in self.program.outputs:
             if spec is None:
                 out.append(results[i])
                 i += 1
-                continue
-            if id(spec) not in views:
-                if type(spec) is Appended:
-                    storage = storages[spec.arg]
-                    views[id(spec)] = args[spec.arg] if storage.end is None else PackedKV.view_of(storage, storage.end)
-                else:
+            elif type(spec) is Appended:
+                storage = storages[spec.arg]
+                view = args[spec.arg] if storage.end is None else views.get(spec.arg)
+                if view is None:
+                    view = views[spec.arg] = PackedKV.view_of(storage, storage.end)
+                out.append(view)
+            else:
+                if id(spec) not in views:
                     count = len(spec.layout.fields)
                     views[id(spec)] = wrap(spec, results[i : i + count], args, self.owner.get(spec.owner))
                     i += count
-            out.append(views[id(spec)])
+                out.append(views[id(spec)])
         return tuple(out)
 
     def vision_slot(self) -> int:
