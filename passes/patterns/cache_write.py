@@ -180,7 +180,10 @@ def unread(cache: Node, reach: int = 40) -> str:
     while queue and len(seen) < reach:
         node = queue.pop(0)
         if op(node) == "softmax":
-            return "its attention is written out (matmul, softmax); scaled_dot_product_attention is what is matched"
+            return (
+                "its attention is written out (matmul, softmax); scaled_dot_product_attention is what is matched "
+                '(in transformers: attn_implementation="sdpa", where the model has it)'
+            )
         if node not in seen and op(node) != "output":
             seen.add(node)
             queue.extend(node.users)
