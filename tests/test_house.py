@@ -1,12 +1,14 @@
 """The house holds: imports point one way, nothing prints or knows a model's name, passes stand in order."""
 
 import ast
+import dataclasses
 from pathlib import Path
 
 import pytest
 import torch
 
 import akvq_fx.passes
+from akvq_fx.config import AKVQConfig
 from akvq_fx.passes import PIPELINE, check_order
 from akvq_fx.report import PassReport
 from tests.attention_models import Decoder, captured, token_ids
@@ -159,3 +161,10 @@ def test_bare_imports_register_no_op_twice():
 def test_importing_changes_nothing_global():
     assert torch.nn.functional.scaled_dot_product_attention is torch._C._nn.scaled_dot_product_attention
     assert akvq_fx.passes.PIPELINE is PIPELINE
+
+
+def test_readme_lists_every_option():
+    """README's table is written by hand: every field of AKVQConfig has its row."""
+    rows = [line.split("|")[1] for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("| `")]
+    named = {name.strip("` ") for row in rows for name in row.split(",")}
+    assert {field.name for field in dataclasses.fields(AKVQConfig)} <= named
