@@ -46,8 +46,6 @@ def akvq(gm: GraphModule, example_inputs: list, *, mode: str | None = None, opti
         inner = compile_inner(state.gm, inner_examples(state, example_inputs), config)
     runtime = Runtime(program, inner, config.capacity_step, starts_a_call(gm.graph))
     runtime.on_weights = record.add_weights
-    names = [str(n.target) for n in state.graph.nodes if n.op == "placeholder"]
-    runtime.slot = names.index("vision_tokens") if "vision_tokens" in names else 0
     return runtime
 
 

@@ -21,13 +21,13 @@ class Runtime:
     def __init__(self, program: Program, inner, step: int, starts_call: bool):
         self.program, self.inner, self.step, self.starts_call = program, inner, step, starts_call
         self.growth = dict(program.appends)
-        pairs = [*program.owners.values(), *(o.owner for o in program.outputs if isinstance(o, Packed))]
+        self.pairs = {*program.owners.values(), *(o.owner for o in program.outputs if isinstance(o, Packed))}
         self.watched = sorted(
-            {i for pair in pairs for i in pair if i is not None} | {f.value_weight for f in program.folds}
+            {i for pair in self.pairs for i in pair if i is not None} | {f.value_weight for f in program.folds}
         )
         self.seen: list = []
         self.owner: dict = {}
-        # placeholders stand in this order: the graph's own arguments, then the buffers of one packed tensor after the other
+        # placeholders stand in this order: own arguments, the carried vision mask, the buffers of each packed tensor
         self.plain = [i for i in program.inputs if type(i) is int]
         self.bound = list(dict.fromkeys(i[0] for i in program.inputs if type(i) is not int))
         fields = [
@@ -48,11 +48,11 @@ class Runtime:
             for i in program.unpacked:
                 args[i] = args[i].unpack()
         inputs = [args[i] for i in self.plain]
-        for position in self.bound:
-            inputs += storages[position].buffers
         if program.vision == "take":
             batch, tokens = (size(args) for size in program.vision_size)
-            inputs.insert(self.vision_slot(), vision_carry.take(batch, tokens, self.device(args)))
+            inputs.append(vision_carry.take(batch, tokens, self.device(args)))
+        for position in self.bound:
+            inputs += storages[position].buffers
         if program.packed:
             with torch.no_grad():
                 results = list(self.inner(*inputs))
@@ -74,9 +74,9 @@ class Runtime:
             bias = None if fold.value_bias is None else args[fold.value_bias]
             HISTORY.fold(args[fold.value_weight], Folded(bias, args[fold.output_weight], fold.rows, fold.columns))
         self.seen = [(i, weakref.ref(args[i]), version_of(args[i])) for i in self.watched]
-        pairs = {*self.program.owners.values(), *(o.owner for o in self.program.outputs if isinstance(o, Packed))}
         self.owner = {
-            pair: None if None in pair else hash(tuple(HISTORY.fingerprint(args[i]) for i in pair)) for pair in pairs
+            pair: None if None in pair else hash(tuple(HISTORY.fingerprint(args[i]) for i in pair))
+            for pair in self.pairs
         }
         if self.on_weights is not None:
             self.on_weights(args)
@@ -123,12 +123,6 @@ class Runtime:
                     i += count
                 out.append(views[id(spec)])
         return tuple(out)
-
-    def vision_slot(self) -> int:
-        """vision_tokens is a placeholder after the graph's own arguments and before the buffers."""
-        return self.slot
-
-    slot = 0
 
     def device(self, args):
         return next(a.device for a in args if isinstance(a, torch.Tensor))

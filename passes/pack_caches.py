@@ -51,10 +51,7 @@ def begin(state: GraphState, site: Site, write: CacheWrite, layout) -> None:
     valid = valid_tokens(state, site, write, at)
     classes = token_classes(state, site, x, valid)
     pivots = pivot_tokens(state, site, x, valid) if layout.pivots else None
-    affine = None
-    if layout.affine:
-        center, balance = state.config.center_keys, state.config.balance_keys
-        affine = state.call(akvq.key_affine.default, x, site.attention.query, valid, center, balance)
+    affine = affine_map(state, site, x, valid) if layout.affine else None
     capacity = state.capacity(write)
     packed = state.call(akvq.pack.default, x, at, classes, pivots, affine, capacity, str(layout))
     nodes = [state.call(operator.getitem, packed, i) for i in range(len(layout.fields))]
@@ -78,15 +75,18 @@ def extend(state: GraphState, site: Site, write: CacheWrite) -> None:
         classes = token_classes(state, site, x, valid)
         if write.static and not layout.lossless:
             pivots = pivot_tokens(state, site, x, valid) if layout.pivots else None
-            affine = None
-            if layout.affine:
-                center, balance = state.config.center_keys, state.config.balance_keys
-                affine = state.call(akvq.key_affine.default, x, site.attention.query, valid, center, balance)
+            affine = affine_map(state, site, x, valid) if layout.affine else None
             state.call(akvq.restart.default, buffers.nodes, at, affine, str(layout))
     append = state.call(akvq.append.default, buffers.nodes, x, at, classes, pivots, str(layout))
     state.stored_uses[write.whole].append((append, 1))
     if write.kind == "grow":
         state.program.appends.append((state.position[write.past], state.size(shape(x)[2])))
+
+
+def affine_map(state: GraphState, site: Site, x: Node, valid: Node | None) -> Node:
+    """[B, 3, H, D]: centre and gains of the keys, from this prompt's own keys and queries."""
+    config = state.config
+    return state.call(akvq.key_affine.default, x, site.attention.query, valid, config.center_keys, config.balance_keys)
 
 
 def valid_tokens(state: GraphState, site: Site, write: CacheWrite, at: Node) -> Node | None:

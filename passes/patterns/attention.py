@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch.fx import Node
 
-from akvq_fx.passes.patterns.nodes import NoMatch, argument, dimension, dims, op, same_size, shape, through_noops, value
+from akvq_fx.passes.patterns.nodes import NoMatch, argument, dimension, op, same_size, shape, through_noops, value
 
 # the arguments of torch.nn.functional.scaled_dot_product_attention in order
 ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
@@ -105,4 +105,4 @@ def layout_only(node: Node) -> bool:
     ) or (op(node) == "to" and value(node).dtype == value(node.args[0]).dtype)  # fmt: skip
 
 
-__all__ = ["Attention", "attention_of", "dims", "is_attention", "layout_only", "prefix_of", "ungrouped"]
+__all__ = ["Attention", "attention_of", "is_attention", "layout_only", "prefix_of", "ungrouped"]

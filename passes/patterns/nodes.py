@@ -48,12 +48,6 @@ def argument(node: Node, position: int, name: str, default=None):
     return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
 
 
-def dims(node: Node, start: int) -> tuple:
-    """The trailing sizes of view(a, b, c) or view((a, b, c))."""
-    rest = node.args[start:]
-    return tuple(rest[0]) if len(rest) == 1 and isinstance(rest[0], (tuple, list, torch.Size)) else tuple(rest)
-
-
 def dimension(node: Node, position: int, rank: int, default: int = 0) -> int | None:
     """A `dim` argument as a number in 0..rank-1, None if it is not a plain number."""
     dim = argument(node, position, "dim", default)
