@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from akvq_fx.kernels.layout import PADDING, STATE_TEXT, Layout
-from akvq_fx.kernels.rotate import hadamard, rotate_keys
+from akvq_fx.kernels.rotate import turn_as_stored
 
 TOKENS = 2  # the token axis of [B, H, T, D]
 CODES = 2  # codes stand third in every layout's fields
@@ -120,9 +120,7 @@ class Storage:
 
     def to_stored(self, x: Tensor) -> Tensor:
         """x as the model made it -> the space of the buffers."""
-        if self.layout.affine:
-            return rotate_keys(x, self["affine"])
-        return hadamard(x) if self.layout.rotated else x
+        return turn_as_stored(x, self["affine"] if self.layout.affine else None, self.layout.rotated)
 
     @property
     def nbytes(self) -> int:

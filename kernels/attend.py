@@ -2,9 +2,10 @@
 
 q            [B, Hq, q, D]   floating, rotated as the keys are; Hq a multiple of the cache's H (GQA, MQA)
 key, value   buffers of one packed tensor each (kernels/layout.py); layouts may differ
-length       int             T, tokens that attention sees
+length       int or None     T, tokens that attention sees; None: as many as the key cache holds, read on the device
 fresh_key, fresh_value  [B, H, q, D] and at [q]: this step's tokens, read at full precision whatever the ring holds
-mask         None, or bool / float broadcastable to [B, Hq, q, T], as torch's scaled_dot_product_attention takes it
+mask         None, or bool / float broadcastable to [B, Hq, q, T], as torch's scaled_dot_product_attention takes it; where
+             length is None it may have more columns. Under a mask, positions that nothing was written to are not seen
 scale        None for 1/sqrt(D);  is_causal  as torch's (aligned to the top left)
 ->           [B, Hq, q, Dv]  q's dtype, in the values' stored space
 
@@ -18,10 +19,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from akvq_fx.kernels.cache import named, read
-from akvq_fx.kernels.layout import Layout
+from akvq_fx.kernels.layout import STATE_END, Layout
 
 
 def reference(q, key, value, key_layout: Layout, value_layout: Layout, length, mask, scale, is_causal, fresh) -> Tensor:
+    end = named(key, key_layout)["state"][STATE_END]
+    length = int(end) if length is None else length
+    if mask is not None:
+        mask = mask[..., :length]
+        written = torch.arange(mask.shape[-1], device=mask.device) < end
+        mask = mask & written if mask.dtype == torch.bool else mask.masked_fill(~written, -torch.inf)
     k, v = read(key, length, key_layout), read(value, length, value_layout)
     if fresh is not None:
         fresh_key, fresh_value, at = fresh
@@ -37,7 +44,7 @@ def attend(
     q: Tensor,
     key: list[Tensor],
     value: list[Tensor],
-    length: int,
+    length: int | None,
     mask: Tensor | None,
     scale: float | None,
     is_causal: bool,

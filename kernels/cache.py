@@ -1,7 +1,8 @@
 """pack, append, restart, dequantize: write and read the packed buffers of one key or value tensor (kernels/layout.py).
 
 cache    list of buffers in the order of Layout.parse(layout).fields
-x        [B, H, q, D] floating, already in the stored space (rotated where the layout says so)
+x        [B, H, q, D] floating, in the stored space (rotated where the layout says so); with turn=True as the model made it,
+         and the op turns it: one launch rotates, clips, quantizes, packs and writes
 at       [q] int64    positions that the q tokens take in the cache, ascending
 classes  [B, q] uint8 their token classes (TEXT where omitted)
 layout   str          Layout's text form
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from akvq_fx.kernels import quantizer
 from akvq_fx.kernels.layout import PADDING, PIVOT, STATE_END, STATE_RING, STATE_TEXT, TEXT, Layout
-from akvq_fx.kernels.rotate import restore
+from akvq_fx.kernels.rotate import restore, turn_as_stored
 
 
 def named(cache: list[Tensor], layout: Layout) -> dict[str, Tensor]:
@@ -140,13 +141,16 @@ def pack(
     affine: Tensor | None,
     capacity: int,
     layout: str,
+    turn: bool = False,
 ) -> list[Tensor]:
     """x [B, H, q, D] -> new buffers of `capacity` tokens; pivots [B, P] int32 index the q tokens, -1 for none."""
-    return create(x, at, classes, pivots, affine, capacity, Layout.parse(layout))
+    parsed = Layout.parse(layout)
+    x = turn_as_stored(x, affine, parsed.rotated) if turn else x
+    return create(x, at, classes, pivots, affine, capacity, parsed)
 
 
 @pack.register_fake
-def _(x, at, classes, pivots, affine, capacity, layout):
+def _(x, at, classes, pivots, affine, capacity, layout, turn=False):
     parsed = Layout.parse(layout)
     B, H = x.shape[:2]
     text = capacity if parsed.text_bits else 0
@@ -156,17 +160,25 @@ def _(x, at, classes, pivots, affine, capacity, layout):
 
 @torch.library.custom_op("akvq::append", mutates_args=("cache",))
 def append(
-    cache: list[Tensor], x: Tensor, at: Tensor, classes: Tensor | None, pivots: Tensor | None, layout: str
+    cache: list[Tensor],
+    x: Tensor,
+    at: Tensor,
+    classes: Tensor | None,
+    pivots: Tensor | None,
+    layout: str,
+    turn: bool = False,
 ) -> None:
     """Write q tokens in place: one in a decode step, more when a filled cache takes another prompt.
 
     pivots [B, P] int32 index the q tokens; they count only where the tokens start the cache (a static cache used again).
     """
-    write(cache, x, at, classes, pivots, Layout.parse(layout))
+    parsed = Layout.parse(layout)
+    x = turn_as_stored(x, named(cache, parsed).get("affine"), parsed.rotated) if turn else x
+    write(cache, x, at, classes, pivots, parsed)
 
 
 @append.register_fake
-def _(cache, x, at, classes, pivots, layout):
+def _(cache, x, at, classes, pivots, layout, turn=False):
     named(cache, Layout.parse(layout))
 
 

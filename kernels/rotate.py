@@ -79,6 +79,13 @@ for _op in (hadamard, rotate_keys, rotate_queries):
     _op.register_fake(_fake)
 
 
+def turn_as_stored(x: Tensor, affine: Tensor | None, rotated: bool) -> Tensor:
+    """Keys or values as the model made them -> the space of the buffers, [B, H, T, D]."""
+    if affine is not None:
+        return rotate_keys(x, affine)
+    return hadamard(x) if rotated else x
+
+
 def restore(stored: Tensor, affine: Tensor | None, rotated: bool) -> Tensor:
     """Undo the transform: stored [B, H, T, D] -> keys or values as the model made them."""
     x = transform(stored) if rotated else stored

@@ -1,9 +1,13 @@
 """Fixtures of all tests: dynamo starts clean, golden texts are compared or, with --update-golden, written."""
 
+import os
 from pathlib import Path
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():  # before anything imports triton: kernels then run in its interpreter, on the CPU
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from akvq_fx import vision_carry
 
