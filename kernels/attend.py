@@ -19,11 +19,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from akvq_fx.kernels.cache import named, read
+from akvq_fx.kernels.choose import choose
 from akvq_fx.kernels.layout import STATE_END, Layout
+
+FASTER = {"cuda": ("attend_cuda", "attend_triton"), "cpu": ("attend_cpu",)}  # before the reference, by device
 
 
 def reference(q, key, value, key_layout: Layout, value_layout: Layout, length, mask, scale, is_causal, fresh) -> Tensor:
-    end = named(key, key_layout)["state"][STATE_END]
+    b = named(key, key_layout)
+    end = b["state"][STATE_END]
+    if length is None and key_layout.lossless and value_layout.lossless:
+        # nothing is dequantized, so all of the capacity may be read, and its length stays on the device
+        length = b["codes"].shape[2] if mask is None else min(b["codes"].shape[2], mask.shape[-1])
+        mask = torch.ones(1, length, dtype=torch.bool, device=q.device) if mask is None else mask
     length = int(end) if length is None else length
     if mask is not None:
         mask = mask[..., :length]
@@ -54,9 +62,13 @@ def attend(
     key_layout: str,
     value_layout: str,
 ) -> Tensor:
-    fresh = None if fresh_key is None else (fresh_key, fresh_value, at)
     layouts = Layout.parse(key_layout), Layout.parse(value_layout)
     check(q, key, value, *layouts)
+    call = (q, key, value, length, mask, scale, is_causal, fresh_key, fresh_value, at, *layouts)
+    kernel = choose("attend", FASTER.get(q.device.type, ()), *call)
+    if kernel is not None:
+        return kernel(*call)
+    fresh = None if fresh_key is None else (fresh_key, fresh_value, at)
     out = reference(q, key, value, *layouts, length, mask, scale, is_causal, fresh)
     return out.clone(memory_format=torch.contiguous_format)
 

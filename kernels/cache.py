@@ -82,11 +82,13 @@ def keep_pivots(b: dict[str, Tensor], x: Tensor, at: Tensor, pivots: Tensor, lay
     valid, row = row >= 0, row.clamp_min(0)
     chosen = x.gather(2, row[:, None, :, None].expand(B, H, -1, D)).to(b["pivots"].dtype)
     position = torch.where(valid, at[row], -1)
+    padding = b["classes"].gather(1, position.clamp_min(0)) == PADDING  # nobody sees padding: it takes no slot
+    position = torch.where(padding, -1, position)
     b["pivots"].copy_(torch.where(begins, chosen, b["pivots"]))
     b["pivot_at"].copy_(torch.where(begins, position.to(torch.int32), b["pivot_at"]))
     is_pivot = torch.zeros(b["classes"].shape, dtype=torch.int32, device=x.device)
-    is_pivot.scatter_reduce_(1, position.clamp_min(0), (valid & begins).to(torch.int32), "amax")
-    b["classes"][(is_pivot > 0) & (b["classes"] != PADDING)] = PIVOT
+    is_pivot.scatter_reduce_(1, position.clamp_min(0), ((position >= 0) & begins).to(torch.int32), "amax")
+    b["classes"].masked_fill_(is_pivot > 0, PIVOT)
 
 
 def create(

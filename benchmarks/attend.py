@@ -1,0 +1,330 @@
+"""akvq::attend for one decode token beside torch's best scaled_dot_product_attention, in one run.
+
+    python benchmarks/attend.py [--shapes 1/32/32/32768 16/32/32/4096/64/padded] [--markdown FILE] [--kernels]
+    python benchmarks/attend.py --device cpu            # T=8192, float32 and bfloat16, one thread and all
+
+A shape is B/Hq/Hkv/T[/D][/padded]. The bf16 peer is the fastest of cuDNN, flash and memory-efficient attention, each asked
+in every form that it accepts: enable_gqa, a group's query heads as query tokens (what transformers does), repeated keys. The
+packed cache has the backend's default layout. Both are CUDA graph replays that rotate over caches larger than the L2.
+
+Two limits stand behind every row. Bytes: what must be read at least (both halves; the ring instead of the body where it
+holds a token; q and out), over the bandwidth of a large copy in the same run. Operations: lane operations to unpack one
+cached number (LANE_OPS), over what all fp32 lanes do in a second.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import math
+import warnings
+
+import torch
+from timing import (
+    Budget,
+    Table,
+    Timing,
+    attempt,
+    clones,
+    copy_bandwidth,
+    finish,
+    kernel_names,
+    lane_rate,
+    measure,
+    measure_in_turns,
+    sets_needed,
+    standard_arguments,
+)
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+import akvq_fx  # noqa: F401 - registers the ops
+from akvq_fx.kernels.attend import reference
+from akvq_fx.kernels.layout import PADDING, TEXT, Layout
+
+# One masked insert into fp16 exponent bits and one fused multiply-add a pair of numbers; products run on tensor cores.
+LANE_OPS = 1.0
+ERROR_LIMIT = (
+    2e-2  # relative, bf16: probabilities, products and result each rounded at 2**-8; a larger one counts as wrong
+)
+STEP = 128  # capacity_step: a growing cache is allocated in steps of so many tokens
+BACKENDS = {
+    "cuDNN": SDPBackend.CUDNN_ATTENTION,
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    batch: int
+    query_heads: int
+    heads: int
+    tokens: int
+    head_dim: int = 128
+    padded: bool = False
+
+    @staticmethod
+    def parse(text: str) -> Shape:
+        parts = text.split("/")
+        padded = parts[-1] == "padded"
+        return Shape(*map(int, parts[: len(parts) - padded]), padded=padded)
+
+    def __str__(self) -> str:
+        text = f"B{self.batch} H{self.query_heads}/{self.heads} T{self.tokens}"
+        return text + (f" D{self.head_dim}" if self.head_dim != 128 else "") + (" padded" if self.padded else "")
+
+    @property
+    def groups(self) -> int:
+        return self.query_heads // self.heads
+
+
+TARGETS = [
+    Shape(*s)
+    for s in ((1, 32, 32, 32768), (16, 32, 32, 4096), (130, 32, 32, 640), (1, 28, 4, 32768), (64, 32, 8, 4096))
+]
+OTHERS = [Shape(16, 32, 32, 4096, 64), Shape(16, 32, 32, 4096, padded=True)]
+SMALL = [Shape(2, 4, 4, 384), Shape(1, 8, 2, 384), Shape(2, 4, 4, 384, 64), Shape(2, 4, 4, 384, padded=True)]
+CPU_SHAPES = [Shape(1, 32, 32, 8192), Shape(1, 32, 8, 8192)]
+
+
+def layouts(head_dim: int, dtype: torch.dtype) -> tuple[Layout, Layout]:
+    """The backend's defaults for a PSA layer whose value rotation is folded."""
+    value = Layout(
+        head_dim, dtype, body_bits=2, window=128, pivots=15, body_clip=0.8, rotated=True, folded=True
+    )  # fmt: skip
+    return dataclasses.replace(value, folded=False, affine=True), value
+
+
+@dataclasses.dataclass
+class Problem:
+    """One prompt, plain and packed."""
+
+    shape: Shape
+    q: Tensor  # [B, Hq, 1, D]
+    k: Tensor  # [B, H, T, D]
+    v: Tensor
+    mask: Tensor | None  # [B, 1, 1, T] bool
+    stored_q: Tensor  # q in the keys' stored space
+    key: list[Tensor]
+    value: list[Tensor]
+    layouts: tuple[Layout, Layout]
+
+
+def problem_of(shape: Shape, device: torch.device, dtype: torch.dtype, seed: int) -> Problem:
+    """Random tokens, every 37th channel of the keys with a bias and eight times the spread, as biased projections give."""
+    draw = torch.Generator(device).manual_seed(seed)
+    randn = lambda *size: torch.randn(*size, generator=draw, device=device, dtype=dtype)
+    B, H, T, D = shape.batch, shape.heads, shape.tokens, shape.head_dim
+    k, v, q = randn(B, H, T, D), randn(B, H, T, D), randn(B, shape.query_heads, 1, D)
+    k[..., ::37] = 8 * k[..., ::37] + 3
+    start = torch.arange(B, device=device) * T // (2 * B) if shape.padded else torch.zeros(B, device=device, dtype=int)
+    at = torch.arange(T, device=device)
+    valid = at >= start[:, None]  # [B, T]
+    classes = torch.where(valid, TEXT, PADDING).to(torch.uint8)
+    count = min(15, T // 2)
+    pivots = (T - 1 - torch.arange(count, device=device) * (T // 2 // count)).expand(B, -1).clone()
+    pivots[:, 0] = start
+    heard = randn(B, shape.query_heads, min(T, 64), D)
+    affine = torch.ops.akvq.key_affine(k, heard, valid, True, True)
+    capacity = -(-T // STEP) * STEP
+    key_layout, value_layout = layouts(D, dtype)
+    args = (at, classes, pivots.to(torch.int32))
+    key = torch.ops.akvq.pack(k, *args, affine, capacity, str(key_layout), True)
+    value = torch.ops.akvq.pack(v, *args, None, capacity, str(value_layout), False)
+    mask = valid[:, None, None] if shape.padded else None
+    stored_q = torch.ops.akvq.rotate_queries(q, affine)
+    return Problem(shape, q, k, v, mask, stored_q, key, value, (key_layout, value_layout))
+
+
+def attend_call(p: Problem, key: list[Tensor], value: list[Tensor], length: int | None):
+    texts = tuple(map(str, p.layouts))
+    return lambda: torch.ops.akvq.attend(p.stored_q, key, value, length, p.mask, None, False, None, None, None, *texts)
+
+
+def error_of(p: Problem, length: int | None) -> float:
+    """|out - reference| / |reference| over the first and the last row, the reference in float32 on the same codes."""
+    rows = sorted({0, p.shape.batch - 1})
+    pick = lambda cache: [b if n == 0 else b[rows] for n, b in enumerate(cache)]  # state, first, has no batch
+    out = attend_call(p, p.key, p.value, length)()[rows].float()
+    mask = None if p.mask is None else p.mask[rows]
+    q = p.stored_q[rows].float()
+    expected = reference(q, pick(p.key), pick(p.value), *p.layouts, p.shape.tokens, mask, None, False, None)
+    return ((out - expected).norm() / expected.norm()).item()
+
+
+def sdpa_forms(p: Problem):
+    """(name, q, k, v, keyword arguments): every way to ask for one decode token."""
+    plain = {"attn_mask": p.mask}
+    if p.shape.groups == 1:
+        yield "", p.q, p.k, p.v, plain
+        return
+    packed = p.q.reshape(p.shape.batch, p.shape.heads, p.shape.groups, p.shape.head_dim)
+    yield " heads as tokens", packed, p.k, p.v, plain
+    yield " enable_gqa", p.q, p.k, p.v, {**plain, "enable_gqa": True}
+    repeated = (t.repeat_interleave(p.shape.groups, 1) for t in (p.k, p.v))
+    yield " repeated keys", p.q, *repeated, plain
+
+
+def best_sdpa(p: Problem, device: torch.device) -> tuple[Timing, str, str]:
+    """(timing, which, what the others took)."""
+    taken: list[tuple[float, Timing, str]] = []
+    refused = []
+    for form, q, k, v, kwargs in sdpa_forms(p):
+        count = sets_needed(2 * k.nbytes, device)
+        for name, backend in BACKENDS.items():
+
+            def call(k, v, q=q, kwargs=kwargs, backend=backend):
+                with sdpa_kernel(backend):
+                    return scaled_dot_product_attention(q, k, v, **kwargs)
+
+            try:
+                calls = [functools.partial(call, *pair) for pair in clones([k, v], count)]
+                timing = measure(calls, device, 0.1)
+                taken.append((timing.seconds, timing, name + form))
+            except RuntimeError as error:
+                refused.append(f"{name}{form}: {str(error).splitlines()[0][:60]}")
+    if not taken:
+        raise RuntimeError("no SDPA backend took it: " + "; ".join(refused))
+    taken.sort(key=lambda t: t[0])
+    return taken[0][1], taken[0][2], ", ".join(f"{name} {timing}" for _, timing, name in taken[1:])
+
+
+def least_bytes(shape: Shape, key: Layout, value: Layout) -> tuple[int, int]:
+    """Bytes that attention over the 16-bit and over the packed cache must move at least."""
+    B, H, T, D = shape.batch, shape.heads, shape.tokens, shape.head_dim
+    ends = 2 * B * shape.query_heads * D * 2  # q and out
+    exact = min(key.window, T) + key.pivots  # tokens read from a 16-bit overlay
+    body = D * key.body_bits // 8 + 4 * key.groups  # codes, and a scale and a minimum of 2 bytes a group
+    packed = 2 * B * H * (max(T - exact, 0) * body + exact * D * 2) + B * T  # and one class a token
+    return 2 * B * H * T * D * 2 + ends, packed + ends
+
+
+COLUMNS = ["shape", "SDPA bf16 us", "backend", "akvq us", "SDPA / akvq", "SDPA MB", "SDPA of copy", "akvq MB", "akvq GB/s",
+           "akvq of copy", "byte limit us", "operation limit us", "relative error"]  # fmt: skip
+
+
+def cuda_row(args, table: Table, shape: Shape, device: torch.device, bandwidth: float, rate: float) -> float | None:
+    """One row; returns SDPA's time over ours where both ran and ours was right."""
+    p = problem_of(shape, device, torch.bfloat16, args.seed)
+    length = None if args.length == "device" else shape.tokens
+    plain_bytes, packed_bytes = least_bytes(shape, *p.layouts)
+    sdpa, why_not = attempt(args.budget, best_sdpa, p, device)
+    if sdpa is not None and sdpa[2]:
+        print(f"  {shape}: slower: {sdpa[2]}", flush=True)
+
+    def ours():
+        halves = clones(p.key + p.value, sets_needed(packed_bytes, device))
+        n = len(p.key)
+        return measure([attend_call(p, h[:n], h[n:], length) for h in halves], device), error_of(p, length)
+
+    measured, why = attempt(args.budget, ours)
+    timing, error = measured or (None, None)
+    wrong = error is not None and not error <= ERROR_LIMIT
+    ratio = sdpa[0].seconds / timing.seconds if sdpa is not None and timing is not None else None
+    share = lambda count, t: f"{count / t.seconds / bandwidth:.2f}" if t is not None else ""
+    elements = 2 * shape.batch * shape.heads * shape.tokens * shape.head_dim
+    table.add(
+        shape,
+        sdpa[0] if sdpa is not None else why_not,
+        sdpa[1] if sdpa is not None else "",
+        timing if timing is not None else why,
+        f"{ratio:.2f}" if ratio is not None else "",
+        f"{plain_bytes / 1e6:.1f}",
+        share(plain_bytes, sdpa[0] if sdpa is not None else None),
+        f"{packed_bytes / 1e6:.1f}",
+        f"{packed_bytes / timing.seconds / 1e9:.0f}" if timing is not None else "",
+        share(packed_bytes, timing),
+        f"{1e6 * packed_bytes / bandwidth:.1f}",
+        f"{1e6 * elements * args.lane_ops / rate:.1f}",
+        "" if error is None else f"{error:.1e}" + (" WRONG" if wrong else ""),
+    )
+    if args.kernels and timing is not None:
+        names, reason = attempt(args.budget, kernel_names, attend_call(p, p.key, p.value, length))
+        print(f"  kernels: {', '.join(names) if names else reason}", flush=True)
+    return None if wrong else ratio
+
+
+def on_cuda(args, device: torch.device) -> list[Table]:
+    bandwidth, rate = copy_bandwidth(device, (64 if args.small else 2048) << 20), lane_rate(device)
+    note = (
+        f"Copy bandwidth {bandwidth / 1e9:.0f} GB/s (read + written). Operation limit: {args.lane_ops} lane operations "
+        f"a cached number, {rate / 1e12:.1f} T a second. Length read on the {args.length}. Seed {args.seed}."
+    )
+    table = Table("Decode attention, one token, bf16", COLUMNS, note)
+    ratios = {}
+    for shape in args.shapes or (SMALL if args.small else TARGETS + OTHERS):
+        ratio, reason = attempt(args.budget, cuda_row, args, table, shape, device, bandwidth, rate)
+        if reason:
+            table.add(shape, reason, *[""] * (len(COLUMNS) - 2))
+        if ratio is not None:
+            ratios[shape] = ratio
+        torch.cuda.empty_cache()
+    counted = [ratios[s] for s in TARGETS if s in ratios] or list(ratios.values())
+    if counted:
+        mean = math.exp(sum(map(math.log, counted)) / len(counted))
+        which = f"{sum(s in ratios for s in TARGETS)} of {len(TARGETS)} target shapes"
+        table.notes += f" Geometric mean of SDPA / akvq: **{mean:.2f}** over {len(counted)} rows ({which})."
+    return [table]
+
+
+def on_cpu(args, device: torch.device) -> list[Table]:
+    columns = [
+        "shape",
+        "dtype",
+        "threads",
+        "SDPA us",
+        "SDPA heads as tokens us",
+        "akvq us",
+        "best SDPA / akvq",
+        "relative error",
+    ]
+    table = Table("Decode attention on the CPU, one token", columns)
+    every = torch.get_num_threads()
+    shapes = args.shapes or (SMALL if args.small else CPU_SHAPES)
+    for shape in shapes:
+        for dtype in (torch.float32, torch.bfloat16):
+            for threads in sorted({1, every}):
+                name = str(dtype).removeprefix("torch.")
+                row, reason = attempt(args.budget, cpu_row, args, shape, dtype, device, threads)
+                table.add(shape, name, threads, *(row or [reason, "", "", "", ""]))
+    torch.set_num_threads(every)
+    return [table]
+
+
+def cpu_row(args, shape: Shape, dtype: torch.dtype, device: torch.device, threads: int) -> list[str]:
+    torch.set_num_threads(threads)
+    p = problem_of(shape, device, dtype, args.seed)
+    named = {"akvq": [attend_call(p, p.key, p.value, shape.tokens)]}
+    for form, q, k, v, kwargs in sdpa_forms(p):
+        if "repeated" not in form:
+            named["tokens" if "tokens" in form else "sdpa"] = [
+                functools.partial(scaled_dot_product_attention, q, k, v, **kwargs)
+            ]
+    times = measure_in_turns(named, 0.3 if args.small else 4.0)
+    best = min(t.seconds for name, t in times.items() if name != "akvq")
+    cells = [str(times[name]) if name in times else "" for name in ("sdpa", "tokens", "akvq")]
+    return [*cells, f"{best / times['akvq'].seconds:.2f}", f"{error_of(p, shape.tokens):.1e}"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    standard_arguments(parser)
+    parser.add_argument("--shapes", nargs="+", type=Shape.parse, metavar="B/Hq/Hkv/T[/D][/padded]")
+    parser.add_argument("--length", default="device", choices=("device", "host"), help="who knows the cache's length")
+    parser.add_argument("--lane-ops", type=float, default=LANE_OPS, help="lane operations to unpack one cached number")
+    parser.add_argument("--kernels", action="store_true", help="name the kernels of one call")
+    parser.add_argument("--seed", type=int, default=torch.seed() % 2**31)
+    args = parser.parse_args()
+    args.budget = Budget(args.seconds)
+    device = torch.device(args.device)
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")  # SDPA warns why a backend does not take a shape; the table tells
+        tables = on_cuda(args, device) if device.type == "cuda" else on_cpu(args, device)
+        finish(tables, device, args.markdown)
+
+
+if __name__ == "__main__":
+    main()

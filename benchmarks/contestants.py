@@ -1,0 +1,238 @@
+"""Ways to hold a key-value cache while one decoder generates: akvq's, and transformers' own.
+
+Each runs the same weights. `prefill` takes a prompt, whole or a few rows at a time (the rows' caches are joined on the batch
+axis: prompts served in parts), `step` one token a row. Nothing in a step asks the device anything.
+"""
+
+from __future__ import annotations
+
+import gc
+import types
+from collections.abc import Iterator
+
+import torch
+from decoders import Decoder
+from torch import Tensor
+from transformers import DynamicCache, QuantizedCache, StaticCache
+
+import akvq_fx
+from akvq_fx import PackedKV
+
+
+class Contestant:
+    """transformers' DynamicCache, uncompiled; the base of the others."""
+
+    title = "DynamicCache, eager"
+    whole_rows = False  # a prompt taken in parts needs parts of one size, or it compiles again
+    parts = True  # a prompt may be taken in parts at all
+
+    def __init__(self, decoder: Decoder, compiler: str):
+        self.decoder, self.compiler = decoder, compiler
+        self.prefill_call = self.step_call = decoder.model.forward
+
+    def empty(self, batch: int, capacity: int):
+        return DynamicCache(config=self.decoder.model.config)
+
+    def call(self, forward, ids: Tensor, cache) -> tuple[Tensor, object]:
+        out = forward(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        return out.logits[:, -1], out.past_key_values
+
+    def prefill(self, ids: Tensor, capacity: int, rows: int) -> tuple[Tensor, object]:
+        """ids [B, T] -> logits [B, V] after the last token, and the cache."""
+        if rows >= len(ids):
+            return self.call(self.prefill_call, ids, self.empty(len(ids), capacity))
+        if not self.parts:
+            raise ValueError(f"{self.title}: takes a prompt whole, got {rows} of {len(ids)} rows at a time")
+        logits, caches = zip(
+            *(self.call(self.prefill_call, part, self.empty(len(part), capacity)) for part in ids.split(rows)),
+            strict=True,
+        )
+        return torch.cat(logits), join_rows(list(caches))
+
+    def step(self, token: Tensor, cache) -> tuple[Tensor, object]:
+        """token [B, 1] -> logits [B, V], and the cache one token longer."""
+        return self.call(self.step_call, token, cache)
+
+    def probe(self, ids: Tensor, capacity: int, rows: int):
+        """Take as much memory as generating would at most, without compiling a decode step; returns the cache."""
+        logits, cache = self.prefill(ids, capacity, rows)
+        self.call(self.decoder.model.forward, logits.argmax(-1, keepdim=True), cache)
+        return cache
+
+    def check(self, cache) -> str:
+        """What the cache says of itself, for the row's note; raises where it is not what the row claims."""
+        return ""
+
+    def close(self) -> None:
+        self.prefill_call = self.step_call = None
+        torch._dynamo.reset()
+        gc.collect()
+        if self.decoder.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def join_rows(caches: list) -> object:
+    """One growing cache with the rows of all, layer by layer, so that only one layer is there twice."""
+    whole = caches[0]
+    for number, layer in enumerate(whole.layers):
+        for name in ("keys", "values"):
+            joined = torch.cat([getattr(cache.layers[number], name) for cache in caches], 0)
+            for cache in caches:
+                setattr(cache.layers[number], name, None)
+            setattr(layer, name, joined)
+    return whole
+
+
+class Static(Contestant):
+    """transformers' StaticCache as its generate uses it: prompt uncompiled, decode step compiled with CUDA graphs."""
+
+    title = "StaticCache, compiled"
+
+    def __init__(self, decoder: Decoder, compiler: str):
+        super().__init__(decoder, compiler)
+        how = {"mode": "reduce-overhead"} if compiler == "inductor" else {"backend": compiler}
+        self.step_call = torch.compile(decoder.model.forward, fullgraph=True, **how)
+
+    def allocate(self, batch: int, capacity: int) -> StaticCache:
+        config = self.decoder.model.config
+        cache = StaticCache(config=config, max_cache_len=capacity)
+        shape = self.decoder.shape
+        cache.early_initialization(batch, shape.kv_heads, shape.head_dim, self.decoder.dtype, self.decoder.device)
+        return cache
+
+    def prefill(self, ids: Tensor, capacity: int, rows: int) -> tuple[Tensor, object]:
+        cache, logits = self.allocate(len(ids), capacity), []
+        whole = [(layer.keys, layer.values) for layer in cache.layers]
+        for begin in range(0, len(ids), rows):
+            for layer, (keys, values) in zip(cache.layers, whole, strict=True):
+                layer.keys, layer.values = keys[begin : begin + rows], values[begin : begin + rows]
+                layer.cumulative_length.zero_()
+            logits.append(self.call(self.prefill_call, ids[begin : begin + rows], cache)[0])
+        for layer, (keys, values) in zip(cache.layers, whole, strict=True):
+            layer.keys, layer.values = keys, values
+        return torch.cat(logits), cache
+
+    def step(self, token: Tensor, cache) -> tuple[Tensor, object]:
+        torch.compiler.cudagraph_mark_step_begin()
+        return super().step(token, cache)
+
+    def probe(self, ids: Tensor, capacity: int, rows: int):
+        """All memory is taken before the second part of a prompt: the first is enough."""
+        cache = self.allocate(len(ids), capacity)
+        self.prefill(ids[:rows], capacity, rows)
+        self.call(self.decoder.model.forward, ids[:, :1], cache)
+        return cache
+
+
+class Akvq(Contestant):
+    """The packed cache in a DynamicCache."""
+
+    title, mode = "akvq", None
+    whole_rows = True
+
+    def __init__(self, decoder: Decoder, compiler: str):
+        super().__init__(decoder, compiler)
+        how = {"options": {"inner": compiler}} if compiler != "inductor" else {"mode": self.mode} if self.mode else {}
+        self.prefill_call = self.step_call = torch.compile(decoder.model, backend="akvq", **how)
+
+    def probe(self, ids: Tensor, capacity: int, rows: int):
+        _, cache = self.prefill(ids, capacity, rows)
+        for layer in cache.layers:
+            for tensor in (layer.keys, layer.values):
+                tensor.writable(capacity - ids.shape[1], akvq_fx.AKVQConfig().capacity_step)  # grow as decoding will
+        return cache
+
+    def check(self, cache) -> str:
+        stats, layers = akvq_fx.cache_stats(cache), self.decoder.layers
+        if stats.packed_tensors != 2 * layers or stats.plain_tensors:
+            why = {row.reason for row in akvq_fx.report(self.decoder.model).refused}
+            raise RuntimeError(
+                f"only {stats.packed_tensors} of {2 * layers} cache tensors are packed: {'; '.join(why)}"
+            )
+        decode = [graph for graph in akvq_fx.report(self.decoder.model).graphs if graph.kind == "decode"]
+        capture = getattr(decode[-1], "capture", None) if decode else None
+        return f"{stats.bits_per_element:.2f} bits a number" + (f"; {capture}" if capture is not None else "")
+
+
+class AkvqGraphs(Akvq):
+    title, mode = "akvq, reduce-overhead", "reduce-overhead"
+
+
+class AkvqStatic(Akvq):
+    """The same in a StaticCache, whose prompt is compiled too."""
+
+    title, mode = "akvq, reduce-overhead, StaticCache", "reduce-overhead"
+    parts = False
+
+    def empty(self, batch: int, capacity: int):
+        return StaticCache(config=self.decoder.model.config, max_cache_len=capacity)
+
+    def probe(self, ids: Tensor, capacity: int, rows: int):
+        return self.prefill(ids, capacity, rows)[1]
+
+
+class Quantized(Contestant):
+    """transformers' QuantizedCache, uncompiled: dequantizes the whole cache at every step."""
+
+    parts, library, bits, axis = False, "hqq", 2, 1  # hqq groups along the channels (axis 1), as its documentation does
+
+    def __init__(self, decoder: Decoder, compiler: str):
+        super().__init__(decoder, compiler)
+        if self.library == "quanto":
+            unpack_with_torch()
+
+    def empty(self, batch: int, capacity: int):
+        how = dict(nbits=self.bits, axis_key=self.axis, axis_value=self.axis)
+        return QuantizedCache(backend=self.library, config=self.decoder.model.config, **how)
+
+
+def quantized(library: str, bits: int, axis: int) -> type[Quantized]:
+    title = f"QuantizedCache {library} int{bits}, eager"
+    return type(title, (Quantized,), {"title": title, "library": library, "bits": bits, "axis": axis})
+
+
+def unpack_with_torch() -> None:
+    """quanto compiles extensions for minutes to get one unpacking kernel: give it the PyTorch version that it also has."""
+    from optimum.quanto.library.extensions import get_extension, is_extension_available
+
+    def unpack(packed: Tensor, bits: int) -> Tensor:
+        return torch.cat([(packed >> shift) & (2**bits - 1) for shift in range(0, 8, bits)])
+
+    for name in filter(is_extension_available, ("quanto_cuda", "quanto_cpp")):
+        get_extension(name)._lib = types.SimpleNamespace(unpack=unpack)
+
+
+CONTESTANTS: dict[str, type[Contestant]] = {
+    "static": Static,
+    "akvq-graphs": AkvqGraphs,
+    "akvq-static": AkvqStatic,
+    "akvq": Akvq,
+    "dynamic": Contestant,
+    "hqq2": quantized("hqq", 2, 1),
+    "hqq4": quantized("hqq", 4, 1),
+    "quanto2": quantized("quanto", 2, -1),
+    "quanto4": quantized("quanto", 4, -1),
+}
+
+
+def tensors_of(thing) -> Iterator[Tensor]:
+    """Plain tensors that a cache is made of, in whatever objects and tensor subclasses they lie."""
+    if isinstance(thing, PackedKV):
+        yield from thing.storage.buffers
+    elif isinstance(thing, Tensor) and hasattr(thing, "__tensor_flatten__"):
+        for name in thing.__tensor_flatten__()[0]:
+            yield from tensors_of(getattr(thing, name))
+    elif isinstance(thing, Tensor):
+        yield thing
+    elif isinstance(thing, dict):
+        yield from tensors_of(list(thing.values()))
+    elif isinstance(thing, (list, tuple)):
+        for part in thing:
+            yield from tensors_of(part)
+    elif hasattr(thing, "layers"):
+        yield from tensors_of([vars(layer) for layer in thing.layers])
+
+
+def cache_bytes(cache) -> int:
+    """Bytes of every tensor in it, capacity included, shared ones once."""
+    return sum({t.data_ptr(): t.nbytes for t in tensors_of(cache) if t.numel()}.values())

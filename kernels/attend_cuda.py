@@ -1,0 +1,226 @@
+"""attend for decode steps over a 2-bit cache on NVIDIA tensor cores: compiles and launches kernels/attend_cuda.cu.
+
+The meaning is kernels/attend.py's. This path takes few query tokens over bodies of 2 bits with no text overlay, which is
+nearly every decode step; `refusal` says why it does not take a call, and kernels/attend_triton.py takes those. Compiled at first
+use by NVRTC, which comes with PyTorch's CUDA builds (about a second per head dim and dtype, kept for the process).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import math
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from akvq_fx.kernels.cache import named
+from akvq_fx.kernels.layout import Layout
+
+COMPUTE_CAPABILITY = (8, 0)  # bf16 mma.m16n8k16 (PTX ISA, "mma.sync")
+HEAD_DIM_MAX = 256
+GROUPS = (1, 2, 4)  # a pair of codes of one word must share a group
+PIVOTS_MAX = 32  # one lane holds one position
+LOG2_E = math.log2(math.e)
+ROWS_MAX = 64  # query rows per KV head; with more, re-reading the codes per 16 rows costs more than it saves
+WARPS = 4
+DEPTH = 2  # 16-token tiles a warp takes at a time
+STAGES = 4  # tiles in shared memory, all but one of them on their way
+BLOCKS = 3  # on one multiprocessor: bounds the registers
+SPLITS_MAX = 64
+MASKS = {torch.bool: 1, torch.float16: 2, torch.bfloat16: 3, torch.float32: 4}
+
+
+class _Cache(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_void_p) for name in ("codes", "range", "ring", "pivots", "fresh")]
+
+
+class _Params(ctypes.Structure):
+    """struct Params of attend_cuda.cu."""
+
+    _fields_ = [
+        ("q", ctypes.c_void_p),
+        ("out", ctypes.c_void_p),
+        ("key", _Cache),
+        ("value", _Cache),
+        *((name, ctypes.c_void_p) for name in ("state", "pivot_at", "fresh_at", "mask", "part_o", "part_ml")),
+        *((name, ctypes.c_longlong) for name in ("mask_b", "mask_h", "mask_q", "mask_t")),
+        ("scale", ctypes.c_float),
+        *((name, ctypes.c_int) for name in ("heads", "capacity", "window", "pivots", "fresh_count", "rows", "queries")),
+        *((name, ctypes.c_int) for name in ("length", "mask_kind", "splits")),
+    ]
+
+
+def refusal(q, key, value, length, mask, scale, is_causal, fresh_key, fresh_value, at, key_layout, value_layout) -> str:
+    """Why this path does not take the call of kernels.attend.attend; "" where it does."""
+    k, v = key_layout, value_layout
+    alike = ("head_dim", "dtype", "body_bits", "text_bits", "window", "pivots", "groups")
+    different = [name for name in alike if getattr(k, name) != getattr(v, name)]
+    if different:
+        return f"keys and values differ in {', '.join(different)}"
+    if k.body_bits != 2 or k.text_bits:
+        return f"the body has {k.body_bits} bits and the text overlay {k.text_bits}, accepted: 2 and 0"
+    if k.dtype != q.dtype or k.dtype not in (torch.float16, torch.bfloat16):
+        return f"queries are {q.dtype} and the cache {k.dtype}, accepted: both float16 or both bfloat16"
+    if k.head_dim % 16 or k.head_dim > HEAD_DIM_MAX or k.groups not in GROUPS:
+        return f"head dim {k.head_dim} in {k.groups} groups, accepted: a multiple of 16 up to {HEAD_DIM_MAX} in {GROUPS} groups"
+    if k.pivots > PIVOTS_MAX:
+        return f"{k.pivots} pivots, accepted: up to {PIVOTS_MAX}"
+    if is_causal:
+        return "is_causal: a decode step's queries see the whole cache"
+    rows = q.shape[1] // key[2].shape[1] * q.shape[2]
+    if rows > ROWS_MAX:
+        return f"{rows} query rows per KV head, accepted: up to {ROWS_MAX}"
+    if mask is not None and mask.dtype not in MASKS:
+        return f"the mask is {mask.dtype}, accepted: {', '.join(map(str, MASKS))}"
+    if not q.numel():
+        return "there are no queries"
+    if key[2].shape[2] < 16 * DEPTH:
+        return f"a capacity of {key[2].shape[2]} tokens, accepted: from {16 * DEPTH}"
+    if not all(b.is_contiguous() for b in (*key, *value)):
+        return "a buffer is not contiguous"
+    return _device_refusal(q.device.index)
+
+
+def attend(
+    q: Tensor,
+    key: list[Tensor],
+    value: list[Tensor],
+    length: int | None,
+    mask: Tensor | None,
+    scale: float | None,
+    is_causal: bool,
+    fresh_key: Tensor | None,
+    fresh_value: Tensor | None,
+    at: Tensor | None,
+    key_layout: Layout,
+    value_layout: Layout,
+    splits: int | None = None,
+) -> Tensor:
+    """As kernels.attend.attend, for calls that `refusal` has nothing against; `splits` as splits_for where omitted."""
+    layout = key_layout
+    k, v = named(key, layout), named(value, layout)
+    fresh = None
+    if at is not None:
+        fresh = fresh_key.to(layout.dtype).contiguous(), fresh_value.to(layout.dtype).contiguous(), at.contiguous()
+    (B, heads, capacity), (Hq, queries) = k["codes"].shape[:3], q.shape[1:3]
+    q = q.contiguous()
+    out = torch.empty_like(q)
+    rows = Hq // heads * queries
+    tiles = 2 if rows > 8 and layout.head_dim <= 128 else 1
+    blocks = (B * heads, -(-rows // (8 * tiles)))
+    if splits is None:
+        bound = capacity if length is None else length
+        splits = splits_for(blocks[0] * blocks[1], bound, _multiprocessors(q.device.index))
+    params = _Params(q.data_ptr(), out.data_ptr(), _cache(k, layout, fresh, 0), _cache(v, layout, fresh, 1))
+    params.state, params.scale = k["state"].data_ptr(), (layout.head_dim**-0.5 if scale is None else scale) * LOG2_E
+    params.heads, params.capacity, params.rows, params.queries = heads, capacity, rows, queries
+    params.window, params.pivots, params.length = layout.window, layout.pivots, -1 if length is None else length
+    params.splits = splits
+    if layout.pivots:
+        params.pivot_at = k["pivot_at"].data_ptr()
+    if fresh is not None:
+        params.fresh_at, params.fresh_count = fresh[2].data_ptr(), fresh[2].shape[0]
+    form = 0 if mask is None else _describe(mask, params)
+    if splits > 1:
+        parts = torch.empty(B * heads * rows * splits, layout.head_dim + 2, dtype=torch.float32, device=q.device)
+        params.part_o = parts.data_ptr()
+        params.part_ml = params.part_o + 4 * layout.head_dim * parts.shape[0]
+    kernels = _compiled(q.device.index, layout.head_dim, layout.dtype, layout.groups, tiles, rows == 1, form)
+    with torch.cuda.device(q.device):
+        _launch(kernels["attend"], (blocks[0], splits, blocks[1]), 32 * WARPS, kernels["shared"], params)
+        if splits > 1:
+            _launch(kernels["combine"], (blocks[0] * rows, 1, 1), 256, 0, params)
+    return out
+
+
+@functools.lru_cache(4096)
+def splits_for(blocks: int, tokens: int, multiprocessors: int) -> int:
+    """Parts to divide each cache into: the fewest that leave hardly a multiprocessor idle in the last wave of blocks.
+
+    Every warp keeps two tiles or more, since a part costs its sums' way through memory.
+    """
+    slots = BLOCKS * multiprocessors
+    most = max(1, min(SPLITS_MAX, tokens // (2 * 16 * DEPTH * WARPS)))
+
+    def busy(splits: int) -> float:
+        return blocks * splits / slots / math.ceil(blocks * splits / slots)
+
+    best = max(map(busy, range(1, most + 1)))
+    return next(splits for splits in range(1, most + 1) if busy(splits) >= 0.9 * best)
+
+
+def _cache(buffers: dict[str, Tensor], layout: Layout, fresh, which: int) -> _Cache:
+    c = _Cache(buffers["codes"].data_ptr(), buffers["range"].data_ptr())
+    if layout.window:
+        c.ring = buffers["ring"].data_ptr()
+    if layout.pivots:
+        c.pivots = buffers["pivots"].data_ptr()
+    if fresh is not None:
+        c.fresh = fresh[which].data_ptr()
+    return c
+
+
+def _describe(mask: Tensor, params: _Params) -> int:
+    """Pointer, kind and strides of a mask that broadcasts to [B, Hq, q, T] -> MASK of the kernel that reads it."""
+    shape = (1,) * (4 - mask.dim()) + tuple(mask.shape)
+    strides = (0,) * (4 - mask.dim()) + mask.stride()
+    steps = [0 if size == 1 else stride for size, stride in zip(shape, strides, strict=True)]
+    params.mask, params.mask_kind = mask.data_ptr(), MASKS[mask.dtype]
+    params.mask_b, params.mask_h, params.mask_q, params.mask_t = steps
+    same_heads = steps[1] == 0 or params.rows == params.queries
+    return 1 if mask.dtype == torch.bool and same_heads and (steps[2] == 0 or params.queries == 1) else 2
+
+
+@functools.cache
+def _device_refusal(index: int) -> str:
+    if torch.version.hip or torch.cuda.get_device_capability(index) < COMPUTE_CAPABILITY:
+        return "the device has no bf16 tensor cores (NVIDIA, compute capability 8.0)"
+    missing = [name for name in ("_nvrtc_compile", "_cuda_load_module") if not hasattr(torch.cuda._utils, name)]
+    return f"this PyTorch has no torch.cuda._utils.{missing[0]}" if missing else ""
+
+
+@functools.cache
+def _multiprocessors(index: int) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+@functools.cache
+def _compiled(index: int, head_dim: int, dtype: torch.dtype, groups: int, tiles: int, single: bool, form: int) -> dict:
+    _utils = torch.cuda._utils
+    source = Path(__file__).with_suffix(".cu").read_text()
+    heavy = tiles > 1 or head_dim > 128  # more accumulators a lane: fewer blocks
+    macros = {"HEAD_DIM": head_dim, "BF16": int(dtype == torch.bfloat16), "GROUPS": groups, "NT": tiles, "MT": DEPTH}
+    macros |= {
+        "CC": 1 if single else 2,
+        "STAGES": STAGES,
+        "WARPS": WARPS,
+        "BLOCKS": 2 if heavy else BLOCKS,
+        "MASK": form,
+    }
+    options = ["--std=c++17", *(f"-D{name}={number}" for name, number in macros.items())]
+    tokens = 16 * DEPTH
+    stage = -(-2 * (tokens * head_dim // 4 + tokens * groups * 4) // 16) * 16
+    shared = WARPS * max(STAGES * stage, 8 * tiles * head_dim * 4)  # rings of tiles, then outputs
+    with torch.cuda.device(index):
+        binary, _ = _utils._nvrtc_compile(source, "attend", nvcc_options=options)
+        kernels = _utils._cuda_load_module(binary, ["attend", "combine"])
+        kernels["attend"].set_shared_memory_config(shared)
+    return {**{name: kernel.func for name, kernel in kernels.items()}, "shared": shared}
+
+
+@functools.cache
+def _driver():
+    library = ctypes.CDLL("libcuda.so.1")
+    number, pointer = ctypes.c_uint, ctypes.c_void_p
+    library.cuLaunchKernel.argtypes = [pointer, *[number] * 7, pointer, pointer, pointer]
+    return library
+
+
+def _launch(function, grid: tuple[int, int, int], threads: int, shared: int, params: _Params) -> None:
+    arguments = (ctypes.c_void_p * 1)(ctypes.addressof(params))
+    stream = torch.cuda.current_stream().cuda_stream
+    error = _driver().cuLaunchKernel(function, *grid, threads, 1, 1, shared, stream, arguments, None)
+    if error:
+        raise RuntimeError(f"akvq::attend: the CUDA kernel did not launch, driver error {error}")

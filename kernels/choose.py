@@ -1,0 +1,39 @@
+"""choose: which implementation of an op answers a call. The first with nothing against it; each refusal is said once.
+
+An implementation is a module akvq_fx.kernels.<name> with a function of the op's name and `refusal(...) -> str`, "" where it takes
+the call. Modules are imported when they are first asked, since triton and a C++ compiler are optional.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import logging
+from collections.abc import Callable
+
+log = logging.getLogger(__name__)
+
+
+def choose(op: str, names: tuple[str, ...], *about) -> Callable | None:
+    """The op's function in the first of these modules whose refusal(*about) is empty; None where the reference is left."""
+    for name in names:
+        module = _module(name)
+        reason = module if isinstance(module, str) else module.refusal(*about)
+        if not reason:
+            return getattr(module, op)
+        _say(op, name, reason)
+    return None
+
+
+@functools.cache
+def _module(name: str):
+    """The module, or why it cannot be had."""
+    try:
+        return importlib.import_module(f"akvq_fx.kernels.{name}")
+    except ImportError as error:
+        return f"it cannot be imported: {error}"
+
+
+@functools.lru_cache(1024)
+def _say(op: str, name: str, reason: str) -> None:
+    log.info("akvq::%s is not answered by %s: %s", op, name, reason)

@@ -1,0 +1,198 @@
+"""attend_cuda: refusals and the launch's arithmetic anywhere; on a GPU, every form of call against the reference in float64."""
+
+import math
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+
+from akvq_fx.kernels import attend_cuda
+from akvq_fx.kernels.cache import named, read
+from akvq_fx.kernels.layout import PIVOT, TEXT, Layout
+from tests.kernel_cases import case_of, few
+
+bf16, f16 = torch.bfloat16, torch.float16
+gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="runs on a GPU")
+# of the norm: the cache reads as 8 or 11 bits, probabilities meet the codes as bf16 (2**-9 each), averages of many tokens are small
+RELATIVE = {f16: 5e-3, bf16: 1.2e-2}
+
+
+def struct_fields(name: str) -> list[str]:
+    """Names of the members of a struct in attend_cuda.cu, in order."""
+    source = Path(attend_cuda.__file__).with_suffix(".cu").read_text()
+    body = re.search(rf"struct {name} {{(.*?)\n}};", source, re.S).group(1)
+    lines = [line.split("//")[0].strip().rstrip(";") for line in body.splitlines()]
+    members = ", ".join(re.sub(r"^(const )?(long long|\w+) ", "", line) for line in lines if line)
+    return [member.strip(" *") for member in members.split(",")]
+
+
+def test_the_structs_here_and_there_have_the_same_members():
+    assert struct_fields("Cache") == [name for name, _ in attend_cuda._Cache._fields_]
+    assert struct_fields("Params") == [name for name, _ in attend_cuda._Params._fields_]
+
+
+@given(st.integers(1, 5000), st.integers(1, 200_000), st.integers(1, 160))
+@few
+def test_splits_are_few_and_keep_warps_busy(blocks, tokens, multiprocessors):
+    splits = attend_cuda.splits_for(blocks, tokens, multiprocessors)
+    least = 2 * 16 * attend_cuda.DEPTH * attend_cuda.WARPS
+    assert 1 <= splits <= attend_cuda.SPLITS_MAX
+    assert splits == 1 or tokens // splits >= least
+
+
+def test_one_long_cache_fills_the_chip():
+    assert attend_cuda.splits_for(32, 32768, 132) * 32 > 0.8 * 132 * attend_cuda.BLOCKS
+
+
+def refusal(q=None, layout=None, values=None, mask=None, is_causal=False, capacity=64, heads=2):
+    layout = layout or Layout(64, bf16, body_bits=2, window=8, pivots=2)
+    key = layout.allocate(1, heads, capacity, capacity if layout.text_bits else 0)
+    q = torch.zeros(1, 4, 1, layout.head_dim, dtype=layout.dtype) if q is None else q
+    return attend_cuda.refusal(q, key, key, 5, mask, None, is_causal, None, None, None, layout, values or layout)
+
+
+@pytest.mark.parametrize(
+    "given, reason",
+    [
+        ({"layout": Layout(64, bf16, body_bits=4)}, "the body has 4 bits and the text overlay 0, accepted: 2 and 0"),
+        ({"layout": Layout(64, bf16, body_bits=2, text_bits=4)}, "the text overlay 4"),
+        ({"layout": Layout(64, torch.float32, body_bits=2)}, "accepted: both float16 or both bfloat16"),
+        ({"q": torch.zeros(1, 4, 1, 64, dtype=f16)}, "queries are torch.float16 and the cache torch.bfloat16"),
+        ({"layout": Layout(72, bf16, body_bits=2)}, "head dim 72 in 1 groups, accepted: a multiple of 16"),
+        ({"layout": Layout(64, bf16, body_bits=2, group=8)}, "head dim 64 in 8 groups"),
+        ({"layout": Layout(64, bf16, body_bits=2, pivots=33)}, "33 pivots, accepted: up to 32"),
+        ({"values": Layout(64, bf16, body_bits=2, window=4)}, "keys and values differ in window, pivots"),
+        ({"is_causal": True}, "is_causal"),
+        ({"q": torch.zeros(1, 4, 40, 64, dtype=bf16)}, "80 query rows per KV head, accepted: up to 64"),
+        ({"mask": torch.zeros(1, 1, 1, 5, dtype=torch.float64)}, "the mask is torch.float64"),
+        ({"q": torch.zeros(1, 4, 0, 64, dtype=bf16)}, "there are no queries"),
+        ({"capacity": 16}, "a capacity of 16 tokens, accepted: from 32"),
+    ],
+)
+def test_refuses_with_a_reason(given, reason):
+    assert reason in refusal(**given)
+
+
+def cache_pair(layout: Layout, B: int, H: int, T: int, capacity: int) -> tuple[list, list]:
+    """Key and value buffers of T tokens with the same token classes; what was never written is NaN or garbage."""
+    pair = []
+    for seed in (0, 1):
+        case = case_of(layout, B, H, T, capacity, seed)
+        case.classes[:] = TEXT
+        if case.pivots is not None:
+            generator = torch.Generator().manual_seed(B * T)
+            case.pivots = torch.stack([torch.randperm(T, generator=generator)[: layout.pivots] for _ in range(B)]).int()
+        cache = case.pack()
+        b = named(cache, layout)
+        for name, junk in (("codes", 0x5A5A), ("range", math.nan), ("classes", PIVOT)):
+            b[name].narrow(1 if name == "classes" else 2, T, capacity - T).fill_(junk)
+        if layout.window > T:
+            b["ring"][:, :, T:] = math.nan
+        pair.append([buffer.cuda() for buffer in cache])
+    return tuple(pair)
+
+
+def expected(q, key, value, layout, length, mask, fresh):
+    """SDPA in float64 over the dequantized cache."""
+    k, v = read(key, length, layout).double(), read(value, length, layout).double()
+    if fresh is not None:
+        k, v = k.index_copy(2, fresh[2], fresh[0].double()), v.index_copy(2, fresh[2], fresh[1].double())
+    if mask is not None:
+        mask = mask[..., :length] if mask.dtype == torch.bool else mask[..., :length].double()
+    return F.scaled_dot_product_attention(q.double(), k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
+
+
+SHAPES = {  # batch, KV heads, queries a KV head, query tokens, tokens, capacity, window, pivots
+    "one head each": (1, 2, 1, 1, 700, 768, 128, 15),
+    "grouped": (2, 2, 4, 1, 300, 384, 128, 15),
+    "two tokens": (2, 1, 8, 2, 1000, 1024, 64, 4),
+    "sixteen tokens": (1, 2, 1, 16, 130, 256, 16, 0),
+    "seven a group, no overlay": (1, 2, 7, 1, 2500, 2560, 0, 0),
+    "all in the ring": (2, 3, 1, 1, 70, 128, 128, 15),
+    "odd sizes": (2, 1, 1, 3, 65, 65, 5, 2),
+    "less than a tile": (1, 2, 1, 1, 20, 64, 128, 15),
+    "chunk": (1, 1, 4, 8, 400, 401, 128, 15),
+}
+KINDS = ("plain", "padded", "float mask", "mask a query", "fresh", "cropped")
+
+
+@gpu
+@pytest.mark.parametrize("dtype", (f16, bf16), ids=str)
+@pytest.mark.parametrize(
+    "head_dim, group", [(16, 128), (64, 32), (80, 128), (96, 128), (128, 128), (256, 128)], ids=str
+)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_equals_the_reference(dtype, head_dim, group, shape):
+    B, H, share, queries, T, capacity, window, pivots = shape
+    layout = Layout(head_dim, dtype, body_bits=2, body_clip=0.8, window=window, pivots=pivots, group=group)
+    key, value = cache_pair(layout, B, H, T, capacity)
+    generator = torch.Generator("cuda").manual_seed(head_dim)
+    normal = lambda *size: torch.randn(size, device="cuda", generator=generator).to(dtype)
+    uniform = lambda *size: torch.rand(size, device="cuda", generator=generator)
+    q = normal(B, H * share, queries, head_dim) * 3
+    for kind in KINDS:
+        mask, fresh, length = None, None, T
+        if kind == "padded":
+            mask = uniform(B, 1, 1, T) > 0.3
+        elif kind == "float mask":
+            mask = torch.where(uniform(B, 1, queries, T) > 0.3, uniform(B, 1, queries, T), -math.inf).to(dtype)
+        elif kind == "mask a query":
+            mask, length = uniform(B, H * share, queries, capacity) > 0.5, None
+        elif kind == "fresh":
+            fresh = (
+                normal(B, H, queries, head_dim),
+                normal(B, H, queries, head_dim),
+                torch.arange(T - queries, T).cuda(),
+            )
+        elif kind == "cropped":
+            length = max(1, T - 37)
+        if mask is not None:
+            mask[..., T - 1] = True if mask.dtype == torch.bool else 0.5
+        due = expected(q, key, value, layout, length or T, mask, fresh)
+        for splits in (None, 1, 3):
+            args = (q, key, value, length, mask, None, False, *(fresh or (None,) * 3), layout, layout)
+            assert attend_cuda.refusal(*args) == ""
+            out = attend_cuda.attend(*args, splits=splits)
+            error = ((out.double() - due).norm() / due.norm()).item()
+            assert error <= RELATIVE[dtype], f"{kind}, {splits} splits: {error:.2g}"
+
+
+@gpu
+def test_a_broken_token_spoils_only_rows_that_see_it():
+    layout = Layout(128, bf16, body_bits=2, window=16)
+    key, value = cache_pair(layout, 2, 2, 300, 320)
+    named(value, layout)["range"][1, :, 40] = math.nan
+    q = torch.randn(2, 2, 1, 128, device="cuda", dtype=bf16)
+    args = (None, False, None, None, None, layout, layout)
+    seen = attend_cuda.attend(q, key, value, 300, None, *args)
+    assert seen[0].isfinite().all() and seen[1].isnan().all()
+    hidden = torch.ones(2, 1, 1, 300, dtype=torch.bool, device="cuda")
+    hidden[1, :, :, 40] = False
+    assert attend_cuda.attend(q, key, value, 300, hidden, *args).isfinite().all()
+
+
+@gpu
+def test_a_row_that_sees_nothing_is_zero():
+    layout = Layout(64, f16, body_bits=2, window=16, pivots=3)
+    key, value = cache_pair(layout, 2, 2, 100, 128)
+    q = torch.randn(2, 2, 1, 64, device="cuda", dtype=f16)
+    mask = torch.ones(2, 1, 1, 100, dtype=torch.bool, device="cuda")
+    mask[0] = False
+    for splits in (1, 2):
+        out = attend_cuda.attend(q, key, value, 100, mask, None, False, None, None, None, layout, layout, splits)
+        assert (out[0] == 0).all() and (out[1] != 0).any()
+
+
+@gpu
+@pytest.mark.parametrize("size", (1e-6, 1e4), ids=str)
+def test_queries_of_any_size(size):
+    layout = Layout(128, bf16, body_bits=2, window=16)
+    key, value = cache_pair(layout, 1, 2, 300, 320)
+    q = torch.randn(1, 4, 1, 128, device="cuda", dtype=bf16) * size
+    out = attend_cuda.attend(q, key, value, 300, None, None, False, None, None, None, layout, layout)
+    due = expected(q, key, value, layout, 300, None, None)
+    assert ((out.double() - due).norm() / due.norm()).item() <= RELATIVE[bf16]
