@@ -57,6 +57,7 @@ def find_sites(state: GraphState) -> PassReport:
                 del refused[whole]
                 refused.pop(value_whole, None)
                 continue
+            specialize(key, val)
             check(attention, key, val, length, value_length)
         except NoMatch as miss:
             refuse(node, miss, whole)
@@ -101,6 +102,16 @@ def read_from(argument: Node) -> tuple[Node, object]:
     return (ungrouped(cut), length) if static else (node, shape(node)[2] if len(shape(node)) == 4 else None)
 
 
+def specialize(*writes: CacheWrite | None) -> None:
+    """One graph for each batch size: dynamo makes the batch a symbol when it meets a second size, a layout has numbers.
+
+    Asking a symbol for its number leaves a guard, so another batch size compiles its own graph.
+    """
+    for write in writes:
+        for size in shape(write.whole)[:2] if write is not None else ():
+            int(size)
+
+
 def check(attention, key: CacheWrite | None, val: CacheWrite | None, length, value_length) -> None:
     """Raises NoMatch where keys and values do not make one packable cache."""
     if key is None or val is None:
@@ -116,8 +127,6 @@ def check(attention, key: CacheWrite | None, val: CacheWrite | None, length, val
             raise NoMatch(f"the head dim of the {name} is {size[3]}, accepted: a multiple of 8", write.whole)
         if value(write.whole).dtype not in DTYPE_NAMES:
             raise NoMatch(f"the {name} are {value(write.whole).dtype}, accepted: floating point", write.whole)
-        if not isinstance(size[0], int) or not isinstance(size[1], int):
-            raise NoMatch("batch or heads are symbolic", write.whole)
         if write.kind == "fill" and not all(
             u is attention.node or op(u) in ("index_copy_", "getitem", "unsqueeze", "expand", "repeat_interleave", "output",
                                             "scaled_dot_product_attention", "size", "shape", "contiguous", "to")

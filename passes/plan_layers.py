@@ -66,7 +66,7 @@ def layouts(state: GraphState, site, tsa: bool) -> tuple[Layout, Layout]:
             text_clip=config.text_clip,
         )
 
-    key = layout(site.key.whole, affine=config.center_keys or config.balance_keys)
+    key = layout(site.key.whole, affine=config.rotate and (config.center_keys or config.balance_keys))
     return key, layout(site.value.whole, affine=False)
 
 

@@ -273,3 +273,17 @@ def test_inner_compilers_agree(llama, inner):
     out = model.generate(**small, max_new_tokens=4, return_dict_in_generate=True)
     assert torch.equal(out.sequences, expected)
     assert all(isinstance(layer.keys, PackedKV) for layer in out.past_key_values.layers)
+
+
+@pytest.mark.parametrize("dynamic", (None, True))
+def test_every_batch_size_is_packed(llama, dynamic):
+    model, inputs = llama
+    reference, _ = ZOO["llama"]()
+    model.compile(backend="akvq", dynamic=dynamic, options={**SMALL, "body_bits": 16})
+    for batch in (1, 2, 3, 1):
+        ids = inputs["input_ids"][:1, : 8 + batch].expand(batch, -1).contiguous()
+        arguments = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "max_new_tokens": 5, "do_sample": False}
+        out = model.generate(**arguments, return_dict_in_generate=True)
+        assert isinstance(out.past_key_values.layers[0].keys, PackedKV), batch
+        assert torch.equal(out.sequences, reference.generate(**arguments)), batch
+    assert not akvq_fx.report(model).refused

@@ -144,3 +144,9 @@ def test_mask_is_carried_into_layers_that_a_text_prompt_compiled():
     model, (tokens, images, at_image) = VisionDecoder("masked_scatter", broken=True), scene()
     [_, (_, cache)], _, _ = run_all(model, (tokens,), (tokens, images, at_image))
     assert torch.equal(vision_of(cache), at_image)
+
+
+def test_without_the_rotation_keys_are_stored_as_they_are():
+    evidence = models.evidence(models.Decoder(models.Direct), {"rotate": False, "window": 4, "pivots": 0}, steps=1)
+    layout = evidence.cache[0][0].layout_of
+    assert not layout.rotated and not layout.affine

@@ -39,8 +39,14 @@ def is_tensor(node) -> bool:
 
 
 def shape(node) -> tuple:
-    """The node's shape, () if it is no tensor."""
-    return tuple(value(node).shape) if is_tensor(node) else ()
+    """The node's shape, () if it is no tensor; symbols that stand for one number are that number."""
+    return tuple(map(settled, value(node).shape)) if is_tensor(node) else ()
+
+
+def settled(size):
+    """A size whose symbol was specialized, as a plain number."""
+    known = isinstance(size, torch.SymInt) and size.node.expr.is_Integer
+    return int(size.node.expr) if known else size
 
 
 def argument(node: Node, position: int, name: str, default=None):
