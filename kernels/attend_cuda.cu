@@ -9,7 +9,7 @@
 // offset * sum(p') is taken off the output once, at the end. Scales and minima multiply scores and probabilities, never elements.
 //
 // Compile-time: HEAD_DIM (multiple of 16), BF16 (0: fp16), GROUPS (1, 2 or 4 scales a head), NT (tiles of 8 query rows), CC (1 where a
-// block has a single query row, else 2), MT, STAGES, WARPS, BLOCKS (at least so many on a multiprocessor), MASK (0 none, 1 bool and the same for all rows of a block, 2 any).
+// block has up to 4 query rows, else 2), MT, STAGES, WARPS, BLOCKS (at least so many on a multiprocessor), SPLITS_MAX, MASK (0 none, 1 bool and the same for all rows of a block, 2 any).
 
 #undef INFINITY
 #define INFINITY __int_as_float(0x7f800000)
@@ -20,7 +20,7 @@ typedef unsigned int u32;
 typedef unsigned long long u64;
 
 constexpr int D = HEAD_DIM, W = D / 8, NG = GROUPS;  // W: int16 words of a token
-constexpr int COLUMNS = 8 * NT;                      // query rows of a block
+constexpr int ROWS = 4 * CC * NT;                       // query rows of a block; with CC 1 they take every other column
 constexpr int R = (W + 7) / 8;                       // 32-bit registers a lane holds of a key
 constexpr int PIECES = 8 * R;                        // channel pairs a lane holds of a key
 constexpr bool CONTIGUOUS = W % 8 == 0;              // a lane's words of a key lie side by side
@@ -130,6 +130,8 @@ struct Bf16Codes {
 };
 
 __device__ __forceinline__ int key_word(int t, int r) { return CONTIGUOUS ? t * (W / 4) + 2 * r : 2 * (t + 4 * r); }
+// Query row in a column of query tile n; -1 for a column that stays empty.
+__device__ __forceinline__ int row_of(int n, int column) { return CC == 2 ? 8 * n + column : column & 1 ? -1 : 4 * n + column / 2; }
 __device__ __forceinline__ int value_word(int g, int v) { return PAIRED ? 2 * (g + 8 * v) : g + 8 * v; }
 // Token of a 16-token tile that fragment row g means: such that one load of values takes four tokens side by side.
 __device__ __forceinline__ int token_of_row(int g) { return (g >> 1) + 4 * (g & 1); }
@@ -306,14 +308,14 @@ struct Query {
 extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) attend(const __grid_constant__ Params p) {
     extern __shared__ __align__(16) u8 shared[];  // the warps' rings of tiles; afterwards their outputs
     constexpr int PITCH = D + 8;
-    __shared__ __align__(16) u16 q_half[COLUMNS][PITCH], q_bf16[BF16 ? COLUMNS : 1][PITCH];
+    __shared__ __align__(16) u16 q_half[ROWS][PITCH], q_bf16[BF16 ? ROWS : 1][PITCH];
     u16(*q_native)[PITCH] = BF16 ? q_bf16 : q_half;  // in the cache's dtype
-    __shared__ float q_factor[COLUMNS], q_sum[NG][COLUMNS], q_start[NG][COLUMNS];
-    __shared__ float all_m[WARPS][COLUMNS], all_l[WARPS][COLUMNS];
+    __shared__ float q_factor[ROWS], q_sum[NG][ROWS], q_start[NG][ROWS];
+    __shared__ float all_m[WARPS][ROWS], all_l[WARPS][ROWS];
 
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-    const int bh = blockIdx.x, split = blockIdx.y, batch = bh / p.heads, row0 = blockIdx.z * COLUMNS;
-    const int columns = min(COLUMNS, p.rows - row0);
+    const int bh = blockIdx.x, split = blockIdx.y, batch = bh / p.heads, row0 = blockIdx.z * ROWS;
+    const int rows = min(ROWS, p.rows - row0);
 
     // Which positions stand where.
     const int end = p.state[0];
@@ -344,13 +346,13 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) attend(const __
     }
 
     // The queries of this block: a power of two per row brings them into fp16's range and loses nothing.
-    for (int column = warp; column < COLUMNS; column += WARPS) {
+    for (int row = warp; row < ROWS; row += WARPS) {
         float x[(D + 31) / 32], top = 0.f, sum[NG] = {}, start[NG] = {};
-        const u16 *from = p.q + ((long long)bh * p.rows + row0 + column) * D;
+        const u16 *from = p.q + ((long long)bh * p.rows + row0 + row) * D;
 #pragma unroll
         for (int i = 0; i < (D + 31) / 32; i++) {
             int channel = lane + 32 * i;
-            x[i] = column < columns && channel < D ? to_float(from[channel]) : 0.f;
+            x[i] = row < rows && channel < D ? to_float(from[channel]) : 0.f;
             top = fmaxf(top, fabsf(x[i]));
         }
 #pragma unroll
@@ -362,8 +364,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) attend(const __
             int channel = lane + 32 * i;
             u16 h = (u16)pack_half(x[i] * inverse, 0.f);
             if (channel < D) {
-                q_half[column][channel] = h;
-                if (BF16) q_native[column][channel] = (u16)pack_bf16(x[i] * inverse, 0.f);
+                q_half[row][channel] = h;
+                if (BF16) q_native[row][channel] = (u16)pack_bf16(x[i] * inverse, 0.f);
                 const int j = channel / W;
                 const float offset = HalfCodes::offset(j);
 #pragma unroll
@@ -379,9 +381,9 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) attend(const __
                 start[a] += __shfl_xor_sync(ALL, start[a], i);
             }
         if (lane == 0) {
-            q_factor[column] = unit * p.scale;
+            q_factor[row] = unit * p.scale;
 #pragma unroll
-            for (int a = 0; a < NG; a++) q_sum[a][column] = sum[a] * unit * p.scale, q_start[a][column] = start[a];
+            for (int a = 0; a < NG; a++) q_sum[a][row] = sum[a] * unit * p.scale, q_start[a][row] = start[a];
         }
     }
     __syncthreads();
@@ -392,14 +394,14 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) attend(const __
 #pragma unroll
         for (int i = 0; i < PIECES; i++) {
             int word = key_word(t, i / 8);
-            q.f[n][i] = word < W ? *(const u32 *)&q_half[8 * n + g][(i % 8) * W + word] : 0;
+            q.f[n][i] = word < W && row_of(n, g) >= 0 ? *(const u32 *)&q_half[row_of(n, g)][(i % 8) * W + word] : 0;
         }
 #pragma unroll
         for (int c = 0; c < CC; c++) {
-            int column = 8 * n + 2 * t + c;
-            q.factor[n][c] = q_factor[column];
+            const int row = row_of(n, 2 * t + c);
+            q.factor[n][c] = q_factor[row];
 #pragma unroll
-            for (int a = 0; a < NG; a++) q.sum[n][a][c] = q_sum[a][column], q.start[n][a][c] = q_start[a][column];
+            for (int a = 0; a < NG; a++) q.sum[n][a][c] = q_sum[a][row], q.start[n][a][c] = q_start[a][row];
         }
     }
 
@@ -467,7 +469,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) attend(const __
 #pragma unroll
             for (int n = 0; n < NT; n++) {
                 uint4 x = {};
-                if (8 * (t + 4 * i_) < D) x = *(const uint4 *)&q_native[8 * n + g][8 * (t + 4 * i_)];
+                if (8 * (t + 4 * i_) < D && row_of(n, g) >= 0) x = *(const uint4 *)&q_native[row_of(n, g)][8 * (t + 4 * i_)];
                 const uint4 upper = key[i_][0], lower = key[i_][1];
                 mma<!BF16>(c[n], upper.x, lower.x, upper.y, lower.y, x.x, x.y);
                 mma<!BF16>(c[n], upper.z, lower.z, upper.w, lower.w, x.z, x.w);
@@ -480,7 +482,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) attend(const __
                 for (int x = 0; x < CC; x++) {
                     s[0][n][half][x] = row_live[half] ? c[n][2 * half + x] * q.factor[n][x] : -INFINITY;
                     if (MASK == 2) {
-                        int at = __shfl_sync(ALL, position, token_of_row(g) + 8 * half), row = row0 + 8 * n + 2 * t + x;
+                        int at = __shfl_sync(ALL, position, token_of_row(g) + 8 * half), row = row0 + row_of(n, 2 * t + x);
                         if (row_live[half] && row < p.rows)
                             s[0][n][half][x] += load_mask(p, mask_base + row / p.queries * p.mask_h + row % p.queries * p.mask_q + at * p.mask_t);
                     }
@@ -606,7 +608,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) attend(const __
                     for (int half = 0; half < 2; half++)
 #pragma unroll
                         for (int x = 0; x < CC; x++) {
-                            int at = first + 16 * m + token_of_row(g) + 8 * half, row = row0 + 8 * n + 2 * t + x;
+                            int at = first + 16 * m + token_of_row(g) + 8 * half, row = row0 + row_of(n, 2 * t + x);
                             if (at < body_end && row < p.rows)
                                 s[m][n][half][x] += load_mask(p, mask_base + row / p.queries * p.mask_h + row % p.queries * p.mask_q + at * p.mask_t);
                         }
@@ -684,12 +686,12 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) attend(const __
     // Warps of the block, then splits.
     Stream::wait<0>();
     __syncthreads();  // the rings' room is taken over
-    float(*all_o)[COLUMNS][D] = (float(*)[COLUMNS][D])shared;
+    float(*all_o)[ROWS][D] = (float(*)[ROWS][D])shared;
 #pragma unroll
     for (int n = 0; n < NT; n++)
 #pragma unroll
         for (int c = 0; c < CC; c++) {
-            const int column = 8 * n + 2 * t + c;
+            const int row = row_of(n, 2 * t + c);
             float l = sums.l[n][c], low[NG];
 #pragma unroll
             for (int i = 4; i < 32; i *= 2) l += __shfl_xor_sync(ALL, l, i);
@@ -699,8 +701,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) attend(const __
 #pragma unroll
                 for (int i = 4; i < 32; i *= 2) low[a] += __shfl_xor_sync(ALL, low[a], i);
             }
-            if (column < columns) {
-                if (g == 0) all_m[warp][column] = sums.m[n][c], all_l[warp][column] = l;
+            if (row < rows) {
+                if (g == 0) all_m[warp][row] = sums.m[n][c], all_l[warp][row] = l;
 #pragma unroll
                 for (int o = 0; o < OT; o++)
 #pragma unroll
@@ -708,68 +710,77 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) attend(const __
                         int j = PAIRED ? o % 8 : 2 * (o % 4) + half, a = j * NG / 8;
                         int word = PAIRED ? value_word(g, o / 8) + half : value_word(g, o / 4);
                         float x = sums.o[n][o][2 * half + c] - Bf16Codes::offset(j) * sums.p[n][a][c] + low[a];
-                        if (word < W) all_o[warp][column][j * W + word] = x;
+                        if (word < W) all_o[warp][row][j * W + word] = x;
                     }
             }
         }
     __syncthreads();
-    for (int i = threadIdx.x; i < columns * D; i += 32 * WARPS) {
-        const int column = i / D, channel = i % D;
+    for (int i = threadIdx.x; i < rows * D; i += 32 * WARPS) {
+        const int row = i / D, channel = i % D;
         float top = -INFINITY, l = 0.f, o = 0.f;
 #pragma unroll
-        for (int w = 0; w < WARPS; w++) top = fmaxf(top, all_m[w][column]);
+        for (int w = 0; w < WARPS; w++) top = fmaxf(top, all_m[w][row]);
         const float shift = top == -INFINITY ? 0.f : top;
 #pragma unroll
         for (int w = 0; w < WARPS; w++) {
-            float weight = exp2_fast(all_m[w][column] - shift);
-            l += weight * all_l[w][column], o += weight * all_o[w][column][channel];
+            float weight = exp2_fast(all_m[w][row] - shift);
+            l += weight * all_l[w][row], o += weight * all_o[w][row][channel];
         }
-        const long long row = (long long)bh * p.rows + row0 + column;
+        const long long place = (long long)bh * p.rows + row0 + row;
         if (p.splits == 1) {
-            p.out[row * D + channel] = (u16)pack_native(l == 0.f ? 0.f : o / l, 0.f);
+            p.out[place * D + channel] = (u16)pack_native(l == 0.f ? 0.f : o / l, 0.f);
         } else {
-            p.part_o[(row * p.splits + split) * D + channel] = o;
-            if (channel == 0) p.part_ml[(row * p.splits + split) * 2] = top, p.part_ml[(row * p.splits + split) * 2 + 1] = l;
+            p.part_o[(place * p.splits + split) * D + channel] = o;
+            if (channel == 0) p.part_ml[(place * p.splits + split) * 2] = top, p.part_ml[(place * p.splits + split) * 2 + 1] = l;
         }
     }
 }
 
 // One block a row: 8 warps take the splits in turn, a lane four channels at a time.
 extern "C" __global__ void __launch_bounds__(256) combine(const __grid_constant__ Params p) {
-    __shared__ float4 all_o[8][(D + 127) / 128 * 32];
-    __shared__ float all_m[8], all_l[8];
+    constexpr int LANES = D / 4, PARTS = (LANES + 31) / 32, MOST = SPLITS_MAX / 32;
+    __shared__ float4 all_o[8][LANES];
     const long long row = blockIdx.x;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const float2 *ml = (const float2 *)p.part_ml + row * p.splits;
     const float4 *part = (const float4 *)(p.part_o + row * p.splits * D);
+    float2 own[MOST];
     float top = -INFINITY, l = 0.f;
-    for (int s = warp; s < p.splits; s += 8) top = fmaxf(top, ml[s].x);
-    const float shift = top == -INFINITY ? 0.f : top;
-    float4 o[(D + 127) / 128] = {};
-#pragma unroll 4
-    for (int s = warp; s < p.splits; s += 8) {
-        const float weight = exp2_fast(ml[s].x - shift);
-        l += weight * ml[s].y;
 #pragma unroll
-        for (int i = 0; i < (D + 127) / 128; i++)
-            if (lane + 32 * i < D / 4) {
-                const float4 x = part[s * (D / 4) + lane + 32 * i];
-                o[i].x += weight * x.x, o[i].y += weight * x.y, o[i].z += weight * x.z, o[i].w += weight * x.w;
-            }
+    for (int i = 0; i < MOST; i++) {
+        own[i] = lane + 32 * i < p.splits ? ml[lane + 32 * i] : make_float2(-INFINITY, 0.f);
+        top = fmaxf(top, own[i].x);
     }
-    if (lane == 0) all_m[warp] = top, all_l[warp] = l;
 #pragma unroll
-    for (int i = 0; i < (D + 127) / 128; i++) all_o[warp][lane + 32 * i] = o[i];
+    for (int i = 16; i; i /= 2) top = fmaxf(top, __shfl_xor_sync(ALL, top, i));
+    const float shift = top == -INFINITY ? 0.f : top;
+#pragma unroll
+    for (int i = 0; i < MOST; i++) own[i].x = exp2_fast(own[i].x - shift), l += own[i].x * own[i].y;
+#pragma unroll
+    for (int i = 16; i; i /= 2) l += __shfl_xor_sync(ALL, l, i);
+    float4 o[PARTS] = {};
+#pragma unroll
+    for (int i = 0; i < MOST; i++)
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            const int s = 32 * i + 8 * j + warp;
+            const float weight = __shfl_sync(ALL, own[i].x, 8 * j + warp);
+            if (s < p.splits)
+#pragma unroll
+                for (int k = 0; k < PARTS; k++)
+                    if (lane + 32 * k < LANES) {
+                        const float4 x = part[s * LANES + lane + 32 * k];
+                        o[k].x += weight * x.x, o[k].y += weight * x.y, o[k].z += weight * x.z, o[k].w += weight * x.w;
+                    }
+        }
+#pragma unroll
+    for (int k = 0; k < PARTS; k++)
+        if (lane + 32 * k < LANES) all_o[warp][lane + 32 * k] = o[k];
     __syncthreads();
     if (threadIdx.x < D) {
-        const int channel = threadIdx.x;
-        top = -INFINITY, l = 0.f;
         float out = 0.f;
-        for (int w = 0; w < 8; w++) top = fmaxf(top, all_m[w]);
-        for (int w = 0; w < 8; w++) {
-            const float weight = exp2_fast(all_m[w] - (top == -INFINITY ? 0.f : top));
-            l += weight * all_l[w], out += weight * ((const float *)all_o[w])[channel];
-        }
-        p.out[row * D + channel] = (u16)pack_native(l == 0.f ? 0.f : out / l, 0.f);
+#pragma unroll
+        for (int w = 0; w < 8; w++) out += ((const float *)all_o[w])[threadIdx.x];
+        p.out[row * D + threadIdx.x] = (u16)pack_native(l == 0.f ? 0.f : out / l, 0.f);
     }
 }

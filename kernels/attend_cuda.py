@@ -28,7 +28,7 @@ WARPS = 4
 DEPTH = 2  # 16-token tiles a warp takes at a time
 STAGES = 4  # tiles in shared memory, all but one of them on their way
 BLOCKS = 3  # on one multiprocessor: bounds the registers
-SPLITS_MAX = 64
+SPLITS_MAX = 96  # a multiple of 32: a lane of the last step takes every 32nd
 MASKS = {torch.bool: 1, torch.float16: 2, torch.bfloat16: 3, torch.float32: 4}
 
 
@@ -108,8 +108,9 @@ def attend(
     q = q.contiguous()
     out = torch.empty_like(q)
     rows = Hq // heads * queries
+    columns = 1 if rows <= 4 else 2
     tiles = 2 if rows > 8 and layout.head_dim <= 128 else 1
-    blocks = (B * heads, -(-rows // (8 * tiles)))
+    blocks = (B * heads, -(-rows // (4 * columns * tiles)))
     if splits is None:
         bound = capacity if length is None else length
         splits = splits_for(blocks[0] * blocks[1], bound, _multiprocessors(q.device.index))
@@ -127,7 +128,7 @@ def attend(
         parts = torch.empty(B * heads * rows * splits, layout.head_dim + 2, dtype=torch.float32, device=q.device)
         params.part_o = parts.data_ptr()
         params.part_ml = params.part_o + 4 * layout.head_dim * parts.shape[0]
-    kernels = _compiled(q.device.index, layout.head_dim, layout.dtype, layout.groups, tiles, rows == 1, form)
+    kernels = _compiled(q.device.index, layout.head_dim, layout.dtype, layout.groups, tiles, columns, form)
     with torch.cuda.device(q.device):
         _launch(kernels["attend"], (blocks[0], splits, blocks[1]), 32 * WARPS, kernels["shared"], params)
         if splits > 1:
@@ -187,7 +188,7 @@ def _multiprocessors(index: int) -> int:
 
 
 @functools.cache
-def _compiled(index: int, head_dim: int, dtype: torch.dtype, groups: int, tiles: int, single: bool, form: int) -> dict:
+def _compiled(index: int, head_dim: int, dtype: torch.dtype, groups: int, tiles: int, columns: int, form: int) -> dict:
     _utils = torch.cuda._utils
     source = Path(__file__).with_suffix(".cu").read_text()
     heavy = tiles > 1 or head_dim > 128  # more accumulators a lane: fewer blocks
@@ -202,7 +203,7 @@ def _compiled(index: int, head_dim: int, dtype: torch.dtype, groups: int, tiles:
     options = ["--std=c++17", *(f"-D{name}={number}" for name, number in macros.items())]
     tokens = 16 * DEPTH
     stage = -(-2 * (tokens * head_dim // 4 + tokens * groups * 4) // 16) * 16
-    shared = WARPS * max(STAGES * stage, 8 * tiles * head_dim * 4)  # rings of tiles, then outputs
+    shared = WARPS * max(STAGES * stage, 4 * columns * tiles * head_dim * 4)  # rings of tiles, then outputs
     with torch.cuda.device(index):
         binary, _ = _utils._nvrtc_compile(source, "attend", nvcc_options=options)
         kernels = _utils._cuda_load_module(binary, ["attend", "combine"])

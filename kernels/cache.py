@@ -18,8 +18,11 @@ import torch
 from torch import Tensor
 
 from akvq_fx.kernels import quantizer
+from akvq_fx.kernels.choose import choose
 from akvq_fx.kernels.layout import PADDING, PIVOT, STATE_END, STATE_RING, STATE_TEXT, TEXT, Layout
 from akvq_fx.kernels.rotate import restore, turn_as_stored
+
+FASTER = {"cuda": ("cache_triton",)}  # before the reference, by device
 
 
 def named(cache: list[Tensor], layout: Layout) -> dict[str, Tensor]:
@@ -147,6 +150,9 @@ def pack(
 ) -> list[Tensor]:
     """x [B, H, q, D] -> new buffers of `capacity` tokens; pivots [B, P] int32 index the q tokens, -1 for none."""
     parsed = Layout.parse(layout)
+    kernel = choose("pack", FASTER.get(x.device.type, ()), x, parsed)
+    if kernel is not None:
+        return kernel(x, at, classes, pivots, affine, capacity, parsed, turn)
     x = turn_as_stored(x, affine, parsed.rotated) if turn else x
     return create(x, at, classes, pivots, affine, capacity, parsed)
 
@@ -175,6 +181,10 @@ def append(
     pivots [B, P] int32 index the q tokens; they count only where the tokens start the cache (a static cache used again).
     """
     parsed = Layout.parse(layout)
+    kernel = choose("append", FASTER.get(x.device.type, ()), x, parsed)
+    if kernel is not None:
+        kernel(cache, x, at, classes, pivots, parsed, turn)
+        return
     x = turn_as_stored(x, named(cache, parsed).get("affine"), parsed.rotated) if turn else x
     write(cache, x, at, classes, pivots, parsed)
 

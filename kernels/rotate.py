@@ -14,6 +14,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from akvq_fx.kernels.choose import choose
+
+FASTER = {"cuda": ("rotate_triton",)}  # before the reference, by device
+
 
 def order_of(head_dim: int) -> int:
     """Order of the Hadamard blocks: the largest power of two dividing head_dim."""
@@ -57,16 +61,23 @@ def shift_and_rotate(x: Tensor, affine: Tensor, centre: bool, gain: int) -> Tens
 
 @torch.library.custom_op("akvq::hadamard", mutates_args=())
 def hadamard(x: Tensor) -> Tensor:
-    return reference(x)
+    kernel = choose("hadamard", FASTER.get(x.device.type, ()), x)
+    return reference(x) if kernel is None else kernel(x)
 
 
 @torch.library.custom_op("akvq::rotate_keys", mutates_args=())
 def rotate_keys(k: Tensor, affine: Tensor) -> Tensor:
+    kernel = choose("rotate_keys", FASTER.get(k.device.type, ()), k)
+    if kernel is not None:
+        return kernel(k, affine)
     return shift_and_rotate(k, affine, centre=True, gain=1)
 
 
 @torch.library.custom_op("akvq::rotate_queries", mutates_args=())
 def rotate_queries(q: Tensor, affine: Tensor) -> Tensor:
+    kernel = choose("rotate_queries", FASTER.get(q.device.type, ()), q)
+    if kernel is not None:
+        return kernel(q, affine)
     return shift_and_rotate(q, affine, centre=False, gain=2)
 
 

@@ -18,8 +18,10 @@ import math
 import torch
 from torch import Tensor
 
+from akvq_fx.kernels.choose import choose
 from akvq_fx.kernels.layout import PADDING, TEXT, VISION
 
+FASTER = {"cuda": ("salience_triton",)}  # before the reference, by device
 STD_FLOOR = 1e-4  # a channel that never varies must not get an infinite gain
 GAIN_RANGE = 64.0  # s stays within 64 times of its geometric mean, so that rotated keys fit 16-bit floats
 
@@ -51,7 +53,8 @@ def find_pivots_reference(h: Tensor, valid: Tensor | None, count: int, mode: str
 
 @torch.library.custom_op("akvq::find_pivots", mutates_args=())
 def find_pivots(h: Tensor, valid: Tensor | None, count: int, mode: str, floor: float, ratio: float) -> Tensor:
-    return find_pivots_reference(h, valid, count, mode, floor, ratio)
+    kernel = choose("find_pivots", FASTER.get(h.device.type, ()), h)
+    return (kernel or find_pivots_reference)(h, valid, count, mode, floor, ratio)
 
 
 @find_pivots.register_fake
@@ -82,7 +85,8 @@ def key_affine_reference(k: Tensor, q: Tensor, valid: Tensor | None, centre: boo
 
 @torch.library.custom_op("akvq::key_affine", mutates_args=())
 def key_affine(k: Tensor, q: Tensor, valid: Tensor | None, centre: bool, balance: bool) -> Tensor:
-    return key_affine_reference(k, q, valid, centre, balance)
+    kernel = choose("key_affine", FASTER.get(k.device.type, ()), k, q)
+    return (kernel or key_affine_reference)(k, q, valid, centre, balance)
 
 
 @key_affine.register_fake

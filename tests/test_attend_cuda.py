@@ -18,7 +18,7 @@ from tests.kernel_cases import case_of, few
 bf16, f16 = torch.bfloat16, torch.float16
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="runs on a GPU")
 # of the norm: the cache reads as 8 or 11 bits, probabilities meet the codes as bf16 (2**-9 each), averages of many tokens are small
-RELATIVE = {f16: 5e-3, bf16: 1.2e-2}
+RELATIVE = {f16: 8e-3, bf16: 1.2e-2}
 
 
 def struct_fields(name: str) -> list[str]:

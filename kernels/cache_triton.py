@@ -1,0 +1,304 @@
+"""append, pack: one Triton kernel turns, clips, quantizes and packs new tokens and writes all that a decode step changes.
+
+x       [B, H, q, D] float16 | bfloat16 | float32 of any strides, D a multiple of 8 up to 256
+buffers those of kernels/layout.py, contiguous; the meaning is kernels/cache.py with kernels/quantizer.py
+
+Grid and rows are those of kernels/rotate_triton.py: a row is one token of one head. Head 0 also writes its batch row's classes,
+text positions and pivot positions; the first program alone moves state[END] and state[RING]. state[TEXT] is read by all and
+written by none, and no program reads what another one writes. Nothing waits for the device.
+
+Two bits need no division. With t = x - minimum, the code is how many of the steps 1/2, 3/2, 5/2 times the scale lie below t, and
+these products are exact: an fp16 scale has 11 bits. A float32 t that is not on a step is too far from it for t / scale to be
+rounded onto it, and on a step half to even goes to 0, 2 and 2. Packing is a product with powers of two: words below 2**16 are
+exact in float32.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from akvq_fx.kernels import quantizer, rotate_triton
+from akvq_fx.kernels.cache import named
+from akvq_fx.kernels.layout import DTYPE_NAMES, PADDING, PIVOT, STATE_END, STATE_RING, STATE_TEXT, TEXT, Layout
+from akvq_fx.kernels.rotate_triton import KEYS, affine_rows, head_rows, turned
+
+SCALE_FLOOR = tl.constexpr(quantizer.SCALE_FLOOR)
+FP16_MAX = tl.constexpr(quantizer.FP16_MAX)
+ROUND = tl.constexpr(1.5 * 2**23)  # x + ROUND - ROUND rounds half to even where |x| < 2**22
+TEXT_CLASS = tl.constexpr(TEXT)
+END, RING, SHIFT = tl.constexpr(STATE_END), tl.constexpr(STATE_RING), tl.constexpr(STATE_TEXT)
+
+
+def refusal(x: Tensor, layout: Layout) -> str:
+    """Why the kernel cannot write x to a cache of this layout; "" where it can."""
+    if layout.dtype not in rotate_triton.DTYPES:
+        return f"the cache is {DTYPE_NAMES[layout.dtype]}, accepted: f16, bf16, f32"
+    return rotate_triton.refusal(x)
+
+
+@triton.jit
+def as_half(x):
+    """To float16; finite numbers saturate, the others stay what they are."""
+    limited = tl.minimum(tl.maximum(x, -FP16_MAX), FP16_MAX)
+    return tl.where(tl.abs(x) < float("inf"), limited, x).to(tl.float16)
+
+
+@triton.jit
+def range_of(x, member, BITS: tl.constexpr, CLIP: tl.constexpr):
+    """Scale and minimum, float16 [ROWS], of the channels of x [ROWS, DP] that are members [1, DP] of a group."""
+    low = tl.min(tl.where(member, x, float("inf")), 1) * CLIP
+    high = tl.max(tl.where(member, x, float("-inf")), 1) * CLIP
+    broken = tl.max((member & (x != x)).to(tl.int32), 1) > 0  # min and max pass over NaN
+    top = (1 << BITS) - 1.0
+    scale = tl.div_rn(high, top) - tl.div_rn(low, top)
+    scale = tl.where(scale < SCALE_FLOOR, SCALE_FLOOR, scale)
+    scale, low = tl.where(broken, float("nan"), scale), tl.where(broken, float("nan"), low)
+    return as_half(scale), as_half(low)
+
+
+@triton.jit
+def codes_of(x, scale, low, BITS: tl.constexpr):
+    """Codes of x [ROWS, DP] as whole float32 numbers; scale, low float32, of x's shape or [ROWS, 1]. NaN gives 0."""
+    rise = x - low
+    if BITS == 2:
+        scale = tl.where(scale < float("inf"), scale, float("nan"))  # with an infinite range every code is 0
+        codes = tl.where(rise > 0.5 * scale, 1.0, 0.0)
+        codes = tl.where(rise >= 1.5 * scale, 2.0, codes)
+        codes = tl.where(rise > 2.5 * scale, 3.0, codes)
+    else:
+        codes = tl.div_rn(rise, scale)
+        codes = tl.where(codes == codes, codes, 0.0)
+        codes = tl.minimum(tl.maximum(codes, 0.0), (1 << BITS) - 1.0) + ROUND - ROUND
+    return codes
+
+
+@triton.jit
+def store_codes(
+    x, codes, ranges, slots, live,
+    D: tl.constexpr, DP: tl.constexpr, BITS: tl.constexpr, CLIP: tl.constexpr, GROUPS: tl.constexpr,
+    TERM: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Quantize x [ROWS, DP] and write codes and ranges to slots [ROWS] of [slots, D * BITS / 16] and [slots, 2 * GROUPS]."""
+    channel = tl.arange(0, DP)
+    scales, lows = tl.zeros([ROWS, 1], tl.float32), tl.zeros([ROWS, 1], tl.float32)
+    for group in tl.static_range(GROUPS):
+        member = (channel // (D // GROUPS) == group)[None, :]
+        scale, low = range_of(x, member, BITS, CLIP)
+        where = ranges + (slots * (2 * GROUPS) + group)[:, None] + GROUPS * tl.arange(0, 2)[None, :]
+        tl.store(where, tl.join(scale, low), mask=live[:, None])
+        if GROUPS == 1:
+            scales, lows = scale.to(tl.float32)[:, None], low.to(tl.float32)[:, None]
+        else:
+            scales = tl.where(member, scale.to(tl.float32)[:, None], scales)
+            lows = tl.where(member, low.to(tl.float32)[:, None], lows)
+    values = codes_of(x, scales, lows, BITS)
+    WORDS: tl.constexpr = D * BITS // 16
+    # wider than it is high, or the compiler gives every warp of a decode step all of its products
+    WIDTH: tl.constexpr = DP * BITS // 16 if DP * BITS > 512 else 32
+    word = tl.arange(0, WIDTH)
+    lane = channel // WORDS
+    weight = tl.where(lane < 16 // BITS, 1 << (lane % (16 // BITS) * BITS), 0)  # channel lane * WORDS + word
+    weights = tl.where((channel % WORDS)[:, None] == word[None, :], weight[:, None], 0)
+    words = tl.dot(values.to(TERM), weights.to(tl.float32).to(TERM), input_precision="ieee")
+    where = codes + (slots * WORDS)[:, None] + word[None, :]
+    tl.store(where, words.to(tl.int32).to(tl.int16), mask=live[:, None] & (word < WORDS)[None, :])
+
+
+@triton.jit
+def write_state(state, at, tokens, WINDOW: tl.constexpr):
+    """The end moves behind the last token. A write past the end leaves a gap that the ring never held."""
+    start, end = tl.load(at).to(tl.int32), tl.load(at + tokens - 1).to(tl.int32) + 1
+    held = tl.where(start > tl.load(state + END), start, tl.minimum(tl.load(state + RING), start))
+    tl.store(state + RING, tl.maximum(held, end - WINDOW))
+    tl.store(state + END, end)
+
+
+@triton.jit
+def write_kernel(
+    x, at, kinds, affine, state, classes, codes, ranges, ring, pivot_at, text_codes, text_ranges, text_at,
+    heads, owners, leads, tokens, steps, capacity, text_capacity,
+    stride_b, stride_h, stride_t, stride_d, kinds_b, kinds_t,
+    D: tl.constexpr, DP: tl.constexpr, ORDER: tl.constexpr, DEPTH: tl.constexpr,
+    TURN: tl.constexpr, MAP: tl.constexpr, TERMS: tl.constexpr, TERM: tl.constexpr, NORM: tl.constexpr,
+    BITS: tl.constexpr, CLIP: tl.constexpr, TEXT_BITS: tl.constexpr, TEXT_CLIP: tl.constexpr, GROUPS: tl.constexpr,
+    WINDOW: tl.constexpr, PIVOTS: tl.constexpr, PIVOTS_P: tl.constexpr, PACK_TERM: tl.constexpr,
+    SHARE: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    ROWS: tl.constexpr = SHARE * TILE
+    channel = tl.arange(0, DP)
+    real = (channel < D)[None, :]
+    lead, place, exists = head_rows(leads, SHARE, TILE)
+    batch, wide_lead = (lead // heads).to(tl.int64), lead.to(tl.int64)
+    row = x + batch * stride_b + (lead % heads).to(tl.int64) * stride_h
+    speaks = exists & (lead % heads + place * 0 == 0)  # for its batch row
+    maps, has_map = row, exists
+    if MAP:
+        maps, has_map = affine_rows(affine, lead, heads, owners, leads, D, SHARE)
+    shift = tl.load(state + SHIFT)
+
+    for step in range(steps):
+        start = (tl.program_id(1) * steps + step) * TILE
+        token = start + place
+        live = exists & (token < tokens)
+        slot = tl.load(at + token, mask=live, other=0).to(tl.int32)
+        kept = live & (slot >= 0) & (slot < capacity)  # the kernel cannot raise, and must not write elsewhere
+        source = row + token.to(tl.int64) * stride_t
+        if TURN:
+            tile = turned(
+                source, stride_d, live, maps, has_map, owners * D, D, DP, ORDER, DEPTH, MAP, TERMS, TERM, NORM, ROWS
+            )
+            tile = tile.to(x.dtype.element_ty).to(tl.float32)  # as the turned keys of the reference are
+        else:
+            tile = tl.load(source[:, None] + channel[None, :] * stride_d, mask=live[:, None] & real, other=0)
+            tile = tile.to(tl.float32)
+
+        if WINDOW:  # noqa: SIM102  # known when compiled, the other test is not
+            if start + TILE > tokens - WINDOW:
+                newest = live & (token >= tokens - WINDOW)
+                where = ring + ((wide_lead * WINDOW + slot % WINDOW) * D)[:, None] + channel[None, :]
+                tl.store(where, tile.to(ring.dtype.element_ty), mask=newest[:, None] & real)
+
+        if BITS == 16:
+            where = codes + ((wide_lead * capacity + slot) * D)[:, None] + channel[None, :]
+            tl.store(where, tile.to(codes.dtype.element_ty), mask=kept[:, None] & real)
+        else:
+            body = wide_lead * capacity + slot
+            store_codes(tile, codes, ranges, body, kept, D, DP, BITS, CLIP, GROUPS, PACK_TERM, ROWS)
+
+        kind = tl.full([ROWS], TEXT_CLASS, tl.uint8)
+        if kinds is not None:
+            where = kinds + batch * kinds_b + token.to(tl.int64) * kinds_t
+            kind = tl.load(where, mask=live & speaks, other=TEXT_CLASS).to(tl.uint8)
+        tl.store(classes + batch * capacity + slot, kind, mask=kept & speaks)
+        if TEXT_BITS:
+            overlay = slot + shift
+            fits = live & (overlay >= 0) & (overlay < text_capacity)
+            texts = wide_lead * text_capacity + overlay
+            store_codes(
+                tile, text_codes, text_ranges, texts, fits, D, DP, TEXT_BITS, TEXT_CLIP, GROUPS, PACK_TERM, ROWS
+            )
+            position = tl.where(kind == TEXT_CLASS, slot, -1).to(tl.int32)
+            tl.store(text_at + batch * text_capacity + overlay, position, mask=fits & speaks)
+
+    if tl.program_id(1) == 0:
+        if PIVOTS:  # a crop may have moved the end back: pivots from here on are gone
+            pivot = tl.arange(0, PIVOTS_P)[None, :]
+            where = pivot_at + (batch * PIVOTS + tl.zeros([ROWS], tl.int64))[:, None] + pivot
+            mine = (speaks & (place == 0))[:, None] & (pivot < PIVOTS)
+            position = tl.load(where, mask=mine, other=-1)
+            tl.store(where, -1, mask=mine & (position >= tl.load(at)))
+        if tl.program_id(0) == 0:
+            write_state(state, at, tokens, WINDOW)
+
+
+def check_fits(b: dict[str, Tensor], x: Tensor, at: Tensor, classes: Tensor | None, layout: Layout) -> None:
+    if x.dim() != 4 or x.shape[3] != layout.head_dim or x.shape[:2] != b["codes"].shape[:2]:
+        raise ValueError(
+            f"akvq::append: x is {list(x.shape)}, accepted: [B, H, q, D] of a cache with codes {list(b['codes'].shape)} "
+            f"and head dim {layout.head_dim}; a cache from another model or batch cannot be continued"
+        )
+    if at.shape != x.shape[2:3] or not len(at):
+        raise ValueError(
+            f"akvq::append: at is {list(at.shape)}, accepted: [{x.shape[2]}], one position a token or more"
+        )
+    if classes is not None and classes.shape != (x.shape[0], x.shape[2]):
+        raise ValueError(f"akvq::append: classes is {list(classes.shape)}, accepted: {[x.shape[0], x.shape[2]]}")
+    apart = [name for name, buffer in b.items() if not buffer.is_contiguous()]
+    if apart:
+        raise ValueError(
+            f"akvq::append: {', '.join(apart)} not contiguous, accepted: buffers as Layout.allocate makes them"
+        )
+
+
+def launch(b: dict[str, Tensor], x: Tensor, at: Tensor, classes, affine, layout: Layout, turn: bool) -> None:
+    B, H, q, D = x.shape
+    kind = KEYS if turn and affine is not None else 0
+    if kind:
+        rotate_triton.check_affine("append", x, affine)
+        affine = affine.contiguous()
+    constants = rotate_triton.turn_constants(x.dtype, D, kind)
+    plan = rotate_triton.plan_of(B * H, q, D)
+    text_capacity = b["text_codes"].shape[2] if layout.text_bits else 0
+    kinds_strides = (0, 0) if classes is None else classes.stride()
+    with torch.cuda.device_of(x):
+        write_kernel[plan.grid(B * H, q)](
+            x, at.contiguous(), classes, affine if kind else None, b["state"], b["classes"], b["codes"], b.get("range"),
+            b.get("ring"), b.get("pivot_at"), b.get("text_codes"), b.get("text_range"), b.get("text_at"),
+            H, affine.shape[2] if kind else H, B * H, q, plan.steps, b["codes"].shape[2], text_capacity,
+            *x.stride(), *kinds_strides,
+            **constants, TURN=bool(kind) or (turn and layout.rotated),
+            BITS=layout.body_bits, CLIP=layout.body_clip, TEXT_BITS=layout.text_bits, TEXT_CLIP=layout.text_clip,
+            GROUPS=layout.groups, WINDOW=layout.window, PIVOTS=layout.pivots,
+            PIVOTS_P=triton.next_power_of_2(max(1, layout.pivots)), PACK_TERM=rotate_triton.product_type(),
+            SHARE=plan.share, TILE=plan.tile, num_warps=plan.warps, num_stages=1,
+        )  # fmt: skip
+
+
+def keep_pivots(b: dict[str, Tensor], x: Tensor, at: Tensor, pivots, affine, layout: Layout, turn: bool) -> None:
+    """Fill the pivot slots from tokens pivots [B, P] of x, where x starts a cache; a pivot on padding is dropped.
+
+    The kernel leaves no turned x behind, so the few tokens are gathered first and turned then.
+    """
+    B, H, _, D = x.shape
+    begins = at[0] == 0
+    row = torch.nn.functional.pad(pivots.long(), (0, layout.pivots - pivots.shape[1]), value=-1)
+    given, row = row >= 0, row.clamp_min(0)
+    position = at[row].long()
+    given &= b["classes"].gather(1, position) != PADDING
+    chosen = x.gather(2, row[:, None, :, None].expand(B, H, -1, D))
+    if turn and affine is not None:
+        chosen = rotate_triton.rotate_keys(chosen, affine)
+    elif turn and layout.rotated:
+        chosen = rotate_triton.hadamard(chosen)
+    kept = torch.where(given, position, -1).to(torch.int32)
+    b["pivots"].copy_(torch.where(begins, chosen.to(b["pivots"].dtype), b["pivots"]))
+    b["pivot_at"].copy_(torch.where(begins, kept, b["pivot_at"]))
+    # several slots may name one position, of which one counts: the class of a pivot is above those of vision and text
+    mark = torch.where(given & begins, PIVOT, 0).to(torch.uint8)
+    b["classes"].scatter_reduce_(1, position, mark, "amax")
+
+
+def write_buffers(b: dict[str, Tensor], x: Tensor, at: Tensor, classes, pivots, affine, layout: Layout, turn) -> None:
+    reason = refusal(x, layout)
+    if reason:
+        raise ValueError(f"akvq::append: {reason}")
+    check_fits(b, x, at, classes, layout)
+    launch(b, x, at, classes, affine, layout, turn)
+    if layout.pivots and pivots is not None:
+        keep_pivots(b, x, at, pivots, affine, layout, turn)
+
+
+def append(
+    cache: list[Tensor],
+    x: Tensor,
+    at: Tensor,
+    classes: Tensor | None,
+    pivots: Tensor | None,
+    layout: Layout,
+    turn: bool = False,
+) -> None:
+    """Write q tokens in place, one launch (and a few small ones where pivots are given, in a prompt)."""
+    b = named(cache, layout)
+    write_buffers(b, x, at, classes, pivots, b.get("affine"), layout, turn)
+
+
+def pack(
+    x: Tensor,
+    at: Tensor,
+    classes: Tensor | None,
+    pivots: Tensor | None,
+    affine: Tensor | None,
+    capacity: int,
+    layout: Layout,
+    turn: bool = False,
+) -> list[Tensor]:
+    """pack: new buffers of `capacity` tokens that hold the prompt."""
+    cache = layout.allocate(x.shape[0], x.shape[1], capacity, capacity if layout.text_bits else 0, x.device)
+    b = named(cache, layout)
+    if layout.affine:
+        b["affine"].copy_(affine)
+    write_buffers(b, x, at, classes, pivots, affine, layout, turn)
+    return cache

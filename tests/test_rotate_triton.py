@@ -1,0 +1,123 @@
+"""hadamard, rotate_keys, rotate_queries as Triton kernels: equal to the matrix product in float64, for any strides."""
+
+import pytest
+import torch
+
+from akvq_fx.kernels import rotate_triton
+from akvq_fx.kernels.rotate import matrix, shift_and_rotate
+from tests.kernel_cases import assert_close, assert_same, bf16, f16, f32, randn, random_affine
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+HEAD_DIMS = (8, 16, 24, 80, 96, 128, 256)
+every_dtype = pytest.mark.parametrize("dtype", (f16, bf16, f32), ids=str)
+KINDS = {"rotate_keys": (True, 1), "rotate_queries": (False, 2)}
+SHAPES = {"decode": (2, 9, 1), "few": (1, 3, 5), "prompt": (1, 2, 70)}  # B, H, T
+
+
+def made(*shape):
+    return randn(*shape).to(DEVICE)
+
+
+def exact(name, x, affine):
+    """The op's meaning in float64, on the CPU."""
+    if name == "hadamard":
+        return x.double() @ matrix(x.shape[-1])
+    return shift_and_rotate(x.double(), affine.double(), *KINDS[name])
+
+
+def turned(name, x, affine):
+    args = (x.to(DEVICE),) if name == "hadamard" else (x.to(DEVICE), affine.to(DEVICE))
+    return getattr(rotate_triton, name)(*args).cpu()
+
+
+@every_dtype
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_equals_the_matrix_product(shape, head_dim, dtype):
+    x = randn(*shape, head_dim, dtype=dtype) * 10
+    affine = random_affine(*shape[:2], head_dim)
+    for name in ("hadamard", "rotate_keys", "rotate_queries"):
+        y = turned(name, x, affine)
+        assert y.dtype == dtype
+        assert_close(name, exact(name, x, affine), y)
+
+
+@pytest.mark.parametrize("head_dim", (16, 64, 256))
+def test_float32_keeps_its_last_digit(head_dim):
+    """One channel that is not zero, in blocks whose sqrt(order) is a power of two: nothing has to be rounded."""
+    x = torch.zeros(1, 2, 40, head_dim)
+    x.scatter_(-1, torch.arange(80).view(1, 2, 40, 1) % head_dim, randn(1, 2, 40, 1) * 1e3)
+    ones = torch.ones(1, 3, 2, head_dim) * torch.tensor([0.0, 1.0, 1.0])[:, None, None]
+    for name in ("hadamard", "rotate_keys", "rotate_queries"):
+        assert_same(name, exact(name, x, ones).float(), turned(name, x, ones))
+
+
+@pytest.mark.parametrize("tokens", (1, 20))
+def test_queries_take_their_key_head_s_map(tokens):
+    q, affine = randn(2, 6, tokens, 24), random_affine(2, 2, 24)
+    assert_close("queries", exact("rotate_queries", q, affine), turned("rotate_queries", q, affine))
+
+
+STRIDED = {
+    "transposed": lambda: made(2, 5, 3, 16).transpose(1, 2),
+    "heads of a wide row": lambda: made(2, 20, 3 * 48)[..., 48:96].unflatten(-1, (3, 16)).transpose(1, 2),
+    "every other channel": lambda: made(2, 3, 5, 32)[..., ::2],
+    "channels first": lambda: made(2, 16, 3, 5).permute(0, 2, 3, 1),
+    "one head for all": lambda: made(2, 1, 5, 16).expand(2, 3, 5, 16),
+    "last tokens": lambda: made(2, 3, 9, 16)[:, :, 3:],
+}
+
+
+@pytest.mark.parametrize("make", STRIDED.values(), ids=STRIDED)
+def test_takes_any_strides(make):
+    x, affine = make(), random_affine(2, 3, 16)
+    for name, args in (("hadamard", ()), ("rotate_keys", (affine.to(DEVICE),))):
+        y = getattr(rotate_triton, name)(x, *args)
+        assert y.is_contiguous()
+        assert_close(name, exact(name, x.cpu(), affine), y.cpu())
+
+
+@pytest.mark.parametrize("shape", [(24,), (3, 40), (7, 2, 8), (2, 2, 1, 3, 16), (2, 0, 5, 16)], ids=str)
+def test_takes_any_number_of_axes(shape):
+    x = randn(*shape)
+    assert_same("y", turned("hadamard", x.reshape(-1, shape[-1]), None).view(shape), turned("hadamard", x, None))
+    if x.numel():
+        assert_close("y", exact("hadamard", x, None), turned("hadamard", x, None))
+
+
+def test_several_tiles_a_program(monkeypatch):
+    monkeypatch.setattr(rotate_triton, "PROGRAMS", 1)
+    x, affine = randn(1, 2, 700, 16), random_affine(1, 2, 16)
+    assert rotate_triton.plan_of(2, 700, 16).steps > 1
+    for name in ("hadamard", "rotate_keys"):
+        assert_close(name, exact(name, x, affine), turned(name, x, affine))
+
+
+@pytest.mark.parametrize("broken", (torch.nan, torch.inf), ids=str)
+@every_dtype
+def test_a_broken_row_stays_alone(dtype, broken):
+    x, affine = randn(2, 3, 5, 24, dtype=dtype), random_affine(2, 3, 24)
+    clean = [turned(name, x, affine) for name in ("hadamard", "rotate_keys")]
+    x[1, 2, 3, 9] = broken
+    others = torch.ones(x.shape[:3], dtype=torch.bool)
+    others[1, 2, 3] = False
+    for name, before in zip(("hadamard", "rotate_keys"), clean, strict=True):
+        after = turned(name, x, affine)
+        assert_same("other rows", before[others], after[others])
+        assert not after[1, 2, 3].isfinite().any()
+
+
+def test_refuses_what_it_cannot_hold():
+    assert rotate_triton.refusal(randn(2, 16)) == ""
+    for x, reason in ((randn(2, 16, dtype=torch.float64), "x is torch.float64"), (randn(2, 264), "head dim is 264")):
+        assert reason in rotate_triton.refusal(x)
+        with pytest.raises(ValueError, match=f"akvq::hadamard: .*{reason}"):
+            rotate_triton.hadamard(x)
+    with pytest.raises(ValueError, match="multiple of 8, got 20"):
+        rotate_triton.hadamard(randn(2, 20))
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 3, 16), (2, 3, 3, 8), (2, 3, 2, 16), (2, 2, 3, 16)], ids=str)
+def test_refuses_another_map(shape):
+    with pytest.raises(ValueError, match=r"akvq::rotate_keys: affine is .*, accepted: float32 \[2, 3, heads, 16\]"):
+        rotate_triton.rotate_keys(randn(2, 3, 5, 16), randn(*shape))
