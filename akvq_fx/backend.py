@@ -18,10 +18,12 @@ from torch.fx import GraphModule
 
 from akvq_fx import compiled_generate, records, vision_carry
 from akvq_fx.config import AKVQConfig
+from akvq_fx.cuda_graph import DecodeStep, recorder_for
 from akvq_fx.folding import HISTORY
 from akvq_fx.passes import PIPELINE
 from akvq_fx.passes.patterns.nodes import value
 from akvq_fx.passes.patterns.tokens import starts_a_call
+from akvq_fx.passes.split_decode import CAPTURED_MODE
 from akvq_fx.passes.state import GraphState
 from akvq_fx.runtime import Runtime
 
@@ -40,10 +42,10 @@ def akvq(gm: GraphModule, example_inputs: list, *, mode: str | None = None, opti
     program = state.program
     changed = state.sites or program.packed or program.unpacked or program.vision or program.plain
     if not changed:
-        inner = compile_inner(gm, example_inputs, config)
+        inner = compile_inner(gm, example_inputs, config, config.mode)
         return Passthrough(inner) if starts_a_call(gm.graph) else inner
     with torch.no_grad() if program.packed or program.unpacked else contextlib.nullcontext():
-        inner = compile_inner(state.gm, inner_examples(state, example_inputs), config)
+        inner = compile_rewritten(state, inner_examples(state, example_inputs))
     runtime = Runtime(program, inner, config.capacity_step, starts_a_call(gm.graph))
     runtime.on_weights = record.add_weights
     return runtime
@@ -124,8 +126,27 @@ def fake_vision(state: GraphState):
         return torch.empty(query.shape[0], query.shape[2], dtype=torch.bool, device=query.device)
 
 
-def compile_inner(gm: GraphModule, example_inputs: list, config: AKVQConfig):
-    """The rewritten graph through the inner compiler."""
+def compile_rewritten(state: GraphState, examples: list):
+    """The rewritten graph, whole or in the two parts that a captured decode step has.
+
+    Inductor's own CUDA graphs would be recorded anew for every length of a cache; these graphs are captured here or not at all.
+    """
+    config, split = state.config, state.split
+    mode = None if config.mode == CAPTURED_MODE else config.mode
+    if split is None:
+        return compile_inner(state.gm, examples, config, mode)
+    prologue = split.prologue
+    if prologue is not None:
+        prologue = compile_inner(prologue, [examples[i] for i in split.feeds], config, mode)
+    given = [examples[i] for i in (*split.held, *split.numbers)]
+    moved = [value(n) for n in split.body.graph.nodes if n.op == "placeholder"][len(given) :]
+    body = compile_inner(split.body, [*given, *moved], config, mode)
+    record = recorder_for(given[0].device, state.capture)
+    return DecodeStep(split, prologue, body, state.capture, record)
+
+
+def compile_inner(gm: GraphModule, example_inputs: list, config: AKVQConfig, mode: str | None):
+    """A graph through the inner compiler; mode is Inductor's."""
     if config.inner == "eager":
         return gm
     if config.inner == "aot_eager":
@@ -135,5 +156,5 @@ def compile_inner(gm: GraphModule, example_inputs: list, config: AKVQConfig):
     from torch._inductor import list_mode_options
     from torch._inductor.compile_fx import compile_fx
 
-    patches = list_mode_options(config.mode) if config.mode else None
+    patches = list_mode_options(mode) if mode else None
     return compile_fx(gm, example_inputs, config_patches=patches)

@@ -73,7 +73,7 @@ def of(model: torch.nn.Module) -> Report:
     """Reports of the graphs compiled for a model, oldest first."""
     names = {id(p): name for name, p in model.named_parameters()}
     mine = [record for record in RECORDS if record.concerns(names.keys())]
-    return Report([GraphReport(r.report.kind, r.rows(names), r.report.passes) for r in mine])
+    return Report([GraphReport(r.report.kind, r.rows(names), r.report.passes, r.report.capture) for r in mine])
 
 
 def graph_report(state: GraphState) -> GraphReport:
@@ -87,7 +87,7 @@ def graph_report(state: GraphState) -> GraphReport:
         rows.append(SiteRow(layer, label, "16-bit", "", 0, "", "", "16", "as they are", f"{reason} [{node}]"))
     for label, layer, reason, node in state.dequantized:
         rows.append(SiteRow(layer, label, "dequantized", "", 0, "", "", "as packed", "as packed", f"{reason} [{node}]"))
-    return GraphReport(kind, rows, list(state.reports))
+    return GraphReport(kind, rows, list(state.reports), state.capture)
 
 
 def row_of(site: Site, state: GraphState) -> SiteRow:

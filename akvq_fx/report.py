@@ -56,12 +56,39 @@ class SiteRow:
 
 
 @dataclass
+class Capture:
+    """What became of one graph under mode="reduce-overhead".
+
+    reason    why no CUDA graph is made of it, "" where one is
+    captured  CUDA graphs recorded: one for each set of cache buffers that lives for two steps
+    replayed  steps that a recorded one ran
+    ran       steps that ran without one: the first over each set of buffers, and every step where there is a reason
+    dropped   CUDA graphs given up since, because their buffers died or too many were kept
+    """
+
+    reason: str = ""
+    captured: int = 0
+    replayed: int = 0
+    ran: int = 0
+    dropped: int = 0
+
+    def __str__(self) -> str:
+        if self.reason:
+            return f"no CUDA graph: {self.reason}"
+        return (
+            f"{self.captured} CUDA graphs captured, {self.dropped} of them dropped since; {self.replayed} steps replayed, "
+            f"{self.ran} ran without one"
+        )
+
+
+@dataclass
 class GraphReport:
     """One compiled graph: its rows and the pass reports behind them."""
 
     kind: str  # "prefill", "decode" or "no cache"
     rows: list[SiteRow] = field(default_factory=list)
     passes: list[PassReport] = field(default_factory=list)
+    capture: Capture | None = None  # None in other modes than "reduce-overhead"
 
 
 COLUMNS = ("layer", "graph", "status", "pattern", "head dim", "q:kv heads", "policy", "bits", "values", "why")
@@ -107,7 +134,8 @@ class Report:
                           r.values, why))  # fmt: skip
         body = _table(lines) if len(lines) > 1 else "no attention over a cache was compiled"
         footnotes = [f"({i}) {text}" for i, text in enumerate(reasons, 1)]
-        return "\n".join([body, *footnotes, *(f"note: {hint}" for hint in self.hints)])
+        captures = dict.fromkeys(f"{graph.kind}: {graph.capture}" for graph in self.graphs if graph.capture is not None)
+        return "\n".join([body, *footnotes, *captures, *(f"note: {hint}" for hint in self.hints)])
 
     def to_dict(self) -> dict:
         """Plain data, for JSON."""

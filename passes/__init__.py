@@ -8,11 +8,13 @@ from akvq_fx.passes.canonicalize import canonicalize
 from akvq_fx.passes.clean_up import clean_up
 from akvq_fx.passes.find_sites import find_sites
 from akvq_fx.passes.fold_values import fold_values
+from akvq_fx.passes.fuse_rotations import fuse_rotations
 from akvq_fx.passes.pack_caches import pack_caches
 from akvq_fx.passes.plan_layers import plan_layers
 from akvq_fx.passes.read_unmatched import read_unmatched
 from akvq_fx.passes.rotate_queries_keys import rotate_queries_keys
 from akvq_fx.passes.rotate_values import rotate_values
+from akvq_fx.passes.split_decode import split_decode
 
 PIPELINE = (
     canonicalize,  # one spelling, so that patterns stay few
@@ -24,7 +26,9 @@ PIPELINE = (
     rotate_queries_keys,  # after both: every pack, append and attend is there to be turned
     rotate_values,
     read_unmatched,  # packed caches that nothing above answered for
+    fuse_rotations,  # once nothing asks for turned tokens any more
     clean_up,
+    split_decode,  # last: it reads the finished graph, and only for mode="reduce-overhead"
 )
 
 

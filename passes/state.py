@@ -15,6 +15,7 @@ from akvq_fx.kernels.layout import Layout
 from akvq_fx.passes.patterns.cache_write import CacheWrite
 from akvq_fx.passes.patterns.nodes import op, shape, value
 from akvq_fx.passes.patterns.site import Site
+from akvq_fx.report import Capture
 
 
 @dataclass
@@ -84,11 +85,45 @@ class Program:
     plain: list[tuple[int, str]] = field(default_factory=list)
 
 
+@dataclass
+class Split:
+    """A decode graph in two: a prologue that knows how many tokens the caches hold, and a body that does not.
+
+    Numbers below are positions among the rewritten graph's inputs unless they say otherwise.
+
+    prologue   None where nothing is left for it to compute; its inputs are at `feeds`, its first results are `pads`' tensors
+    body       takes the inputs at `held`, at `numbers`, at `moved`, then the prologue's tensors, then positions, all contiguous
+               but the held ones
+    held       tensors read and written where they lie: cache buffers, weights, buffers of modules, whatever the body writes
+    numbers    sizes that do not change from step to step
+    moved      tensors that lie elsewhere in every step
+    pads       per tensor that the prologue makes for the body: None, or the input whose third size its last axis is filled
+               up to, with False or -inf
+    starts     per row of positions [n, q]: the position of the first of the q new tokens
+    count      q
+    sizes      (input, dimension) of every size of the body's inputs that is not a constant of the graph
+    results    per result of the graph: ("body" or "prologue", which of its results), ("input", position) or ("constant", value)
+    """
+
+    prologue: GraphModule | None
+    body: GraphModule
+    feeds: list[int]
+    held: list[int]
+    numbers: list[int]
+    moved: list[int]
+    pads: list[int | None]
+    starts: list[Size]
+    count: int
+    sizes: list[tuple[int, int]]
+    results: list[tuple[str, Any]]
+
+
 class Size:
     """A number known when the graph runs: a constant, or an expression over integer arguments and tensor sizes."""
 
     def __init__(self, number, sources: dict[sympy.Symbol, tuple[int, int | None]]):
         self.constant = number if isinstance(number, int) else None
+        self.argument = None  # position of the integer argument that it is, if it is one
         if self.constant is None:
             expr = number.node.expr
             if expr.is_Integer:
@@ -97,6 +132,7 @@ class Size:
                 self.symbols = sorted(expr.free_symbols, key=str)
                 self.sources = [sources[s] for s in self.symbols]
                 self.function = sympy.lambdify(self.symbols, expr, modules="math")
+                self.argument = self.sources[0][0] if expr.is_Symbol and self.sources[0][1] is None else None
 
     def __call__(self, args) -> int:
         if self.constant is not None:
@@ -119,6 +155,8 @@ class GraphState:
         self.refused: list[tuple[str, int, str, Node]] = []  # label, layer, reason, node
         self.dequantized: list[tuple[str, int, str, Node]] = []  # the same for packed caches read through a copy
         self.program = Program()
+        self.split: Split | None = None  # the same graph in two, where a CUDA graph may hold the larger part
+        self.capture: Capture | None = None  # why there is no split, then what became of it; None in other modes
         self.reports: list = []
         self.placeholders = [n for n in self.graph.nodes if n.op == "placeholder"]
         # what nothing read before we came is there for its effect (in-place writes, vmap levels, grad modes) and stays
@@ -259,4 +297,4 @@ def is_single_token(write: CacheWrite) -> bool:
     return write.new is not None and shape(write.new)[2] == 1
 
 
-__all__ = ["Appended", "Buffers", "Fold", "GraphState", "Packed", "Program", "Size", "is_single_token", "op"]
+__all__ = ["Appended", "Buffers", "Fold", "GraphState", "Packed", "Program", "Size", "Split", "is_single_token", "op"]

@@ -1,0 +1,368 @@
+"""Split a decode graph, so that a CUDA graph can hold its larger part at every length of the cache.
+
+Before   mask = f(T), at = arange(T, T + q), append(.., at), attend(q, key, value, T + q, mask), ...
+After    prologue: mask = f(T)          body: append(.., positions[i]), attend(q, key, value, None, mask to the capacity), ...
+Needs    clean_up                       Leaves  the graph as it was, and state.split; only for mode="reduce-overhead"
+
+A CUDA graph has fixed shapes and no arguments, but the number T of tokens in a growing cache changes in every step. Sizes of
+the cache's buffers do not: they change when it grows. So whatever has T in a size or among its arguments goes into a prologue,
+with what it is computed from, and the rest is the body. Where the two meet, T is taken out: attention asks the device how many
+tokens there are, masks are filled up to the capacity (columns past the end are not looked at), and positions come from the
+host. A static cache has no T: the whole graph is its body. Every op on tensors runs exactly once, in one of the two.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.fx import Graph, GraphModule, Node
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from akvq_fx.kernels import attend, cache  # noqa: F401 - registers the ops
+from akvq_fx.passes.patterns.nodes import NoMatch, op, outputs, shape, value
+from akvq_fx.passes.patterns.values import (
+    expression,
+    is_number,
+    memory,
+    shape_of,
+    symbols,
+    tensors_in,
+    values_of,
+    written,
+)
+from akvq_fx.passes.state import GraphState, Size, Split
+from akvq_fx.report import Capture, PassReport
+
+CAPTURED_MODE = "reduce-overhead"
+CODES = 2  # codes stand third among a cache's buffers
+APPEND, ATTEND = torch.ops.akvq.append.default, torch.ops.akvq.attend.default
+APPEND_AT = 2  # arguments of the two ops, by position
+ATTEND_KEY, ATTEND_LENGTH, ATTEND_MASK, ATTEND_AT = 1, 3, 4, 9
+ALIGNED = (
+    2  # rows of positions lie a multiple of 16 bytes apart: kernels are compiled for how their arguments are aligned
+)
+
+
+def split_decode(state: GraphState) -> PassReport:
+    report = PassReport("split_decode")
+    program = state.program
+    ours = state.sites or program.packed or program.unpacked or program.vision or program.plain
+    if state.config.mode != CAPTURED_MODE or not ours:
+        return report  # another mode, or a graph that goes to the inner compiler as it came
+    reason = refusal(state)
+    try:
+        if reason:
+            raise NoMatch(reason)
+        state.split = Cut(state).split()
+    except NoMatch as miss:
+        state.capture = Capture(f"{miss.reason} [{miss.node}]" if miss.node is not None else miss.reason)
+        report.miss("graph", miss.reason, miss.node)
+    else:
+        state.capture = Capture()
+        report.match("graph")
+    return report
+
+
+def refusal(state: GraphState) -> str:
+    """Why no part of the graph can be replayed; "" where the cut decides."""
+    if state.program.unpacked:
+        return "a static cache goes back to 16 bits in this graph"
+    if state.made:
+        return "a cache is made in this graph, which runs once for it"
+    if not state.buffers:
+        return "no packed cache in this graph"
+    counts = [shape(site.key.new)[2] for site in state.sites if site.key.new is not None]
+    if any(not isinstance(count, int) for count in counts):
+        return "the number of new tokens is not fixed"
+    return ""
+
+
+class Cut:
+    """Which nodes of a graph go where. Raises NoMatch where it cannot be cut.
+
+    still   symbols of sizes that do not change from step to step
+    rows    positions of appended tokens -> row of the body's last input
+    pads    mask that grows with the cache -> codes of a cache that it looks at
+    cuts    per append and attend: arguments that the body takes in another form, by position
+    """
+
+    def __init__(self, state: GraphState):
+        self.state, self.graph = state, state.graph
+        self.placeholders = [n for n in self.graph.nodes if n.op == "placeholder"]
+        self.nodes = [n for n in self.graph.nodes if n.op not in ("placeholder", "output")]
+        self.place = {n: i for i, n in enumerate(self.placeholders)}
+        self.buffers = {n for b in state.buffers.values() for n in b.nodes}
+        self.fake_mode = value(next(iter(self.buffers))).fake_mode
+        self.values = values_of(self.graph, self.fake_mode)
+        still: list = [self.values[n] for n in self.buffers]
+        for site in state.sites:
+            if site.key.kind == "read":  # nothing is appended to it
+                still += [shape(site.key.whole)[2], shape(site.value.whole)[2]]
+        self.still = symbols(still)
+        self.rows: dict[Node, int] = {}
+        self.pads: dict[Node, Node] = {}
+        self.count = 1
+        self.cuts = self.find_cuts()
+
+    def moves(self, node: Node) -> bool:
+        """The node gives a number, or a tensor with a size, that changes from step to step."""
+        if self.values[node] is None:
+            return any(self.moves(i) for i in node.all_input_nodes if is_number(self.values[i]))
+        return bool(symbols(self.values[node]) - self.still)
+
+    def find_cuts(self) -> dict[Node, dict[int, Node | None]]:
+        ends, cuts = {}, {}  # codes -> number of tokens after the append to them
+        for node in self.nodes:
+            if node.target is APPEND and self.is_row(node.args[APPEND_AT]):
+                at = node.args[APPEND_AT]
+                ends[node.args[0][CODES]] = expression(self.number(at.args[1]))
+                cuts[node] = {APPEND_AT: at}
+            elif node.target is ATTEND:
+                cuts[node] = self.cuts_of_attend(node, ends)
+        return cuts
+
+    def number(self, given):
+        return self.values[given] if isinstance(given, Node) else given
+
+    def is_row(self, at) -> bool:
+        """Positions as the passes write them, arange(first, end): as many in each row as in the first."""
+        if not isinstance(at, Node) or at.target is not torch.arange or len(at.args) != 2:
+            return False
+        if at not in self.rows:
+            count = self.values[at].shape[0]
+            moving = any(self.moves(i) for i in at.all_input_nodes)
+            if not moving or not isinstance(count, int) or self.rows and count != self.count:
+                return False
+            self.count, self.rows[at] = count, len(self.rows)
+        return True
+
+    def cuts_of_attend(self, node: Node, ends: dict[Node, object]) -> dict[int, Node | None]:
+        cuts: dict[int, Node | None] = {}
+        codes, length, mask = node.args[ATTEND_KEY][CODES], node.args[ATTEND_LENGTH], node.args[ATTEND_MASK]
+        if isinstance(length, Node) and self.moves(length):
+            if ends.get(codes) != expression(self.values[length]):
+                raise NoMatch("attention sees another number of tokens than the cache holds", node)
+            cuts[ATTEND_LENGTH] = None
+        if isinstance(mask, Node) and self.moves(mask):
+            if ATTEND_LENGTH not in cuts or symbols(list(shape_of(self.values[mask])[:-1])) - self.still:
+                raise NoMatch("the mask does not grow as the cache does", mask)
+            cuts[ATTEND_MASK] = mask
+            self.pads.setdefault(mask, codes)
+        if self.is_row(node.args[ATTEND_AT]):
+            cuts[ATTEND_AT] = node.args[ATTEND_AT]
+        return cuts
+
+    def inputs(self, node: Node) -> list[Node]:
+        """What a node is computed from, cut arguments left out."""
+        found: list[Node] = []
+        args = [a for i, a in enumerate(node.args) if i not in self.cuts.get(node, {})]
+        torch.fx.map_arg((args, node.kwargs), found.append)
+        return found
+
+    def split(self) -> Split:
+        moving = {n for n in self.nodes if self.moves(n) or any(map(self.moves, self.inputs(n)))}
+        both = {n for n in self.nodes if n not in moving and self.is_free(n)}
+        first = self.with_sources(moving) - both
+        self.check_memory(first, both)
+        results = self.results(first)
+        wanted, kept = ([n for n, (where, _) in results if where == name] for name in ("prologue", "body"))
+        second = self.live([n for n in self.nodes if n not in first], kept)
+        self.check_devices(second)
+        crossing = self.crossings(first, second)
+        prologue, feeds = self.prologue(self.live([n for n in self.nodes if n in first | both], [*crossing, *wanted]),
+                                        [*crossing, *wanted])  # fmt: skip
+        held, numbers, moved = self.own_inputs(second)
+        body = self.body(second, [*held, *numbers], [*moved, *crossing], kept)
+        places = lambda nodes: [self.place[n] for n in nodes]
+        return Split(
+            prologue,
+            body,
+            feeds,
+            places(held),
+            places(numbers),
+            places(moved),
+            pads=[self.place[self.pads[n]] if n in self.pads else None for n in crossing],
+            starts=[self.start(at) for at in self.rows],
+            count=self.count,
+            sizes=self.sizes([*held, *moved]),
+            results=[where for _, where in results],
+        )
+
+    def is_free(self, node: Node) -> bool:
+        """Nodes that both parts may have: numbers, and modes that are entered and left."""
+        if self.values[node] is None:
+            return not any(tensors_in(self.values[i]) for i in node.all_input_nodes)
+        return is_number(self.values[node]) and not written(node)
+
+    def with_sources(self, moving: set[Node]) -> set[Node]:
+        """The nodes and everything that they are computed from."""
+        found, queue = set(), list(moving)
+        while queue:
+            node = queue.pop()
+            if node in found or node.op == "placeholder":
+                continue
+            found.add(node)
+            if not is_number(self.values[node]) and self.buffers.intersection(self.inputs(node)):
+                raise NoMatch(
+                    f"{op(node)} reads the cache, and what it gives goes with the number of tokens in it", node
+                )
+            queue += self.inputs(node)
+            if isinstance(self.values[node], (tuple, list)):  # parts can cross over, the whole cannot
+                queue += [u for u in node.users if op(u) == "getitem"]
+        return found
+
+    def check_memory(self, first: set[Node], both: set[Node]) -> None:
+        """The prologue runs before the body: no write may change places with another use of the same memory."""
+        order = {n: i for i, n in enumerate(self.graph.nodes)}
+        uses: dict[int, list[Node]] = {}
+        for node in self.nodes:
+            for part in set().union(*(memory(self.values[n]) for n in (node, *node.all_input_nodes))):
+                uses.setdefault(part, []).append(node)
+        given = {part for n in self.placeholders for part in memory(self.values[n])}
+        for writer in self.nodes:
+            early = writer in first
+            for part in {part for target in written(writer) for part in memory(self.values[target])}:
+                others = [n for n in uses[part] if n not in both and (n in first) != early]
+                swapped = [n for n in others if (order[writer] < order[n]) != early]
+                if swapped or others and not early and part not in given:
+                    raise NoMatch(f"writes in place what {op(others[0])} uses on the other side of the cut", writer)
+
+    def check_devices(self, second: list[Node]) -> None:
+        home = self.values[next(iter(self.buffers))].device
+        for node in second:
+            for n in (node, *self.inputs(node)):
+                away = [str(tensor.device) for tensor in tensors_in(self.values[n]) if tensor.device != home]
+                if away:
+                    raise NoMatch(f"a CUDA graph lives on one device: the cache is on {home}, this is on {away[0]}", n)
+
+    def live(self, nodes: list[Node], results: list[Node]) -> list[Node]:
+        """Those of the nodes that a result or an effect needs, in order."""
+        inside, found = set(nodes), set()
+        queue = [*results, *(n for n in nodes if n in self.state.effects or n.is_impure() or written(n))]
+        while queue:
+            node = queue.pop()
+            if node in inside and node not in found:
+                found.add(node)
+                queue += self.inputs(node)
+        return [n for n in nodes if n in found]
+
+    def crossings(self, first: set[Node], second: list[Node]) -> list[Node]:
+        """Tensors that the prologue makes and the body takes, in graph order."""
+        taken = {i for n in second for i in self.inputs(n) if i in first}
+        taken |= {self.cuts[n][ATTEND_MASK] for n in second if ATTEND_MASK in self.cuts.get(n, {})}
+        for node in taken:
+            if not isinstance(self.values[node], torch.Tensor):
+                raise NoMatch(f"{op(node)} goes with the number of tokens in the cache and gives no tensor", node)
+        return [n for n in self.graph.nodes if n in taken]
+
+    def results(self, first: set[Node]) -> list[tuple[object, tuple[str, object]]]:
+        """Each result of the graph with where it comes from, as Split tells it."""
+        found, counts = [], {"prologue": 0, "body": 0}
+        for node in outputs(self.graph):
+            if not isinstance(node, Node):
+                found.append((node, ("constant", node)))
+            elif node in self.place:
+                found.append((node, ("input", self.place[node])))
+            else:
+                name = "prologue" if node in first else "body"
+                found.append((node, (name, counts[name])))
+                counts[name] += 1
+        return [(n if isinstance(n, Node) else None, where) for n, where in found]
+
+    def own_inputs(self, second: list[Node]) -> tuple[list[Node], list[Node], list[Node]]:
+        """The body's own inputs: held in place, numbers, and tensors that lie elsewhere in every step."""
+        changed = set().union(*(memory(self.values[target]) for n in second for target in written(n)))
+        taken = {i for n in second for i in self.inputs(n)}
+        held, numbers, moved = [], [], []
+        for node in self.placeholders:
+            if node not in taken:
+                continue
+            if is_traceable_wrapper_subclass(self.values[node]):
+                raise NoMatch(f"an input is a {type(self.values[node]).__name__}, which has no memory of its own", node)
+            if is_number(self.values[node]):
+                numbers.append(node)
+            elif node in self.buffers or changed & memory(self.values[node]) or self.is_static(node):
+                held.append(node)
+            else:
+                moved.append(node)
+        return held, numbers, moved
+
+    def is_static(self, node: Node) -> bool:
+        """A weight, or a tensor that dynamo or its owner marked: it stays where it is."""
+        example = self.state.weights.get(self.state.position.get(node, -1))
+        marked = node.meta.get("tensor_dict", {}).get("_dynamo_static_input_type")
+        return isinstance(example, torch.nn.Parameter) or marked is not None
+
+    def prologue(self, nodes: list[Node], results: list[Node]) -> tuple[GraphModule | None, list[int]]:
+        if not results and not any(map(written, nodes)):
+            return None, []
+        graph, env = Graph(), {}
+        taken = {*results, *(i for n in nodes for i in self.inputs(n))}
+        for node in (*(n for n in self.placeholders if n in taken), *nodes):
+            env[node] = graph.node_copy(node, env.__getitem__)
+        graph.output(tuple(env[n] for n in results))
+        graph.lint()
+        return GraphModule(self.state.gm, graph), [i for i, n in enumerate(self.placeholders) if n in taken]
+
+    def body(self, nodes: list[Node], still: list[Node], moved: list[Node], results: list[Node]) -> GraphModule:
+        graph, env = Graph(), {}
+        for node in still:
+            env[node] = graph.node_copy(node)
+        for node in moved:
+            seen, size = self.values[node], list(shape_of(self.values[node]))
+            if node in self.pads:
+                size[-1] = shape(self.pads[node])[2]
+            env[node] = self.placeholder(graph, f"{node.name}_moved", size, seen)
+        rows = self.placed_rows(graph)
+        for node in nodes:
+            cuts = self.cuts.get(node, {})
+            args = list(torch.fx.map_arg([a for i, a in enumerate(node.args) if i not in cuts], env.__getitem__))
+            for i, given in sorted(cuts.items()):
+                args.insert(i, rows.get(given) or env.get(given))
+            kwargs = torch.fx.map_arg(node.kwargs, env.__getitem__)
+            env[node] = graph.create_node(node.op, node.target, tuple(args), kwargs, node.name)
+            env[node].meta = dict(node.meta)
+        graph.output(tuple(env[n] for n in results))
+        graph.lint()
+        return GraphModule(self.state.gm, graph)
+
+    def placed_rows(self, graph: Graph) -> dict[Node, Node]:
+        """The body's positions, [n, q] and a column where q is odd, as one [q] tensor for each row."""
+        if not self.rows:
+            return {}
+        size = [len(self.rows), -(-self.count // ALIGNED) * ALIGNED]
+        positions = self.placeholder(graph, "positions", size, self.values[next(iter(self.rows))])
+        made = {}
+        for at, row in self.rows.items():
+            whole = graph.call_function(torch.select, (positions, 0, row))
+            made[at] = graph.call_function(torch.narrow, (whole, 0, 0, self.count))
+        return made
+
+    def placeholder(self, graph: Graph, name: str, size: list, like: torch.Tensor) -> Node:
+        node = graph.placeholder(name)
+        with self.fake_mode:
+            node.meta["example_value"] = torch.empty(size, dtype=like.dtype, device=like.device)
+        return node
+
+    def start(self, at: Node) -> Size:
+        first, sources = self.number(at.args[0]), {}
+        for i, node in enumerate(self.placeholders):
+            if isinstance(self.values[node], torch.SymInt):
+                sources.setdefault(expression(self.values[node]), (i, None))
+        for i, node in enumerate(self.placeholders):
+            for dim, size in enumerate(shape_of(self.values[node])):
+                sources.setdefault(expression(size), (i, dim))
+        if symbols(first) - set(sources):
+            raise NoMatch("no input tells how many tokens the cache holds", at)
+        return Size(first, sources)
+
+    def sizes(self, nodes: list[Node]) -> list[tuple[int, int]]:
+        """One place for every size of these inputs that is not a constant."""
+        found: dict = {}
+        for node in nodes:
+            for dim, size in enumerate(shape_of(self.values[node])):
+                if not isinstance(size, int):
+                    found.setdefault(expression(size), (self.place[node], dim))
+        return list(found.values())
+
+
+split_decode.needs = ("clean_up",)

@@ -1,0 +1,160 @@
+"""CUDA graphs on a GPU: how many are captured over a whole generation, and that nothing else changes."""
+
+import gc
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import akvq_fx
+from akvq_fx.report import Capture
+from tests.zoo import T, finish
+
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a CUDA device"),
+    pytest.mark.filterwarnings("error:.*no CUDA graph is used:UserWarning"),
+]
+PROMPT, TOKENS, STEP = 23, 200, 128
+SETS = {
+    "growing": 2,
+    "static": 1,
+}  # buffers that a generation goes through: capacities 128 and 256, or one static cache
+AGREED = 0.95  # of greedy choices at 2 bits: a matmul that is fused in another way may move a code by one
+
+
+def model_of() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    return finish(LlamaForCausalLM(LlamaConfig(**T(num_hidden_layers=2)))).cuda()
+
+
+def inputs_of() -> dict:
+    """Two rows, the first with five tokens of left padding."""
+    ids = torch.randint(10, 90, (2, PROMPT), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    ids[0, :5], mask[0, :5] = 0, 0
+    return {"input_ids": ids.cuda(), "attention_mask": mask.cuda()}
+
+
+def compiled(bits: int, mode: str | None) -> LlamaForCausalLM:
+    model = model_of()
+    model.compile(backend="akvq", options={"body_bits": bits, "capacity_step": STEP, "mode": mode})
+    return model
+
+
+def generate(model, cache: str, **kwargs):
+    extra = {"cache_implementation": "static"} if cache == "static" else {}
+    given = {"max_new_tokens": TOKENS, "output_logits": True, "return_dict_in_generate": True, **extra, **kwargs}
+    return model.generate(**inputs_of(), **given)
+
+
+def counted(model) -> Capture:
+    (graph,) = [g for g in akvq_fx.report(model).graphs if g.kind == "decode"]
+    return graph.capture
+
+
+def agreement(one, other) -> float:
+    """The share of steps, up to the first token that differs in a row, at which both choose the same."""
+    chosen = [torch.stack([logits.argmax(-1) for logits in out.logits]) for out in (one, other)]
+    differ = (chosen[0] != chosen[1]).any(1)
+    return 1.0 if not differ.any() else int(differ.nonzero()[0]) / len(differ)
+
+
+@pytest.mark.parametrize("cache", list(SETS))
+def test_lossless_generation_is_the_same_and_is_captured_once_for_each_set_of_buffers(cache):
+    expected = generate(compiled(16, None), cache)
+    torch._dynamo.reset()
+    counters.clear()
+    model = compiled(16, "reduce-overhead")
+    out = generate(model, cache)
+    assert torch.equal(out.sequences, expected.sequences)
+    for one, other in zip(out.logits, expected.logits, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-3)  # a result that a replay overwrote is another step's
+    assert counters["stats"]["unique_graphs"] == 2, "the prompt and one decode graph: no length is compiled for"
+    seen = counted(model)
+    assert seen == Capture(
+        captured=SETS[cache], replayed=TOKENS - 1 - SETS[cache], ran=SETS[cache], dropped=seen.dropped
+    )
+
+
+@pytest.mark.parametrize("cache", list(SETS))
+def test_two_bits(cache):
+    expected = generate(compiled(2, None), cache)
+    torch._dynamo.reset()
+    model = compiled(2, "reduce-overhead")
+    out = generate(model, cache)
+    torch.testing.assert_close(out.logits[1], expected.logits[1], rtol=0, atol=1e-2)
+    assert agreement(out, expected) >= AGREED
+    seen = counted(model)
+    assert seen.captured == SETS[cache] and seen.replayed == TOKENS - 1 - SETS[cache]
+
+
+@pytest.mark.parametrize("cache", list(SETS))
+def test_later_generations_capture_as_often_and_drop_what_is_finished(cache):
+    model = compiled(2, "reduce-overhead")
+    first = generate(model, cache)
+    logits = [x.clone() for x in first.logits]
+    graphs = counters["stats"]["unique_graphs"]
+    second = generate(model, cache)
+    assert counters["stats"]["unique_graphs"] == graphs, "a later generation compiles nothing"
+    assert all(torch.equal(a, b) for a, b in zip(logits, first.logits, strict=True)), "results belong to the caller"
+    assert torch.equal(first.sequences, second.sequences)
+    seen = counted(model)
+    assert seen.captured <= 2 * SETS[cache] and seen.replayed + seen.ran == 2 * (TOKENS - 1)
+    del first, second
+    gc.collect()
+    assert seen.dropped == seen.captured, "buffers that died keep no CUDA graph"
+
+
+def test_memory_of_a_finished_generation_comes_back():
+    model = compiled(2, "reduce-overhead")
+    generate(model, "growing", output_logits=False)
+    gc.collect()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    for _ in range(3):
+        generate(model, "growing", output_logits=False)
+    gc.collect()
+    torch.cuda.synchronize()
+    assert torch.cuda.memory_allocated() - before < 2**20
+
+
+def test_beams_are_the_same():
+    expected = generate(compiled(16, None), "growing", num_beams=3, max_new_tokens=20, output_logits=False)
+    torch._dynamo.reset()
+    out = generate(compiled(16, "reduce-overhead"), "growing", num_beams=3, max_new_tokens=20, output_logits=False)
+    assert torch.equal(out.sequences, expected.sequences)
+
+
+def test_another_stream_has_its_own_graph():
+    model = compiled(16, "reduce-overhead")
+    expected = generate(model, "static", max_new_tokens=30).sequences
+    before = counted(model).captured
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        out = generate(model, "static", max_new_tokens=30).sequences
+    stream.synchronize()
+    assert torch.equal(out, expected) and counted(model).captured == before + 1
+
+
+def test_a_graph_that_cannot_be_captured_says_so_and_runs():
+    """A body that asks the device in the middle: the capture fails, the tokens are right, the report tells."""
+    model = compiled(16, "reduce-overhead")
+    expected = generate(model, "growing", max_new_tokens=6).sequences
+    torch._dynamo.reset()
+    other = compiled(16, "reduce-overhead")
+    from akvq_fx import cuda_graph
+
+    class Asking(cuda_graph.CudaRecorder):
+        def __call__(self, function, arguments, device):
+            return super().__call__(
+                lambda *a: (torch.ones(1, device=device).item(), function(*a))[1], arguments, device
+            )
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("akvq_fx.backend.recorder_for", lambda device, counts: Asking())
+        with pytest.warns(UserWarning, match="no CUDA graph is used for decoding; capturing it failed"):
+            out = generate(other, "growing", max_new_tokens=6)
+    assert torch.equal(out.sequences, expected)
+    assert "capturing it failed" in counted(other).reason and counted(other).ran == 5

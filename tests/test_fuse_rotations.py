@@ -1,0 +1,76 @@
+"""fuse_rotations: pack and append turn what they store, where nothing else reads the turned tokens and the map is their own."""
+
+import operator
+
+import pytest
+import torch
+
+from akvq_fx.config import AKVQConfig
+from akvq_fx.kernels import cache, rotate  # noqa: F401 - registers the ops
+from akvq_fx.kernels.layout import Layout
+from akvq_fx.passes.fuse_rotations import fuse_rotations
+from akvq_fx.passes.state import GraphState
+from tests import attention_models as models
+from tests.attention_models import Decoder, evidence
+
+akvq = torch.ops.akvq
+KEYS = Layout(16, torch.float32, body_bits=2, window=4, rotated=True, affine=True)
+VALUES = Layout(16, torch.float32, body_bits=2, window=4, rotated=True)
+
+
+def targets(state) -> list:
+    return [node.target for node in state.graph.nodes if node.op == "call_function"]
+
+
+def turned(state) -> list[bool]:
+    """Of every pack and append, whether it turns its tokens."""
+    places = {akvq.pack.default: 7, akvq.append.default: 6}
+    found = [n for n in state.graph.nodes if n.target in places]
+    return [len(n.args) > places[n.target] and n.args[places[n.target]] for n in found]
+
+
+@pytest.mark.parametrize("value_rotation, values", [("fold", False), ("online", True)])
+def test_prompt_and_step_turn_while_they_store(value_rotation, values):
+    graphs = evidence(Decoder(models.Direct), {"value_rotation": value_rotation}).captures
+    assert len(graphs) == 2
+    for graph in graphs:
+        assert turned(graph.state) == [True, values]
+        assert akvq.rotate_keys.default not in targets(graph.state)
+
+
+def test_a_chunk_that_attention_also_reads_is_turned_once_by_a_node():
+    chunk = evidence(Decoder(models.Direct), steps=1, chunk=3).captures[-1]
+    assert turned(chunk.state) == [False, False]
+    assert targets(chunk.state).count(akvq.rotate_keys.default) == 1
+    reasons = [miss.reason for miss in chunk.report("fuse_rotations").missed]
+    assert reasons == ["something else reads the turned tokens", "stored as it comes"]
+
+
+def appended(layout: Layout, rotation, own_map: bool = True) -> GraphState:
+    """A graph that turns x and appends it to one cache."""
+    graph = torch.fx.Graph()
+    nodes = [graph.placeholder(name) for name in (*layout.fields, "x", "at", "other")]
+    buffers, (x, at, other) = nodes[:-3], nodes[-3:]
+    affine = buffers[layout.fields.index("affine")] if own_map and layout.affine else other
+    x = graph.call_function(rotation, (x, affine) if rotation is akvq.rotate_keys.default else (x,))
+    graph.call_function(akvq.append.default, (buffers, x, at, None, None, str(layout)))
+    graph.output((graph.call_function(operator.add, (at, 1)),))
+    return GraphState(torch.fx.GraphModule(torch.nn.Module(), graph), AKVQConfig(), {}, None)
+
+
+@pytest.mark.parametrize(
+    "layout, rotation, own_map, reason",
+    [
+        (KEYS, akvq.rotate_keys.default, True, ""),
+        (VALUES, akvq.hadamard.default, True, ""),
+        (KEYS, akvq.rotate_keys.default, False, "turned by another affine map than the one that is stored"),
+        (KEYS, akvq.hadamard.default, True, "not the rotation of its layout"),
+        (VALUES, akvq.rotate_queries.default, True, "stored as it comes"),
+    ],
+)
+def test_only_the_rotation_of_the_layout_goes(layout, rotation, own_map, reason):
+    state = appended(layout, rotation, own_map)
+    report = fuse_rotations(state)
+    assert [miss.reason for miss in report.missed] == ([reason] if reason else [])
+    assert turned(state) == [not reason] and (rotation in targets(state)) == bool(reason)
+    state.graph.lint()
