@@ -194,7 +194,8 @@ def _compiled(index: int, head_dim: int, dtype: torch.dtype, groups: int, tiles:
     heavy = tiles > 1 or head_dim > 128  # more accumulators a lane: fewer blocks
     macros = {"HEAD_DIM": head_dim, "BF16": int(dtype == torch.bfloat16), "GROUPS": groups, "NT": tiles, "MT": DEPTH}
     macros |= {
-        "CC": 1 if single else 2,
+        "CC": columns,
+        "SPLITS_MAX": SPLITS_MAX,
         "STAGES": STAGES,
         "WARPS": WARPS,
         "BLOCKS": 2 if heavy else BLOCKS,

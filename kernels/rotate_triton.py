@@ -25,7 +25,7 @@ from akvq_fx.kernels.rotate import order_of
 
 MAX_DIM = 256  # a program holds whole rows
 MIN_DOT = 16  # tl.dot takes no side below it
-TILE_NUMBERS = 8192  # numbers of a tile: 64 in each thread of 4 warps
+MAX_TILE = 32  # tokens; with 64 rows Triton 3.6 takes wgmma on an H100, and the append kernel's codes came out wrong
 MAX_DEPTH = 64  # channels of a product: more of them do not fit the registers next to the sums
 PROGRAMS = 2048  # with more programs than these, each loops over several tiles and makes the signs once
 MAX_STEPS = 8
@@ -48,10 +48,10 @@ class Plan(NamedTuple):
 def plan_of(leads: int, tokens: int, head_dim: int) -> Plan:
     """leads = batch * heads."""
     wide = triton.next_power_of_2(head_dim)
-    tile = min(triton.next_power_of_2(tokens), max(64, min(128, TILE_NUMBERS // wide)))
+    tile = min(triton.next_power_of_2(tokens), MAX_TILE)
     share = max(1, MIN_DOT // tile)
     programs = triton.cdiv(leads, share) * triton.cdiv(tokens, tile)
-    warps = (4 if wide <= 128 else 8) if tile >= 64 else max(1, min(8, wide // 16))
+    warps = (4 if wide <= 128 else 8) if tile == MAX_TILE else max(1, min(8, wide // 16))
     return Plan(share, tile, max(1, min(MAX_STEPS, programs // PROGRAMS)), warps)
 
 

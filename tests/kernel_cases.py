@@ -102,7 +102,10 @@ def expected_tokens(layout: Layout, x: Tensor, classes: Tensor, pivots: Tensor |
     for row in range(x.shape[0]):
         for t in range(x.shape[2]):
             exact = (layout.window and t in ring) or (
-                layout.pivots and pivots is not None and t in pivots[row].tolist() and (classes is None or classes[row, t] != PADDING)
+                layout.pivots
+                and pivots is not None
+                and t in pivots[row].tolist()
+                and (classes is None or classes[row, t] != PADDING)
             )
             if exact:
                 out[row, :, t] = x[row, :, t]
