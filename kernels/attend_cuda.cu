@@ -9,7 +9,8 @@
 // offset * sum(p') is taken off the output once, at the end. Scales and minima multiply scores and probabilities, never elements.
 //
 // Compile-time: HEAD_DIM (multiple of 16), BF16 (0: fp16), GROUPS (1, 2 or 4 scales a head), NT (tiles of 8 query rows), CC (1 where a
-// block has up to 4 query rows, else 2), MT, STAGES, WARPS, BLOCKS (at least so many on a multiprocessor), SPLITS_MAX, MASK (0 none, 1 bool and the same for all rows of a block, 2 any).
+// block has up to 4 query rows, else 2), MT, STAGES, WARPS, BLOCKS (at least so many on a multiprocessor), SPLITS_MAX, MASK (0 none,
+// 1 bool and the same for all rows of a block, 2 any).
 
 #undef INFINITY
 #define INFINITY __int_as_float(0x7f800000)

@@ -100,7 +100,7 @@ def attend(
 ) -> Tensor:
     """As kernels.attend.attend, for calls that `refusal` has nothing against; `splits` as splits_for where omitted."""
     layout = key_layout
-    k, v = named(key, layout), named(value, layout)
+    k, v = named(key, key_layout), named(value, value_layout)
     fresh = None
     if at is not None:
         fresh = fresh_key.to(layout.dtype).contiguous(), fresh_value.to(layout.dtype).contiguous(), at.contiguous()
