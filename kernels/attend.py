@@ -1,6 +1,7 @@
 """attend(q, key, value): scaled dot-product attention over a packed cache, without a 16-bit copy that outlives the call.
 
-q            [B, Hq, q, D]   floating, rotated as the keys are; Hq a multiple of the cache's H (GQA, MQA)
+q            [B, Hq, q, D]   floating, rotated as the keys are, or with turn=True as the model made it; Hq a multiple of the
+                             cache's H (GQA, MQA)
 key, value   buffers of one packed tensor each (kernels/layout.py); layouts may differ
 length       int or None     T, tokens that attention sees; None: as many as the key cache holds, read on the device
 fresh_key, fresh_value  [B, H, q, D] and at [q]: this step's tokens, read at full precision whatever the ring holds
@@ -21,8 +22,10 @@ from torch import Tensor
 from akvq_fx.kernels.cache import named, read
 from akvq_fx.kernels.choose import choose
 from akvq_fx.kernels.layout import STATE_END, Layout
+from akvq_fx.kernels.rotate import hadamard, rotate_queries
 
 FASTER = {"cuda": ("attend_cuda", "attend_triton"), "cpu": ("attend_cpu",)}  # before the reference, by device
+TURNS = "attend_cuda"  # turns queries in its own launch
 
 
 def reference(q, key, value, key_layout: Layout, value_layout: Layout, length, mask, scale, is_causal, fresh) -> Tensor:
@@ -61,11 +64,17 @@ def attend(
     at: Tensor | None,
     key_layout: str,
     value_layout: str,
+    turn: bool = False,
 ) -> Tensor:
     layouts = Layout.parse(key_layout), Layout.parse(value_layout)
     check(q, key, value, *layouts)
     call = (q, key, value, length, mask, scale, is_causal, fresh_key, fresh_value, at, *layouts)
     kernel = choose("attend", FASTER.get(q.device.type, ()), *call)
+    if turn and kernel is not None and kernel.__module__.endswith(TURNS):
+        return kernel(*call, turn)
+    if turn:
+        q = turn_query(q, key, layouts[0])
+        call = (q, *call[1:])
     if kernel is not None:
         return kernel(*call)
     fresh = None if fresh_key is None else (fresh_key, fresh_value, at)
@@ -73,8 +82,15 @@ def attend(
     return out.clone(memory_format=torch.contiguous_format)
 
 
+def turn_query(q: Tensor, key: list[Tensor], layout: Layout) -> Tensor:
+    """Queries as the model made them -> as the stored keys are asked."""
+    if layout.affine:
+        return rotate_queries(q, named(key, layout)["affine"])
+    return hadamard(q) if layout.rotated else q
+
+
 @attend.register_fake
-def _(q, key, value, length, mask, scale, is_causal, fresh_key, fresh_value, at, key_layout, value_layout):
+def _(q, key, value, length, mask, scale, is_causal, fresh_key, fresh_value, at, key_layout, value_layout, turn=False):
     layouts = Layout.parse(key_layout), Layout.parse(value_layout)
     check(q, key, value, *layouts)
     return q.new_empty((*q.shape[:3], layouts[1].head_dim))

@@ -9,8 +9,8 @@
 // offset * sum(p') is taken off the output once, at the end. Scales and minima multiply scores and probabilities, never elements.
 //
 // Compile-time: HEAD_DIM (multiple of 16), BF16 (0: fp16), GROUPS (1, 2 or 4 scales a head), NT (tiles of 8 query rows), CC (1 where a
-// block has up to 4 query rows, else 2), MT, STAGES, WARPS, BLOCKS (at least so many on a multiprocessor), SPLITS_MAX, MASK (0 none,
-// 1 bool and the same for all rows of a block, 2 any).
+// block has up to 4 query rows, else 2), MT, STAGES, WARPS, BLOCKS (at least so many on a multiprocessor), SPLITS_MAX, NORM (the transform's, order**-0.5),
+// MASK (0 none, 1 bool and the same for all rows of a block, 2 any).
 
 #undef INFINITY
 #define INFINITY __int_as_float(0x7f800000)
@@ -47,6 +47,7 @@ struct Params {
     const int *pivot_at;       // [B, pivots]
     const long long *fresh_at; // [fresh_count]
     const void *mask;
+    const float *affine;       // [B, 3, H, D] of the key, or null
     float *part_o;             // [B * H, rows, splits, D]
     float *part_ml;            // [B * H, rows, splits, 2]
     long long mask_b, mask_h, mask_q, mask_t;  // strides in elements
@@ -56,6 +57,7 @@ struct Params {
     int length;                // -1: read state
     int mask_kind;             // 1 bool, 2 fp16, 3 bf16, 4 fp32
     int splits;
+    int turn;                  // queries come as the model made them: H(q * s) is asked
 };
 
 __device__ __forceinline__ float half_to_float(u16 h) {
@@ -299,6 +301,28 @@ struct Sums {
     }
 };
 
+// H(x * gain) of a row whose channels lane, lane + 32, ... this lane holds, rounded to the queries' dtype.
+__device__ __forceinline__ void turn_query(float (&x)[(D + 31) / 32], const float *gain, int lane) {
+    constexpr int N = (D + 31) / 32, ORDER = D & -D;
+#pragma unroll
+    for (int i = 0; i < N; i++)
+        if (gain && lane + 32 * i < D) x[i] *= gain[lane + 32 * i];
+#pragma unroll
+    for (int h = 1; h < ORDER; h *= 2)
+#pragma unroll
+        for (int i = 0; i < N; i++) {
+            if (h < 32) {
+                const float other = __shfl_xor_sync(ALL, x[i], h);
+                x[i] = lane & h ? other - x[i] : x[i] + other;
+            } else if (!(i & h / 32)) {
+                const float a = x[i], b = x[(i | h / 32) % N];
+                x[i] = a + b, x[(i | h / 32) % N] = a - b;
+            }
+        }
+#pragma unroll
+    for (int i = 0; i < N; i++) x[i] = to_float((u16)pack_native(x[i] * NORM, 0.f));
+}
+
 struct Query {
     u32 f[NT][PIECES];            // fp16 fragments
     float sum[NT][NG][CC];        // of this lane's columns: sum q, times factor
@@ -354,8 +378,10 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) attend(const __
         for (int i = 0; i < (D + 31) / 32; i++) {
             int channel = lane + 32 * i;
             x[i] = row < rows && channel < D ? to_float(from[channel]) : 0.f;
-            top = fmaxf(top, fabsf(x[i]));
         }
+        if (p.turn) turn_query(x, p.affine ? p.affine + ((batch * 3LL + 2) * p.heads + bh % p.heads) * D : nullptr, lane);
+#pragma unroll
+        for (int i = 0; i < (D + 31) / 32; i++) top = fmaxf(top, fabsf(x[i]));
 #pragma unroll
         for (int i = 16; i; i /= 2) top = fmaxf(top, __shfl_xor_sync(ALL, top, i));
         const u32 exponent = __float_as_uint(top) >> 23;  // 0 for zero, 255 for inf

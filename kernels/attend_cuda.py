@@ -8,26 +8,27 @@ use by NVRTC, which comes with PyTorch's CUDA builds (about a second per head di
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import functools
 import math
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from akvq_fx.kernels import nvrtc
 from akvq_fx.kernels.cache import named
 from akvq_fx.kernels.layout import Layout
+from akvq_fx.kernels.rotate import order_of
 
-COMPUTE_CAPABILITY = (8, 0)  # bf16 mma.m16n8k16 (PTX ISA, "mma.sync")
 HEAD_DIM_MAX = 256
 GROUPS = (1, 2, 4)  # a pair of codes of one word must share a group
 PIVOTS_MAX = 32  # one lane holds one position
 LOG2_E = math.log2(math.e)
 ROWS_MAX = 64  # query rows per KV head; with more, re-reading the codes per 16 rows costs more than it saves
-WARPS = 4
+WARPS = 4  # of a block; twice as many where few caches must fill the chip
 DEPTH = 2  # 16-token tiles a warp takes at a time
 STAGES = 4  # tiles in shared memory, all but one of them on their way
-BLOCKS = 3  # on one multiprocessor: bounds the registers
+WARPS_RESIDENT = 12  # on one multiprocessor: bounds the registers
 SPLITS_MAX = 96  # a multiple of 32: a lane of the last step takes every 32nd
 MASKS = {torch.bool: 1, torch.float16: 2, torch.bfloat16: 3, torch.float32: 4}
 
@@ -44,11 +45,11 @@ class _Params(ctypes.Structure):
         ("out", ctypes.c_void_p),
         ("key", _Cache),
         ("value", _Cache),
-        *((name, ctypes.c_void_p) for name in ("state", "pivot_at", "fresh_at", "mask", "part_o", "part_ml")),
+        *((name, ctypes.c_void_p) for name in ("state", "pivot_at", "fresh_at", "mask", "affine", "part_o", "part_ml")),
         *((name, ctypes.c_longlong) for name in ("mask_b", "mask_h", "mask_q", "mask_t")),
         ("scale", ctypes.c_float),
         *((name, ctypes.c_int) for name in ("heads", "capacity", "window", "pivots", "fresh_count", "rows", "queries")),
-        *((name, ctypes.c_int) for name in ("length", "mask_kind", "splits")),
+        *((name, ctypes.c_int) for name in ("length", "mask_kind", "splits", "turn")),
     ]
 
 
@@ -80,7 +81,7 @@ def refusal(q, key, value, length, mask, scale, is_causal, fresh_key, fresh_valu
         return f"a capacity of {key[2].shape[2]} tokens, accepted: from {16 * DEPTH}"
     if not all(b.is_contiguous() for b in (*key, *value)):
         return "a buffer is not contiguous"
-    return _device_refusal(q.device.index)
+    return nvrtc.device_refusal(q.device.index)
 
 
 def attend(
@@ -96,6 +97,7 @@ def attend(
     at: Tensor | None,
     key_layout: Layout,
     value_layout: Layout,
+    turn: bool = False,
     splits: int | None = None,
 ) -> Tensor:
     """As kernels.attend.attend, for calls that `refusal` has nothing against; `splits` as splits_for where omitted."""
@@ -111,14 +113,17 @@ def attend(
     columns = 1 if rows <= 4 else 2
     tiles = 2 if rows > 8 and layout.head_dim <= 128 else 1
     blocks = (B * heads, -(-rows // (4 * columns * tiles)))
+    multiprocessors = _multiprocessors(q.device.index)
+    warps = WARPS if blocks[0] * blocks[1] > 2 * multiprocessors or tiles > 1 or layout.head_dim > 128 else 2 * WARPS
     if splits is None:
-        bound = capacity if length is None else length
-        splits = splits_for(blocks[0] * blocks[1], bound, _multiprocessors(q.device.index))
+        splits = splits_for(blocks[0] * blocks[1], capacity if length is None else length, multiprocessors, warps)
     params = _Params(q.data_ptr(), out.data_ptr(), _cache(k, layout, fresh, 0), _cache(v, layout, fresh, 1))
     params.state, params.scale = k["state"].data_ptr(), (layout.head_dim**-0.5 if scale is None else scale) * LOG2_E
     params.heads, params.capacity, params.rows, params.queries = heads, capacity, rows, queries
     params.window, params.pivots, params.length = layout.window, layout.pivots, -1 if length is None else length
-    params.splits = splits
+    params.splits, params.turn = splits, turn and layout.rotated
+    if turn and layout.affine:
+        params.affine = k["affine"].data_ptr()
     if layout.pivots:
         params.pivot_at = k["pivot_at"].data_ptr()
     if fresh is not None:
@@ -128,28 +133,34 @@ def attend(
         parts = torch.empty(B * heads * rows * splits, layout.head_dim + 2, dtype=torch.float32, device=q.device)
         params.part_o = parts.data_ptr()
         params.part_ml = params.part_o + 4 * layout.head_dim * parts.shape[0]
-    kernels = _compiled(q.device.index, layout.head_dim, layout.dtype, layout.groups, tiles, columns, form)
+    kernels = _compiled(q.device.index, _shape_of(layout), tiles, columns, form, warps)
     with torch.cuda.device(q.device):
-        _launch(kernels["attend"], (blocks[0], splits, blocks[1]), 32 * WARPS, kernels["shared"], params)
+        nvrtc.launch(kernels["attend"], (blocks[0], splits, blocks[1]), 32 * warps, params, kernels["shared"])
         if splits > 1:
-            _launch(kernels["combine"], (blocks[0] * rows, 1, 1), 256, 0, params)
+            nvrtc.launch(kernels["combine"], (blocks[0] * rows, 1, 1), 256, params)
     return out
 
 
 @functools.lru_cache(4096)
-def splits_for(blocks: int, tokens: int, multiprocessors: int) -> int:
+def splits_for(blocks: int, tokens: int, multiprocessors: int, warps: int = WARPS) -> int:
     """Parts to divide each cache into: the fewest that leave hardly a multiprocessor idle in the last wave of blocks.
 
     Every warp keeps two tiles or more, since a part costs its sums' way through memory.
     """
-    slots = BLOCKS * multiprocessors
-    most = max(1, min(SPLITS_MAX, tokens // (2 * 16 * DEPTH * WARPS)))
+    slots = -(-WARPS_RESIDENT // warps) * multiprocessors
+    most = max(1, min(SPLITS_MAX, tokens // (2 * 16 * DEPTH * warps)))
 
     def busy(splits: int) -> float:
         return blocks * splits / slots / math.ceil(blocks * splits / slots)
 
     best = max(map(busy, range(1, most + 1)))
     return next(splits for splits in range(1, most + 1) if busy(splits) >= 0.9 * best)
+
+
+@functools.cache
+def _shape_of(layout: Layout) -> Layout:
+    """The parts of a layout that a kernel is compiled for."""
+    return dataclasses.replace(Layout(layout.head_dim, layout.dtype), group=layout.group)
 
 
 def _cache(buffers: dict[str, Tensor], layout: Layout, fresh, which: int) -> _Cache:
@@ -175,54 +186,20 @@ def _describe(mask: Tensor, params: _Params) -> int:
 
 
 @functools.cache
-def _device_refusal(index: int) -> str:
-    if torch.version.hip or torch.cuda.get_device_capability(index) < COMPUTE_CAPABILITY:
-        return "the device has no bf16 tensor cores (NVIDIA, compute capability 8.0)"
-    missing = [name for name in ("_nvrtc_compile", "_cuda_load_module") if not hasattr(torch.cuda._utils, name)]
-    return f"this PyTorch has no torch.cuda._utils.{missing[0]}" if missing else ""
-
-
-@functools.cache
 def _multiprocessors(index: int) -> int:
     return torch.cuda.get_device_properties(index).multi_processor_count
 
 
 @functools.cache
-def _compiled(index: int, head_dim: int, dtype: torch.dtype, groups: int, tiles: int, columns: int, form: int) -> dict:
-    _utils = torch.cuda._utils
-    source = Path(__file__).with_suffix(".cu").read_text()
-    heavy = tiles > 1 or head_dim > 128  # more accumulators a lane: fewer blocks
-    macros = {"HEAD_DIM": head_dim, "BF16": int(dtype == torch.bfloat16), "GROUPS": groups, "NT": tiles, "MT": DEPTH}
-    macros |= {
-        "CC": columns,
-        "SPLITS_MAX": SPLITS_MAX,
-        "STAGES": STAGES,
-        "WARPS": WARPS,
-        "BLOCKS": 2 if heavy else BLOCKS,
-        "MASK": form,
-    }
-    options = ["--std=c++17", *(f"-D{name}={number}" for name, number in macros.items())]
+def _compiled(index: int, layout: Layout, tiles: int, columns: int, form: int, warps: int) -> dict:
+    """The kernels and the shared memory of the first; form is the kernel's MASK."""
+    head_dim, groups = layout.head_dim, layout.groups
+    many = tiles > 1 or head_dim > 128  # accumulators a lane: fewer blocks
+    macros = {"HEAD_DIM": head_dim, "BF16": int(layout.dtype == torch.bfloat16), "GROUPS": groups, "NT": tiles}
+    macros |= {"MT": DEPTH, "CC": columns, "SPLITS_MAX": SPLITS_MAX, "STAGES": STAGES, "WARPS": warps, "MASK": form}
+    macros |= {"BLOCKS": -(-(8 if many else WARPS_RESIDENT) // warps), "NORM": f"{order_of(head_dim) ** -0.5!r}f"}
     tokens = 16 * DEPTH
     stage = -(-2 * (tokens * head_dim // 4 + tokens * groups * 4) // 16) * 16
-    shared = WARPS * max(STAGES * stage, 4 * columns * tiles * head_dim * 4)  # rings of tiles, then outputs
-    with torch.cuda.device(index):
-        binary, _ = _utils._nvrtc_compile(source, "attend", nvcc_options=options)
-        kernels = _utils._cuda_load_module(binary, ["attend", "combine"])
-        kernels["attend"].set_shared_memory_config(shared)
-    return {**{name: kernel.func for name, kernel in kernels.items()}, "shared": shared}
-
-
-@functools.cache
-def _driver():
-    library = ctypes.CDLL("libcuda.so.1")
-    number, pointer = ctypes.c_uint, ctypes.c_void_p
-    library.cuLaunchKernel.argtypes = [pointer, *[number] * 7, pointer, pointer, pointer]
-    return library
-
-
-def _launch(function, grid: tuple[int, int, int], threads: int, shared: int, params: _Params) -> None:
-    arguments = (ctypes.c_void_p * 1)(ctypes.addressof(params))
-    stream = torch.cuda.current_stream().cuda_stream
-    error = _driver().cuLaunchKernel(function, *grid, threads, 1, 1, shared, stream, arguments, None)
-    if error:
-        raise RuntimeError(f"akvq::attend: the CUDA kernel did not launch, driver error {error}")
+    shared = warps * max(STAGES * stage, 4 * columns * tiles * head_dim * 4)  # rings of tiles, then outputs
+    kernels = nvrtc.compiled(index, "attend_cuda", ("attend", "combine"), tuple(macros.items()), shared)
+    return {**kernels, "shared": shared}

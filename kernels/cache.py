@@ -22,7 +22,7 @@ from akvq_fx.kernels.choose import choose
 from akvq_fx.kernels.layout import PADDING, PIVOT, STATE_END, STATE_RING, STATE_TEXT, TEXT, Layout
 from akvq_fx.kernels.rotate import restore, turn_as_stored
 
-FASTER = {"cuda": ("cache_triton",)}  # before the reference, by device
+FASTER = {"cuda": ("append_cuda", "cache_triton")}  # before the reference, by device
 
 
 def named(cache: list[Tensor], layout: Layout) -> dict[str, Tensor]:

@@ -261,12 +261,14 @@ def keep_pivots(b: dict[str, Tensor], x: Tensor, at: Tensor, pivots, affine, lay
     b["classes"].scatter_reduce_(1, position, mark, "amax")
 
 
-def write_buffers(b: dict[str, Tensor], x: Tensor, at: Tensor, classes, pivots, affine, layout: Layout, turn) -> None:
+def write_buffers(
+    b: dict[str, Tensor], x: Tensor, at: Tensor, classes, pivots, affine, layout: Layout, turn: bool, run
+) -> None:
     reason = refusal(x, layout)
     if reason:
         raise ValueError(f"akvq::append: {reason}")
     check_fits(b, x, at, classes, layout)
-    launch(b, x, at, classes, affine, layout, turn)
+    run(b, x, at, classes, affine, layout, turn)
     if layout.pivots and pivots is not None:
         keep_pivots(b, x, at, pivots, affine, layout, turn)
 
@@ -279,10 +281,14 @@ def append(
     pivots: Tensor | None,
     layout: Layout,
     turn: bool = False,
+    run=launch,
 ) -> None:
-    """Write q tokens in place, one launch (and a few small ones where pivots are given, in a prompt)."""
+    """Write q tokens in place, one launch (and a few small ones where pivots are given, in a prompt).
+
+    run is the kernel's launch: this file's, or kernels/append_cuda.py's.
+    """
     b = named(cache, layout)
-    write_buffers(b, x, at, classes, pivots, b.get("affine"), layout, turn)
+    write_buffers(b, x, at, classes, pivots, b.get("affine"), layout, turn, run)
 
 
 def pack(
@@ -294,11 +300,12 @@ def pack(
     capacity: int,
     layout: Layout,
     turn: bool = False,
+    run=launch,
 ) -> list[Tensor]:
     """pack: new buffers of `capacity` tokens that hold the prompt."""
     cache = layout.allocate(x.shape[0], x.shape[1], capacity, capacity if layout.text_bits else 0, x.device)
     b = named(cache, layout)
     if layout.affine:
         b["affine"].copy_(affine)
-    write_buffers(b, x, at, classes, pivots, affine, layout, turn)
+    write_buffers(b, x, at, classes, pivots, affine, layout, turn, run)
     return cache

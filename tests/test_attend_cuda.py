@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from akvq_fx.kernels import attend_cuda
 from akvq_fx.kernels.cache import named, read
 from akvq_fx.kernels.layout import PIVOT, TEXT, Layout
-from tests.kernel_cases import case_of, few
+from akvq_fx.kernels.rotate import hadamard, rotate_queries
+from tests.kernel_cases import case_of, few, random_affine
 
 bf16, f16 = torch.bfloat16, torch.float16
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="runs on a GPU")
@@ -46,7 +47,7 @@ def test_splits_are_few_and_keep_warps_busy(blocks, tokens, multiprocessors):
 
 
 def test_one_long_cache_fills_the_chip():
-    assert attend_cuda.splits_for(32, 32768, 132) * 32 > 0.8 * 132 * attend_cuda.BLOCKS
+    assert attend_cuda.splits_for(32, 32768, 132) * 32 > 0.8 * 132 * attend_cuda.WARPS_RESIDENT // attend_cuda.WARPS
 
 
 def refusal(q=None, layout=None, values=None, mask=None, is_causal=False, capacity=64, heads=2):
@@ -162,6 +163,25 @@ def test_equals_the_reference(dtype, head_dim, group, shape):
             out = attend_cuda.attend(*args, splits=splits)
             error = ((out.double() - due).norm() / due.norm()).item()
             assert error <= RELATIVE[dtype], f"{kind}, {splits} splits: {error:.2g}"
+
+
+@gpu
+@pytest.mark.parametrize("head_dim", (64, 80, 128, 256))
+@pytest.mark.parametrize("affine", (False, True), ids=("rotated", "affine"))
+def test_turns_queries_in_its_own_launch(head_dim, affine):
+    layout = Layout(head_dim, bf16, body_bits=2, window=16, pivots=3)
+    key, value = cache_pair(layout, 2, 2, 300, 320)
+    key_layout = dataclasses.replace(layout, rotated=True, affine=affine)
+    maps = [random_affine(2, 2, head_dim).cuda()] if affine else []
+    q = torch.randn(2, 6, 3, head_dim, device="cuda", dtype=bf16)
+    args = ([*key, *maps], value, 300, None, None, False, None, None, None)
+    turned = rotate_queries(q, maps[0]) if affine else hadamard(q)
+    due = torch.ops.akvq.attend(turned, *args, str(key_layout), str(layout))
+    out = torch.ops.akvq.attend(q, *args, str(key_layout), str(layout), True)
+    error = ((out.double() - due.double()).norm() / due.double().norm()).item()
+    assert error <= RELATIVE[bf16]
+    other = dataclasses.replace(key_layout, rotated=False, affine=False)
+    assert ((torch.ops.akvq.attend(q, key, value, *args[2:], str(other), str(layout)) - out).norm() / out.norm()) > 0.1
 
 
 @gpu

@@ -1,4 +1,6 @@
-"""append and pack as one Triton kernel: every buffer equal to the reference's to the bit, turned tokens to a step of a code."""
+"""append and pack as one kernel (Triton, on a GPU CUDA C++ too): buffers equal to the bit, turned tokens to a step of a code."""
+
+import importlib
 
 import pytest
 import torch
@@ -29,6 +31,7 @@ from tests.kernel_cases import (
 )
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+WRITERS = ["cache_triton", "append_cuda"] if torch.cuda.is_available() else ["cache_triton"]
 every_layout = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 few = settings(max_examples=12, deadline=None)
 WIDE = {
@@ -42,6 +45,16 @@ WIDE = {
 every_wide = pytest.mark.parametrize("layout", WIDE.values(), ids=WIDE)
 
 
+@pytest.fixture(autouse=True, scope="module", params=WRITERS)
+def writer(request):
+    """The module that writes in the tests of this file; what it refuses, cache_triton takes."""
+    writer.module = importlib.import_module(f"akvq_fx.kernels.{request.param}")
+
+
+def writing(x, layout):
+    return cache_triton if writer.module.refusal(x, layout) else writer.module
+
+
 def on(device, tensors):
     return [None if t is None else t.clone().to(device) for t in tensors]
 
@@ -49,7 +62,8 @@ def on(device, tensors):
 def wrote(cache, x, at, classes, pivots, layout, turn=False):
     """The buffers after the kernel wrote to a copy of them."""
     cache = on(DEVICE, cache)
-    cache_triton.append(cache, *on(DEVICE, (x, at, classes, pivots)), layout, turn)
+    x, at, classes, pivots = on(DEVICE, (x, at, classes, pivots))
+    writing(x, layout).append(cache, x, at, classes, pivots, layout, turn)
     return on("cpu", cache)
 
 
@@ -228,7 +242,7 @@ def test_turned_tokens(layout, size):
 def test_turned_prompts(layout):
     case = case_of(layout)
     args = on(DEVICE, (case.x, torch.arange(11), case.classes, case.pivots, case.affine))
-    packed = on("cpu", cache_triton.pack(*args, case.capacity, layout, turn=True))
+    packed = on("cpu", writing(args[0], layout).pack(*args, case.capacity, layout, turn=True))
     written = wrote(case.empty(), case.x, torch.arange(11), case.classes, case.pivots, layout, turn=True)
     assert_caches_same(packed, written, layout)
     check_turned(layout, case.empty(), case.x, torch.arange(11), case.classes, case.pivots, case.affine)

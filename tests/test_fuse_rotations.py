@@ -23,8 +23,8 @@ def targets(state) -> list:
 
 
 def turned(state) -> list[bool]:
-    """Of every pack and append, whether it turns its tokens."""
-    places = {akvq.pack.default: 7, akvq.append.default: 6}
+    """Of every pack, append and attend, whether it turns its tokens."""
+    places = {akvq.pack.default: 7, akvq.append.default: 6, akvq.attend.default: 12}
     found = [n for n in state.graph.nodes if n.target in places]
     return [len(n.args) > places[n.target] and n.args[places[n.target]] for n in found]
 
@@ -33,17 +33,17 @@ def turned(state) -> list[bool]:
 def test_prompt_and_step_turn_while_they_store(value_rotation, values):
     graphs = evidence(Decoder(models.Direct), {"value_rotation": value_rotation}).captures
     assert len(graphs) == 2
-    for graph in graphs:
-        assert turned(graph.state) == [True, values]
+    for graph, reads in zip(graphs, ([], [True]), strict=True):
+        assert turned(graph.state) == [True, values, *reads]
         assert akvq.rotate_keys.default not in targets(graph.state)
 
 
 def test_a_chunk_that_attention_also_reads_is_turned_once_by_a_node():
     chunk = evidence(Decoder(models.Direct), steps=1, chunk=3).captures[-1]
-    assert turned(chunk.state) == [False, False]
+    assert turned(chunk.state) == [False, False, True]
     assert targets(chunk.state).count(akvq.rotate_keys.default) == 1
     reasons = [miss.reason for miss in chunk.report("fuse_rotations").missed]
-    assert reasons == ["something else reads the turned tokens", "stored as it comes"]
+    assert reasons == ["something else reads the turned tokens", "taken as it comes"]
 
 
 def appended(layout: Layout, rotation, own_map: bool = True) -> GraphState:
@@ -65,7 +65,7 @@ def appended(layout: Layout, rotation, own_map: bool = True) -> GraphState:
         (VALUES, akvq.hadamard.default, True, ""),
         (KEYS, akvq.rotate_keys.default, False, "turned by another affine map than the one that is stored"),
         (KEYS, akvq.hadamard.default, True, "not the rotation of its layout"),
-        (VALUES, akvq.rotate_queries.default, True, "stored as it comes"),
+        (VALUES, akvq.rotate_queries.default, True, "taken as it comes"),
     ],
 )
 def test_only_the_rotation_of_the_layout_goes(layout, rotation, own_map, reason):

@@ -1,0 +1,212 @@
+// akvq::append for NVIDIA GPUs; kernels/append_cuda.py launches it. One warp turns, clips, quantizes, packs and writes a token of one head.
+//
+// A lane holds channels lane, lane + 32, ...: the Walsh-Hadamard butterflies below 32 are lane exchanges, those above are between a
+// lane's own registers, and rows are read and written side by side. Arithmetic is in the order of kernels/quantizer.py, to the bit.
+//
+// Compile-time: HEAD_DIM, DTYPE (0 fp16, 1 bf16, 2 fp32), TURN (0 no, 1 H x, 2 H((x - c) / s)), BITS and TEXT_BITS (2, 4, 8; 16: a
+// lossless body; 0: no text overlay), CLIP, TEXT_CLIP, GROUPS, NORM (the transform's, order**-0.5), WARPS.
+
+#undef INFINITY
+#define INFINITY __int_as_float(0x7f800000)
+#define NAN __int_as_float(0x7fc00000)
+
+typedef unsigned char u8;
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef long long i64;
+
+constexpr int D = HEAD_DIM, N = (D + 31) / 32, ORDER = D & -D;  // N: channels of a lane
+constexpr u32 ALL = 0xffffffffu;
+constexpr float SCALE_FLOOR = 1e-5f, HALF_MAX = 65504.f;
+constexpr u8 TEXT = 1;
+
+struct Params {
+    const void *x;
+    const i64 *at;
+    const u8 *kinds;
+    const float *affine;
+    int *state;
+    u8 *classes;
+    void *codes;
+    u16 *range;
+    void *ring;
+    int *pivot_at;
+    u16 *text_codes;
+    u16 *text_range;
+    int *text_at;
+    i64 x_b, x_h, x_t, kinds_b, kinds_t;
+    int batch, heads, tokens, share, capacity, text_capacity, window, pivots;
+};
+
+__device__ __forceinline__ float read(const void *from, i64 i) {
+    if (DTYPE == 2) return ((const float *)from)[i];
+    const u16 h = ((const u16 *)from)[i];
+    if (DTYPE == 1) return __uint_as_float((u32)h << 16);
+    float f;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(h));
+    return f;
+}
+__device__ __forceinline__ u16 to_half(float x) {
+    u16 h;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(h) : "f"(x));
+    return h;
+}
+__device__ __forceinline__ float from_half(u16 h) {
+    float f;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(h));
+    return f;
+}
+__device__ __forceinline__ u16 to_bf16(float x) {
+    u16 h;
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(h) : "f"(x));
+    return h;
+}
+__device__ __forceinline__ float rounded(float x) {  // to the tokens' dtype
+    return DTYPE == 2 ? x : DTYPE == 1 ? __uint_as_float((u32)to_bf16(x) << 16) : from_half(to_half(x));
+}
+__device__ __forceinline__ void write(void *to, i64 i, float x) {
+    if (DTYPE == 2)
+        ((float *)to)[i] = x;
+    else
+        ((u16 *)to)[i] = DTYPE == 1 ? to_bf16(x) : to_half(x);
+}
+// To fp16; finite numbers saturate, the others stay what they are.
+__device__ __forceinline__ u16 saturated(float x) {
+    return to_half(fabsf(x) < INFINITY ? fminf(fmaxf(x, -HALF_MAX), HALF_MAX) : x);
+}
+
+__device__ __forceinline__ void hadamard(float (&x)[N], int lane) {
+#pragma unroll
+    for (int h = 1; h < ORDER; h *= 2) {
+        if (h < 32) {
+#pragma unroll
+            for (int i = 0; i < N; i++) {
+                const float other = __shfl_xor_sync(ALL, x[i], h);
+                x[i] = lane & h ? other - x[i] : x[i] + other;
+            }
+        } else {
+#pragma unroll
+            for (int i = 0; i < N; i++) {
+                if (i & h / 32) continue;
+                const float a = x[i], b = x[(i | h / 32) % N];
+                x[i] = a + b, x[(i | h / 32) % N] = a - b;
+            }
+        }
+    }
+}
+
+template <int B>
+__device__ __forceinline__ void quantize(const float (&x)[N], float clip, u8 *scratch, u16 *codes, u16 *range, int lane) {
+    constexpr int WORDS = D * B / 16, TOP = (1 << B) - 1, SIZE = D / GROUPS;
+#pragma unroll
+    for (int g = 0; g < GROUPS; g++) {
+        float low = INFINITY, high = -INFINITY;
+        bool broken = false;
+#pragma unroll
+        for (int i = 0; i < N; i++) {
+            const int channel = lane + 32 * i;
+            if (channel < D && channel / SIZE == g) low = fminf(low, x[i]), high = fmaxf(high, x[i]), broken |= x[i] != x[i];
+        }
+#pragma unroll
+        for (int h = 16; h; h /= 2) {
+            low = fminf(low, __shfl_xor_sync(ALL, low, h));
+            high = fmaxf(high, __shfl_xor_sync(ALL, high, h));
+        }
+        broken = __any_sync(ALL, broken);
+        low = broken ? NAN : low * clip, high = broken ? NAN : high * clip;
+        float scale = high / TOP - low / TOP;
+        scale = scale < SCALE_FLOOR ? SCALE_FLOOR : scale;
+        const u16 scale_half = saturated(scale), low_half = saturated(low);
+        scale = from_half(scale_half), low = from_half(low_half);
+        if (lane == 0) range[g] = scale_half, range[GROUPS + g] = low_half;
+#pragma unroll
+        for (int i = 0; i < N; i++) {
+            const int channel = lane + 32 * i;
+            if (channel < D && channel / SIZE == g) {
+                const float code = fminf(fmaxf(rintf((x[i] - low) / scale), 0.f), (float)TOP);  // NaN becomes 0 in fmaxf
+                scratch[channel] = (u8)(int)code;
+            }
+        }
+    }
+    __syncwarp();
+#pragma unroll
+    for (int w = lane; w < WORDS; w += 32) {
+        u32 word = 0;
+#pragma unroll
+        for (int j = 0; j < 16 / B; j++) word |= (u32)scratch[j * WORDS + w] << B * j;
+        codes[w] = (u16)word;
+    }
+    __syncwarp();
+}
+
+extern "C" __global__ void __launch_bounds__(32 * WARPS) append(const __grid_constant__ Params p) {
+    __shared__ u8 scratches[WARPS][D];
+    const int lane = threadIdx.x % 32;
+    u8 *scratch = scratches[threadIdx.x / 32];
+    const int parts = (p.tokens + p.share - 1) / p.share;
+    const i64 worker = (i64)blockIdx.x * WARPS + threadIdx.x / 32, lead = worker / parts;  // lead: batch row and head
+    if (lead >= (i64)p.batch * p.heads) return;
+    const int batch = (int)(lead / p.heads), head = (int)(lead % p.heads);
+    const int first = (int)(worker % parts) * p.share, last = min(first + p.share, p.tokens);
+
+    float centre[N], gain[N];
+    if (TURN == 2) {
+#pragma unroll
+        for (int i = 0; i < N; i++) {
+            const int channel = lane + 32 * i;
+            const float *map = p.affine + ((i64)batch * 3 * p.heads + head) * D;
+            centre[i] = channel < D ? map[channel] : 0.f, gain[i] = channel < D ? map[(i64)p.heads * D + channel] : 0.f;
+        }
+    }
+    for (int token = first; token < last; token++) {
+        const i64 from = batch * p.x_b + head * p.x_h + token * p.x_t;
+        const int slot = (int)p.at[token];
+        float x[N];
+#pragma unroll
+        for (int i = 0; i < N; i++) x[i] = lane + 32 * i < D ? read(p.x, from + lane + 32 * i) : 0.f;
+        if (TURN) {
+            if (TURN == 2) {
+#pragma unroll
+                for (int i = 0; i < N; i++) x[i] = (x[i] - centre[i]) * gain[i];
+            }
+            hadamard(x, lane);
+#pragma unroll
+            for (int i = 0; i < N; i++) x[i] = rounded(x[i] * NORM);
+        }
+        if (p.window && token >= p.tokens - p.window) {
+            const i64 to = (lead * p.window + slot % p.window) * D;
+#pragma unroll
+            for (int i = 0; i < N; i++)
+                if (lane + 32 * i < D) write(p.ring, to + lane + 32 * i, x[i]);
+        }
+        const bool inside = slot >= 0 && slot < p.capacity;
+        const i64 place = lead * p.capacity + slot;
+        if (inside) {
+            if (BITS == 16) {
+#pragma unroll
+                for (int i = 0; i < N; i++)
+                    if (lane + 32 * i < D) write(p.codes, place * D + lane + 32 * i, x[i]);
+            } else {
+                quantize<BITS == 16 ? 2 : BITS>(x, CLIP, scratch, (u16 *)p.codes + place * (D * BITS / 16), p.range + place * 2 * GROUPS, lane);
+            }
+        }
+        const u8 kind = p.kinds ? p.kinds[batch * p.kinds_b + token * p.kinds_t] : TEXT;
+        if (head == 0 && lane == 0 && inside) p.classes[(i64)batch * p.capacity + slot] = kind;
+        if (TEXT_BITS) {
+            const int overlay = slot + p.state[2];
+            if (overlay >= 0 && overlay < p.text_capacity) {
+                const i64 where = lead * p.text_capacity + overlay;
+                quantize<TEXT_BITS ? TEXT_BITS : 2>(x, TEXT_CLIP, scratch, p.text_codes + where * (D * TEXT_BITS / 16), p.text_range + where * 2 * GROUPS, lane);
+                if (head == 0 && lane == 0) p.text_at[(i64)batch * p.text_capacity + overlay] = kind == TEXT ? slot : -1;
+            }
+        }
+    }
+    const int start = (int)p.at[0], end = (int)p.at[p.tokens - 1] + 1;
+    if (head == 0 && first == 0)  // a crop may have moved the end back: pivots from here on are gone
+        for (int i = lane; i < p.pivots; i += 32)
+            if (p.pivot_at[batch * p.pivots + i] >= start) p.pivot_at[batch * p.pivots + i] = -1;
+    if (worker == 0 && lane == 0) {  // a write past the end leaves a gap that the ring never held
+        const int held = start > p.state[0] ? start : min(p.state[1], start);
+        p.state[1] = max(held, end - p.window), p.state[0] = end;
+    }
+}

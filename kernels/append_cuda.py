@@ -1,0 +1,93 @@
+"""append and pack on NVIDIA GPUs: compiles and launches kernels/append_cuda.cu; the meaning is kernels/cache.py's.
+
+One launch turns, clips, quantizes, packs and writes all that a decode step changes. `refusal` says why a call is left to
+kernels/cache_triton.py, which also keeps a prompt's pivots.
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from akvq_fx.kernels import cache_triton, nvrtc
+from akvq_fx.kernels.layout import Layout
+from akvq_fx.kernels.rotate import order_of
+
+DTYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
+HEAD_DIM_MAX = 512  # 16 channels a lane
+GROUPS_MAX = 4  # each costs a reduction over the warp
+WARPS = 4
+SHARE = 8  # tokens a warp takes where there are many, so that it reads the affine map once
+MANY = 1 << 16  # rows: enough warps to fill a GPU even with SHARE tokens each
+POINTERS = ("x", "at", "kinds", "affine", "state", "classes", "codes", "range", "ring", "pivot_at")
+POINTERS += ("text_codes", "text_range", "text_at")
+SIZES = ("batch", "heads", "tokens", "share", "capacity", "text_capacity", "window", "pivots")
+
+
+class Params(ctypes.Structure):
+    """struct Params of append_cuda.cu."""
+
+    _fields_ = [(name, ctypes.c_void_p) for name in POINTERS]
+    _fields_ += [(name, ctypes.c_longlong) for name in ("x_b", "x_h", "x_t", "kinds_b", "kinds_t")]
+    _fields_ += [(name, ctypes.c_int) for name in SIZES]
+
+
+def refusal(x: Tensor, layout: Layout) -> str:
+    """Why this kernel cannot write x to a cache of this layout; "" where it can."""
+    if layout.dtype not in DTYPES or x.dtype != layout.dtype:
+        return f"x is {x.dtype} and the cache {layout.dtype}, accepted: both float16, bfloat16 or float32"
+    if layout.head_dim > HEAD_DIM_MAX or layout.groups > GROUPS_MAX:
+        return f"head dim {layout.head_dim} in {layout.groups} groups, accepted: up to {HEAD_DIM_MAX} in {GROUPS_MAX}"
+    if x.stride(-1) != 1:
+        return f"the channels of x are {x.stride(-1)} numbers apart, accepted: side by side"
+    return nvrtc.device_refusal(x.device.index)
+
+
+def append(cache, x, at, classes, pivots, layout: Layout, turn: bool = False) -> None:
+    """Write q tokens in place, as kernels.cache.append."""
+    cache_triton.append(cache, x, at, classes, pivots, layout, turn, launch)
+
+
+def pack(x, at, classes, pivots, affine, capacity: int, layout: Layout, turn: bool = False) -> list[Tensor]:
+    """New buffers that hold the prompt, as kernels.cache.pack."""
+    return cache_triton.pack(x, at, classes, pivots, affine, capacity, layout, turn, launch)
+
+
+def launch(b: dict[str, Tensor], x: Tensor, at: Tensor, classes, affine, layout: Layout, turn: bool) -> None:
+    B, H, q, _ = x.shape
+    at, form = at.contiguous(), 0
+    if turn:
+        form = 2 if affine is not None else int(layout.rotated)
+    params = Params(x.data_ptr(), at.data_ptr())
+    for name in POINTERS[4:]:
+        if name in b:
+            setattr(params, name, b[name].data_ptr())
+    if classes is not None:
+        params.kinds, (params.kinds_b, params.kinds_t) = classes.data_ptr(), classes.stride()
+    if form == 2:
+        affine = affine.contiguous()
+        params.affine = affine.data_ptr()
+    params.x_b, params.x_h, params.x_t = x.stride()[:3]
+    params.batch, params.heads, params.tokens, params.capacity = B, H, q, b["codes"].shape[2]
+    params.share = SHARE if B * H * q >= MANY else 1
+    params.text_capacity = b["text_codes"].shape[2] if layout.text_bits else 0
+    params.window, params.pivots = layout.window, layout.pivots
+    kernel = nvrtc.compiled(x.device.index, "append_cuda", ("append",), macros(layout, form))["append"]
+    workers = B * H * -(-q // params.share)
+    with torch.cuda.device(x.device):
+        nvrtc.launch(kernel, (-(-workers // WARPS), 1, 1), 32 * WARPS, params)
+
+
+def macros(layout: Layout, form: int) -> tuple:
+    exact = lambda number: f"{float(number)!r}f"
+    return (
+        *(("HEAD_DIM", layout.head_dim), ("DTYPE", DTYPES[layout.dtype]), ("TURN", form), ("GROUPS", layout.groups)),
+        *(
+            ("BITS", layout.body_bits),
+            ("CLIP", exact(layout.body_clip)),
+            ("NORM", exact(order_of(layout.head_dim) ** -0.5)),
+        ),
+        *(("TEXT_BITS", layout.text_bits), ("TEXT_CLIP", exact(layout.text_clip)), ("WARPS", WARPS)),
+    )

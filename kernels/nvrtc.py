@@ -1,0 +1,54 @@
+"""CUDA C++ kernels without a toolkit: compiled by NVRTC, which comes with PyTorch's CUDA builds, and launched by the driver.
+
+Sources are the .cu files beside the modules that launch them; what varies is a macro. A kernel takes one struct by value.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from pathlib import Path
+
+import torch
+
+COMPUTE_CAPABILITY = (8, 0)  # bf16 conversions and mma.m16n8k16 (PTX ISA)
+
+
+@functools.cache
+def device_refusal(index: int) -> str:
+    """Why these kernels cannot run on a device; "" where they can."""
+    if torch.version.hip or torch.cuda.get_device_capability(index) < COMPUTE_CAPABILITY:
+        return "the device is no NVIDIA GPU of compute capability 8.0 or more"
+    missing = [name for name in ("_nvrtc_compile", "_cuda_load_module") if not hasattr(torch.cuda._utils, name)]
+    return f"this PyTorch has no torch.cuda._utils.{missing[0]}" if missing else ""
+
+
+@functools.cache
+def compiled(
+    index: int, source: str, names: tuple[str, ...], macros: tuple[tuple[str, object], ...], shared: int = 0
+) -> dict:
+    """Functions of kernels/<source>.cu by name, for one device; `shared` bytes of memory are allowed to the first of them."""
+    text = Path(__file__).with_name(f"{source}.cu").read_text()
+    options = ["--std=c++17", *(f"-D{name}={number}" for name, number in macros)]
+    with torch.cuda.device(index):
+        binary, _ = torch.cuda._utils._nvrtc_compile(text, names[0], nvcc_options=options)
+        kernels = torch.cuda._utils._cuda_load_module(binary, list(names))
+        kernels[names[0]].set_shared_memory_config(shared)
+    return {name: kernel.func for name, kernel in kernels.items()}
+
+
+@functools.cache
+def _driver():
+    library = ctypes.CDLL("libcuda.so.1")
+    number, pointer = ctypes.c_uint, ctypes.c_void_p
+    library.cuLaunchKernel.argtypes = [pointer, *[number] * 7, pointer, pointer, pointer]
+    return library
+
+
+def launch(function, grid: tuple[int, int, int], threads: int, params: ctypes.Structure, shared: int = 0) -> None:
+    """Launch on the current stream of the current device. Raises RuntimeError if the driver refuses."""
+    arguments = (ctypes.c_void_p * 1)(ctypes.addressof(params))
+    stream = torch.cuda.current_stream().cuda_stream
+    error = _driver().cuLaunchKernel(function, *grid, threads, 1, 1, shared, stream, arguments, None)
+    if error:
+        raise RuntimeError(f"akvq: a CUDA kernel with grid {grid} did not launch, driver error {error}")
