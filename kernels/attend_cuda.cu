@@ -539,6 +539,16 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) attend(const __
 
     // The body at 2 bits.
     const int plain_end = min(body_end, min(ring_start < ring_end ? ring_start : body_end, p.fresh_count ? fresh_start : body_end));
+    const u8 *mask = (const u8 *)p.mask + mask_base;
+    auto seen_by_all = [&](int tile, int x) {  // this lane's position of a tile, from x on: loaded a tile ahead, like the codes
+        const int position = min(tile * TILE, last_start) + x + lane;
+        return tile < last_tile && position < body_end ? mask[position * p.mask_t] : 0;
+    };
+    u8 ahead[TILE / 32], now[TILE / 32];
+    if (MASK == 1) {
+#pragma unroll
+        for (int x = 0; x < TILE; x += 32) ahead[x / 32] = seen_by_all(number, x);
+    }
     for (int stage = 0; number < last_tile; number++, stage = stage + 1 == STAGES ? 0 : stage + 1) {
         // the last tile ends with the body and may begin among tokens of the one before, which it does not count again
         const int first = min(number * TILE, last_start);
@@ -548,6 +558,10 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) attend(const __
             stream.fetch(stage == 0 ? STAGES - 1 : stage - 1, min((number + STAGES - 1) * TILE, last_start));
         Stream::commit();
         const u32 codes = stream.at(stage), ranges = codes + 2 * CODE_BYTES;
+        if (MASK == 1) {
+#pragma unroll
+            for (int x = 0; x < TILE; x += 32) now[x / 32] = ahead[x / 32], ahead[x / 32] = seen_by_all(number + 1, x);
+        }
 
         constexpr u64 FULL = ~0ull >> (64 - TILE);
         u64 live = FULL;
@@ -562,11 +576,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) attend(const __
             }
             if (MASK == 1) {
 #pragma unroll
-                for (int x = 0; x < TILE; x += 32) {
-                    int position = first + x + lane;
-                    bool seen = position < body_end && ((const u8 *)p.mask)[mask_base + position * p.mask_t];
-                    live &= (u64)__ballot_sync(ALL, seen) << x | ~((u64)ALL << x);
-                }
+                for (int x = 0; x < TILE; x += 32) live &= (u64)__ballot_sync(ALL, now[x / 32]) << x | ~((u64)ALL << x);
             }
         }
 

@@ -25,10 +25,11 @@ GROUPS = (1, 2, 4)  # a pair of codes of one word must share a group
 PIVOTS_MAX = 32  # one lane holds one position
 LOG2_E = math.log2(math.e)
 ROWS_MAX = 64  # query rows per KV head; with more, re-reading the codes per 16 rows costs more than it saves
-WARPS = 4  # of a block; twice as many where few caches must fill the chip
+WARPS = 4
 DEPTH = 2  # 16-token tiles a warp takes at a time
 STAGES = 4  # tiles in shared memory, all but one of them on their way
-WARPS_RESIDENT = 12  # on one multiprocessor: bounds the registers
+BLOCKS = 3  # on one multiprocessor: bounds the registers
+WORTH = 0.82  # of the best use of the chip is enough: a part more costs its sums (H100, 1,280 caches of 640 tokens)
 SPLITS_MAX = 96  # a multiple of 32: a lane of the last step takes every 32nd
 MASKS = {torch.bool: 1, torch.float16: 2, torch.bfloat16: 3, torch.float32: 4}
 
@@ -114,9 +115,8 @@ def attend(
     tiles = 2 if rows > 8 and layout.head_dim <= 128 else 1
     blocks = (B * heads, -(-rows // (4 * columns * tiles)))
     multiprocessors = _multiprocessors(q.device.index)
-    warps = WARPS if blocks[0] * blocks[1] > 2 * multiprocessors or tiles > 1 or layout.head_dim > 128 else 2 * WARPS
     if splits is None:
-        splits = splits_for(blocks[0] * blocks[1], capacity if length is None else length, multiprocessors, warps)
+        splits = splits_for(blocks[0] * blocks[1], capacity if length is None else length, multiprocessors)
     params = _Params(q.data_ptr(), out.data_ptr(), _cache(k, layout, fresh, 0), _cache(v, layout, fresh, 1))
     params.state, params.scale = k["state"].data_ptr(), (layout.head_dim**-0.5 if scale is None else scale) * LOG2_E
     params.heads, params.capacity, params.rows, params.queries = heads, capacity, rows, queries
@@ -133,28 +133,28 @@ def attend(
         parts = torch.empty(B * heads * rows * splits, layout.head_dim + 2, dtype=torch.float32, device=q.device)
         params.part_o = parts.data_ptr()
         params.part_ml = params.part_o + 4 * layout.head_dim * parts.shape[0]
-    kernels = _compiled(q.device.index, _shape_of(layout), tiles, columns, form, warps)
+    kernels = _compiled(q.device.index, _shape_of(layout), tiles, columns, form)
     with torch.cuda.device(q.device):
-        nvrtc.launch(kernels["attend"], (blocks[0], splits, blocks[1]), 32 * warps, params, kernels["shared"])
+        nvrtc.launch(kernels["attend"], (blocks[0], splits, blocks[1]), 32 * WARPS, params, kernels["shared"])
         if splits > 1:
             nvrtc.launch(kernels["combine"], (blocks[0] * rows, 1, 1), 256, params)
     return out
 
 
 @functools.lru_cache(4096)
-def splits_for(blocks: int, tokens: int, multiprocessors: int, warps: int = WARPS) -> int:
+def splits_for(blocks: int, tokens: int, multiprocessors: int) -> int:
     """Parts to divide each cache into: the fewest that leave hardly a multiprocessor idle in the last wave of blocks.
 
     Every warp keeps two tiles or more, since a part costs its sums' way through memory.
     """
-    slots = -(-WARPS_RESIDENT // warps) * multiprocessors
-    most = max(1, min(SPLITS_MAX, tokens // (2 * 16 * DEPTH * warps)))
+    slots = BLOCKS * multiprocessors
+    most = max(1, min(SPLITS_MAX, tokens // (2 * 16 * DEPTH * WARPS)))
 
     def busy(splits: int) -> float:
         return blocks * splits / slots / math.ceil(blocks * splits / slots)
 
     best = max(map(busy, range(1, most + 1)))
-    return next(splits for splits in range(1, most + 1) if busy(splits) >= 0.9 * best)
+    return next(splits for splits in range(1, most + 1) if busy(splits) >= WORTH * best)
 
 
 @functools.cache
@@ -191,15 +191,15 @@ def _multiprocessors(index: int) -> int:
 
 
 @functools.cache
-def _compiled(index: int, layout: Layout, tiles: int, columns: int, form: int, warps: int) -> dict:
+def _compiled(index: int, layout: Layout, tiles: int, columns: int, form: int) -> dict:
     """The kernels and the shared memory of the first; form is the kernel's MASK."""
     head_dim, groups = layout.head_dim, layout.groups
     many = tiles > 1 or head_dim > 128  # accumulators a lane: fewer blocks
     macros = {"HEAD_DIM": head_dim, "BF16": int(layout.dtype == torch.bfloat16), "GROUPS": groups, "NT": tiles}
-    macros |= {"MT": DEPTH, "CC": columns, "SPLITS_MAX": SPLITS_MAX, "STAGES": STAGES, "WARPS": warps, "MASK": form}
-    macros |= {"BLOCKS": -(-(8 if many else WARPS_RESIDENT) // warps), "NORM": f"{order_of(head_dim) ** -0.5!r}f"}
+    macros |= {"MT": DEPTH, "CC": columns, "SPLITS_MAX": SPLITS_MAX, "STAGES": STAGES, "WARPS": WARPS, "MASK": form}
+    macros |= {"BLOCKS": 2 if many else BLOCKS, "NORM": f"{order_of(head_dim) ** -0.5!r}f"}
     tokens = 16 * DEPTH
     stage = -(-2 * (tokens * head_dim // 4 + tokens * groups * 4) // 16) * 16
-    shared = warps * max(STAGES * stage, 4 * columns * tiles * head_dim * 4)  # rings of tiles, then outputs
+    shared = WARPS * max(STAGES * stage, 4 * columns * tiles * head_dim * 4)  # rings of tiles, then outputs
     kernels = nvrtc.compiled(index, "attend_cuda", ("attend", "combine"), tuple(macros.items()), shared)
     return {**kernels, "shared": shared}

@@ -47,7 +47,7 @@ def test_splits_are_few_and_keep_warps_busy(blocks, tokens, multiprocessors):
 
 
 def test_one_long_cache_fills_the_chip():
-    assert attend_cuda.splits_for(32, 32768, 132) * 32 > 0.8 * 132 * attend_cuda.WARPS_RESIDENT // attend_cuda.WARPS
+    assert attend_cuda.splits_for(32, 32768, 132) * 32 > 0.8 * 132 * attend_cuda.BLOCKS
 
 
 def refusal(q=None, layout=None, values=None, mask=None, is_causal=False, capacity=64, heads=2):
