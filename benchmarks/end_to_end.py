@@ -32,7 +32,7 @@ WARM = 8  # decode steps that are not timed
 GB = 1e9
 RESERVE = 0.01  # share of a memory budget that probing leaves to graphs and workspaces of the decode step
 MARGIN = 0.05  # a batch larger by this share must not fit
-PROBES = 6  # attempts to find the largest batch, after the first two
+PROBES = 14  # attempts to find the largest batch
 PART_TOKENS = 2048  # tokens of a prompt taken at a time in largest-batch: enough to fill the chip
 EAGER_PEERS = ("dynamic", "hqq2", "hqq4", "quanto2", "quanto4")
 DEFAULTS = {
@@ -214,50 +214,48 @@ def largest_batch(args, decoder: Decoder, budget: float, tokens: int, names) -> 
         meter.limit(None)
         result, failed = found or (None, 0)
         base = result if name == "static" else base
-        add_row(table, CONTESTANTS[name].title, result, base, reason, f"{failed} do not fit" if failed else "")
+        add_row(
+            table,
+            CONTESTANTS[name].title,
+            result,
+            base,
+            reason,
+            f"{failed} do not fit" if failed else "not the largest: nothing failed" if found else "",
+        )
     return table
 
 
 def search(args, contestant: Contestant, decoder: Decoder, meter: Meter, budget: float, tokens: int, rows: int):
-    """(largest batch that fits, smallest one seen not to fit): two probes give bytes a row, a few more settle it."""
+    """(largest batch that fits, smallest one seen not to fit, None if none was): doubled until one fails, then halved between."""
     granule, capacity = rows if contestant.whole_rows else 1, tokens + args.tokens_out
 
-    def peak_of(batch: int) -> int | None:
+    def fits(batch: int) -> bool:
         cache = None
         meter.start()
         try:
             spare = torch.empty(int(RESERVE * budget), dtype=torch.uint8, device=decoder.device)
             cache = contestant.probe(decoder.prompt(batch, tokens), capacity, rows)
-            return meter.peak(cache) - spare.nbytes * meter.cuda
+            meter.peak(cache)
+            del spare
+            return True
         except torch.OutOfMemoryError:
-            return None
+            return False
         finally:
             print(f"  {contestant.title}: {batch} rows probed, {args.budget.left():.0f} s left", flush=True)
 
-    few, more = granule, 3 * granule
-    low, high = peak_of(few), peak_of(more)
-    if low is None:
-        raise torch.OutOfMemoryError
-    best, failed = (few, more) if high is None else (more, None)
-    per_row = None if high is None else max(high - low, 1) / (more - few)
-    batch = (
-        (few + more) // 2
-        if high is None
-        else few + int((budget * (1 - RESERVE) - decoder.weight_bytes - low) / per_row)
-    )
+    best, failed = 0, None
+    batch = 3 * granule
     for _ in range(PROBES):
-        batch = max(batch // granule * granule, best + granule)
-        if failed is not None and batch >= failed:
-            break
-        if peak_of(batch) is None:
-            failed = batch
-        else:
+        if fits(batch):
             best = batch
-        batch = (
-            int(best * (1 + MARGIN)) + granule - 1
-            if failed is None
-            else max(int(failed * (1 - MARGIN / 2)), (best + failed) // 2)
-        )
+        else:
+            failed = batch
+        if failed is not None and failed - best <= max(granule, int(MARGIN * failed)):
+            break
+        batch = 2 * best if failed is None else (best + failed) // 2 // granule * granule
+        batch = max(batch, granule)
+    if not best:
+        raise torch.OutOfMemoryError
     return best, failed
 
 
