@@ -94,7 +94,7 @@ def test_an_upward_import_would_be_seen():
     ]
 
 
-@pytest.mark.parametrize("path", LIBRARY, ids=where)
+@pytest.mark.parametrize("path", [p for p in LIBRARY if p.name != "__main__.py"], ids=where)
 def test_needs_no_transformers_and_prints_nothing(path):
     tree = ast.parse(path.read_text())
     assert [m for m in imports(tree) if m.split(".")[0] == "transformers"] == []
