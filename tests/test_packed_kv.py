@@ -246,6 +246,7 @@ def stored_states(layout, stored, classes, pivots):
         due = torch.where((classes == TEXT)[:, None, :, None], rounded(layout.text_bits, layout.text_clip), due)
     for row in range(stored.shape[0]) if pivots is not None else ():
         kept = pivots[row][(pivots[row] >= 0) & (pivots[row] < stored.shape[2])].long()
+        kept = kept[classes[row, kept] != PADDING]
         due[row, :, kept] = stored[row, :, kept]
     return due, stored
 
