@@ -61,7 +61,9 @@ def main() -> int:
         print(missing, file=sys.stderr)
         return 1
     print(f"\nAll of it took {time.perf_counter() - began:.0f} s.")
-    print("Seconds on a CPU say little: writing the packed cache is plain PyTorch there, and a first use builds a C++ kernel.")
+    print(
+        "Seconds on a CPU say little: writing the packed cache is plain PyTorch there, and a first use builds a C++ kernel."
+    )
     return 0
 
 
