@@ -35,17 +35,21 @@ def find_pivots_reference(h: Tensor, valid: Tensor | None, count: int, mode: str
     if valid is None:
         valid = torch.ones(B, T, dtype=torch.bool, device=h.device)
     peak = peak.nan_to_num(0.0, posinf=torch.finfo(torch.float32).max)
+    # the row's median through its tokens' medians: one pass, no sort of T*E
+    median = magnitude.float().median(-1).values if mode == "massive" else None
+    return select_pivots(peak, median, valid, count, floor, ratio)
+
+
+def select_pivots(peak: Tensor, median: Tensor | None, valid: Tensor, count: int, floor: float, ratio: float) -> Tensor:
+    """Pivots from each token's largest |h| [B, T] and, where only massive ones count, its median [B, T]."""
     eligible = valid.clone()
-    if mode == "massive":
-        per_token = (
-            magnitude.float().median(-1).values
-        )  # the row's median through its tokens' medians: one pass, no sort of T*E
-        per_token = torch.where(valid, per_token, torch.nan)
-        eligible &= (peak > floor) & (peak > ratio * per_token.nanmedian(-1, keepdim=True).values)
+    if median is not None:
+        usual = torch.where(valid, median, torch.nan).nanmedian(-1, keepdim=True).values
+        eligible &= (peak > floor) & (peak > ratio * usual)
     first = valid.to(torch.uint8).argmax(-1, keepdim=True)
     eligible.scatter_(1, first, valid.gather(1, first))
     rank = torch.where(eligible, peak, -1.0).scatter(1, first, torch.inf)
-    take = min(count, T)
+    take = min(count, peak.shape[1])
     index = rank.topk(take, -1).indices
     index = torch.where(eligible.gather(1, index), index, -1).to(torch.int32)
     return torch.nn.functional.pad(index, (0, count - take), value=-1)
@@ -76,11 +80,16 @@ def key_affine_reference(k: Tensor, q: Tensor, valid: Tensor | None, centre: boo
         deviation = (finite(k - mean[:, :, None]).square() * weight).sum(2).sqrt()
         heard = finite(q).square()  # [B, Hq, Tq, D]
         heard = (heard * weight).sum(2) if q.shape[2] == T else heard.mean(2)
-        heard = heard.unflatten(1, (H, -1)).mean(2).sqrt()
-        log = 0.5 * (deviation.clamp_min(STD_FLOOR).log() - heard.clamp_min(STD_FLOOR).log())
-        log = log - log.mean(-1, keepdim=True)
-        s = log.clamp(-math.log(GAIN_RANGE), math.log(GAIN_RANGE)).exp()
+        s = gains(deviation, heard)
     return torch.stack([c, 1 / s, s], 1)
+
+
+def gains(deviation: Tensor, heard: Tensor) -> Tensor:
+    """s [B, H, D] from the keys' deviations [B, H, D] and the queries' mean squares [B, Hq, D]."""
+    heard = heard.unflatten(1, (deviation.shape[1], -1)).mean(2).sqrt()
+    log = 0.5 * (deviation.clamp_min(STD_FLOOR).log() - heard.clamp_min(STD_FLOOR).log())
+    log = log - log.mean(-1, keepdim=True)
+    return log.clamp(-math.log(GAIN_RANGE), math.log(GAIN_RANGE)).exp()
 
 
 @torch.library.custom_op("akvq::key_affine", mutates_args=())

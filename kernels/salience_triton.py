@@ -15,14 +15,12 @@ where the mean is far larger than the deviation. Queries need only their sum of 
 
 from __future__ import annotations
 
-import math
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from akvq_fx.kernels.salience import GAIN_RANGE, STD_FLOOR
+from akvq_fx.kernels.salience import gains, select_pivots
 
 MAX_WIDTH = 16384  # numbers of a token that a program's registers hold
 MAX_DIM = 1024  # channels of a head: tiles of 16 tokens
@@ -95,17 +93,7 @@ def find_pivots(h: Tensor, valid: Tensor | None, count: int, mode: str, floor: f
     B, T, _ = h.shape
     peak, median = peaks_and_medians(h.detach(), mode == "massive")
     valid = torch.ones(B, T, dtype=torch.bool, device=h.device) if valid is None else valid
-    eligible = valid.clone()
-    if median is not None:
-        usual = torch.where(valid, median, torch.nan).nanmedian(-1, keepdim=True).values
-        eligible &= (peak > floor) & (peak > ratio * usual)
-    first = valid.to(torch.uint8).argmax(-1, keepdim=True)
-    eligible.scatter_(1, first, valid.gather(1, first))
-    rank = torch.where(eligible, peak, -1.0).scatter(1, first, torch.inf)
-    take = min(count, T)
-    index = rank.topk(take, -1).indices
-    index = torch.where(eligible.gather(1, index), index, -1).to(torch.int32)
-    return torch.nn.functional.pad(index, (0, count - take), value=-1)
+    return select_pivots(peak, median, valid, count, floor, ratio)
 
 
 @triton.jit
@@ -188,8 +176,5 @@ def key_affine(k: Tensor, q: Tensor, valid: Tensor | None, centre: bool, balance
         deviation = ((spread + finite * (middle - mean).square()) / tokens).sqrt()
         same = q.shape[2] == T
         heard = chunk_sums(q, valid if same else None, squares=True).sum(2) / (tokens if same else q.shape[2])
-        heard = heard.unflatten(1, (H, -1)).mean(2).sqrt()
-        log = 0.5 * (deviation.clamp_min(STD_FLOOR).log() - heard.clamp_min(STD_FLOOR).log())
-        log = log - log.mean(-1, keepdim=True)
-        s = log.clamp(-math.log(GAIN_RANGE), math.log(GAIN_RANGE)).exp()
+        s = gains(deviation, heard)
     return torch.stack([c, 1 / s, s], 1)
