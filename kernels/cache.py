@@ -34,16 +34,21 @@ def named(cache: list[Tensor], layout: Layout) -> dict[str, Tensor]:
     return dict(zip(layout.fields, cache, strict=True))
 
 
-def write(
-    cache: list[Tensor], x: Tensor, at: Tensor, classes: Tensor | None, pivots: Tensor | None, layout: Layout
-) -> None:
-    """Reference of append: write q tokens at their positions."""
-    b = named(cache, layout)
+def check_tokens(b: dict[str, Tensor], x: Tensor, layout: Layout) -> None:
+    """Raises ValueError where x is not a cache's next tokens."""
     if x.dim() != 4 or x.shape[3] != layout.head_dim or x.shape[:2] != b["codes"].shape[:2]:
         raise ValueError(
             f"akvq::append: x is {list(x.shape)}, accepted: [B, H, q, D] of a cache with codes {list(b['codes'].shape)} "
             f"and head dim {layout.head_dim}; a cache from another model or batch cannot be continued"
         )
+
+
+def write(
+    cache: list[Tensor], x: Tensor, at: Tensor, classes: Tensor | None, pivots: Tensor | None, layout: Layout
+) -> None:
+    """Reference of append: write q tokens at their positions."""
+    b = named(cache, layout)
+    check_tokens(b, x, layout)
     start, end = at[:1].to(torch.int32), at[-1:].to(torch.int32) + 1
     kinds = torch.full_like(b["classes"][:, :1], TEXT).expand(-1, len(at)) if classes is None else classes
     b["classes"].index_copy_(1, at, kinds.to(torch.uint8).contiguous())
@@ -66,7 +71,7 @@ def write(
     if layout.pivots:
         b["pivot_at"].masked_fill_(b["pivot_at"] >= start, -1)
     if layout.pivots and pivots is not None:
-        keep_pivots(b, x, at, pivots, layout)
+        keep_pivots(b, x, at, pivots, None, layout, turn=False)
     ring, last = b["state"][STATE_RING : STATE_RING + 1], b["state"][STATE_END : STATE_END + 1]
     held = torch.where(
         start > last, start, torch.minimum(ring, start)
@@ -75,23 +80,28 @@ def write(
     b["state"][STATE_END : STATE_END + 1] = end
 
 
-def keep_pivots(b: dict[str, Tensor], x: Tensor, at: Tensor, pivots: Tensor, layout: Layout) -> None:
-    """Fill the pivot slots from tokens pivots [B, P] of x, where x starts a cache (its first position is 0)."""
+def keep_pivots(
+    b: dict[str, Tensor], x: Tensor, at: Tensor, pivots: Tensor, affine: Tensor | None, layout: Layout, turn: bool
+) -> None:
+    """Fill the pivot slots from tokens pivots [B, P] of x, where x starts a cache (its first position is 0).
+
+    A pivot on padding is dropped: nobody sees it. With turn=True the few chosen tokens are turned, not all of x.
+    """
     B, H, _, D = x.shape
     begins = at[0] == 0
-    row = torch.nn.functional.pad(
-        pivots.long(), (0, layout.pivots - pivots.shape[1]), value=-1
-    )  # also cuts what is too many
-    valid, row = row >= 0, row.clamp_min(0)
-    chosen = x.gather(2, row[:, None, :, None].expand(B, H, -1, D)).to(b["pivots"].dtype)
-    position = torch.where(valid, at[row], -1)
-    padding = b["classes"].gather(1, position.clamp_min(0)) == PADDING  # nobody sees padding: it takes no slot
-    position = torch.where(padding, -1, position)
-    b["pivots"].copy_(torch.where(begins, chosen, b["pivots"]))
-    b["pivot_at"].copy_(torch.where(begins, position.to(torch.int32), b["pivot_at"]))
-    is_pivot = torch.zeros(b["classes"].shape, dtype=torch.int32, device=x.device)
-    is_pivot.scatter_reduce_(1, position.clamp_min(0), ((position >= 0) & begins).to(torch.int32), "amax")
-    b["classes"].masked_fill_(is_pivot > 0, PIVOT)
+    # the padding also cuts what is too many
+    row = torch.nn.functional.pad(pivots.long(), (0, layout.pivots - pivots.shape[1]), value=-1)
+    given, row = row >= 0, row.clamp_min(0)
+    position = at[row].long()
+    given &= b["classes"].gather(1, position) != PADDING
+    chosen = x.gather(2, row[:, None, :, None].expand(B, H, -1, D))
+    chosen = turn_as_stored(chosen, affine, layout.rotated) if turn else chosen
+    kept = torch.where(given, position, -1).to(torch.int32)
+    b["pivots"].copy_(torch.where(begins, chosen.to(b["pivots"].dtype), b["pivots"]))
+    b["pivot_at"].copy_(torch.where(begins, kept, b["pivot_at"]))
+    # several slots may name one position, of which one counts: the class of a pivot is above those of vision and text
+    mark = torch.where(given & begins, PIVOT, 0).to(torch.uint8)
+    b["classes"].scatter_reduce_(1, position, mark, "amax")
 
 
 def create(

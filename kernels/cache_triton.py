@@ -21,8 +21,8 @@ import triton.language as tl
 from torch import Tensor
 
 from akvq_fx.kernels import quantizer, rotate_triton
-from akvq_fx.kernels.cache import named
-from akvq_fx.kernels.layout import DTYPE_NAMES, PADDING, PIVOT, STATE_END, STATE_RING, STATE_TEXT, TEXT, Layout
+from akvq_fx.kernels.cache import check_tokens, keep_pivots, named
+from akvq_fx.kernels.layout import DTYPE_NAMES, STATE_END, STATE_RING, STATE_TEXT, TEXT, Layout
 from akvq_fx.kernels.rotate_triton import KEYS, affine_rows, head_rows, turned
 
 SCALE_FLOOR = tl.constexpr(quantizer.SCALE_FLOOR)
@@ -195,11 +195,7 @@ def write_kernel(
 
 
 def check_fits(b: dict[str, Tensor], x: Tensor, at: Tensor, classes: Tensor | None, layout: Layout) -> None:
-    if x.dim() != 4 or x.shape[3] != layout.head_dim or x.shape[:2] != b["codes"].shape[:2]:
-        raise ValueError(
-            f"akvq::append: x is {list(x.shape)}, accepted: [B, H, q, D] of a cache with codes {list(b['codes'].shape)} "
-            f"and head dim {layout.head_dim}; a cache from another model or batch cannot be continued"
-        )
+    check_tokens(b, x, layout)
     if at.shape != x.shape[2:3] or not len(at):
         raise ValueError(
             f"akvq::append: at is {list(at.shape)}, accepted: [{x.shape[2]}], one position a token or more"
@@ -214,6 +210,9 @@ def check_fits(b: dict[str, Tensor], x: Tensor, at: Tensor, classes: Tensor | No
 
 
 def launch(b: dict[str, Tensor], x: Tensor, at: Tensor, classes, affine, layout: Layout, turn: bool) -> None:
+    reason = refusal(x, layout)
+    if reason:
+        raise ValueError(f"akvq::append: {reason}")
     B, H, q, D = x.shape
     kind = KEYS if turn and affine is not None else 0
     if kind:
@@ -237,36 +236,9 @@ def launch(b: dict[str, Tensor], x: Tensor, at: Tensor, classes, affine, layout:
         )  # fmt: skip
 
 
-def keep_pivots(b: dict[str, Tensor], x: Tensor, at: Tensor, pivots, affine, layout: Layout, turn: bool) -> None:
-    """Fill the pivot slots from tokens pivots [B, P] of x, where x starts a cache; a pivot on padding is dropped.
-
-    The kernel leaves no turned x behind, so the few tokens are gathered first and turned then.
-    """
-    B, H, _, D = x.shape
-    begins = at[0] == 0
-    row = torch.nn.functional.pad(pivots.long(), (0, layout.pivots - pivots.shape[1]), value=-1)
-    given, row = row >= 0, row.clamp_min(0)
-    position = at[row].long()
-    given &= b["classes"].gather(1, position) != PADDING
-    chosen = x.gather(2, row[:, None, :, None].expand(B, H, -1, D))
-    if turn and affine is not None:
-        chosen = rotate_triton.rotate_keys(chosen, affine)
-    elif turn and layout.rotated:
-        chosen = rotate_triton.hadamard(chosen)
-    kept = torch.where(given, position, -1).to(torch.int32)
-    b["pivots"].copy_(torch.where(begins, chosen.to(b["pivots"].dtype), b["pivots"]))
-    b["pivot_at"].copy_(torch.where(begins, kept, b["pivot_at"]))
-    # several slots may name one position, of which one counts: the class of a pivot is above those of vision and text
-    mark = torch.where(given & begins, PIVOT, 0).to(torch.uint8)
-    b["classes"].scatter_reduce_(1, position, mark, "amax")
-
-
 def write_buffers(
     b: dict[str, Tensor], x: Tensor, at: Tensor, classes, pivots, affine, layout: Layout, turn: bool, run
 ) -> None:
-    reason = refusal(x, layout)
-    if reason:
-        raise ValueError(f"akvq::append: {reason}")
     check_fits(b, x, at, classes, layout)
     run(b, x, at, classes, affine, layout, turn)
     if layout.pivots and pivots is not None:

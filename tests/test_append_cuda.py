@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from akvq_fx.kernels import append_cuda
+from akvq_fx.kernels import append_cuda, cache_triton
 from akvq_fx.kernels.layout import Layout
 from tests.test_attend_cuda import struct_fields
 
@@ -39,3 +39,11 @@ def test_a_layout_is_compiled_with_its_own_numbers():
         4,
     )
     assert (macros["CLIP"], macros["TEXT_CLIP"], macros["NORM"]) == ("0.8f", "1.0f", "0.25f")
+
+
+def test_what_only_the_triton_kernel_refuses_is_written_by_this_one():
+    layout, launched = Layout(512, torch.float32, body_bits=2), []
+    x, at = torch.zeros(1, 1, 1, 512), torch.tensor([0])
+    assert "head dim is 512" in cache_triton.refusal(x, layout)
+    cache_triton.append(layout.allocate(1, 1, 4), x, at, None, None, layout, run=lambda *call: launched.append(call))
+    assert len(launched) == 1
