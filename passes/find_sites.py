@@ -10,6 +10,7 @@ A cache in a form that cannot be packed is refused with its reason and node, and
 from __future__ import annotations
 
 from torch.fx import Node
+from torch.fx.experimental.symbolic_shapes import guard_or_false
 
 from akvq_fx.kernels.layout import DTYPE_NAMES
 from akvq_fx.passes.patterns.attention import attention_of, is_attention, prefix_of, ungrouped
@@ -143,7 +144,8 @@ def check(attention, key: CacheWrite | None, val: CacheWrite | None, length, val
         raise NoMatch("keys and values differ in length", attention.node)
     if shape(attention.query)[0] != shape(key.whole)[0]:
         raise NoMatch("the query's batch is not the cache's", attention.node)
-    if key.static and not same_size(length, value_length):
+    # two inputs, two symbols, and only the keys' is tied to the mask by the graph: equal here is enough, and leaves a guard
+    if key.static and not guard_or_false(length == value_length):
         raise NoMatch("attention sees more of the keys than of the values", attention.node)
     if key.static and attention.mask is None and same_size(length, shape(key.whole)[2]):
         raise NoMatch("a static cache is read without a mask: unwritten slots would be attended to", attention.node)

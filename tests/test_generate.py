@@ -203,3 +203,23 @@ def test_two_models_share_code_not_caches():
         assert len({row.label for row in akvq_fx.report(model).packed}) == 3
     with pytest.raises(ValueError, match="made by other weights"):
         continued(models[1], outs[0], inputs["attention_mask"], torch.full((2, 1), 33))
+
+
+STATIC = {"cache_implementation": "static"}
+BEFORE = {"growing": {}, "another_capacity": {**STATIC, "max_new_tokens": 4}}  # what runs first
+
+
+@pytest.mark.parametrize("before", list(BEFORE))
+@pytest.mark.parametrize("seed", [0, 1], ids=["same_model", "another_model"])
+def test_static_cache_is_packed_after_a_cache_of_other_length(seed, before):
+    """Dynamo remembers lengths by code and argument: now keys and values have a symbol each for one capacity."""
+    torch._dynamo.reset()
+    first, inputs = ZOO["llama"]()
+    model, plain = first if seed == 0 else ZOO["llama"](seed=seed)[0], ZOO["llama"](seed=seed)[0]
+    expected = [run(plain, inputs, **STATIC, max_new_tokens=n).sequences for n in (8, 12)]
+    for each in {first, model}:
+        each.compile(backend="akvq", options=LOSSLESS)
+    run(first, inputs, **BEFORE[before])
+    for tokens, n in zip(expected, (8, 12), strict=True):
+        assert torch.equal(run(model, inputs, **STATIC, max_new_tokens=n).sequences, tokens)
+    assert {row.status for _, row in akvq_fx.report(model).rows} == {"prompt", "packed"}
