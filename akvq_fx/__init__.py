@@ -6,6 +6,7 @@ model.generate(...)                      # the cache object, generate and the mo
 
 akvq_fx.report(model)                    # what was packed, and why not where it was not
 akvq_fx.cache_stats(past_key_values)     # tokens by class, bytes, bits per element
+akvq_fx.calibrate(model, inputs)         # where its attention goes; decides tsa_layers="auto"
 """
 
 from pathlib import Path as _Path
@@ -15,14 +16,28 @@ if not (_here / "passes").is_dir():  # a checkout: passes/ and kernels/ lie besi
     __path__.append(str(_here.parent))
 
 from akvq_fx.backend import _register_checkout, akvq  # noqa: E402
+from akvq_fx.calibrate import calibrate  # noqa: E402
 from akvq_fx.config import AKVQConfig  # noqa: E402
 from akvq_fx.explain import explain, report  # noqa: E402
 from akvq_fx.folding import unfold  # noqa: E402
 from akvq_fx.packed_kv import PackedKV  # noqa: E402
+from akvq_fx.policy import load_policy  # noqa: E402
 from akvq_fx.report import Report  # noqa: E402
 from akvq_fx.stats import cache_stats  # noqa: E402
 from akvq_fx.tokens import mark_vision  # noqa: E402
 
 _register_checkout()
 __version__ = "0.1.0"
-__all__ = ["AKVQConfig", "PackedKV", "Report", "akvq", "cache_stats", "explain", "mark_vision", "report", "unfold"]
+__all__ = [
+    "AKVQConfig",
+    "PackedKV",
+    "Report",
+    "akvq",
+    "cache_stats",
+    "calibrate",
+    "explain",
+    "load_policy",
+    "mark_vision",
+    "report",
+    "unfold",
+]

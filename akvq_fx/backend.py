@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
-from akvq_fx import compiled_generate, records, vision_carry
+from akvq_fx import compiled_generate, policy, records, vision_carry
 from akvq_fx.config import AKVQConfig
 from akvq_fx.cuda_graph import DecodeStep, recorder_for
 from akvq_fx.folding import HISTORY
@@ -74,7 +74,7 @@ class Passthrough:
 def rewrite(gm: GraphModule, example_inputs: list, config: AKVQConfig, history) -> GraphState:
     """Run the pipeline over a copy of the graph; every pass leaves a numbered artifact for TORCH_TRACE and one debug line."""
     tensors = {i: x for i, x in enumerate(example_inputs) if isinstance(x, torch.Tensor)}
-    state = GraphState(gm, config, tensors, history)
+    state = GraphState(gm, policy.resolve(config, gm, example_inputs), tensors, history)
     done: list[str] = []
     for number, step in enumerate(PIPELINE):
         begin = time.perf_counter()

@@ -7,16 +7,23 @@ import difflib
 from collections.abc import Mapping
 from typing import Any
 
-RECIPES = {
-    # the paper to the letter (arXiv 2501.15021, section III)
-    "akvq-vl": {"center_keys": False, "balance_keys": False},
-    # plus two exact identities without which keys with a bias collapse at 2 bits (docs/design.md)
-    "akvq": {"center_keys": True, "balance_keys": True},
+from akvq_fx.recipes import RECIPES
+
+# where neither the user nor the recipe says anything: AKVQ-VL's numbers, from its paper's
+DEFAULTS = {
+    "body_bits": 2,
+    "text_bits": 4,  # section III-B, text-salient attention
+    "group": 128,  # section IV-A
+    "window": 128,  # section IV-A
+    "pivots": 15,  # figure 8
+    "tsa_layers": (0, 1),  # table I, LLaVA-1.5, LLaVA-1.6-vicuna, Qwen2-VL
 }
+# a simulated recipe has its own numbers: what the packed path would do has no meaning for it
+PACKED_ONLY = ("body_bits", "text_bits", "body_clip", "text_clip", "group", "window", "pivots", "center_keys", "balance_keys",
+               "rotate")  # fmt: skip
 CLIPS = {2: 0.8, 4: 1.0, 8: 1.0, 16: 1.0}  # range clipping by bits: paper section IV-A; no clipping above 2 bits
 INNERS = ("inductor", "aot_eager", "eager")
 CHOICES = {
-    "recipe": tuple(RECIPES),
     "body_bits": (2, 4, 8, 16),
     "text_bits": (2, 4, 8, 16),
     "pivot_mode": ("topk", "massive"),
@@ -28,11 +35,13 @@ CHOICES = {
 
 @dataclasses.dataclass(frozen=True)
 class AKVQConfig:
-    """Settings of one compiled model.
+    """Settings of one compiled model. What is None is the recipe's choice, else a default; after construction nothing but mode is.
 
+    recipe          a method of akvq_fx.recipes; a simulated one takes none of PACKED_ONLY
     body_bits       bits of every token that is not salient; 16 is lossless mode: the cache is carried, nothing is quantized
     text_bits       bits of text tokens in TSA layers; 16 keeps TSA layers wholly at 16 bits
-    tsa_layers      decoder layers that attend to text first; they need vision tokens to be told apart (else they act as PSA)
+    tsa_layers      decoder layers that attend to text first; they need vision tokens to be told apart (else they act as PSA);
+                    "auto": as akvq_fx.calibrate measured, else the paper's table (akvq_fx/policy.py)
     window          most recent tokens kept at 16 bits, in every layer
     pivots          tokens kept at 16 bits in PSA layers; pivot_mode "topk" fills all slots by max |h|, "massive" only with
                     tokens above massive_floor and massive_ratio times the median
@@ -44,17 +53,17 @@ class AKVQConfig:
     """
 
     recipe: str = "akvq"
-    body_bits: int = 2
-    text_bits: int = 4  # paper section III-B, text-salient attention
+    body_bits: int | None = None
+    text_bits: int | None = None
     body_clip: float | None = None
     text_clip: float | None = None
-    group: int = 128  # paper section IV-A
-    window: int = 128  # paper section IV-A
-    pivots: int = 15  # paper figure 8
+    group: int | None = None
+    window: int | None = None
+    pivots: int | None = None
     pivot_mode: str = "topk"
     massive_floor: float = 100.0  # Sun et al., arXiv 2402.17762
     massive_ratio: float = 1000.0  # the same
-    tsa_layers: tuple[int, ...] = (0, 1)  # paper table I, LLaVA-1.5, LLaVA-1.6-vicuna, Qwen2-VL
+    tsa_layers: tuple[int, ...] | str | None = None
     center_keys: bool | None = None
     balance_keys: bool | None = None
     rotate: bool | None = None
@@ -65,6 +74,9 @@ class AKVQConfig:
     mode: str | None = None
 
     def __post_init__(self):
+        if self.recipe not in tuple(RECIPES):
+            self._refuse("recipe", "one of " + ", ".join(map(repr, RECIPES)))
+        self._choose()
         for name, accepted in CHOICES.items():
             if getattr(self, name) not in accepted:
                 self._refuse(name, "one of " + ", ".join(map(repr, accepted)))
@@ -87,24 +99,50 @@ class AKVQConfig:
                 object.__setattr__(self, name, CLIPS[bits])
             elif not _is_number(clip) or not 0 < clip <= 1:
                 self._refuse(name, "a number in (0, 1]")
-        if isinstance(self.tsa_layers, (str, bytes)) or not all(_is_int(i) and i >= 0 for i in self.tsa_layers):
-            self._refuse("tsa_layers", "a sequence of layer numbers >= 0")
-        object.__setattr__(self, "tsa_layers", tuple(sorted(set(self.tsa_layers))))
+        if self.tsa_layers != "auto":  # which akvq_fx/policy.py makes layer numbers of, before any pass runs
+            if isinstance(self.tsa_layers, (str, bytes)) or not all(_is_int(i) and i >= 0 for i in self.tsa_layers):
+                self._refuse("tsa_layers", 'a sequence of layer numbers >= 0, or "auto"')
+            object.__setattr__(self, "tsa_layers", tuple(sorted(set(self.tsa_layers))))
         if self.mode is not None and self.inner != "inductor":
             self._refuse("mode", f"None when inner={self.inner!r}: only Inductor has modes")
-        lossless = self.body_bits == 16
-        for name, value in RECIPES[self.recipe].items():
+
+    def _choose(self):
+        """Put the recipe's choice, else the default, where the user gave none."""
+        recipe = RECIPES[self.recipe]
+        if recipe.simulated:
+            for name in PACKED_ONLY:
+                if getattr(self, name) is not None:
+                    packed = ", ".join(repr(r.name) for r in RECIPES.values() if not r.simulated)
+                    self._refuse(
+                        name,
+                        f"no value with recipe={self.recipe!r}, which has its own numbers, or a packed recipe: {packed}",
+                    )
+            if self.mode == "reduce-overhead":
+                self._refuse(
+                    "mode", f"others with recipe={self.recipe!r}: a simulated cache cannot be read in a CUDA graph"
+                )
+        chosen = {**DEFAULTS, **recipe.options}
+        if recipe.simulated:
+            chosen |= {"body_bits": 16, "window": 0, "pivots": 0}
+        bits = chosen["body_bits"] if self.body_bits is None else self.body_bits
+        if bits == 16:  # the cache is carried as it is
+            chosen |= {"center_keys": False, "balance_keys": False, "rotate": False}
+        chosen.setdefault("rotate", True)
+        for name, value in chosen.items():
             if getattr(self, name) is None:
-                object.__setattr__(self, name, value and not lossless)
-        if self.rotate is None:
-            object.__setattr__(self, "rotate", not lossless)
+                object.__setattr__(self, name, value)
 
     def _refuse(self, name: str, accepted: str):
         raise ValueError(f"akvq: option {name}={getattr(self, name)!r} is not accepted; accepted: {accepted}")
 
     @property
+    def simulated(self) -> bool:
+        """Tokens are kept as they are and quantized whenever they are read, by the recipe's arithmetic."""
+        return RECIPES[self.recipe].simulated
+
+    @property
     def lossless(self) -> bool:
-        return self.body_bits == 16
+        return self.body_bits == 16 and not self.simulated
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any] | None, mode: str | None = None) -> AKVQConfig:

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from akvq_fx.packed_kv import PackedKV, token_counts
+from akvq_fx.kernels.layout import PADDING, STATE_END, VISION
+from akvq_fx.packed_kv import TOKENS, PackedKV, token_counts
 
 
 @dataclass
@@ -18,6 +19,8 @@ class CacheStats:
 
     packed_bytes     packed tensors          plain_bytes      tensors that stayed at 16 (or 32) bits
     bytes_16bit      the same cache at 16 bits a number       bits_per_element  of the packed tensors
+    simulated_tensors  packed tensors of a simulated recipe, which keep every number; their bytes are those of the originals
+    method_bits        per cached number of those: what a real cache of the method would take at these tokens
     """
 
     packed_tensors: int = 0
@@ -26,6 +29,8 @@ class CacheStats:
     plain_bytes: int = 0
     elements: int = 0
     plain_elements: int = 0
+    simulated_tensors: int = 0
+    method_bits: float | None = None
     tokens: dict[str, dict[str, int]] = field(default_factory=dict)
 
     @property
@@ -48,6 +53,11 @@ class CacheStats:
             f"plain tensors {self.plain_tensors}, {self.plain_bytes:,} bytes",
             f"the same cache at 16 bits {self.bytes_16bit:,} bytes, {self.ratio:.2f} times as much",
         ]
+        if self.simulated_tensors:
+            lines.append(
+                f"of these are simulated {self.simulated_tensors}, which save no bytes: "
+                f"a real cache of the method takes {self.method_bits:.2f} bits per element"
+            )
         lines += [
             f"{policy} tokens: " + ", ".join(f"{k} {v}" for k, v in counts.items())
             for policy, counts in self.tokens.items()
@@ -60,7 +70,7 @@ def cache_stats(cache: Any) -> CacheStats:
 
     Raises TypeError where no tensor is found in it.
     """
-    stats, seen = CacheStats(), set()
+    stats, seen, method_bits = CacheStats(), set(), []
     for tensor in tensors_of(cache):
         if id(tensor) in seen or not tensor.is_floating_point():
             continue
@@ -70,7 +80,10 @@ def cache_stats(cache: Any) -> CacheStats:
             stats.packed_bytes += tensor.nbytes_packed
             stats.elements += tensor.numel()
             layout = tensor.layout_of
+            if layout.simulate:
+                method_bits.append(method_bits_of(tensor))
             policy = "lossless" if layout.lossless else "TSA" if layout.text_bits else "PSA"
+            policy = "simulated" if layout.simulate else policy
             if policy not in stats.tokens:
                 stats.tokens[policy] = token_counts(tensor)
         elif tensor.dim() >= 3 and tensor.numel():
@@ -81,7 +94,19 @@ def cache_stats(cache: Any) -> CacheStats:
         raise TypeError(
             f"akvq: no cache tensors found in {type(cache).__name__}; accepted: a cache object, tensors, or containers of them"
         )
+    if method_bits:
+        stats.simulated_tensors, stats.method_bits = len(method_bits), sum(method_bits) / len(method_bits)
     return stats
+
+
+def method_bits_of(packed: PackedKV) -> float:
+    """Bits per cached number of a simulated tensor's method, for rows of the mean number of real tokens."""
+    storage = packed._storage()
+    end = packed.shape[TOKENS] if storage.end is not None else int(storage["state"][STATE_END])
+    classes = packed.classes()[:, :end]
+    real, vision = (int(mask.sum()) for mask in (classes != PADDING, classes == VISION))
+    tokens = max(1, round(real / classes.shape[0]))
+    return packed.layout_of.simulation.bits(packed.shape[3], packed.shape[1], tokens, vision / max(1, real))
 
 
 def tensors_of(cache: Any) -> Iterator[Tensor]:

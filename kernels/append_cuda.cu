@@ -1,7 +1,10 @@
-// akvq::append for NVIDIA GPUs; kernels/append_cuda.py launches it. One warp turns, clips, quantizes, packs and writes a token of one head.
+// akvq::append and akvq::pack for NVIDIA GPUs; kernels/append_cuda.py launches them. Tokens are turned, clipped, quantized, packed and
+// written in one go. Arithmetic is in the order of kernels/quantizer.py, to the bit.
 //
-// A lane holds channels lane, lane + 32, ...: the Walsh-Hadamard butterflies below 32 are lane exchanges, those above are between a
-// lane's own registers, and rows are read and written side by side. Arithmetic is in the order of kernels/quantizer.py, to the bit.
+// append  a warp a token of one head, for every layout. A lane holds channels lane, lane + 32, ...: the Walsh-Hadamard butterflies
+//         below 32 are lane exchanges, those above are between a lane's own registers.
+// pack    four lanes a token, for a prompt at 2 bits. A lane holds runs of 8 channels, 8 * lane + 32 * run: only the butterflies of 8
+//         and 16 are lane exchanges, and rows are read, and words written, 16 bytes at a time.
 //
 // Compile-time: HEAD_DIM, DTYPE (0 fp16, 1 bf16, 2 fp32), TURN (0 no, 1 H x, 2 H((x - c) / s)), BITS and TEXT_BITS (2, 4, 8; 16: a
 // lossless body; 0: no text overlay), CLIP, TEXT_CLIP, GROUPS, NORM (the transform's, order**-0.5), WARPS.
@@ -139,6 +142,18 @@ __device__ __forceinline__ void quantize(const float (&x)[N], float clip, u8 *sc
     __syncwarp();
 }
 
+// What a call changes beside its tokens, by the worker that begins a row, and by the first one.
+__device__ __forceinline__ void finish(const Params &p, int batch, int head, int first, i64 worker, int lane) {
+    const int start = (int)p.at[0], end = (int)p.at[p.tokens - 1] + 1;
+    if (head == 0 && first == 0)  // a crop may have moved the end back: pivots from here on are gone
+        for (int i = lane; i < p.pivots; i += 32)
+            if (p.pivot_at[batch * p.pivots + i] >= start) p.pivot_at[batch * p.pivots + i] = -1;
+    if (worker == 0 && lane == 0) {  // a write past the end leaves a gap that the ring never held
+        const int held = start > p.state[0] ? start : min(p.state[1], start);
+        p.state[1] = max(held, end - p.window), p.state[0] = end;
+    }
+}
+
 extern "C" __global__ void __launch_bounds__(32 * WARPS) append(const __grid_constant__ Params p) {
     __shared__ u8 scratches[WARPS][D];
     const int lane = threadIdx.x % 32;
@@ -201,12 +216,143 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) append(const __grid_con
             }
         }
     }
-    const int start = (int)p.at[0], end = (int)p.at[p.tokens - 1] + 1;
-    if (head == 0 && first == 0)  // a crop may have moved the end back: pivots from here on are gone
-        for (int i = lane; i < p.pivots; i += 32)
-            if (p.pivot_at[batch * p.pivots + i] >= start) p.pivot_at[batch * p.pivots + i] = -1;
-    if (worker == 0 && lane == 0) {  // a write past the end leaves a gap that the ring never held
-        const int held = start > p.state[0] ? start : min(p.state[1], start);
-        p.state[1] = max(held, end - p.window), p.state[0] = end;
-    }
+    finish(p, batch, head, first, worker, lane);
 }
+
+#if PACKS
+constexpr int RUNS = D / 32, OWN = 8 * RUNS, WORDS = D / 8;  // of a lane: runs of 8 channels, channels; of a token: 16-bit words
+
+// Codes of 2 bits without a division an element: code = (y > half) + (y >= middle) + (y > most), the largest or smallest y whose
+// quotient y / scale, rounded to fp32, still rounds to that code. An exact multiple of scale and its neighbour are the candidates.
+__device__ __forceinline__ float last_below(float multiple, float scale, float quotient) {
+    const float above = __uint_as_float(__float_as_uint(multiple) + 1);
+    return above / scale > quotient ? multiple : above;
+}
+__device__ __forceinline__ float first_from(float multiple, float scale, float quotient) {
+    const float below = __uint_as_float(__float_as_uint(multiple) - 1);
+    return below / scale >= quotient ? below : multiple;
+}
+
+__device__ __forceinline__ void turn(float (&x)[OWN], const float (&centre)[OWN], const float (&gain)[OWN], int lane) {
+    if (TURN == 2) {
+#pragma unroll
+        for (int i = 0; i < OWN; i++) x[i] = (x[i] - centre[i]) * gain[i];
+    }
+#pragma unroll
+    for (int h = 1; h < D; h *= 2) {
+        if (h == 8 || h == 16) {
+#pragma unroll
+            for (int i = 0; i < OWN; i++) {
+                const float other = __shfl_xor_sync(ALL, x[i], h / 8);
+                x[i] = lane & h / 8 ? other - x[i] : x[i] + other;
+            }
+        } else {
+            const int step = h < 8 ? h : h / 4;  // registers between the two channels
+#pragma unroll
+            for (int i = 0; i < OWN; i++) {
+                if (i & step) continue;
+                const float a = x[i], b = x[(i | step) % OWN];
+                x[i] = a + b, x[(i | step) % OWN] = a - b;
+            }
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < OWN; i++) x[i] = rounded(x[i] * NORM);
+}
+
+extern "C" __global__ void __launch_bounds__(32 * WARPS, 3) pack(const __grid_constant__ Params p) {
+    const int lane = threadIdx.x % 4, row = threadIdx.x % 32 / 4;
+    const int span = 8 * p.share, parts = (p.tokens + span - 1) / span;
+    const i64 worker = (i64)blockIdx.x * WARPS + threadIdx.x / 32, lead = worker / parts;
+    if (lead >= (i64)p.batch * p.heads) return;
+    const int batch = (int)(lead / p.heads), head = (int)(lead % p.heads);
+    const int first = (int)(worker % parts) * span, last = min(first + span, p.tokens);
+
+    float centre[OWN], gain[OWN];
+    if (TURN == 2) {
+        const float *map = p.affine + ((i64)batch * 3 * p.heads + head) * D;
+#pragma unroll
+        for (int i = 0; i < OWN; i++) {
+            const int channel = i / 8 * 32 + 8 * lane + i % 8;
+            centre[i] = map[channel], gain[i] = map[(i64)p.heads * D + channel];
+        }
+    }
+    const u16 *rows = (const u16 *)p.x + batch * p.x_b + head * p.x_h + 8 * lane;
+    auto load = [&](uint4 (&raw)[RUNS], int token) {
+        const u16 *from = rows + min(token, last - 1) * p.x_t;
+#pragma unroll
+        for (int run = 0; run < RUNS; run++) raw[run] = *(const uint4 *)(from + 32 * run);
+    };
+    uint4 raw[RUNS];
+    load(raw, first + row);
+    for (int begin = first; begin < last; begin += 8) {
+        const int token = begin + row;
+        const bool real = token < last;
+        const int slot = (int)p.at[min(token, last - 1)];
+        float x[OWN];
+#pragma unroll
+        for (int run = 0; run < RUNS; run++) {
+            const u32 pair[4] = {raw[run].x, raw[run].y, raw[run].z, raw[run].w};
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                x[8 * run + 2 * i] = DTYPE == 1 ? __uint_as_float(pair[i] << 16) : from_half((u16)pair[i]);
+                x[8 * run + 2 * i + 1] = DTYPE == 1 ? __uint_as_float(pair[i] & 0xffff0000u) : from_half((u16)(pair[i] >> 16));
+            }
+        }
+        if (begin + 8 < last) load(raw, token + 8);
+        if (TURN) turn(x, centre, gain, lane);
+
+        if (real && p.window && token >= p.tokens - p.window) {
+            u16 *to = (u16 *)p.ring + (lead * p.window + slot % p.window) * D + 8 * lane;
+#pragma unroll
+            for (int run = 0; run < RUNS; run++) {
+                u32 pair[4];
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    const float a = x[8 * run + 2 * i], b = x[8 * run + 2 * i + 1];
+                    pair[i] = DTYPE == 1 ? to_bf16(a) | (u32)to_bf16(b) << 16 : to_half(a) | (u32)to_half(b) << 16;
+                }
+                *(uint4 *)(to + 32 * run) = make_uint4(pair[0], pair[1], pair[2], pair[3]);
+            }
+        }
+
+        float low = INFINITY, high = -INFINITY;
+        bool broken = false;
+#pragma unroll
+        for (int i = 0; i < OWN; i++) low = fminf(low, x[i]), high = fmaxf(high, x[i]), broken |= x[i] != x[i];
+#pragma unroll
+        for (int h = 1; h < 4; h *= 2) {
+            low = fminf(low, __shfl_xor_sync(ALL, low, h));
+            high = fmaxf(high, __shfl_xor_sync(ALL, high, h));
+        }
+        broken = __ballot_sync(ALL, broken) >> 4 * row & 15;
+        low = broken ? NAN : low * CLIP, high = broken ? NAN : high * CLIP;
+        float scale = high / 3 - low / 3;
+        scale = scale < SCALE_FLOOR ? SCALE_FLOOR : scale;
+        const u16 scale_half = saturated(scale), low_half = saturated(low);
+        scale = from_half(scale_half), low = from_half(low_half);
+        const float half = last_below(.5f * scale, scale, .5f), middle = first_from(1.5f * scale, scale, 1.5f);
+        const float most = last_below(2.5f * scale, scale, 2.5f);
+
+        u32 words[4] = {0, 0, 0, 0};  // two neighbouring words in each; a lane's codes of a word are WORDS channels apart
+#pragma unroll
+        for (int i = 0; i < OWN; i++) {
+            const float y = x[i] - low;
+            const u32 code = (u32)(y > half) + (u32)(y >= middle) + (u32)(y > most);
+            words[i % 8 / 2] |= code << (i / 8 * (32 / WORDS) * 2 + 16 * (i % 2));
+        }
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            words[i] <<= 8 * lane / WORDS * 2;
+            if (WORDS <= 8) words[i] |= __shfl_xor_sync(ALL, words[i], 1);
+            if (WORDS <= 16) words[i] |= __shfl_xor_sync(ALL, words[i], 2);
+        }
+        if (!real || slot < 0 || slot >= p.capacity) continue;
+        const i64 place = lead * p.capacity + slot;
+        if (8 * lane < WORDS) *(uint4 *)((u16 *)p.codes + place * WORDS + 8 * lane) = make_uint4(words[0], words[1], words[2], words[3]);
+        if (lane == 0) ((u32 *)p.range)[place] = scale_half | (u32)low_half << 16;
+        if (head == 0 && lane == 0) p.classes[(i64)batch * p.capacity + slot] = p.kinds ? p.kinds[batch * p.kinds_b + token * p.kinds_t] : TEXT;
+    }
+    finish(p, batch, head, first, worker, threadIdx.x % 32);
+}
+#endif

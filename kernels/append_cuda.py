@@ -19,7 +19,10 @@ DTYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 HEAD_DIM_MAX = 512  # 16 channels a lane
 GROUPS_MAX = 4  # each costs a reduction over the warp
 WARPS = 4
-SHARE = 8  # tokens a warp takes where there are many, so that it reads the affine map once
+SHARE = 8  # tokens a warp (in pack: every four lanes of it) takes where there are many, so that it reads the affine map once
+PACKED_DIMS = (64, 128)  # of pack: four lanes hold a token, and its centre and gains, in registers
+PACKED_TOKENS = 64  # fewer are appended a warp each
+PACK_ROWS = 8  # tokens that a warp packs at a time
 MANY = 1 << 16  # rows: enough warps to fill a GPU even with SHARE tokens each
 POINTERS = ("x", "at", "kinds", "affine", "state", "classes", "codes", "range", "ring", "pivot_at")
 POINTERS += ("text_codes", "text_range", "text_at")
@@ -36,6 +39,8 @@ class Params(ctypes.Structure):
 
 def refusal(x: Tensor, layout: Layout) -> str:
     """Why this kernel cannot write x to a cache of this layout; "" where it can."""
+    if layout.simulate:
+        return f"the cache is simulated: {layout.simulate}"
     if layout.dtype not in DTYPES or x.dtype != layout.dtype:
         return f"x is {x.dtype} and the cache {layout.dtype}, accepted: both float16, bfloat16 or float32"
     if layout.head_dim > HEAD_DIM_MAX or layout.groups > GROUPS_MAX:
@@ -72,15 +77,24 @@ def launch(b: dict[str, Tensor], x: Tensor, at: Tensor, classes, affine, layout:
     params.x_b, params.x_h, params.x_t = x.stride()[:3]
     params.batch, params.heads, params.tokens, params.capacity = B, H, q, b["codes"].shape[2]
     params.share = SHARE if B * H * q >= MANY else 1
+    fast = packs(x, layout)
     params.text_capacity = b["text_codes"].shape[2] if layout.text_bits else 0
     params.window, params.pivots = layout.window, layout.pivots
-    kernel = nvrtc.compiled(x.device.index, "append_cuda", ("append",), macros(layout, form))["append"]
-    workers = B * H * -(-q // params.share)
+    name = "pack" if fast else "append"
+    kernel = nvrtc.compiled(x.device.index, "append_cuda", (name,), macros(layout, form, fast))[name]
+    workers = B * H * -(-q // (params.share * (PACK_ROWS if fast else 1)))
     with torch.cuda.device(x.device):
         nvrtc.launch(kernel, (-(-workers // WARPS), 1, 1), 32 * WARPS, params)
 
 
-def macros(layout: Layout, form: int) -> tuple:
+def packs(x: Tensor, layout: Layout) -> bool:
+    """The tokens are a prompt in a form that the kernel `pack` takes: 2 bits, one range a token, rows of whole 16 bytes."""
+    simple = layout.body_bits == 2 and layout.groups == 1 and not layout.text_bits and layout.head_dim in PACKED_DIMS
+    aligned = x.itemsize == 2 and x.data_ptr() % 16 == 0 and all(step % 8 == 0 for step in x.stride()[:3])
+    return simple and aligned and x.shape[2] >= PACKED_TOKENS
+
+
+def macros(layout: Layout, form: int, fast: bool) -> tuple:
     exact = lambda number: f"{float(number)!r}f"
     return (
         *(("HEAD_DIM", layout.head_dim), ("DTYPE", DTYPES[layout.dtype]), ("TURN", form), ("GROUPS", layout.groups)),
@@ -89,5 +103,10 @@ def macros(layout: Layout, form: int) -> tuple:
             ("CLIP", exact(layout.body_clip)),
             ("NORM", exact(order_of(layout.head_dim) ** -0.5)),
         ),
-        *(("TEXT_BITS", layout.text_bits), ("TEXT_CLIP", exact(layout.text_clip)), ("WARPS", WARPS)),
+        *(
+            ("TEXT_BITS", layout.text_bits),
+            ("TEXT_CLIP", exact(layout.text_clip)),
+            ("WARPS", WARPS),
+            ("PACKS", int(fast)),
+        ),
     )

@@ -4,7 +4,9 @@ q            [B, Hq, q, D]   floating, rotated as the keys are, or with turn=Tru
                              cache's H (GQA, MQA)
 key, value   buffers of one packed tensor each (kernels/layout.py); layouts may differ
 length       int or None     T, tokens that attention sees; None: as many as the key cache holds, read on the device
-fresh_key, fresh_value  [B, H, q, D] and at [q]: this step's tokens, read at full precision whatever the ring holds
+fresh_key, fresh_value  [B, H, q, D] and at [q]: this step's tokens and the positions, one after the other, that they take. They
+                             are read at full precision. Of the cache only what stands before at[0] is read, and nothing after
+                             at[-1] is seen: whether append has written them already or not, and whatever a crop left behind
 mask         None, or bool / float broadcastable to [B, Hq, q, T], as torch's scaled_dot_product_attention takes it; where
              length is None it may have more columns. Under a mask, positions that nothing was written to are not seen
 scale        None for 1/sqrt(D);  is_causal  as torch's (aligned to the top left)
@@ -23,6 +25,7 @@ from akvq_fx.kernels.cache import named, read
 from akvq_fx.kernels.choose import choose
 from akvq_fx.kernels.layout import STATE_END, Layout
 from akvq_fx.kernels.rotate import hadamard, rotate_queries
+from akvq_fx.kernels.simulate import squeezed
 
 FASTER = {"cuda": ("attend_cuda", "attend_triton"), "cpu": ("attend_cpu",)}  # before the reference, by device
 TURNS = "attend_cuda"  # turns queries in its own launch
@@ -30,24 +33,39 @@ TURNS = "attend_cuda"  # turns queries in its own launch
 
 def reference(q, key, value, key_layout: Layout, value_layout: Layout, length, mask, scale, is_causal, fresh) -> Tensor:
     b = named(key, key_layout)
-    end = b["state"][STATE_END]
+    end = b["state"][STATE_END] if fresh is None else fresh[2][-1] + 1
     if length is None and key_layout.lossless and value_layout.lossless:
         # nothing is dequantized, so all of the capacity may be read, and its length stays on the device
         length = b["codes"].shape[2] if mask is None else min(b["codes"].shape[2], mask.shape[-1])
         mask = torch.ones(1, length, dtype=torch.bool, device=q.device) if mask is None else mask
     length = int(end) if length is None else length
+    if mask is None and fresh is not None and not is_causal:
+        mask = torch.ones(1, length, dtype=torch.bool, device=q.device)
     if mask is not None:
         mask = mask[..., :length]
         written = torch.arange(mask.shape[-1], device=mask.device) < end
         mask = mask & written if mask.dtype == torch.bool else mask.masked_fill(~written, -torch.inf)
-    k, v = read(key, length, key_layout), read(value, length, value_layout)
+    past = past_of(q, b["state"][STATE_END], fresh) if key_layout.simulate or value_layout.simulate else None
+    k, v = read(key, length, key_layout, past), read(value, length, value_layout, past)
     if fresh is not None:
         fresh_key, fresh_value, at = fresh
         k, v = k.index_copy(2, at, fresh_key.to(k.dtype)), v.index_copy(2, at, fresh_value.to(v.dtype))
+    if key_layout.simulate:
+        mask, is_causal = squeezed(q, k, b, key_layout, past, mask, scale, is_causal)
     gqa = q.shape[1] != k.shape[1]
     return F.scaled_dot_product_attention(
         q, k.to(q.dtype), v.to(q.dtype), attn_mask=mask, scale=scale, is_causal=is_causal, enable_gqa=gqa
     )
+
+
+def past_of(q: Tensor, end: Tensor, fresh) -> int:
+    """Tokens cached before this call: a simulation quantizes no token in the step that brings it.
+
+    A prompt that attends to its own packed tokens (prefill="quantized") has no fresh ones and reads all of them quantized.
+    """
+    if fresh is not None:
+        return min(int(end), int(fresh[2][0]))
+    return int(end) - 1 if q.shape[2] == 1 else int(end)
 
 
 @torch.library.custom_op("akvq::attend", mutates_args=())
@@ -77,7 +95,7 @@ def attend(
         call = (q, *call[1:])
     if kernel is not None:
         return kernel(*call)
-    fresh = None if fresh_key is None else (fresh_key, fresh_value, at)
+    fresh = (fresh_key, fresh_value, at) if at is not None and at.shape[0] else None
     out = reference(q, key, value, *layouts, length, mask, scale, is_causal, fresh)
     return out.clone(memory_format=torch.contiguous_format)
 

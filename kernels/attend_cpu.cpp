@@ -304,10 +304,12 @@ void take_plan(Arena& arena, Plan& plan) {
 
 extern "C" int akvq_attend(const Call* call_, const Cache* key, const Cache* value) {
   Call call = *call_;
-  call.length = call.length < 0 ? key->state[END] : call.length;
+  // nothing after the fresh tokens is seen; they own their positions, whatever the ring and the pivots hold of them
+  const int64_t end = call.fresh_count ? call.at[call.fresh_count - 1] + 1 : key->state[END];
+  call.length = call.length < 0 ? end : call.length;
   for (int64_t i = 0; i < call.fresh_count; i++)
     if (call.at[i] < 0 || call.at[i] >= call.length) return BAD_POSITION;
-  if (call.mask) call.length = std::min<int64_t>(call.length, key->state[END]);
+  if (call.mask || call.fresh_count) call.length = std::min(call.length, end);
   if (call.is_causal) call.length = std::min(call.length, call.tokens);
   call.length = std::max<int64_t>(call.length, 0);
   const int64_t R = call.query_heads / call.heads * call.tokens, heads = call.batch * call.heads;

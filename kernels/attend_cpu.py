@@ -153,17 +153,22 @@ def refusal(
         reason = layout_refusal(layout) or buffers_refusal(cache, layout, B, heads)
         if reason:
             return f"{name} cache: {reason}"
-    tokens = int(key[0][STATE_END]) if length is None else length
+    reason = fresh_refusal(q, fresh_key, fresh_value, at, heads, value_layout.head_dim)
+    if reason:
+        return reason
+    end = key[0][STATE_END] if at is None or not at.shape[0] else at[-1] + 1
+    tokens = int(end) if length is None else length
     if tokens > min(key[2].shape[2], value[2].shape[2]) or tokens < 0:
         return f"length is {tokens}, accepted: 0 to the capacity {min(key[2].shape[2], value[2].shape[2])}"
-    reason = "" if mask is None else mask_refusal(q, mask, tokens, is_causal)
-    return reason or fresh_refusal(q, fresh_key, fresh_value, at, heads, value_layout.head_dim) or library()[1]
+    return ("" if mask is None else mask_refusal(q, mask, tokens, is_causal)) or library()[1]
 
 
 @functools.cache
 def layout_refusal(layout: Layout) -> str:
     if layout.lossless:
         return "it is lossless, accepted: 2, 4 or 8 bits"
+    if layout.simulate:
+        return f"it is simulated, {layout.simulate}, accepted: 2, 4 or 8 bits"
     if layout.head_dim > LARGEST_HEAD:
         return f"its head dim is {layout.head_dim}, accepted: up to {LARGEST_HEAD}"
     return ""

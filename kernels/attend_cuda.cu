@@ -343,12 +343,12 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) attend(const __
     const int rows = min(ROWS, p.rows - row0);
 
     // Which positions stand where.
-    const int end = p.state[0];
-    const int length = p.length < 0 ? end : p.length;
-    const int limit = MASK ? min(length, end) : length;
-    const int ring_end = min(end, length), ring_start = p.window ? min(ring_end, max(p.state[1], end - p.window)) : ring_end;
-    const int fresh_start = p.fresh_count ? (int)p.fresh_at[0] : 0, fresh_end = fresh_start + p.fresh_count;
-    const int body_end = ring_end == limit && p.window ? min(ring_start, limit) : limit;
+    const int end = p.state[0];  // of what was appended: the fresh tokens may be there already or not
+    const int fresh_start = p.fresh_count ? (int)p.fresh_at[0] : end, last = fresh_start + p.fresh_count;
+    const int seen_end = p.length < 0 ? last : MASK || p.fresh_count ? min(p.length, last) : p.length;
+    const int stored = p.fresh_count ? min(seen_end, fresh_start) : seen_end;  // so many of them in the cache
+    const int ring_end = min(end, stored), ring_start = p.window ? min(ring_end, max(p.state[1], end - p.window)) : ring_end;
+    const int body_end = ring_end == stored ? ring_start : stored;
     const int pivot = lane < p.pivots ? p.pivot_at[batch * p.pivots + lane] : -1;
     const long long mask_base = batch * p.mask_b + (bh % p.heads) * (p.rows / p.queries) * p.mask_h;
 
@@ -447,13 +447,12 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) attend(const __
         } else if (i < ring_tiles + pivot_tiles) {
             slot += 16 * (i - ring_tiles), count = p.pivots, keys = p.key.pivots, values = p.value.pivots;
             position = __shfl_sync(ALL, pivot, min(slot, 31));
-            if (slot >= count || position >= length || (position >= ring_start && position < ring_end)) position = -1;
+            if (slot >= count || position >= stored || (position >= ring_start && position < ring_end)) position = -1;
         } else {
             slot += 16 * (i - ring_tiles - pivot_tiles), count = p.fresh_count, keys = p.key.fresh, values = p.value.fresh;
-            position = slot < count && fresh_start + slot < length ? fresh_start + slot : -1;
+            position = slot < count && fresh_start + slot < seen_end ? fresh_start + slot : -1;
         }
-        if (i < ring_tiles + pivot_tiles && position >= fresh_start && position < fresh_end) position = -1;
-        bool seen = position >= 0 && !(MASK && position >= end);
+        bool seen = position >= 0;
         if (seen && MASK == 1) seen = ((const u8 *)p.mask)[mask_base + position * p.mask_t];
         const u32 live = __ballot_sync(ALL, seen) & 0xffffu;
         if (!live) continue;
@@ -538,7 +537,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) attend(const __
     }
 
     // The body at 2 bits.
-    const int plain_end = min(body_end, min(ring_start < ring_end ? ring_start : body_end, p.fresh_count ? fresh_start : body_end));
+    const int plain_end = ring_start < ring_end ? min(body_end, ring_start) : body_end;
     const u8 *mask = (const u8 *)p.mask + mask_base;
     auto seen_by_all = [&](int tile, int x) {  // this lane's position of a tile, from x on: loaded a tile ahead, like the codes
         const int position = min(tile * TILE, last_start) + x + lane;
@@ -569,7 +568,6 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) attend(const __
         if (MASK == 1 || found || first + TILE > plain_end || first < number * TILE) {
             live = bits_between(first, number * TILE, body_end);
             if (body_end > ring_start) live &= ~bits_between(first, ring_start, ring_end);
-            if (p.fresh_count) live &= ~bits_between(first, fresh_start, fresh_end);
             while (found) {
                 live &= ~(1ull << (__shfl_sync(ALL, pivot, __ffs(found) - 1) - first));
                 found &= found - 1;

@@ -57,6 +57,8 @@ class _Params(ctypes.Structure):
 def refusal(q, key, value, length, mask, scale, is_causal, fresh_key, fresh_value, at, key_layout, value_layout) -> str:
     """Why this path does not take the call of kernels.attend.attend; "" where it does."""
     k, v = key_layout, value_layout
+    if k.simulate or v.simulate:
+        return f"the cache is simulated: {k.simulate} {v.simulate}"
     alike = ("head_dim", "dtype", "body_bits", "text_bits", "window", "pivots", "groups")
     different = [name for name in alike if getattr(k, name) != getattr(v, name)]
     if different:

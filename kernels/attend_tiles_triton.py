@@ -9,8 +9,9 @@ token tiles  N tokens each, of five segments: body, text overlay, pivots, ring, 
              [splits, B, Hq, q] fp32 for `combine`
 
 Every position is read from one segment: fresh tokens by their range, the ring by its range, the others by their class, which
-names the one overlay that holds them (PIVOT, TEXT) or none. A slot that nothing was written to may hold NaN: its load is masked
-for keys and values alike, because 0 * NaN is NaN. DP is a head dim padded to a power of two of 16 or more, as tl.dot asks.
+names the one overlay that holds them (PIVOT, TEXT) or none. Where there are fresh tokens, the other segments end before them.
+A slot that nothing was written to may hold NaN: its load is masked for keys and values alike, because 0 * NaN is NaN. DP is a
+head dim padded to a power of two of 16 or more, as tl.dot asks.
 Source: FlashAttention-2, arXiv 2307.08691 (online softmax); Flash-Decoding (splits over tokens).
 """
 
@@ -134,26 +135,28 @@ def attend_tiles(
     if MASK != NO_MASK:
         mask_row = mask + b * mask_b + head * mask_h + token.to(tl.int64) * mask_q
 
-    end = tl.load(state + STATE_END)
-    seen = end
-    if HAS_LENGTH:
-        seen = length
-    if MASK != NO_MASK:
-        seen = tl.minimum(seen, tl.minimum(end, columns))
-    if IS_CAUSAL:
-        seen = tl.minimum(seen, (tl.minimum(tile * M + M, tokens * SHARE) - 1) // SHARE + 1)
-
-    # what fresh tokens and the ring hold, and where the body ends if they hold its tail
-    first, last, held = end, end, end
+    end = tl.load(state + STATE_END)  # of what was appended: the fresh tokens may be there already or not
+    first, last = end, end
     if FRESH:
         first = tl.load(at).to(tl.int32)
         last = first + fresh_tokens
+    seen = last
+    if HAS_LENGTH:
+        seen = length
+        if FRESH or MASK != NO_MASK:
+            seen = tl.minimum(seen, last)
+    if MASK != NO_MASK:
+        seen = tl.minimum(seen, columns)
+    if IS_CAUSAL:
+        seen = tl.minimum(seen, (tl.minimum(tile * M + M, tokens * SHARE) - 1) // SHARE + 1)
+
+    # how much of it the cache holds, from where on the ring does, and where the body ends if the ring holds its tail
+    stored, held = seen, end
+    if FRESH:
+        stored = tl.minimum(seen, first)
     if WINDOW > 0:
         held = tl.maximum(tl.load(state + STATE_RING), tl.maximum(end - WINDOW, 0))
-    body = seen
-    body = tl.where((body > first) & (body <= last), first, body)
-    body = tl.where((body > held) & (body <= end), held, body)
-    body = tl.where((body > first) & (body <= last), first, body)
+    body = tl.where((stored > held) & (stored <= end), held, stored)
 
     tile_n = tl.arange(0, N)
     body_tiles = tl.cdiv(body, N)
@@ -164,10 +167,10 @@ def attend_tiles(
     pivot_tiles: tl.constexpr = (PIVOTS + N - 1) // N
     ring_tiles = 0
     if WINDOW > 0:
-        ring_tiles = tl.where((first <= held) & (end <= last), 0, (WINDOW + N - 1) // N)
+        ring_tiles = tl.where(stored <= held, 0, (WINDOW + N - 1) // N)
     fresh_tiles = 0
     if FRESH:
-        fresh_tiles = tl.cdiv(tl.maximum(tl.minimum(last, seen) - first, 0), N)
+        fresh_tiles = tl.cdiv(tl.maximum(seen - first, 0), N)
     share = tl.cdiv(body_tiles + text_tiles + pivot_tiles + ring_tiles + fresh_tiles, splits)
     start = split * share
     stop = start + share
@@ -183,8 +186,7 @@ def attend_tiles(
     classes += b * capacity
     for i in range(start, tl.minimum(stop, body_tiles)):
         position = i * N + tile_n
-        valid = (position < body) & ((position < first) | (position >= last))
-        valid = valid & ((position < held) | (position >= end))
+        valid = (position < body) & ((position < held) | (position >= end))
         if PIVOTS > 0 or TEXT_BITS > 0:
             kind = tl.load(classes + position, mask=valid, other=0)
             if PIVOTS > 0:
@@ -206,8 +208,7 @@ def attend_tiles(
         for i in range(tl.maximum(start, 0), tl.minimum(stop, text_tiles)):
             slot = i * N + tile_n
             position = tl.load(text_at + slot, mask=slot < text_end, other=-1)
-            valid = (position >= 0) & (position < seen) & ((position < first) | (position >= last))
-            valid = valid & ((position < held) | (position >= end))
+            valid = (position >= 0) & (position < stored) & ((position < held) | (position >= end))
             valid = valid & (tl.load(classes + position, mask=valid, other=0) == TEXT)
             k = code_tile(key_text, key_text_range, slot, valid, D, DP, TEXT_BITS, KEY_GROUPS, KEY_ROUND, DOT)
             v = code_tile(value_text, value_text_range, slot, valid, DV, DVP, TEXT_BITS, VALUE_GROUPS, VALUE_ROUND, DOT)
@@ -221,8 +222,7 @@ def attend_tiles(
         for i in range(tl.maximum(start, 0), tl.minimum(stop, pivot_tiles)):
             slot = i * N + tile_n
             position = tl.load(pivot_at + b * PIVOTS + slot, mask=slot < PIVOTS, other=-1)
-            valid = (position >= 0) & (position < seen) & ((position < first) | (position >= last))
-            valid = valid & ((position < held) | (position >= end))
+            valid = (position >= 0) & (position < stored) & ((position < held) | (position >= end))
             valid = valid & (tl.load(classes + position, mask=valid, other=0) == PIVOT)
             k = exact_tile(key_pivots + pair * PIVOTS * D, slot, valid, D, D, DP, KEY_ROUND, DOT)
             v = exact_tile(value_pivots + pair * PIVOTS * DV, slot, valid, DV, DV, DVP, VALUE_ROUND, DOT)
@@ -235,7 +235,7 @@ def attend_tiles(
             slot = i * N + tile_n
             valid = (slot < WINDOW) & (slot < end)
             position = slot + tl.maximum(end - 1 - slot, 0) // WINDOW * WINDOW  # the newest that the slot may hold
-            valid = valid & (position >= held) & (position < seen) & ((position < first) | (position >= last))
+            valid = valid & (position >= held) & (position < stored)
             k = exact_tile(key_ring + pair * WINDOW * D, slot, valid, D, D, DP, KEY_ROUND, DOT)
             v = exact_tile(value_ring + pair * WINDOW * DV, slot, valid, DV, DV, DVP, VALUE_ROUND, DOT)
             top, total, acc = step(queries, k, v, position, valid, token, mask_row, row_valid, mask_t, scale,

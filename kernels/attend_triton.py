@@ -34,6 +34,8 @@ def refusal(q, key, value, length, mask, scale, is_causal, fresh_key, fresh_valu
     """Why this kernel cannot take the call of kernels.attend.attend; "" where it can."""
     layouts = (key_layout, value_layout)
     overlays = [(t.body_bits, t.text_bits, t.window, t.pivots) for t in layouts]
+    if any(t.simulate for t in layouts):
+        return f"layouts {key_layout} and {value_layout}: the cache is simulated, accepted: 2, 4 or 8 bits"
     if any(t.lossless for t in layouts):
         return f"layouts {key_layout} and {value_layout}: a 16-bit body has nothing to unpack, accepted: 2, 4 or 8 bits"
     if overlays[0] != overlays[1]:

@@ -21,6 +21,7 @@ from akvq_fx.kernels import quantizer
 from akvq_fx.kernels.choose import choose
 from akvq_fx.kernels.layout import PADDING, PIVOT, STATE_END, STATE_RING, STATE_TEXT, TEXT, Layout
 from akvq_fx.kernels.rotate import restore, turn_as_stored
+from akvq_fx.kernels.simulate import simulated
 
 FASTER = {"cuda": ("append_cuda", "cache_triton")}  # before the reference, by device
 
@@ -52,7 +53,7 @@ def write(
     start, end = at[:1].to(torch.int32), at[-1:].to(torch.int32) + 1
     kinds = torch.full_like(b["classes"][:, :1], TEXT).expand(-1, len(at)) if classes is None else classes
     b["classes"].index_copy_(1, at, kinds.to(torch.uint8).contiguous())
-    if layout.lossless:
+    if layout.plain:
         b["codes"].index_copy_(2, at, x.to(b["codes"].dtype))
     else:
         codes, range_ = quantizer.quantize(x, layout.body_bits, layout.body_clip, layout.groups)
@@ -116,7 +117,7 @@ def create(
     """Reference of pack: fresh buffers that hold the prompt."""
     cache = layout.allocate(x.shape[0], x.shape[1], capacity, capacity if layout.text_bits else 0, x.device)
     write(cache, x, at, classes, pivots, layout)
-    if layout.affine:
+    if "affine" in layout.fields:
         named(cache, layout)["affine"].copy_(affine)
     return cache
 
@@ -127,9 +128,14 @@ def place(target: Tensor, at: Tensor, source: Tensor) -> None:
     target[row, :, at[row, slot].long()] = source[row, :, slot]
 
 
-def read(cache: list[Tensor], length: int, layout: Layout) -> Tensor:
-    """The first `length` tokens in the stored space, [B, H, length, D]: body, then overlays on top of it."""
+def read(cache: list[Tensor], length: int, layout: Layout, past: int | None = None) -> Tensor:
+    """The first `length` tokens in the stored space, [B, H, length, D]: body, then overlays on top of it.
+
+    past    a simulated cache's tokens from this position on, which the call itself brought, are read as they are
+    """
     b = named(cache, layout)
+    if layout.simulate:
+        return simulated(b, length, layout, past)
     if layout.lossless:
         return b["codes"][:, :, :length]
     out = quantizer.dequantize(b["codes"][:, :, :length], b["range"][:, :, :length], layout.body_bits, layout.dtype)
@@ -217,7 +223,7 @@ def restart(cache: list[Tensor], at: Tensor, affine: Tensor | None, layout: str)
         b["text_at"].masked_fill_(begins, -1)
     if parsed.pivots:
         b["pivot_at"].copy_(torch.where(begins, -1, b["pivot_at"]))
-    if parsed.affine:
+    if "affine" in b:
         b["affine"].copy_(torch.where(begins, affine, b["affine"]))
 
 

@@ -34,6 +34,8 @@ END, RING, SHIFT = tl.constexpr(STATE_END), tl.constexpr(STATE_RING), tl.constex
 
 def refusal(x: Tensor, layout: Layout) -> str:
     """Why the kernel cannot write x to a cache of this layout; "" where it can."""
+    if layout.simulate:
+        return f"the cache is simulated: {layout.simulate}"
     if layout.dtype not in rotate_triton.DTYPES:
         return f"the cache is {DTYPE_NAMES[layout.dtype]}, accepted: f16, bf16, f32"
     return rotate_triton.refusal(x)

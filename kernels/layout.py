@@ -13,7 +13,10 @@ pivot_at    [B, P]            int32  their positions, -1 for a free slot
 text_codes  [B, H, Ct, D*b/16] int16 text tokens of a TSA layer, slot = position + state[2] for appended tokens
 text_range  [B, H, Ct, 2*G]   fp16
 text_at     [B, Ct]           int32  their positions, -1 for a free slot
-affine      [B, 3, H, D]      fp32   centre c, key gain 1/s, query gain s: keys are stored as H((k - c)/s), asked by H(q*s)
+affine      [B, 3, H, D]      fp32   centre c, key gain 1/s, query gain s: keys are stored as H((k - c)/s), asked by H(q*s);
+                                     where `simulate` wants gains, keys are stored as they are and read through s
+
+A layout with `simulate` keeps the originals (body_bits 16); what is read of them is akvq_fx.recipes' to say.
 """
 
 from __future__ import annotations
@@ -23,6 +26,8 @@ import functools
 
 import torch
 from torch import Tensor
+
+from akvq_fx.recipes import Simulation
 
 VISION, TEXT, PIVOT, PADDING = range(4)
 CLASS_NAMES = ("vision", "text", "pivot", "padding")
@@ -49,6 +54,7 @@ class Layout:
     rotated: bool = False  # buffers hold H x rather than x
     affine: bool = False
     folded: bool = False  # values whose rotation lies in the projection weights: only W_O of their own layer undoes it
+    simulate: str = ""  # text of a Simulation of akvq_fx.recipes: originals are kept, and quantized when they are read
 
     def __post_init__(self):
         def refuse(what, given, accepted):
@@ -68,12 +74,26 @@ class Layout:
             refuse("group", self.group, "a positive number of channels")
         if not (0 < self.body_clip <= 1 and 0 < self.text_clip <= 1):
             refuse("body_clip, text_clip", (self.body_clip, self.text_clip), "numbers in (0, 1]")
-        if self.lossless and (self.text_bits or self.window or self.pivots):
+        if self.plain and (self.text_bits or self.window or self.pivots):
             refuse("overlays", "present", "none when body_bits is 16")
+        if self.simulate:
+            Simulation.parse(self.simulate)
+            if not self.plain or self.rotated or self.affine:
+                refuse("simulate", self.simulate, "none unless body_bits is 16 and nothing is rotated or affine")
+
+    @property
+    def plain(self) -> bool:
+        """The body holds numbers, not codes."""
+        return self.body_bits == 16
 
     @property
     def lossless(self) -> bool:
-        return self.body_bits == 16
+        """What is read is what was written."""
+        return self.plain and not self.simulate
+
+    @functools.cached_property
+    def simulation(self) -> Simulation | None:
+        return Simulation.parse(self.simulate) if self.simulate else None
 
     @property
     def groups(self) -> int:
@@ -84,17 +104,18 @@ class Layout:
     def fields(self) -> tuple[str, ...]:
         """Names of the buffers present, in the order in which ops take them."""
         names = ["state", "classes", "codes"]
-        names += [] if self.lossless else ["range"]
+        names += [] if self.plain else ["range"]
         names += ["ring"] if self.window else []
         names += ["pivots", "pivot_at"] if self.pivots else []
         names += ["text_codes", "text_range", "text_at"] if self.text_bits else []
-        names += ["affine"] if self.affine else []
+        gains = self.simulation is not None and self.simulation.alpha is not None
+        names += ["affine"] if self.affine or gains else []
         return tuple(names)
 
     def buffer(self, name: str, batch, heads, capacity, text_capacity=0) -> tuple[tuple, torch.dtype]:
         """Shape and dtype of one buffer; sizes may be symbolic."""
         words = lambda bits: self.head_dim * bits // WORD_BITS
-        body = (self.head_dim, self.dtype) if self.lossless else (words(self.body_bits), torch.int16)
+        body = (self.head_dim, self.dtype) if self.plain else (words(self.body_bits), torch.int16)
         table = {
             "state": ((3,), torch.int32),
             "classes": ((batch, capacity), torch.uint8),
@@ -130,6 +151,7 @@ class Layout:
         parts += ["rotated"] if self.rotated else []
         parts += ["affine"] if self.affine else []
         parts += ["folded"] if self.folded else []
+        parts += [self.simulate] if self.simulate else []
         return "/".join(parts)
 
     @staticmethod
@@ -143,6 +165,9 @@ class Layout:
         for part in parts:
             if part in ("rotated", "affine", "folded"):
                 values[part] = True
+                continue
+            if part.endswith(")"):  # a Simulation's text has no "/"
+                values["simulate"] = part
                 continue
             key = part.rstrip("0123456789.+-e") or part
             if key not in keys:

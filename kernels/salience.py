@@ -8,7 +8,8 @@ find_pivots(h [B, T, E], valid [B, T] bool or None) -> [B, P] int32
 
 key_affine(k [B, H, T, D], q [B, Hq, Tq, D], valid [B, T], centre, balance) -> [B, 3, H, D] float32: c, 1/s, s
     c = mean of the prompt's keys, s = sqrt(std K / rms Q) per head and channel: exact identities that take a key's constant
-    part and the mismatch of its channels away before two bits have to hold them.
+    part and the mismatch of its channels away before two bits have to hold them. With alpha, SmoothQuant's gains instead
+    (arXiv 2211.10438): s = max|K|^alpha / max|Q|^(1 - alpha), c = 0.
 """
 
 from __future__ import annotations
@@ -84,6 +85,17 @@ def key_affine_reference(k: Tensor, q: Tensor, valid: Tensor | None, centre: boo
     return torch.stack([c, 1 / s, s], 1)
 
 
+def smooth_affine(k: Tensor, q: Tensor, valid: Tensor | None, alpha: float) -> Tensor:
+    """[B, 3, H, D]: centre 0 and the gains that share the largest keys and queries of a channel."""
+    k, q = k.detach().float().abs(), q.detach().float().abs()
+    if valid is not None:
+        k = k.where(valid[:, None, :, None], 0.0)
+        q = q.where(valid[:, None, :, None], 0.0) if q.shape[2] == k.shape[2] else q
+    peak, heard = k.amax(2), q.unflatten(1, (k.shape[1], -1)).amax((2, 3))
+    s = peak.clamp_min(STD_FLOOR) ** alpha / heard.clamp_min(STD_FLOOR) ** (1 - alpha)
+    return torch.stack([torch.zeros_like(s), 1 / s, s], 1)
+
+
 def gains(deviation: Tensor, heard: Tensor) -> Tensor:
     """s [B, H, D] from the keys' deviations [B, H, D] and the queries' mean squares [B, Hq, D]."""
     heard = heard.unflatten(1, (deviation.shape[1], -1)).mean(2).sqrt()
@@ -93,13 +105,17 @@ def gains(deviation: Tensor, heard: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("akvq::key_affine", mutates_args=())
-def key_affine(k: Tensor, q: Tensor, valid: Tensor | None, centre: bool, balance: bool) -> Tensor:
+def key_affine(
+    k: Tensor, q: Tensor, valid: Tensor | None, centre: bool, balance: bool, alpha: float | None = None
+) -> Tensor:
+    if alpha is not None:
+        return smooth_affine(k, q, valid, alpha)
     kernel = choose("key_affine", FASTER.get(k.device.type, ()), k, q)
     return (kernel or key_affine_reference)(k, q, valid, centre, balance)
 
 
 @key_affine.register_fake
-def _(k, q, valid, centre, balance):
+def _(k, q, valid, centre, balance, alpha=None):
     B, H, _, D = k.shape
     return k.new_empty((B, 3, H, D), dtype=torch.float32)
 

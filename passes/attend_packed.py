@@ -4,12 +4,14 @@ Before   sdpa(q, expand(whole_k), expand(whole_v), mask)    After   attend(q, ke
 Needs    pack_caches                                        Leaves  the output's shape and dtype
 
 A prompt reads its own 16-bit tokens (with prefill="quantized": the packed ones). More than one new token is passed along at full
-precision, so that a long chunk does not see itself through two bits.
+precision, so that a long chunk does not see itself through two bits. The appends then go behind the last attention that reads the
+cache: a chunk takes ring slots of the tokens before it, which its own queries still see at 16 bits.
 """
 
 from __future__ import annotations
 
 import torch
+from torch.fx import Node
 
 from akvq_fx.kernels import attend  # noqa: F401 - registers the op
 from akvq_fx.passes.patterns.nodes import value
@@ -18,6 +20,7 @@ from akvq_fx.passes.state import GraphState, is_single_token
 from akvq_fx.report import PassReport
 
 akvq = torch.ops.akvq
+FRESH_KEY, FRESH_VALUE = 7, 8  # arguments of attend, by position
 
 
 def attend_packed(state: GraphState) -> PassReport:
@@ -61,9 +64,22 @@ def rewrite(state: GraphState, site: Site, key, val) -> None:
     state.graph.erase_node(old)
     attention.node = node
     if fresh[0] is not None:
-        state.stored_uses[site.key.whole].append((node, 7))
-        state.stored_uses[site.value.whole].append((node, 8))
+        append_after(state, node, site.value.whole, FRESH_VALUE)
+        append_after(state, node, site.key.whole, FRESH_KEY)
     state.query_uses.append((site, node))
+
+
+def append_after(state: GraphState, reader: Node, whole: Node, position: int) -> None:
+    """Move the append of `whole` behind an attention that takes the same tokens as its argument `position`.
+
+    Called in graph order, so behind the last. Uses of the tokens stay in graph order too: the first one says where they are turned.
+    """
+    uses = state.stored_uses[whole]
+    attends = [use for use in uses if use[0].target is akvq.attend.default]
+    appends = [use for use in uses if use not in attends]
+    for append, _ in appends:
+        reader.append(append)
+    state.stored_uses[whole] = [*attends, (reader, position), *appends]
 
 
 attend_packed.needs = ("pack_caches",)

@@ -2,7 +2,7 @@
 
 Before   whole = cat([past, new], 2); return whole      After   append(buffers, new, at); return the same cache, longer
          whole = cat([empty, new], 2); return whole             buffers = pack(new, at, classes, pivots); return them
-Needs    plan_layers, fold_values                       Leaves  what attention reads: attend_packed's
+Needs    plan_layers, fold_values                       Leaves  what attention reads, and several tokens' place: attend_packed's
 
 A prompt's own attention keeps its 16-bit tokens, which die with the layer. A plain cache met with new tokens is packed whole, once.
 """
@@ -51,7 +51,7 @@ def begin(state: GraphState, site: Site, write: CacheWrite, layout) -> None:
     valid = valid_tokens(state, site, write, at)
     classes = token_classes(state, site, x, valid)
     pivots = pivot_tokens(state, site, x, valid) if layout.pivots else None
-    affine = affine_map(state, site, x, valid) if layout.affine else None
+    affine = affine_map(state, site, x, valid) if "affine" in layout.fields else None
     capacity = state.capacity(write)
     packed = state.call(akvq.pack.default, x, at, classes, pivots, affine, capacity, str(layout))
     nodes = [state.call(operator.getitem, packed, i) for i in range(len(layout.fields))]
@@ -75,7 +75,7 @@ def extend(state: GraphState, site: Site, write: CacheWrite) -> None:
         classes = token_classes(state, site, x, valid)
         if write.static and not layout.lossless:
             pivots = pivot_tokens(state, site, x, valid) if layout.pivots else None
-            affine = affine_map(state, site, x, valid) if layout.affine else None
+            affine = affine_map(state, site, x, valid) if "affine" in layout.fields else None
             state.call(akvq.restart.default, buffers.nodes, at, affine, str(layout))
     append = state.call(akvq.append.default, buffers.nodes, x, at, classes, pivots, str(layout))
     state.stored_uses[write.whole].append((append, 1))
@@ -85,8 +85,10 @@ def extend(state: GraphState, site: Site, write: CacheWrite) -> None:
 
 def affine_map(state: GraphState, site: Site, x: Node, valid: Node | None) -> Node:
     """[B, 3, H, D]: centre and gains of the keys, from this prompt's own keys and queries."""
-    config = state.config
-    return state.call(akvq.key_affine.default, x, site.attention.query, valid, config.center_keys, config.balance_keys)
+    config, simulation = state.config, site.key_layout.simulation
+    alpha = () if simulation is None else (simulation.alpha,)
+    choice = (config.center_keys, config.balance_keys, *alpha)
+    return state.call(akvq.key_affine.default, x, site.attention.query, valid, *choice)
 
 
 def valid_tokens(state: GraphState, site: Site, write: CacheWrite, at: Node) -> Node | None:

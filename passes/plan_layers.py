@@ -5,6 +5,7 @@ Needs    find_sites                                 Leaves  the graph as it was,
 
 TSA (first layers, where vision tokens can be told apart): text at text_bits, vision at body_bits. PSA (all others): pivots at 16
 bits, the rest at body_bits. The most recent tokens are at 16 bits in both. A cache that arrives packed keeps its layout.
+A simulated recipe keeps every token, and its layout says what a read makes of them.
 """
 
 from __future__ import annotations
@@ -14,10 +15,12 @@ import dataclasses
 import torch
 from torch.fx import Node
 
+from akvq_fx.config import AKVQConfig
 from akvq_fx.kernels.layout import Layout
 from akvq_fx.passes.patterns.nodes import op, shape, value
 from akvq_fx.passes.patterns.tokens import covers, starts_a_call, vision_masks
 from akvq_fx.passes.state import GraphState
+from akvq_fx.recipes import RECIPES
 from akvq_fx.report import PassReport
 
 
@@ -31,43 +34,48 @@ def plan_layers(state: GraphState) -> PassReport:
         if site.packed:
             site.key_layout = Layout.parse(value(site.key.past).layout_text)
             site.value_layout = Layout.parse(value(site.value.past).layout_text)
-            site.policy = "lossless" if site.key_layout.lossless else "TSA" if site.key_layout.text_bits else "PSA"
+            site.policy = policy_of(site.key_layout)
             report.match(site)
             continue
         tsa = site.layer in config.tsa_layers and state.vision is not None and prompt_sized(state, site)
-        if tsa and config.text_bits == 16 and not config.lossless:
+        if tsa and config.text_bits == 16 and not config.lossless and not config.simulated:
             reason = "text_bits=16 keeps TSA layers at 16 bits"
             report.miss(site, reason, site.attention.node)
             state.refused.append((site.label, site.layer, reason, site.attention.node))
             continue
-        site.policy = "lossless" if config.lossless else "TSA" if tsa else "PSA"
-        site.key_layout, site.value_layout = layouts(state, site, tsa)
+        key, val = site.key.whole, site.value.whole
+        site.key_layout = layout_of(config, "keys", shape(key)[3], value(key).dtype, tsa)
+        site.value_layout = layout_of(config, "values", shape(val)[3], value(val).dtype, tsa)
+        site.policy = policy_of(site.key_layout)
         report.match(site)
     state.sites = [site for site in state.sites if site.key_layout is not None]
     return report
 
 
-def layouts(state: GraphState, site, tsa: bool) -> tuple[Layout, Layout]:
-    config = state.config
+def layout_of(config: AKVQConfig, half: str, head_dim: int, dtype: torch.dtype, tsa: bool) -> Layout:
+    """How the "keys" or the "values" of a layer are packed, before anything is known of the values' rotation."""
+    recipe = RECIPES[config.recipe]
+    if recipe.simulated:
+        return Layout(head_dim, dtype, simulate=recipe.keys if half == "keys" else recipe.values)
+    affine = half == "keys" and config.rotate and (config.center_keys or config.balance_keys)
+    base = Layout(head_dim, dtype, body_bits=config.body_bits, rotated=config.rotate, affine=affine)
+    if config.lossless:
+        return base
+    return dataclasses.replace(
+        base,
+        text_bits=config.text_bits if tsa else 0,
+        window=config.window,
+        pivots=0 if tsa else config.pivots,
+        group=config.group,
+        body_clip=config.body_clip,
+        text_clip=config.text_clip,
+    )
 
-    def layout(node: Node, affine: bool) -> Layout:
-        base = Layout(
-            shape(node)[3], value(node).dtype, body_bits=config.body_bits, rotated=config.rotate, affine=affine
-        )
-        if config.lossless:
-            return base
-        return dataclasses.replace(
-            base,
-            text_bits=config.text_bits if tsa else 0,
-            window=config.window,
-            pivots=0 if tsa else config.pivots,
-            group=config.group,
-            body_clip=config.body_clip,
-            text_clip=config.text_clip,
-        )
 
-    key = layout(site.key.whole, affine=config.rotate and (config.center_keys or config.balance_keys))
-    return key, layout(site.value.whole, affine=False)
+def policy_of(layout: Layout) -> str:
+    if layout.simulate:
+        return f"simulated {layout.simulation.name.split('_')[0]}"
+    return "lossless" if layout.lossless else "TSA" if layout.text_bits else "PSA"
 
 
 def vision_tokens(state: GraphState) -> Node | None:

@@ -110,11 +110,11 @@ class Cut:
         return bool(symbols(self.values[node]) - self.still)
 
     def find_cuts(self) -> dict[Node, dict[int, Node | None]]:
-        ends, cuts = {}, {}  # codes -> number of tokens after the append to them
+        ends, cuts = {}, {}  # codes -> number of tokens after the appends so far
         for node in self.nodes:
             if node.target is APPEND and self.is_row(node.args[APPEND_AT]):
                 at = node.args[APPEND_AT]
-                ends[node.args[0][CODES]] = expression(self.number(at.args[1]))
+                ends[node.args[0][CODES]] = self.end_of(at)
                 cuts[node] = {APPEND_AT: at}
             elif node.target is ATTEND:
                 cuts[node] = self.cuts_of_attend(node, ends)
@@ -122,6 +122,9 @@ class Cut:
 
     def number(self, given):
         return self.values[given] if isinstance(given, Node) else given
+
+    def end_of(self, at: Node):
+        return expression(self.number(at.args[1]))
 
     def is_row(self, at) -> bool:
         """Positions as the passes write them, arange(first, end): as many in each row as in the first."""
@@ -138,8 +141,12 @@ class Cut:
     def cuts_of_attend(self, node: Node, ends: dict[Node, object]) -> dict[int, Node | None]:
         cuts: dict[int, Node | None] = {}
         codes, length, mask = node.args[ATTEND_KEY][CODES], node.args[ATTEND_LENGTH], node.args[ATTEND_MASK]
+        at = node.args[ATTEND_AT]
+        row = self.is_row(at)
         if isinstance(length, Node) and self.moves(length):
-            if ends.get(codes) != expression(self.values[length]):
+            # tokens of its own end what attention sees, wherever their append stands; else what was appended does
+            end = ends.get(codes) if at is None else self.end_of(at) if row else None
+            if end != expression(self.values[length]):
                 raise NoMatch("attention sees another number of tokens than the cache holds", node)
             cuts[ATTEND_LENGTH] = None
         if isinstance(mask, Node) and self.moves(mask):
@@ -147,8 +154,8 @@ class Cut:
                 raise NoMatch("the mask does not grow as the cache does", mask)
             cuts[ATTEND_MASK] = mask
             self.pads.setdefault(mask, codes)
-        if self.is_row(node.args[ATTEND_AT]):
-            cuts[ATTEND_AT] = node.args[ATTEND_AT]
+        if row:
+            cuts[ATTEND_AT] = at
         return cuts
 
     def inputs(self, node: Node) -> list[Node]:

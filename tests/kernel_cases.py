@@ -178,6 +178,45 @@ def case_of(layout: Layout, B: int = 2, H: int = 2, T: int = 11, capacity: int =
     return Case(layout, x, classes, pivots.to(torch.int32) if layout.pivots else None, affine, capacity)
 
 
+@dataclasses.dataclass
+class Chunk:
+    """Tokens x [B, H, q, D] that follow the first `start` of a packed prompt, the rest of which was cropped."""
+
+    case: Case
+    start: int
+    x: Tensor
+
+    @property
+    def end(self) -> int:
+        return self.start + self.x.shape[2]
+
+    @property
+    def at(self) -> Tensor:
+        return torch.arange(self.start, self.end)
+
+    def cache(self, appended: bool) -> list[Tensor]:
+        """The prompt, with the chunk written to it or not."""
+        cache = self.case.pack()
+        if appended:
+            ops.append(cache, self.x, self.at, None, None, str(self.case.layout))
+        return cache
+
+    def expected(self, appended: bool) -> Tensor:
+        """What the chunk's queries read, [B, H, end, D]: the chunk exactly, and of the prompt's ring what the chunk left of it."""
+        case, layout = self.case, self.case.layout
+        ends = (case.length, self.end) if appended else (case.length,)
+        ring = range(max(0, *(end - layout.window for end in ends)), case.length)
+        stored = expected_tokens(layout, case.x, case.classes, case.pivots, ring)
+        return torch.cat([stored[:, :, : self.start], self.x.to(layout.dtype)], 2)
+
+
+def chunk_of(case: Case, start: int, tokens: int, seed: int = 0, spare: int = 2) -> Chunk:
+    """A random chunk, with `spare` slots of capacity behind it."""
+    B, H, T, D = case.x.shape
+    x = randn(B, H, tokens, D, seed=seed, dtype=case.layout.dtype) * 2
+    return Chunk(dataclasses.replace(case, capacity=max(T, start + tokens) + spare), start, x)
+
+
 @st.composite
 def splits(draw, total: int) -> list[int]:
     """Sizes of consecutive chunks that add up to total."""

@@ -1,13 +1,15 @@
-"""append_cuda: what a GPU is not needed for. test_cache_triton.py runs the kernel on one."""
+"""append_cuda: what a GPU is not needed for, and its kernel pack on one. test_cache_triton.py runs append there too."""
 
 import pytest
 import torch
 
 from akvq_fx.kernels import append_cuda, cache_triton
+from akvq_fx.kernels import cache as reference
 from akvq_fx.kernels.layout import Layout
+from tests.kernel_cases import assert_caches_same, bf16, randn, random_affine
 from tests.test_attend_cuda import struct_fields
 
-bf16 = torch.bfloat16
+gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
 def test_the_structs_here_and_there_have_the_same_members():
@@ -30,7 +32,7 @@ def test_refuses_with_a_reason(x, layout, reason):
 
 
 def test_a_layout_is_compiled_with_its_own_numbers():
-    macros = dict(append_cuda.macros(Layout(80, bf16, body_bits=2, body_clip=0.8, text_bits=4), 2))
+    macros = dict(append_cuda.macros(Layout(80, bf16, body_bits=2, body_clip=0.8, text_bits=4), 2, False))
     assert (macros["HEAD_DIM"], macros["DTYPE"], macros["TURN"], macros["BITS"], macros["TEXT_BITS"]) == (
         80,
         1,
@@ -47,3 +49,62 @@ def test_what_only_the_triton_kernel_refuses_is_written_by_this_one():
     assert "head dim is 512" in cache_triton.refusal(x, layout)
     cache_triton.append(layout.allocate(1, 1, 4), x, at, None, None, layout, run=lambda *call: launched.append(call))
     assert len(launched) == 1
+
+
+def test_which_prompts_are_packed_four_lanes_a_token():
+    layout = Layout(64, bf16, body_bits=2)
+    x = torch.zeros(1, 2, 64, 64, dtype=bf16)
+    assert append_cuda.packs(x, layout)
+    wide = torch.zeros(1, 2, 64, 68, dtype=bf16)
+    others = [
+        (x[:, :, 1:], layout),  # too few tokens
+        (wide[..., :64], layout),  # rows 8 bytes off
+        (wide.flatten()[4 : 4 + x.numel()].view_as(x), layout),
+        (x.float(), Layout(64, torch.float32, body_bits=2)),
+        (x, Layout(64, bf16, body_bits=4)),
+        (x, Layout(64, bf16, body_bits=2, group=32)),
+        (x, Layout(64, bf16, body_bits=2, text_bits=4)),
+        (torch.zeros(1, 2, 64, 96, dtype=bf16), Layout(96, bf16, body_bits=2)),
+    ]
+    assert not any(append_cuda.packs(*other) for other in others)
+
+
+def prompt(layout, tokens, seed=0):
+    """x, at, kinds and affine of a prompt on the GPU; with rows that are constant, huge, tiny, broken, and on edges of codes."""
+    x = randn(2, 3, tokens, layout.head_dim, seed=seed).cuda()
+    x[0, 1] = x[0, 1] * 1e-6 + 3
+    x[1, 0, :9] = torch.arange(layout.head_dim, device="cuda") % 7 * 0.5
+    x[1, 1, 3, 5], x[1, 1, 4, 0], x[1, 2, 5, 7], x[0, 2, 6] = torch.nan, torch.inf, -torch.inf, 0
+    x[0, 0, 8] *= 30000
+    kinds = torch.randint(0, 4, (2, tokens), generator=torch.Generator().manual_seed(seed)).to(torch.uint8)
+    affine = random_affine(2, 3, layout.head_dim, seed).cuda() if layout.affine else None
+    return x.to(layout.dtype), torch.arange(tokens).cuda(), kinds.cuda(), affine
+
+
+@gpu
+@pytest.mark.parametrize("tokens", (64, 67, 1000))
+@pytest.mark.parametrize("dtype", (torch.float16, bf16), ids=str)
+@pytest.mark.parametrize("head_dim", (64, 128))
+def test_a_prompt_packed_four_lanes_a_token_is_the_reference_s(head_dim, dtype, tokens):
+    layout = Layout(head_dim, dtype, body_bits=2, body_clip=0.8, window=70)
+    x, at, kinds, _ = prompt(layout, tokens)
+    due = layout.allocate(2, 3, tokens + 5)  # on the CPU: PyTorch divides by a number otherwise on a GPU
+    cache = [buffer.cuda() for buffer in due]
+    reference.write(due, x.cpu(), at.cpu(), kinds.cpu(), None, layout)
+    append_cuda.append(cache, x, at, kinds, None, layout)
+    assert_caches_same(due, [buffer.cpu() for buffer in cache], layout)
+
+
+@gpu
+@pytest.mark.parametrize("form", ("as it is", "rotated", "affine"))
+@pytest.mark.parametrize("tokens", (64, 67, 30000))
+@pytest.mark.parametrize("head_dim", (64, 128))
+def test_four_lanes_or_a_warp_a_token_give_the_same_bits(head_dim, tokens, form, monkeypatch):
+    layout = Layout(
+        head_dim, bf16, body_bits=2, body_clip=0.8, window=128, rotated=form != "as it is", affine=form == "affine"
+    )
+    x, at, kinds, affine = prompt(layout, tokens, seed=1)
+    four = append_cuda.pack(x, at, kinds, None, affine, tokens + 3, layout, turn=True)
+    monkeypatch.setattr(append_cuda, "PACKED_TOKENS", 10**9)
+    warp = append_cuda.pack(x, at, kinds, None, affine, tokens + 3, layout, turn=True)
+    assert_caches_same([buffer.cpu() for buffer in warp], [buffer.cpu() for buffer in four], layout)

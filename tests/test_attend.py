@@ -18,6 +18,7 @@ from tests.kernel_cases import (
     bf16,
     case_of,
     cases,
+    chunk_of,
     f16,
     f32,
     few,
@@ -116,6 +117,63 @@ def test_fresh_tokens_are_read_at_full_precision(drawn, data):
     k[:, :, at], v[:, :, at] = fresh[0], fresh[1]
     out = call(q, key, value, mask=mask, scale=scale, is_causal=is_causal, fresh=fresh)
     assert_close("out", oracle(q, k, v, mask, scale, is_causal), out)
+
+
+def draw_chunk(draw, key: Case, value: Case, groups: int, tokens: int):
+    """Two chunks over caches of one prompt, queries, and how they are asked: mask columns and length up to the capacity."""
+    start, spare = draw(st.integers(0, key.length)), draw(st.integers(0, 3))
+    chunks = [chunk_of(case, start, tokens, draw(seeds), spare) for case in (key, value)]
+    B, H, _, D = key.x.shape
+    sizes = (chunks[0].end, chunks[0].case.capacity)
+    q = randn(B, H * groups, tokens, D, seed=draw(seeds), dtype=key.layout.dtype)
+    mask = draw(masks(B, H * groups, tokens, draw(st.sampled_from(sizes)), q.dtype))
+    lengths = [None, *(size for size in sizes if mask is None or size <= mask.shape[-1])]
+    rest = {"mask": mask, "scale": draw(st.sampled_from((None, 0.1)))}
+    rest["is_causal"] = mask is None and draw(st.booleans())
+    return q, *chunks, draw(st.sampled_from(lengths)), rest
+
+
+def assert_chunk(attend_with, drawn) -> None:
+    """attend_with(q, key cache, value cache, layouts, length, fresh=, mask=, ...) reads prompt and chunk, in both orders."""
+    q, key, value, length, rest = drawn
+    fresh, layouts = (key.x, value.x, key.at), (key.case.layout, value.case.layout)
+    seen = None if rest["mask"] is None else rest["mask"][..., : key.end]
+    for appended in (False, True):
+        out = attend_with(q, key.cache(appended), value.cache(appended), layouts, length, fresh=fresh, **rest)
+        due = oracle(q, key.expected(appended), value.expected(appended), seen, rest["scale"], rest["is_causal"])
+        assert_close("append first" if appended else "attend first", due, out)
+
+
+@st.composite
+def chunk_calls(draw, most: int = 12):
+    dtype = draw(st.sampled_from((f32, f32, f16, bf16)))
+    key = draw(cases(draw(layouts(dtypes=(dtype,)))))
+    value = draw(cases(draw(layouts(dtypes=(dtype,))), batch=key.x.shape[0], heads=key.x.shape[1], length=key.length))
+    return draw_chunk(draw, key, value, draw(st.sampled_from((1, 2, 5))), draw(st.integers(1, most)))
+
+
+@given(chunk_calls(most=45))
+@few
+def test_a_chunk_sees_the_cache_before_it_and_itself(drawn):
+    def run(q, key, value, layouts, length, fresh, mask, scale, is_causal):
+        return attend(q, key, value, length, mask, scale, is_causal, *fresh, *map(str, layouts))
+
+    assert_chunk(run, drawn)
+
+
+def test_a_chunk_leaves_its_queries_the_whole_ring():
+    """As many tokens as the ring holds: attended before the append, the last of the prompt are still exact."""
+    layout = Layout(16, f32, body_bits=2, window=5)
+    chunk = chunk_of(case_of(layout), 11, 5)
+    exact = (chunk.expected(False)[:, :, :11] == chunk.case.x).all(3).all(1)[0]
+    assert exact.tolist() == [False] * 6 + [True] * 5
+    q, fresh = randn(2, 2, 5, 16), (chunk.x, chunk.x, chunk.at)
+    before, after = (
+        attend(q, cache, cache, 16, None, None, False, *fresh, str(layout), str(layout))
+        for cache in map(chunk.cache, (False, True))
+    )
+    assert_close("before", oracle(q, *[chunk.expected(False)] * 2), before)
+    assert (before - after).abs().max() > 1e-3
 
 
 @given(calls(), st.data())

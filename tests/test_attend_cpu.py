@@ -28,7 +28,7 @@ from tests.kernel_cases import (
     poison,
     randn,
 )
-from tests.test_attend import calls, oracle
+from tests.test_attend import assert_chunk, calls, chunk_calls, oracle
 
 ROOT = Path(__file__).parent.parent
 PACKED = {name: layout for name, layout in LAYOUTS.items() if not layout.lossless}
@@ -103,6 +103,12 @@ def test_fresh_tokens_are_read_at_full_precision(drawn, data):
     k[:, :, at], v[:, :, at] = fresh[0], fresh[1]
     out = call(q, key, value, mask=mask, scale=scale, is_causal=is_causal, fresh=fresh)
     assert_close("out", oracle(q, k, v, mask, scale, is_causal), out)
+
+
+@given(chunk_calls().filter(lambda drawn: not any(c.case.layout.lossless for c in drawn[1:3])))
+@few
+def test_a_chunk_sees_the_cache_before_it_and_itself(drawn):
+    assert_chunk(lambda q, key, value, layouts, length, **rest: run(q, key, value, length, layouts, **rest), drawn)
 
 
 @given(packed_calls, st.data())

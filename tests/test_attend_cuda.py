@@ -119,7 +119,7 @@ SHAPES = {  # batch, KV heads, queries a KV head, query tokens, tokens, capacity
     "less than a tile": (1, 2, 1, 1, 20, 64, 128, 15),
     "chunk": (1, 1, 4, 8, 400, 401, 128, 15),
 }
-KINDS = ("plain", "padded", "float mask", "mask a query", "fresh", "cropped")
+KINDS = ("plain", "padded", "float mask", "mask a query", "fresh", "cropped", "chunk", "chunk after a crop")
 
 
 @gpu
@@ -154,9 +154,16 @@ def test_equals_the_reference(dtype, head_dim, group, shape):
             )
         elif kind == "cropped":
             length = max(1, T - 37)
+        elif kind.startswith("chunk"):  # attended before they are appended
+            start = min(T if kind == "chunk" else max(0, T - 37), capacity - queries)
+            at = torch.arange(start, start + queries).cuda()
+            fresh = normal(B, H, queries, head_dim), normal(B, H, queries, head_dim), at
+            mask, length = uniform(B, 1, queries, capacity) > 0.5, None
+            mask[..., start] = True
         if mask is not None:
             mask[..., T - 1] = True if mask.dtype == torch.bool else 0.5
-        due = expected(q, key[:-1], value, layout, length or T, mask, fresh)
+        tokens = length or (T if fresh is None else int(fresh[2][-1]) + 1)
+        due = expected(q, key[:-1], value, layout, tokens, mask, fresh)
         for splits in (None, 1, 3):
             args = (q, key, value, length, mask, None, False, *(fresh or (None,) * 3), key_layout, layout)
             assert attend_cuda.refusal(*args) == ""

@@ -31,7 +31,7 @@ from tests.kernel_cases import (
     randn,
     seeds,
 )
-from tests.test_attend import masks, oracle
+from tests.test_attend import assert_chunk, draw_chunk, masks, oracle
 from tests.test_cache_ops import gather_text
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -149,11 +149,33 @@ def test_masks_scales_and_splits(drawn):
 def test_fresh_tokens_are_read_at_full_precision(drawn, data):
     q, key, value, rest = drawn
     start = data.draw(st.integers(0, key.length - 1), label="start")
-    at = torch.arange(start, data.draw(st.integers(start + 1, key.length), label="end"))
+    at = torch.arange(start, key.length)
     fresh = (key.x[:, :, at] * 2, value.x[:, :, at] + 1, at)
     k, v = key.expected().clone(), value.expected().clone()
     k[:, :, at], v[:, :, at] = fresh[0], fresh[1]
     assert_close("out", expected_of(q, k, v, rest), call(q, key, value, fresh=fresh, **rest))
+
+
+@st.composite
+def chunk_calls(draw):
+    """As calls(), a chunk after a prompt that may have been cropped."""
+    layout = draw(st.sampled_from((LAYOUTS["2bit"], TEXT_BF16, ALL_OVERLAYS)))
+    B, H, groups = draw(st.sampled_from(((1, 1, 5), (2, 2, 1))))
+    key, value = pair(layout, B=B, H=H, T=draw(st.integers(1, 75)), seed=draw(seeds), capacity=75)
+    return draw_chunk(draw, key, value, groups, draw(st.sampled_from((1, 4, 37)))), draw(st.sampled_from((1, 3)))
+
+
+@given(chunk_calls())
+@some
+def test_a_chunk_sees_the_cache_before_it_and_itself(drawn):
+    chunk, splits = drawn
+
+    def run(q, key, value, layouts, length, **rest):
+        stale = max(chunk[1].end, chunk[1].case.length)  # slots that were written once; the others hold NaN
+        key, value = (poison(cache, layout, stale) for cache, layout in zip((key, value), layouts, strict=True))
+        return launch(q, key, value, layouts, length, splits=splits, **rest)
+
+    assert_chunk(run, chunk)
 
 
 @given(calls(), st.data())

@@ -40,7 +40,7 @@ def test_prompt_and_step_turn_while_they_store(value_rotation, values):
 
 def test_a_chunk_that_attention_also_reads_is_turned_once_by_a_node():
     chunk = evidence(Decoder(models.Direct), steps=1, chunk=3).captures[-1]
-    assert turned(chunk.state) == [False, False, True]
+    assert turned(chunk.state) == [True, False, False]  # attended, then appended
     assert targets(chunk.state).count(akvq.rotate_keys.default) == 1
     reasons = [miss.reason for miss in chunk.report("fuse_rotations").missed]
     assert reasons == ["something else reads the turned tokens", "taken as it comes"]

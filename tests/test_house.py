@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from tests.attention_models import Decoder, captured, token_ids
 
 ROOT = Path(__file__).parent.parent
 # each may import itself and what stands before it
-LAYERS = ("config", "kernels", "passes.patterns", "passes", "akvq_fx")
+LAYERS = ("recipes", "config", "kernels", "passes.patterns", "passes", "akvq_fx")
 FAMILIES = (
     *(
         "llava",
@@ -42,10 +43,12 @@ def place(path: Path) -> int:
     """Index into LAYERS of a file of the library."""
     parts = path.relative_to(ROOT).parts
     if parts[0] == "passes":
-        return 2 if parts[1] == "patterns" else 3
+        return 3 if parts[1] == "patterns" else 4
+    if parts[:2] == ("akvq_fx", "recipes"):
+        return 0
     if parts[0] == "akvq_fx":
-        return 0 if path.stem in ("config", "report") else 4
-    return 1
+        return 1 if path.stem in ("config", "report") else 5
+    return 2
 
 
 def target(module: str) -> int | None:
@@ -53,11 +56,12 @@ def target(module: str) -> int | None:
     if module.split(".")[0] != "akvq_fx":
         return None
     if module in ("akvq_fx.config", "akvq_fx.report"):
-        return 0
-    for name, index in (("akvq_fx.kernels", 1), ("akvq_fx.passes.patterns", 2), ("akvq_fx.passes", 3)):
+        return 1
+    folders = ("akvq_fx.recipes", 0), ("akvq_fx.kernels", 2), ("akvq_fx.passes.patterns", 3), ("akvq_fx.passes", 4)
+    for name, index in folders:
         if module == name or module.startswith(name + "."):
             return index
-    return 4
+    return 5
 
 
 def imports(tree: ast.AST) -> list[str]:
@@ -92,6 +96,15 @@ def test_an_upward_import_would_be_seen():
     assert upward(ROOT / "akvq_fx" / "report.py", ast.parse("import akvq_fx.kernels.layout")) == [
         "akvq_fx.kernels.layout"
     ]
+    recipe = ROOT / "akvq_fx" / "recipes" / "kivi.py"
+    assert upward(recipe, ast.parse("from akvq_fx.config import AKVQConfig")) == ["akvq_fx.config"]
+    assert upward(ROOT / "kernels" / "simulate.py", ast.parse("from akvq_fx.recipes import Context")) == []
+
+
+@pytest.mark.parametrize("path", files("akvq_fx/recipes"), ids=where)
+def test_recipes_need_only_torch(path):
+    used = {module.split(".")[0] for module in imports(ast.parse(path.read_text()))}
+    assert used <= {"torch", "akvq_fx", *sys.stdlib_module_names}
 
 
 @pytest.mark.parametrize("path", [p for p in LIBRARY if p.name != "__main__.py"], ids=where)

@@ -134,6 +134,66 @@ def test_chunk_reads_itself_at_full_precision():
     assert stored.shape[2] == 12
 
 
+class Roomy(models.StaticIndexCopy):
+    """A static cache with room for long prompts."""
+
+    slots = 200
+
+
+def chunk_run(model, ids, cuts, **options):
+    """(logits of the last cut, what each cache of the cut before reads as, captures) of a compiled model."""
+    spy, cache, before = models.Spy(**options), None, None
+    run, static = torch.compile(model, backend=spy), isinstance(model.layers[0].attention, Roomy)
+    with torch.no_grad():
+        for a, b in zip(cuts, cuts[1:], strict=False):
+            before = cache and tuple(tuple(t.dequantize() for t in pair) for pair in cache)
+            logits, cache = run(ids[:, a:b], cache, None, torch.arange(a, b) if static else None)
+    return logits, before, spy.captures
+
+
+@pytest.mark.parametrize("spelling", [models.Attention, Roomy], ids=name)
+@pytest.mark.parametrize("options", [{}, {"value_rotation": "online"}], ids=["fold", "online"])
+def test_a_chunk_sees_a_prompt_within_the_window_exactly(spelling, options):
+    """The chunk is longer than the window, so its append takes the slots of all tokens before it."""
+    model, ids = Decoder(spelling, layers=2), token_ids(2, 96)
+    with torch.no_grad():
+        want, _ = model(ids, None, None, torch.arange(96))
+    got, _, captures = chunk_run(model, ids, (0, 32, 96), **TWO_BITS, window=32, **options)
+    torch.testing.assert_close(got, want[:, 32:], rtol=0, atol=1e-4)
+    first = [name for name in ops(captures[-1]) if name in ("restart", "attend", "append")]
+    layer = ["attend", "append", "append"]
+    assert first == 2 * (["restart", "restart", *layer] if spelling is Roomy else layer)
+
+
+@pytest.mark.parametrize("spelling", [models.Attention, Roomy], ids=name)
+@pytest.mark.parametrize("chunk", (5, 64), ids=str)
+def test_a_chunk_sees_what_the_cache_read_as_before_it(spelling, chunk):
+    """A prompt of 100 tokens: 68 at 2 bits, then the window at 16, for every token of the chunk."""
+    model, ids = Decoder(spelling, layers=2), token_ids(2, 100 + chunk)
+    static = torch.arange(100, 100 + chunk) if spelling is Roomy else None
+    with torch.no_grad():
+        _, exact = model(ids[:, :100], None, None, torch.arange(100))
+        exact = [[t.clone() for t in pair] for pair in exact]
+    options = {**TWO_BITS, "window": 32, "value_rotation": "online"}
+    got, before, _ = chunk_run(model, ids, (0, 100, 100 + chunk), **options)
+    for pair, due in zip(before, exact, strict=True):
+        for stored, tokens in zip(pair, due, strict=True):
+            torch.testing.assert_close(stored[:, :, 68:100], tokens[:, :, 68:100], rtol=0, atol=1e-4)
+            assert (stored[:, :, :68] - tokens[:, :, :68]).abs().max() > 1e-2
+    with torch.no_grad():
+        want, _ = model(ids[:, 100:], before, None, static)
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-4)
+
+
+def test_a_chunk_is_appended_once_after_all_that_read_its_cache():
+    model, ids = models.SharedDecoder(), token_ids(2, 40)
+    with torch.no_grad():
+        want, _ = model(ids)
+    got, _, captures = chunk_run(model, ids, (0, 8, 40), **TWO_BITS, window=8)
+    torch.testing.assert_close(got, want[:, 8:], rtol=0, atol=1e-4)
+    assert [name for name in ops(captures[-1]) if name in ("attend", "append")] == 2 * ["attend"] + 2 * ["append"]
+
+
 def test_ops_of_prompt_and_step():
     seen = evidence(Decoder(), TWO_BITS)
     prompt, step = seen.captures
@@ -203,6 +263,7 @@ def test_golden_graphs(golden):
     prompt, step = seen.captures
     golden("prompt_graph", str(prompt.state.graph))
     golden("step_graph", str(step.state.graph))
+    golden("chunk_graph", str(evidence(Decoder(), TWO_BITS, steps=0, chunk=3).captures[-1].state.graph))
     again = evidence(Decoder(), TWO_BITS)
     assert [str(c.state.graph) for c in again.captures] == [str(c.state.graph) for c in seen.captures]
 

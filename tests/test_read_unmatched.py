@@ -111,6 +111,36 @@ class StaticEarlyReader(EarlyReader, models.StaticIndexCopy):
     """A step reads a static cache by a mean, after it was written and before attention."""
 
 
+class ReaderAroundChunks(Attention):
+    """A chunk over a filled cache reads its values by a mean, before attention and after it."""
+
+    chunk = 4
+
+    def attend(self, q, k, v, mask):
+        if q.shape[2] != self.chunk:
+            return super().attend(q, k, v, mask)
+        early = self.mean(v, mask)
+        return super().attend(q, k, v, mask) + early + self.mean(v, mask)
+
+    def mean(self, x, mask):
+        some = mask.any(-2)[..., None]
+        return (x * some).sum(dim=(1, 2), keepdim=True) / some.sum()
+
+
+class StaticReaderAroundChunks(ReaderAroundChunks, models.StaticIndexCopy):
+    """The same over a static cache."""
+
+
+@pytest.mark.parametrize("options", [LOSSLESS, ROTATED, TWO_BITS], ids=str)
+@pytest.mark.parametrize("spelling", [ReaderAroundChunks, StaticReaderAroundChunks], ids=lambda c: c.__name__)
+def test_readers_around_a_chunk_see_it(spelling, options):
+    """The chunk is attended before it is appended; who reads the cache otherwise reads it with the chunk."""
+    seen = evidence(Decoder(spelling), options, steps=0, chunk=4)
+    copies = 2 if spelling is StaticReaderAroundChunks else 1  # what grows is one tensor from the start
+    assert (ops(seen.captures[1]).count("append"), ops(seen.captures[1]).count("dequantize")) == (2, copies)
+    assert seen.error <= 1e-4
+
+
 @pytest.mark.parametrize("options", [LOSSLESS, {**ROTATED, "value_rotation": "online"}], ids=str)
 @pytest.mark.parametrize(
     "spelling", [SecondReader, EarlyReader, StaticSecondReader, StaticEarlyReader], ids=lambda c: c.__name__

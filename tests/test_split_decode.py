@@ -175,6 +175,28 @@ def test_a_fixed_number_of_new_tokens():
     assert value([n for n in split.body.graph.nodes if n.op == "placeholder"][-1]).shape[1] == 4  # rows stay aligned
 
 
+@pytest.mark.parametrize("build", [Decoder, SharedDecoder], ids=lambda c: c.__name__)
+def test_several_new_tokens_are_attended_before_they_are_appended(build):
+    """Within the window everything is exact, though each step takes the ring slots of tokens that its queries see."""
+    torch._dynamo.reset()
+    model, ids = build(), token_ids(2, 18)
+    with torch.no_grad():
+        expected = model(ids)[0]
+        spy = Spy(**{**CAPTURED, "window": 6, "tsa_layers": ()})
+        compiled = torch.compile(model, backend=spy)
+        _, cache = compiled(ids[:, :3])
+        out, cache = compiled(ids[:, 3:6], cache)
+        torch.testing.assert_close(out, expected[:, 3:6], rtol=0, atol=1e-4)
+        cropped = tuple((k[:, :, :3], v[:, :, :3]) for k, v in cache)
+        for start, pair in ((3, cropped), (6, cache)):
+            out, _ = compiled(ids[:, start : start + 3], pair)
+            torch.testing.assert_close(out, expected[:, start : start + 3], rtol=0, atol=1e-4)
+    state = spy.captures[-1].state
+    assert state.split is not None, state.capture
+    assert [n for n in ops(state.split.body) if n in ("attend", "append")][0] == "attend"
+    assert_body_stands_still(state)
+
+
 def test_a_crop_is_noticed_by_the_host():
     """The device's own count of tokens is too large after a crop: positions come from the host, the append sets the rest."""
     torch._dynamo.reset()

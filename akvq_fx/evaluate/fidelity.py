@@ -1,12 +1,9 @@
-"""fidelity(model, windows, prefix, options): how far a packed cache moves a causal LM's predictions, against its own 16-bit cache.
+"""How far a packed cache moves a model's predictions, against its own 16-bit cache: fidelity, prompt_fidelity.
 
-windows   [N, prefix + count] int64 token ids. The prefix is cached in one call, then the other tokens are read in one call
-          over that cache; they see each other at full precision and the prefix as packed. Both caches see the same tokens.
-options   as of torch.compile(model, backend="akvq", options=...); values are rotated in the graph unless told otherwise, so
-          weights stay as they are.
-
-The product itself is measured, not a simulation: the model is compiled with the backend. Per predicted token, p from its own cache
-and p' from the packed one, in nats where they are logarithms:
+A prefix (text, or anything the model takes: pixel_values ...) is cached in one call, then the ids that follow are read in one
+call over that cache; they see each other at full precision and the prefix as packed. Both caches see the same tokens. The product
+itself is measured, not a simulation: the model is compiled with the backend. Per predicted token, p from its own cache and p'
+from the packed one, in nats where they are logarithms:
     nll     -log p(next);   dnll  log p(next) - log p'(next)
     kl      sum p log(p / p')
     agree   argmax p = argmax p'
@@ -16,35 +13,49 @@ and p' from the packed one, in nats where they are logarithms:
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
-import akvq_fx
+from akvq_fx.evaluate.settings import bits_of, options_of, original, prefill, read, running
+from akvq_fx.evaluate.table import Column
 
 MEASURES = ("nll", "dnll", "kl", "agree", "tv")
+Options = Mapping[str, Any] | str | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """inputs: the prefix, input_ids [1, T] and what else the model takes; following: ids [n] of the text after it, n >= 2."""
+
+    inputs: Mapping[str, Any]
+    following: Tensor
 
 
 @dataclasses.dataclass
 class Fidelity:
-    """Measures by window and position, float64 [N, count - 1] each, and the bits per cached number of the last window."""
+    """Measures by prompt and position, float64 [N, n - 1] each, and the bits per cached number of the last prompt.
+
+    Prompts that have fewer tokens than the longest are filled up with nan, which no mean counts.
+    """
 
     values: dict[str, Tensor]
     bits: float
 
     def mean(self, name: str) -> float:
-        return self.values[name].mean().item()
+        return self.values[name].nanmean().item()
 
     def standard_error(self, name: str) -> float:
-        """Of the mean, over windows; nan for one window."""
-        by_window = self.values[name].mean(1)
-        return (by_window.std() / len(by_window) ** 0.5).item()
+        """Of the mean, over prompts; nan for one prompt."""
+        by_prompt = self.values[name].nanmean(1)
+        return (by_prompt.std() / len(by_prompt) ** 0.5).item()
 
     def by_position(self, name: str) -> Tensor:
-        """[count - 1]: mean over windows at each distance from the prefix."""
-        return self.values[name].mean(0)
+        """[n - 1]: mean over prompts at each distance from the prefix."""
+        return self.values[name].nanmean(0)
 
     def to_dict(self) -> dict:
         """Plain numbers, for JSON."""
@@ -67,44 +78,64 @@ def windows_of(ids: Tensor, count: int, length: int) -> Tensor:
     return torch.stack([ids[start : start + length] for start in starts])
 
 
-@torch.no_grad()
-def fidelity(
-    model: torch.nn.Module, windows: Tensor, prefix: int, options: Mapping[str, Any] | None = None, progress=None
-) -> Fidelity:
-    """Measure one set of options; `progress` is called after each window. Resets dynamo's compiled code before and after.
-
-    Raises ValueError for windows that leave no token to predict, RuntimeError where the backend packed nothing.
-    """
+def prompts_of(windows: Tensor, prefix: int) -> list[Prompt]:
+    """Windows [N, prefix + n] of token ids as prompts. Raises ValueError for windows that leave no token to predict."""
     if windows.dim() != 2 or not 0 < prefix < windows.shape[1] - 1:
         raise ValueError(
             f"akvq_fx.evaluate: windows {list(windows.shape)} with a prefix of {prefix} leave nothing to predict"
         )
-    options = {"inner": "eager", "value_rotation": "online", **(options or {})}
-    torch._dynamo.reset()
-    compiled = torch.compile(model, backend="akvq", options=options)
-    rows, bits = [], 0.0
-    try:
-        for window in windows:
-            ids = window[None].to(next(model.parameters()).device)
-            own, _ = continuation(model, ids, prefix)
-            packed, cache = continuation(compiled, ids, prefix)
-            rows.append(compare(own, packed, ids[0, prefix + 1 :]))
-            stats = akvq_fx.cache_stats(cache)
-            if not stats.packed_tensors:
-                raise RuntimeError(f"akvq_fx.evaluate: nothing was packed\n{akvq_fx.report(model)}")
-            bits = stats.bits_per_element
+    return [Prompt({"input_ids": window[None, :prefix]}, window[prefix:]) for window in windows]
+
+
+def fidelity(
+    model: torch.nn.Module, windows: Tensor, prefix: int, options: Options = None, progress: Callable | None = None
+) -> Fidelity:
+    """prompt_fidelity of windows [N, prefix + n] of token ids."""
+    return prompt_fidelity(model, prompts_of(windows, prefix), options, progress)
+
+
+def prompt_fidelity(
+    model: torch.nn.Module, prompts: Iterable[Prompt], options: Options = None, progress: Callable | None = None
+) -> Fidelity:
+    """Measure one setting on a causal language model or a vision-language model.
+
+    options    as of torch.compile(model, backend="akvq", options=...), or a setting as on the command line ("akvq:window=64",
+               "none"); None: the backend's defaults. Values are rotated in the graph unless told otherwise, so weights stay
+               as they are
+    progress   called after each prompt
+    Raises ValueError for a prompt that leaves nothing to predict, NothingPacked (a RuntimeError) where the backend packed nothing.
+    """
+    options = options_of(options) if isinstance(options, str) else dict(options or {})
+    found, bits = [], 0.0
+    with running(model, options) as run:
+        for prompt in prompts:
+            values, bits = measure(run, prompt)
+            found.append(values)
             if progress is not None:
                 progress()
-    finally:
-        torch._dynamo.reset()
-    return Fidelity({name: torch.stack([row[name] for row in rows]) for name in MEASURES}, bits)
+    padded = lambda name: torch.nn.utils.rnn.pad_sequence([f[name] for f in found], True, float("nan"))
+    return Fidelity({name: padded(name) for name in MEASURES}, bits)
 
 
-def continuation(model, ids: Tensor, prefix: int) -> tuple[Tensor, Any]:
-    """Log-probabilities [count - 1, V] of the tokens after the first one past the prefix, and the cache."""
-    cache = model(input_ids=ids[:, :prefix], use_cache=True).past_key_values
-    out = model(input_ids=ids[:, prefix:], past_key_values=cache, use_cache=True)
-    return out.logits[0, :-1].double().log_softmax(-1), out.past_key_values
+@torch.no_grad()
+def measure(run: Any, prompt: Prompt) -> tuple[dict[str, Tensor], float]:
+    """Measures by position, [n - 1] each, and bits per cached number, of one prompt; `run` as settings.running gives it."""
+    if prompt.following.dim() != 1 or len(prompt.following) < 2:
+        raise ValueError(
+            f"akvq_fx.evaluate: {list(prompt.following.shape)} ids after the prefix leave nothing to predict; accepted: a row of 2"
+            " or more"
+        )
+    own, cache = continuation(original(run), prompt)
+    packed = own
+    if run is not original(run):
+        packed, cache = continuation(run, prompt)
+    return compare(own, packed, prompt.following[1:].to(own.device)), bits_of(cache, run)
+
+
+def continuation(model: Any, prompt: Prompt) -> tuple[Tensor, Any]:
+    """Log-probabilities [n - 1, V] of the tokens after the first one past the prefix, and the cache."""
+    logits, cache = read(model, prompt.following, prefill(model, prompt.inputs))
+    return logits[:-1].double().log_softmax(-1), cache
 
 
 def compare(own: Tensor, packed: Tensor, following: Tensor) -> dict[str, Tensor]:
@@ -112,6 +143,47 @@ def compare(own: Tensor, packed: Tensor, following: Tensor) -> dict[str, Tensor]
     p, q = own.exp(), packed.exp()
     heard, told = (x.gather(1, following[:, None])[:, 0] for x in (own, packed))
     agree = (own.argmax(-1) == packed.argmax(-1)).double()
-    found = {"nll": -heard, "dnll": heard - told, "kl": (p * (own - packed)).sum(-1), "agree": agree}
+    # a token of probability 0 adds nothing, though its logarithms do not subtract
+    gaps = torch.where(p > 0, p * (own - packed), 0)
+    found = {"nll": -heard, "dnll": heard - told, "kl": gaps.sum(-1), "agree": agree}
     found["tv"] = (p - q).abs().sum(-1) / 2
     return {name: value.cpu() for name, value in found.items()}
+
+
+class FidelityTask:
+    """A table.Suite of one task: means over positions, a row for each prompt.
+
+    load     () -> (model, its prompts); called when the first sample is measured, so a finished table needs no model
+    about    all that the numbers depend on but the setting
+    """
+
+    columns = (
+        Column("bits", "bits", 2, error=False),
+        Column("dnll", "dNLL", 4),
+        Column("kl", "KL", 4),
+        Column("agree", "top-1 agreement"),
+        Column("overlap", "1 - TV", 4),
+    )
+    headline = "kl"
+
+    def __init__(self, model: str, task: str, count: int, about: Mapping[str, Any], load: Callable):
+        self.model, self.tasks = model, (task,)
+        self._count, self._about, self._load = count, about, load
+
+    def what(self, task: str) -> dict[str, Any]:
+        return {"kind": "fidelity", **self._about}
+
+    def count(self, task: str) -> int:
+        return self._count
+
+    @contextmanager
+    def under(self, options: Mapping[str, Any] | None) -> Iterator[Callable[[str, int], dict]]:
+        model, prompts = self._load()
+        with running(model, options) as run:
+            yield lambda task, index: row_of(run, prompts, index)
+
+
+def row_of(run: Any, prompts: Sequence[Prompt], index: int) -> dict:
+    values, bits = measure(run, prompts[index])
+    row = {name: value.mean().item() for name, value in values.items()}
+    return {**row, "overlap": 1 - row["tv"], "bits": bits}

@@ -1,0 +1,59 @@
+"""ablation(model, prompts, option, values): akvq_fx.evaluate's fidelity along one option, e.g. the clip, pivots or window."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from akvq_fx.evaluate.fidelity import Fidelity, Prompt, prompt_fidelity
+from akvq_fx.report import _table
+
+
+@dataclass
+class Ablation:
+    """One option's values, and what each did to the model's predictions; str() is a table."""
+
+    option: str
+    values: list[Any]
+    results: list[Fidelity]
+
+    def mean(self, measure: str) -> list[float]:
+        return [result.mean(measure) for result in self.results]
+
+    def __str__(self) -> str:
+        lines = [(self.option, "bits", "dNLL", "KL", "top-1 agreement", "1 - TV")]
+        for value, found in zip(self.values, self.results, strict=True):
+            kl, tv = found.mean("kl"), found.mean("tv")
+            lines.append((str(value), f"{found.bits:.2f}", f"{found.mean('dnll'):+.4f}", f"{kl:.4f}", f"{found.mean('agree'):.3f}",
+                          f"{1 - tv:.4f}"))  # fmt: skip
+        return _table(lines)
+
+
+def ablation(
+    model: torch.nn.Module,
+    prompts: Sequence[Prompt],
+    option: str,
+    values: Sequence[Any],
+    options: Mapping[str, Any] | None = None,
+    progress=None,
+) -> Ablation:
+    """prompt_fidelity(model, prompts, {**options, option: value}) for each value; `progress` is called after each prompt.
+
+    prompts   akvq_fx.evaluate.fidelity's: prompts_of(windows, prefix) of a text, or inputs with images and the text after them
+    Raises ValueError for option="window" where the tokens after a prefix would take the window's place: they are read in one
+    call and are recent themselves, so only longer windows reach into the prefix.
+    """
+    if not values:
+        raise ValueError(f"akvq_fx.analysis: no values of {option} to compare")
+    if option == "window":
+        count, shortest = max(len(p.following) for p in prompts), min((v for v in values if v), default=None)
+        if shortest is not None and shortest <= count:
+            raise ValueError(
+                f"akvq_fx.analysis: a window of {shortest} ends among the {count} tokens read over the prefix; accepted: "
+                f"windows longer than that, or fewer tokens after the prefix"
+            )
+    results = [prompt_fidelity(model, prompts, {**(options or {}), option: value}, progress) for value in values]
+    return Ablation(option, list(values), results)

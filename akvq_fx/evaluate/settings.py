@@ -1,0 +1,108 @@
+"""Settings of a table: "none" for the model's own cache, or a recipe and its options; and the model that runs under one."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import akvq_fx
+
+OWN = "none"
+ALWAYS = {"inner": "eager", "value_rotation": "online"}  # unless the options say otherwise
+# prompts differ in their images' number and size, each of which may compile anew; dynamo gives up after 8 unless told otherwise,
+# and what it gave up on would run unpacked
+RECOMPILES = 64
+
+
+class NothingPacked(RuntimeError):
+    """The backend ran and left every cache as it was: a number measured so would be the model's own."""
+
+
+def options_of(text: str) -> dict[str, Any] | None:
+    """recipe[:option=value,...] as backend options, None for "none". Raises ValueError for what AKVQConfig does not accept."""
+    if text == OWN:
+        return None
+    recipe, _, rest = text.partition(":")
+    options: dict[str, Any] = {"recipe": recipe}
+    for part in filter(None, rest.split(",")):
+        name, equals, value = part.partition("=")
+        if not equals:
+            raise ValueError(f"setting {text!r}: {part!r} is no option=value")
+        try:
+            options[name] = ast.literal_eval(value)
+        except (SyntaxError, ValueError):
+            options[name] = value
+    akvq_fx.AKVQConfig.from_options(options)
+    return options
+
+
+def described(options: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """Every field of the configuration that these options mean, for a store's key: a changed default is another setting."""
+    return None if options is None else dataclasses.asdict(akvq_fx.AKVQConfig.from_options({**ALWAYS, **options}))
+
+
+@contextmanager
+def running(model: torch.nn.Module, options: Mapping[str, Any] | None) -> Iterator[Any]:
+    """The model as it runs under these options: itself for None, else compiled with the backend.
+
+    Values are rotated in the graph unless told otherwise, so weights stay as they are. Dynamo's compiled code is reset before
+    and after.
+    """
+    if options is None:
+        yield model
+        return
+    torch._dynamo.reset()
+    try:
+        with torch._dynamo.config.patch(recompile_limit=RECOMPILES):
+            yield torch.compile(model, backend="akvq", options={**ALWAYS, **options})
+    finally:
+        torch._dynamo.reset()
+
+
+def original(model: Any) -> Any:
+    """The module that `running` was given."""
+    return getattr(model, "_orig_mod", model)
+
+
+def to_model(inputs: Mapping[str, Any], model: Any) -> dict[str, Any]:
+    """Inputs on the model's device, floating-point ones in its dtype."""
+    weight = next(original(model).parameters())
+
+    def move(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        return value.to(weight.device, weight.dtype if value.is_floating_point() else None)
+
+    return {name: move(value) for name, value in inputs.items()}
+
+
+def prefill(model: Any, inputs: Mapping[str, Any]) -> Any:
+    """The cache of a prefix: input_ids [1, T] and whatever else the model takes (pixel_values, ...), in one call."""
+    known = inspect.signature(original(model).forward).parameters
+    spare = {"logits_to_keep": 1} if "logits_to_keep" in known else {}  # the prefix predicts nothing that is measured
+    return model(**to_model(inputs, model), use_cache=True, **spare).past_key_values
+
+
+def read(model: Any, ids: Tensor, cache: Any) -> tuple[Tensor, Any]:
+    """Logits [n, V] of ids [n] read in one call over a cache, and the cache after it."""
+    out = model(**to_model({"input_ids": ids[None]}, model), past_key_values=cache, use_cache=True)
+    return out.logits[0], out.past_key_values
+
+
+def bits_of(cache: Any, model: Any) -> float:
+    """Bits per cached number, of all tensors of the cache; `model` ran it. Of a simulated recipe: what its real cache would take.
+
+    Raises NothingPacked where a compiled model left no packed tensor.
+    """
+    stats = akvq_fx.cache_stats(cache)
+    if model is not original(model) and not stats.packed_tensors:
+        raise NothingPacked(f"akvq_fx.evaluate: nothing was packed\n{akvq_fx.report(original(model))}")
+    packed = 8 * stats.packed_bytes if stats.method_bits is None else stats.method_bits * stats.elements
+    return (packed + 8 * stats.plain_bytes) / (stats.elements + stats.plain_elements)

@@ -1,0 +1,96 @@
+"""akvq_fx.analysis: ablations, pictures, and the command."""
+
+import importlib.util
+import sys
+
+import pytest
+import torch
+
+import akvq_fx
+from akvq_fx import analysis
+from akvq_fx.analysis import __main__ as command
+from akvq_fx.evaluate.fidelity import prompts_of, windows_of
+from tests.attention_models import Decoder, VisionDecoder, token_ids
+from tests.test_calibrate import SMALL, images
+from tests.zoo import ZOO
+
+needs_matplotlib = pytest.mark.skipif(
+    importlib.util.find_spec("matplotlib") is None, reason="matplotlib is not installed"
+)
+
+
+@pytest.fixture(scope="module")
+def llama():
+    model, _ = ZOO["llama"]()
+    ids = torch.randint(1, model.config.vocab_size, (400,), generator=torch.Generator().manual_seed(0))
+    return model, ids
+
+
+def ablations(llama) -> analysis.Ablation:
+    model, ids = llama
+    return analysis.ablation(
+        model, prompts_of(windows_of(ids, 2, 60), 50), "body_bits", [2, 8], {"window": 0, "pivots": 1}
+    )
+
+
+def test_an_ablation_is_fidelity_along_an_option(llama):
+    found = ablations(llama)
+    two, eight = found.mean("kl")
+    assert eight < 0.1 * two and str(found).splitlines()[0].split()[:2] == ["body_bits", "bits"]
+    assert [line.split()[0] for line in str(found).splitlines()[2:]] == ["2", "8"]
+
+
+def test_a_window_that_the_new_tokens_fill_is_no_ablation(llama):
+    model, ids = llama
+    prompts = prompts_of(windows_of(ids, 1, 60), 50)
+    with pytest.raises(ValueError, match="window of 8 ends among the 10 tokens"):
+        analysis.ablation(model, prompts, "window", [0, 8, 32])
+    with pytest.raises(ValueError, match="no values"):
+        analysis.ablation(model, prompts, "pivots", [])
+
+
+@needs_matplotlib
+def test_every_picture_is_written(llama, tmp_path):
+    found = akvq_fx.calibrate(VisionDecoder("masked_scatter", layers=3), images(2, 14, 3, 9), options=SMALL)
+    paths = analysis.save_figures(found, tmp_path, [ablations(llama)])
+    names = {"attention_mass", "attention_heads", "channels", "outliers", "massive_activations", "ablations"}
+    assert {path.stem for path in paths} == names
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths)
+    heights = lambda ax: torch.tensor([[bar.get_height() for bar in bars] for bars in ax.containers]).sum(0)
+    for ax in analysis.figures.attention_mass(found).axes:
+        torch.testing.assert_close(heights(ax), torch.ones(3).double())  # shares stack up to one
+    with pytest.raises(ValueError, match="layer 9 was not measured; accepted: 0, 1, 2"):
+        analysis.figures.channels(found, 9)
+
+
+def test_without_matplotlib_the_error_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    found = akvq_fx.calibrate(Decoder(), token_ids(1, 12), options=SMALL)
+    with pytest.raises(ImportError, match=r"akvq_fx\[figures\]"):
+        analysis.figures.attention_mass(found)
+
+
+def test_the_command_writes_a_policy_and_a_report(llama, tmp_path, monkeypatch, capsys):
+    model, ids = llama
+    following = prompts_of(windows_of(ids, 2, 60), 50)
+    monkeypatch.setattr(command, "load_text", lambda args: (model, [p.inputs for p in following], following))
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    out = tmp_path / "found"
+    arguments = ["--model", "tiny", "--text", "book.txt", "--out", str(out), "--ablate", "pivots=1,2"]
+    assert command.main(arguments) == 0
+    assert akvq_fx.load_policy(out / "policy.json") == {"tsa_layers": []}
+    report, heard = (out / "report.md").read_text(), capsys.readouterr()
+    assert "## pivots" in report and "LlamaForCausalLM: tsa_layers=()" in report and heard.out.strip() in report
+    assert "no pictures" in heard.err
+
+
+def test_the_command_says_what_is_wrong(capsys, tmp_path):
+    base = ["--model", "/nowhere/model", "--out", str(tmp_path)]
+    for rest, message in (
+        (["--text", "x.txt", "--ablate", "pivots"], "accepted: option=value"),
+        (["--text", "x.txt", "--ablate", "pivts=1"], "unknown option 'pivts'"),
+        (["--images", "x", "--ablate", "pivots=1"], "give --text"),
+        (["--text", str(tmp_path / "none.txt")], "akvq_fx.analysis: "),
+    ):
+        assert command.main([*base, *rest]) == 1
+        assert message in capsys.readouterr().err
