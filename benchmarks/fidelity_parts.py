@@ -1,0 +1,144 @@
+"""The parts of docs/fidelity.md: which settings are measured on which models, and what a reader must know of each."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from akvq_fx.recipes import RECIPES
+
+Settings = Mapping[str, Mapping[str, Any] | None]
+WORDS = {"center_keys": "centring", "balance_keys": "balancing"}  # fields that the default recipe adds to the paper's
+DEFAULT, PAPER = "akvq", "akvq-vl"
+FEW = 16  # tokens read at once where the window is measured, see the part's text
+ASKED = (
+    "match",
+    "retrieval",
+    "counting",
+    "spatial",
+)  # image tasks of the parts that do not take all: they tell settings apart
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """models: names of weights.SOURCES; prefixes, count: of text windows; every_text, every_task: all of them, else few."""
+
+    title: str
+    about: str
+    models: tuple[str, ...]
+    prefixes: tuple[int, ...] = (1024,)
+    count: int = 192
+    every_text: bool = False
+    every_task: bool = False
+
+
+def recipes() -> Settings:
+    return {name: {"recipe": name} for name in RECIPES}
+
+
+def added() -> dict[str, Any]:
+    """Options of the default recipe that the paper's does not have so."""
+    paper = RECIPES[PAPER].options
+    return {name: value for name, value in RECIPES[DEFAULT].options.items() if paper.get(name) != value}
+
+
+def ablation(vision: bool) -> Settings:
+    """From plain rounding to the default recipe, one thing more in each row; then the default with one thing taken away.
+
+    Token classes of text and vision, and the window beside the read tokens, are only there for a vision model.
+    """
+    steps = [("RTN, 2 bits", {}), ("+ WHT", {"rotate": True}), ("+ clip 0.8", {"body_clip": 0.8})]
+    if vision:
+        steps += [("+ window", {"window": 128}), ("+ TSA", {"tsa_layers": (0, 1)})]
+    found, built = {}, {"recipe": "rtn2"}
+    for name, options in steps:
+        built = built | options
+        found[name] = built
+    found[f"+ {'pivots' if vision else 'window, pivots'} = {PAPER}"] = {"recipe": PAPER}
+    more, last = added(), {"recipe": PAPER}
+    for number, (name, value) in enumerate(more.items(), 1):
+        last = last | {name: value}
+        ends = number == len(more)
+        found[f"+ {WORDS.get(name, name)}" + (f" = {DEFAULT}" if ends else "")] = {"recipe": DEFAULT} if ends else last
+    away = {"WHT (and so all of keys' changes)": {"rotate": False}}
+    away |= {WORDS.get(name, name): {name: RECIPES[PAPER].options.get(name)} for name in more}
+    away |= {"clip": {"body_clip": 1.0}, "pivots": {"pivots": 0}}
+    if vision:
+        away |= {"window": {"window": 0}, "TSA": {"tsa_layers": ()}}
+    return found | {f"{DEFAULT} without {name}": {"recipe": DEFAULT, **options} for name, options in away.items()}
+
+
+def both(**options: tuple[Any, ...]) -> Settings:
+    """Both recipes under every value of one option."""
+    ((name, values),) = options.items()
+    return {f"{r}, {name}={v}": {"recipe": r, name: v} for r in (DEFAULT, PAPER) for v in values}
+
+
+def settings_of(part: str, vision: bool) -> Settings:
+    """By the name that the table shows."""
+    if part == "models":
+        return recipes()
+    if part == "images":
+        return {"none": None, **recipes()}
+    if part == "ablation":
+        return {"none": None, **ablation(True)} if vision else ablation(False)
+    if part == "context":
+        return {name: {"recipe": name} for name in (DEFAULT, PAPER, "kivi", "rtn4")}
+    if part == "pivots":
+        return both(pivots=(15, 0))
+    if part == "window":
+        return both(window=(0, 32, 128))
+    if part == "text-bits":
+        return {**both(tsa_layers=((0, 1), ())), f"{DEFAULT}, text_bits=2": {"recipe": DEFAULT, "text_bits": 2}}
+    raise ValueError(f"no part {part!r}; accepted: {', '.join(PARTS)}")
+
+
+PARTS = {
+    "models": Part(
+        "Recipes on language models",
+        "Every recipe at its own options. A window of text is a prefix that is packed and the tokens after it, read in one call. "
+        "They see each other unpacked, so the most recent tokens that a recipe keeps are these, and none of the prefix.",
+        ("smollm2", "qwen", "gemma"),
+        every_text=True,
+    ),
+    "images": Part(
+        "Recipes on a vision-language model",
+        "The prompt up to its last image token is packed, then a question is read over it. Accuracy is exact match of the greedy "
+        "answer. `none` is the model's own cache.",
+        ("vlm",),
+        every_task=True,
+    ),
+    "ablation": Part(
+        "Ablation",
+        "As Table III of the paper: one thing more in each row, up to the default recipe; then the default recipe with one thing "
+        "taken away. TSA needs vision tokens and is measured on the vision-language model only, and so is the window.",
+        ("smollm2", "qwen", "vlm"),
+    ),
+    "context": Part(
+        "Length of the context",
+        "The same predicted tokens after prefixes of different length. The longest and the tokens read over it make 8,192, "
+        "which is SmolLM2's limit.",
+        ("smollm2",),
+        prefixes=(1024, 4096, 8000),
+    ),
+    "pivots": Part(
+        "Pivots",
+        "Pivot tokens at 16 bits in PSA layers: 15 as in the paper, or none.",
+        ("smollm2", "qwen", "vlm"),
+    ),
+    "window": Part(
+        "Recent window",
+        f"Of text, {FEW} tokens are read over the prefix here, not 192: tokens that are read in one call take their place in the "
+        f"recent window, so that a window of 32 keeps {32 - FEW} of the prefix's tokens at 16 bits and one of 128 {128 - FEW}. "
+        "With 192 the window would play no part.",
+        ("smollm2", "qwen", "vlm"),
+        count=FEW,
+    ),
+    "text-bits": Part(
+        "Text tokens in TSA layers",
+        "tsa_layers=(0, 1): text tokens of layers 0 and 1 at 4 bits, no pivots there. tsa_layers=(): these layers are as the later "
+        "ones, 15 pivots at 16 bits and everything else at 2. text_bits=2: as the first, with text at 2 bits too.",
+        ("vlm",),
+    ),
+}
