@@ -230,7 +230,7 @@ __device__ __forceinline__ float last_below(float multiple, float scale, float q
 }
 __device__ __forceinline__ float first_from(float multiple, float scale, float quotient) {
     const float below = __uint_as_float(__float_as_uint(multiple) - 1);
-    return below / scale >= quotient ? below : multiple;
+    return below / scale >= quotient ? below : multiple / scale >= quotient ? multiple : NAN;  // of a broken range: nothing passes
 }
 
 __device__ __forceinline__ void turn(float (&x)[OWN], const float (&centre)[OWN], const float (&gain)[OWN], int lane) {

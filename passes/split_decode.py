@@ -95,7 +95,7 @@ class Cut:
         self.values = values_of(self.graph, self.fake_mode)
         still: list = [self.values[n] for n in self.buffers]
         for site in state.sites:
-            if site.key.kind == "read":  # nothing is appended to it
+            if site.key.kind == "read" or site.key.static:  # nothing is appended to it, or its length is its capacity
                 still += [shape(site.key.whole)[2], shape(site.value.whole)[2]]
         self.still = symbols(still)
         self.rows: dict[Node, int] = {}

@@ -311,6 +311,19 @@ def test_generate_replays_one_graph_a_capacity_step(recorder, cache, bits):
     assert "CUDA graphs captured" in str(akvq_fx.report(model))
 
 
+def test_a_static_cache_whose_capacity_became_a_symbol_is_replayed(recorder):
+    """Dynamo takes a second capacity for a length that changes; it does not change from step to step."""
+    torch._dynamo.reset()
+    static = {"cache_implementation": "static"}
+    (plain, inputs), (model, _) = ZOO["llama"](), ZOO["llama"]()
+    expected = run(plain, inputs, **static).sequences
+    model.compile(backend="akvq", options={**SMALL, "body_bits": 16})
+    run(model, inputs, max_new_tokens=4, **static)
+    assert torch.equal(run(model, inputs, **static).sequences, expected)
+    assert not any(c.reason for c in captures(model)), akvq_fx.report(model)
+    assert captures(model)[-1].replayed >= 21
+
+
 def test_beams_are_right_and_capture_nothing_that_lasts(recorder):
     """Beam search moves the cache to other buffers in every step: nothing comes back to be replayed, and nothing is wrong."""
     model, inputs = ZOO["llama"]()
