@@ -11,7 +11,6 @@ from akvq_fx.recipes import RECIPES
 Settings = Mapping[str, Mapping[str, Any] | None]
 WORDS = {"center_keys": "centring", "balance_keys": "balancing"}  # fields that the default recipe adds to the paper's
 DEFAULT, PAPER = "akvq", "akvq-vl"
-FEW = 16  # tokens read at once where the window is measured, see the part's text
 ASKED = (
     "match",
     "retrieval",
@@ -46,16 +45,17 @@ def added() -> dict[str, Any]:
 def ablation(vision: bool) -> Settings:
     """From plain rounding to the default recipe, one thing more in each row; then the default with one thing taken away.
 
-    Token classes of text and vision, and the window beside the read tokens, are only there for a vision model.
+    Token classes of text and vision are only there for a vision model.
     """
     steps = [("RTN, 2 bits", {}), ("+ WHT", {"rotate": True}), ("+ clip 0.8", {"body_clip": 0.8})]
+    steps += [("+ window", {"window": 128})]
     if vision:
-        steps += [("+ window", {"window": 128}), ("+ TSA", {"tsa_layers": (0, 1)})]
+        steps += [("+ TSA", {"tsa_layers": (0, 1)})]
     found, built = {}, {"recipe": "rtn2"}
     for name, options in steps:
         built = built | options
         found[name] = built
-    found[f"+ {'pivots' if vision else 'window, pivots'} = {PAPER}"] = {"recipe": PAPER}
+    found[f"+ pivots = {PAPER}"] = {"recipe": PAPER}
     more, last = added(), {"recipe": PAPER}
     for number, (name, value) in enumerate(more.items(), 1):
         last = last | {name: value}
@@ -63,9 +63,9 @@ def ablation(vision: bool) -> Settings:
         found[f"+ {WORDS.get(name, name)}" + (f" = {DEFAULT}" if ends else "")] = {"recipe": DEFAULT} if ends else last
     away = {"WHT (and so all of keys' changes)": {"rotate": False}}
     away |= {WORDS.get(name, name): {name: RECIPES[PAPER].options.get(name)} for name in more}
-    away |= {"clip": {"body_clip": 1.0}, "pivots": {"pivots": 0}}
+    away |= {"clip": {"body_clip": 1.0}, "pivots": {"pivots": 0}, "window": {"window": 0}}
     if vision:
-        away |= {"window": {"window": 0}, "TSA": {"tsa_layers": ()}}
+        away |= {"TSA": {"tsa_layers": ()}}
     return found | {f"{DEFAULT} without {name}": {"recipe": DEFAULT, **options} for name, options in away.items()}
 
 
@@ -97,8 +97,8 @@ def settings_of(part: str, vision: bool) -> Settings:
 PARTS = {
     "models": Part(
         "Recipes on language models",
-        "Every recipe at its own options. A window of text is a prefix that is packed and the tokens after it, read in one call. "
-        "They see each other unpacked, so the most recent tokens that a recipe keeps are these, and none of the prefix.",
+        "Every recipe at its own options. A window of text is a prefix that is packed and the tokens after it, read in one call: "
+        "they see each other unpacked, and the prefix as it was packed, its most recent tokens as the recipe keeps them.",
         ("smollm2", "qwen", "gemma"),
         every_text=True,
     ),
@@ -112,7 +112,7 @@ PARTS = {
     "ablation": Part(
         "Ablation",
         "As Table III of the paper: one thing more in each row, up to the default recipe; then the default recipe with one thing "
-        "taken away. TSA needs vision tokens and is measured on the vision-language model only, and so is the window.",
+        "taken away. TSA needs vision tokens and is measured on the vision-language model only.",
         ("smollm2", "qwen", "vlm"),
     ),
     "context": Part(
@@ -129,11 +129,8 @@ PARTS = {
     ),
     "window": Part(
         "Recent window",
-        f"Of text, {FEW} tokens are read over the prefix here, not 192: tokens that are read in one call take their place in the "
-        f"recent window, so that a window of 32 keeps {32 - FEW} of the prefix's tokens at 16 bits and one of 128 {128 - FEW}. "
-        "With 192 the window would play no part.",
+        "The prefix's most recent tokens at 16 bits: 128 as in the paper, 32, or none.",
         ("smollm2", "qwen", "vlm"),
-        count=FEW,
     ),
     "text-bits": Part(
         "Text tokens in TSA layers",
