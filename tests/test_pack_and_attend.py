@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
 import akvq_fx
+from akvq_fx.kernels import cache
 from akvq_fx.packed_kv import PackedKV
 from tests import attention_models as models
 from tests.attention_models import LOSSLESS, Decoder, captured, evidence, lossless, mixed, roll, token_ids
@@ -280,3 +282,22 @@ def test_rewriting_twice_is_rewriting_once():
     (second,) = captured(Decoder(), token_ids(2, 6))
     assert str(first.state.graph) == str(second.state.graph)
     assert str(first.gm.graph) == first.before
+
+
+@pytest.mark.parametrize("inner", ["eager", "inductor"])
+def test_a_layer_s_unpacked_prompt_is_gone_before_the_next_one_is_packed(inner, monkeypatch):
+    """The peak of a prompt holds one layer's 16-bit keys and values, not all layers'."""
+    torch._dynamo.reset()
+    whole, alive = [], []
+    create = cache.create
+
+    def watched(x, *rest):
+        alive.append(sum(not storage.expired() for storage in whole))
+        whole.append(StorageWeakRef(x.untyped_storage()))
+        return create(x, *rest)
+
+    monkeypatch.setattr(cache, "create", watched)
+    with torch.no_grad():
+        torch.compile(Decoder(layers=4), backend="akvq", options={"inner": inner, "window": 4})(token_ids(2, 40))
+    assert len(alive) == 8  # keys and values of four layers
+    assert max(alive) <= 2, alive
