@@ -41,12 +41,15 @@ def find_pivots_reference(h: Tensor, valid: Tensor | None, count: int, mode: str
     return select_pivots(peak, median, valid, count, floor, ratio)
 
 
+def massive_tokens(peak: Tensor, median: Tensor, valid: Tensor, floor: float, ratio: float) -> tuple[Tensor, Tensor]:
+    """([B, T] bool: tokens above the floor and the ratio; [B] median of the real tokens' medians)."""
+    usual = torch.where(valid, median, torch.nan).nanmedian(-1).values
+    return valid & (peak > floor) & (peak > ratio * usual[:, None]), usual
+
+
 def select_pivots(peak: Tensor, median: Tensor | None, valid: Tensor, count: int, floor: float, ratio: float) -> Tensor:
     """Pivots from each token's largest |h| [B, T] and, where only massive ones count, its median [B, T]."""
-    eligible = valid.clone()
-    if median is not None:
-        usual = torch.where(valid, median, torch.nan).nanmedian(-1, keepdim=True).values
-        eligible &= (peak > floor) & (peak > ratio * usual)
+    eligible = valid.clone() if median is None else massive_tokens(peak, median, valid, floor, ratio)[0]
     first = valid.to(torch.uint8).argmax(-1, keepdim=True)
     eligible.scatter_(1, first, valid.gather(1, first))
     rank = torch.where(eligible, peak, -1.0).scatter(1, first, torch.inf)

@@ -7,9 +7,7 @@ from akvq_fx.kernels import append_cuda, cache_triton
 from akvq_fx.kernels import cache as reference
 from akvq_fx.kernels.layout import Layout
 from tests.kernel_cases import assert_caches_same, bf16, randn, random_affine
-from tests.test_attend_cuda import struct_fields
-
-gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+from tests.test_attend_cuda import gpu, struct_fields
 
 
 def test_the_structs_here_and_there_have_the_same_members():

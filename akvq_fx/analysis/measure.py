@@ -21,7 +21,7 @@ from torch import Tensor
 from akvq_fx.analysis.watch import Seen
 from akvq_fx.config import AKVQConfig
 from akvq_fx.kernels.rotate import shift_and_rotate, transform
-from akvq_fx.kernels.salience import key_affine_reference, select_pivots, valid_tokens
+from akvq_fx.kernels.salience import key_affine_reference, massive_tokens, select_pivots, valid_tokens
 
 MODALITIES = ("text", "vision")
 PARTS = ("recent", "far_pivots", "far_text", "far_vision")
@@ -66,8 +66,7 @@ def pivots_of(peaks: tuple | None, valid: Tensor, config: AKVQConfig) -> Tensor:
 def massive_of(peaks: tuple, valid: Tensor, config: AKVQConfig) -> tuple[Tensor, Tensor]:
     """([B, q] bool: tokens above the floor and the ratio; [B] median |h| of the real tokens)."""
     peak, _, median = peaks
-    usual = torch.where(valid, median, torch.nan).nanmedian(-1).values
-    return valid & (peak > config.massive_floor) & (peak > config.massive_ratio * usual[:, None]), usual
+    return massive_tokens(peak, median, valid, config.massive_floor, config.massive_ratio)
 
 
 def queries_of(valid: Tensor, vision: Tensor, count: int) -> Tensor:
