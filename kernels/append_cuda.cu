@@ -4,7 +4,9 @@
 // append  a warp a token of one head, for every layout. A lane holds channels lane, lane + 32, ...: the Walsh-Hadamard butterflies
 //         below 32 are lane exchanges, those above are between a lane's own registers.
 // pack    four lanes a token, for a prompt at 2 bits. A lane holds runs of 8 channels, 8 * lane + 32 * run: only the butterflies of 8
-//         and 16 are lane exchanges, and rows are read, and words written, 16 bytes at a time.
+//         and 16 are lane exchanges, and rows are read, and words written, 16 bytes at a time. What is stored are 16-bit numbers, so
+//         a code is the count of three 16-bit thresholds that a number reaches, two numbers an instruction. Further warps turn the
+//         pivots. With `fresh` the buffers are unwritten memory, of which every byte outside ring and pivots is written.
 //
 // Compile-time: HEAD_DIM, DTYPE (0 fp16, 1 bf16, 2 fp32), TURN (0 no, 1 H x, 2 H((x - c) / s)), BITS and TEXT_BITS (2, 4, 8; 16: a
 // lossless body; 0: no text overlay), CLIP, TEXT_CLIP, GROUPS, NORM (the transform's, order**-0.5), WARPS.
@@ -37,8 +39,10 @@ struct Params {
     u16 *text_codes;
     u16 *text_range;
     int *text_at;
+    u16 *pivots;
+    const int *chosen;
     i64 x_b, x_h, x_t, kinds_b, kinds_t;
-    int batch, heads, tokens, share, capacity, text_capacity, window, pivots;
+    int batch, heads, tokens, share, capacity, text_capacity, window, pivot_count, chosen_count, fresh;
 };
 
 __device__ __forceinline__ float read(const void *from, i64 i) {
@@ -145,12 +149,14 @@ __device__ __forceinline__ void quantize(const float (&x)[N], float clip, u8 *sc
 // What a call changes beside its tokens, by the worker that begins a row, and by the first one.
 __device__ __forceinline__ void finish(const Params &p, int batch, int head, int first, i64 worker, int lane) {
     const int start = (int)p.at[0], end = (int)p.at[p.tokens - 1] + 1;
-    if (head == 0 && first == 0)  // a crop may have moved the end back: pivots from here on are gone
-        for (int i = lane; i < p.pivots; i += 32)
-            if (p.pivot_at[batch * p.pivots + i] >= start) p.pivot_at[batch * p.pivots + i] = -1;
+    if (head == 0 && first == 0 && !(p.chosen && start == 0))  // a crop may have moved the end back: pivots from here on are gone
+        for (int i = lane; i < p.pivot_count; i += 32)
+            if (p.pivot_at[batch * p.pivot_count + i] >= start) p.pivot_at[batch * p.pivot_count + i] = -1;
     if (worker == 0 && lane == 0) {  // a write past the end leaves a gap that the ring never held
-        const int held = start > p.state[0] ? start : min(p.state[1], start);
+        const int last = p.fresh ? 0 : p.state[0], ring = p.fresh ? 0 : p.state[1];
+        const int held = start > last ? start : min(ring, start);
         p.state[1] = max(held, end - p.window), p.state[0] = end;
+        if (p.fresh) p.state[2] = 0;
     }
 }
 
@@ -221,19 +227,71 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) append(const __grid_con
 
 #if PACKS
 constexpr int RUNS = D / 32, OWN = 8 * RUNS, WORDS = D / 8;  // of a lane: runs of 8 channels, channels; of a token: 16-bit words
+constexpr u8 PIVOT = 2, PADDING = 3;
 
-// Codes of 2 bits without a division an element: code = (y > half) + (y >= middle) + (y > most), the largest or smallest y whose
-// quotient y / scale, rounded to fp32, still rounds to that code. An exact multiple of scale and its neighbour are the candidates.
-__device__ __forceinline__ float last_below(float multiple, float scale, float quotient) {
-    const float above = __uint_as_float(__float_as_uint(multiple) + 1);
-    return above / scale > quotient ? multiple : above;
+// Two 16-bit numbers of the tokens' dtype in a word.
+#define HALVES(name, bf16_form, fp16_form)                                          \
+    __device__ __forceinline__ u32 name(u32 a, u32 b) {                             \
+        u32 r;                                                                      \
+        if (DTYPE == 1)                                                             \
+            asm(bf16_form " %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));               \
+        else                                                                        \
+            asm(fp16_form " %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));               \
+        return r;                                                                   \
+    }
+HALVES(smaller, "min.NaN.bf16x2", "min.NaN.f16x2")
+HALVES(larger, "max.NaN.bf16x2", "max.NaN.f16x2")
+__device__ __forceinline__ float first_of(u32 pair) { return DTYPE == 1 ? __uint_as_float(pair << 16) : from_half((u16)pair); }
+__device__ __forceinline__ float second_of(u32 pair) {
+    return DTYPE == 1 ? __uint_as_float(pair & 0xffff0000u) : from_half((u16)(pair >> 16));
 }
-__device__ __forceinline__ float first_from(float multiple, float scale, float quotient) {
-    const float below = __uint_as_float(__float_as_uint(multiple) - 1);
-    return below / scale >= quotient ? below : multiple / scale >= quotient ? multiple : NAN;  // of a broken range: nothing passes
+__device__ __forceinline__ u32 pair_of(float a, float b) {
+    u32 r;
+    if (DTYPE == 1)
+        asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(b), "f"(a));
+    else
+        asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(b), "f"(a));
+    return r;
+}
+#if DTYPE == 0 || __CUDA_ARCH__ >= 900
+HALVES(reaches, "set.ge.u32.bf16x2", "set.ge.u32.f16x2")  // ones where a >= b
+#else
+__device__ __forceinline__ u32 reaches(u32 a, u32 b) {
+    return (first_of(a) >= first_of(b) ? 0xffffu : 0) | (second_of(a) >= second_of(b) ? 0xffff0000u : 0);
+}
+#endif
+
+// The smallest 16-bit x with fp32(x - low) > step, or >= step, twice in a word. fp32(r) > step is r > step + half an ulp, and
+// fp32(r) >= step is r >= step - half the ulp below, since step, 13 bits of it, is even; so the sum of low, step and that half is
+// made exactly, as two floats, and rounded up. With an infinite or broken range nothing reaches it.
+__device__ __forceinline__ u32 threshold(float low, float scale, float step, bool strict) {
+    const float sum = low + step, part = sum - low, rest = (low - (sum - part)) + (step - part);
+    const float half = __uint_as_float(__float_as_uint(step) & 0x7f800000u) * 0x1p-24f;
+    float least;
+    if (strict) {
+        least = __fadd_rd(sum, rest + half) + 0.f;  // no negative zero, of which the next float is not one bit more
+        least = __int_as_float(__float_as_int(least) + (__float_as_int(least) >= 0 ? 1 : -1));
+    } else {
+        least = __fadd_ru(sum, rest - (__float_as_uint(step) & 0x7fffffu ? half : .5f * half));
+    }
+    u32 up;
+    if (DTYPE == 1) {
+        const int bits = __float_as_int(least);
+        up = (u32)(bits >= 0 ? bits + 0xffff : bits) >> 16;
+    } else {
+        u16 rounded_up;
+        asm("cvt.rp.f16.f32 %0, %1;" : "=h"(rounded_up) : "f"(least));
+        up = rounded_up;
+    }
+    if (!(scale < INFINITY && fabsf(low) < INFINITY)) up = 0x7fff;  // NaN
+    return up | up << 16;
 }
 
-__device__ __forceinline__ void turn(float (&x)[OWN], const float (&centre)[OWN], const float (&gain)[OWN], int lane) {
+// What is stored of a token, from what the model made of it: pair i is channels 32 * (i / 4) + 8 * lane + 2 * (i % 4) and the next.
+__device__ __forceinline__ void turn(u32 (&pairs)[OWN / 2], const float (&centre)[OWN], const float (&gain)[OWN], int lane) {
+    float x[OWN];
+#pragma unroll
+    for (int i = 0; i < OWN; i += 2) x[i] = first_of(pairs[i / 2]), x[i + 1] = second_of(pairs[i / 2]);
     if (TURN == 2) {
 #pragma unroll
         for (int i = 0; i < OWN; i++) x[i] = (x[i] - centre[i]) * gain[i];
@@ -241,11 +299,9 @@ __device__ __forceinline__ void turn(float (&x)[OWN], const float (&centre)[OWN]
 #pragma unroll
     for (int h = 1; h < D; h *= 2) {
         if (h == 8 || h == 16) {
+            const float sign = lane & h / 8 ? -1.f : 1.f;
 #pragma unroll
-            for (int i = 0; i < OWN; i++) {
-                const float other = __shfl_xor_sync(ALL, x[i], h / 8);
-                x[i] = lane & h / 8 ? other - x[i] : x[i] + other;
-            }
+            for (int i = 0; i < OWN; i++) x[i] = fmaf(x[i], sign, __shfl_xor_sync(ALL, x[i], h / 8));
         } else {
             const int step = h < 8 ? h : h / 4;  // registers between the two channels
 #pragma unroll
@@ -257,16 +313,45 @@ __device__ __forceinline__ void turn(float (&x)[OWN], const float (&centre)[OWN]
         }
     }
 #pragma unroll
-    for (int i = 0; i < OWN; i++) x[i] = rounded(x[i] * NORM);
+    for (int i = 0; i < OWN; i += 2) pairs[i / 2] = pair_of(x[i] * NORM, x[i + 1] * NORM);
+}
+
+__device__ __forceinline__ void load(u32 (&pairs)[OWN / 2], const u16 *row) {
+#pragma unroll
+    for (int run = 0; run < RUNS; run++) {
+        const uint4 raw = *(const uint4 *)(row + 32 * run);
+        pairs[4 * run] = raw.x, pairs[4 * run + 1] = raw.y, pairs[4 * run + 2] = raw.z, pairs[4 * run + 3] = raw.w;
+    }
+}
+__device__ __forceinline__ void store(u16 *row, const u32 (&pairs)[OWN / 2]) {
+#pragma unroll
+    for (int run = 0; run < RUNS; run++)
+        *(uint4 *)(row + 32 * run) = make_uint4(pairs[4 * run], pairs[4 * run + 1], pairs[4 * run + 2], pairs[4 * run + 3]);
+}
+
+// Slots [from, to) of new buffers, which no token takes.
+__device__ __forceinline__ void clear(const Params &p, i64 lead, int batch, int head, int from, int to, int lane) {
+    uint4 *words = (uint4 *)((u16 *)p.codes + lead * p.capacity * WORDS);
+    for (int i = from * (WORDS / 8) + lane; i < to * (WORDS / 8); i += 32) words[i] = make_uint4(0, 0, 0, 0);
+    for (int slot = from + lane; slot < to; slot += 32) {
+        ((u32 *)p.range)[lead * p.capacity + slot] = 0;
+        if (head == 0) p.classes[(i64)batch * p.capacity + slot] = PADDING;
+    }
+}
+
+__device__ __forceinline__ u8 kind_of(const Params &p, int batch, int token) {
+    return p.kinds ? p.kinds[batch * p.kinds_b + token * p.kinds_t] : TEXT;
 }
 
 extern "C" __global__ void __launch_bounds__(32 * WARPS, 3) pack(const __grid_constant__ Params p) {
     const int lane = threadIdx.x % 4, row = threadIdx.x % 32 / 4;
-    const int span = 8 * p.share, parts = (p.tokens + span - 1) / span;
-    const i64 worker = (i64)blockIdx.x * WARPS + threadIdx.x / 32, lead = worker / parts;
+    const int span = 8 * p.share, token_parts = (p.tokens + span - 1) / span;
+    const int start = (int)p.at[0];
+    const int *chosen = start == 0 ? p.chosen : nullptr;  // pivots count where the tokens start the cache
+    const int parts = token_parts + (p.chosen ? (p.pivot_count + 7) / 8 : 0);
+    const i64 worker = (i64)blockIdx.x * WARPS + threadIdx.x / 32, lead = worker / parts;  // lead: batch row and head
     if (lead >= (i64)p.batch * p.heads) return;
-    const int batch = (int)(lead / p.heads), head = (int)(lead % p.heads);
-    const int first = (int)(worker % parts) * span, last = min(first + span, p.tokens);
+    const int batch = (int)(lead / p.heads), head = (int)(lead % p.heads), part = (int)(worker % parts);
 
     float centre[OWN], gain[OWN];
     if (TURN == 2) {
@@ -278,68 +363,60 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 3) pack(const __grid_co
         }
     }
     const u16 *rows = (const u16 *)p.x + batch * p.x_b + head * p.x_h + 8 * lane;
-    auto load = [&](uint4 (&raw)[RUNS], int token) {
-        const u16 *from = rows + min(token, last - 1) * p.x_t;
-#pragma unroll
-        for (int run = 0; run < RUNS; run++) raw[run] = *(const uint4 *)(from + 32 * run);
-    };
-    uint4 raw[RUNS];
-    load(raw, first + row);
+    u32 pairs[OWN / 2];
+
+    if (part >= token_parts) {  // 8 pivots; a free slot holds the first token, as the reference's does
+        if (!chosen) return;
+        const int slot = 8 * (part - token_parts) + row;
+        const int pivot = slot < p.chosen_count ? chosen[batch * p.chosen_count + slot] : -1, token = max(pivot, 0);
+        load(pairs, rows + token * p.x_t);
+        if (TURN) turn(pairs, centre, gain, lane);
+        if (slot >= p.pivot_count) return;
+        store(p.pivots + (lead * p.pivot_count + slot) * D + 8 * lane, pairs);
+        if (head == 0 && lane == 0) {
+            const bool kept = pivot >= 0 && kind_of(p, batch, token) != PADDING;
+            p.pivot_at[batch * p.pivot_count + slot] = kept ? (int)p.at[token] : -1;
+        }
+        return;
+    }
+
+    const int first = part * span, last = min(first + span, p.tokens);
+    u32 next[OWN / 2];
+    load(next, rows + min(first + row, last - 1) * p.x_t);
     for (int begin = first; begin < last; begin += 8) {
         const int token = begin + row;
         const bool real = token < last;
         const int slot = (int)p.at[min(token, last - 1)];
-        float x[OWN];
 #pragma unroll
-        for (int run = 0; run < RUNS; run++) {
-            const u32 pair[4] = {raw[run].x, raw[run].y, raw[run].z, raw[run].w};
-#pragma unroll
-            for (int i = 0; i < 4; i++) {
-                x[8 * run + 2 * i] = DTYPE == 1 ? __uint_as_float(pair[i] << 16) : from_half((u16)pair[i]);
-                x[8 * run + 2 * i + 1] = DTYPE == 1 ? __uint_as_float(pair[i] & 0xffff0000u) : from_half((u16)(pair[i] >> 16));
-            }
-        }
-        if (begin + 8 < last) load(raw, token + 8);
-        if (TURN) turn(x, centre, gain, lane);
+        for (int i = 0; i < OWN / 2; i++) pairs[i] = next[i];
+        if (begin + 8 < last) load(next, rows + min(token + 8, last - 1) * p.x_t);
+        if (TURN) turn(pairs, centre, gain, lane);
+        if (real && p.window && token >= p.tokens - p.window)
+            store((u16 *)p.ring + (lead * p.window + slot % p.window) * D + 8 * lane, pairs);
 
-        if (real && p.window && token >= p.tokens - p.window) {
-            u16 *to = (u16 *)p.ring + (lead * p.window + slot % p.window) * D + 8 * lane;
+        u32 lowest = pairs[0], highest = pairs[0];
 #pragma unroll
-            for (int run = 0; run < RUNS; run++) {
-                u32 pair[4];
-#pragma unroll
-                for (int i = 0; i < 4; i++) {
-                    const float a = x[8 * run + 2 * i], b = x[8 * run + 2 * i + 1];
-                    pair[i] = DTYPE == 1 ? to_bf16(a) | (u32)to_bf16(b) << 16 : to_half(a) | (u32)to_half(b) << 16;
-                }
-                *(uint4 *)(to + 32 * run) = make_uint4(pair[0], pair[1], pair[2], pair[3]);
-            }
-        }
-
-        float low = INFINITY, high = -INFINITY;
-        bool broken = false;
-#pragma unroll
-        for (int i = 0; i < OWN; i++) low = fminf(low, x[i]), high = fmaxf(high, x[i]), broken |= x[i] != x[i];
+        for (int i = 1; i < OWN / 2; i++) lowest = smaller(lowest, pairs[i]), highest = larger(highest, pairs[i]);
 #pragma unroll
         for (int h = 1; h < 4; h *= 2) {
-            low = fminf(low, __shfl_xor_sync(ALL, low, h));
-            high = fmaxf(high, __shfl_xor_sync(ALL, high, h));
+            lowest = smaller(lowest, __shfl_xor_sync(ALL, lowest, h));
+            highest = larger(highest, __shfl_xor_sync(ALL, highest, h));
         }
-        broken = __ballot_sync(ALL, broken) >> 4 * row & 15;
-        low = broken ? NAN : low * CLIP, high = broken ? NAN : high * CLIP;
+        float low = first_of(smaller(lowest, lowest >> 16)) * CLIP;  // NaN where one number is
+        const float high = first_of(larger(highest, highest >> 16)) * CLIP;
         float scale = high / 3 - low / 3;
         scale = scale < SCALE_FLOOR ? SCALE_FLOOR : scale;
         const u16 scale_half = saturated(scale), low_half = saturated(low);
         scale = from_half(scale_half), low = from_half(low_half);
-        const float half = last_below(.5f * scale, scale, .5f), middle = first_from(1.5f * scale, scale, 1.5f);
-        const float most = last_below(2.5f * scale, scale, 2.5f);
+        const u32 own = threshold(low, scale, (lane == 0 ? .5f : lane == 1 ? 1.5f : 2.5f) * scale, lane != 1);
+        const u32 one = __shfl_sync(ALL, own, 0, 4), two = __shfl_sync(ALL, own, 1, 4), three = __shfl_sync(ALL, own, 2, 4);
 
         u32 words[4] = {0, 0, 0, 0};  // two neighbouring words in each; a lane's codes of a word are WORDS channels apart
 #pragma unroll
-        for (int i = 0; i < OWN; i++) {
-            const float y = x[i] - low;
-            const u32 code = (u32)(y > half) + (u32)(y >= middle) + (u32)(y > most);
-            words[i % 8 / 2] |= code << (i / 8 * (32 / WORDS) * 2 + 16 * (i % 2));
+        for (int i = 0; i < OWN / 2; i++) {
+            const u32 a = reaches(pairs[i], one), b = reaches(pairs[i], two), c = reaches(pairs[i], three);
+            const int shift = i / 4 * (32 / WORDS) * 2;
+            words[i % 4] |= ((a ^ b ^ c) & 0x00010001u << shift) | (b & 0x00020002u << shift);
         }
 #pragma unroll
         for (int i = 0; i < 4; i++) {
@@ -351,8 +428,17 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 3) pack(const __grid_co
         const i64 place = lead * p.capacity + slot;
         if (8 * lane < WORDS) *(uint4 *)((u16 *)p.codes + place * WORDS + 8 * lane) = make_uint4(words[0], words[1], words[2], words[3]);
         if (lane == 0) ((u32 *)p.range)[place] = scale_half | (u32)low_half << 16;
-        if (head == 0 && lane == 0) p.classes[(i64)batch * p.capacity + slot] = p.kinds ? p.kinds[batch * p.kinds_b + token * p.kinds_t] : TEXT;
+        if (head == 0 && lane == 0) {
+            u8 kind = kind_of(p, batch, token);
+            if (chosen && kind != PADDING)
+#pragma unroll 1
+                for (int i = 0; i < min(p.chosen_count, p.pivot_count); i++)
+                    if (chosen[batch * p.chosen_count + i] == token) kind = max(kind, PIVOT);
+            p.classes[(i64)batch * p.capacity + slot] = kind;
+        }
     }
+    if (p.fresh && first == 0) clear(p, lead, batch, head, 0, min(start, p.capacity), threadIdx.x % 32);
+    if (p.fresh && last == p.tokens) clear(p, lead, batch, head, max((int)p.at[p.tokens - 1] + 1, 0), p.capacity, threadIdx.x % 32);
     finish(p, batch, head, first, worker, threadIdx.x % 32);
 }
 #endif

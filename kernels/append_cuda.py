@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from akvq_fx.kernels import cache_triton, nvrtc
+from akvq_fx.kernels.cache import keep_pivots, named
 from akvq_fx.kernels.layout import Layout
 from akvq_fx.kernels.rotate import order_of
 
@@ -25,8 +26,9 @@ PACKED_TOKENS = 64  # fewer are appended a warp each
 PACK_ROWS = 8  # tokens that a warp packs at a time
 MANY = 1 << 16  # rows: enough warps to fill a GPU even with SHARE tokens each
 POINTERS = ("x", "at", "kinds", "affine", "state", "classes", "codes", "range", "ring", "pivot_at")
-POINTERS += ("text_codes", "text_range", "text_at")
-SIZES = ("batch", "heads", "tokens", "share", "capacity", "text_capacity", "window", "pivots")
+POINTERS += ("text_codes", "text_range", "text_at", "pivots", "chosen")
+SIZES = ("batch", "heads", "tokens", "share", "capacity", "text_capacity", "window", "pivot_count")
+SIZES += ("chosen_count", "fresh")
 
 
 class Params(ctypes.Structure):
@@ -56,17 +58,38 @@ def append(cache, x, at, classes, pivots, layout: Layout, turn: bool = False) ->
 
 
 def pack(x, at, classes, pivots, affine, capacity: int, layout: Layout, turn: bool = False) -> list[Tensor]:
-    """New buffers that hold the prompt, as kernels.cache.pack."""
-    return cache_triton.pack(x, at, classes, pivots, affine, capacity, layout, turn, launch)
+    """New buffers that hold the prompt, as kernels.cache.pack; one launch, and a copy of the affine map, where `packs`."""
+    if not packs(x, layout) or x.shape[2] < layout.window or (layout.pivots and pivots is None):
+        return cache_triton.pack(x, at, classes, pivots, affine, capacity, layout, turn, launch)
+    B, H, *_ = x.shape
+    shapes = [layout.buffer(name, B, H, capacity) for name in layout.fields]
+    cache = [torch.empty(shape, dtype=dtype, device=x.device) for shape, dtype in shapes]
+    b = named(cache, layout)
+    if layout.affine:
+        b["affine"].copy_(affine)
+    cache_triton.check_fits(b, x, at, classes, layout)
+    launch(b, x, at, classes, pivots, affine, layout, turn, fresh=True)
+    return cache
 
 
-def launch(b: dict[str, Tensor], x: Tensor, at: Tensor, classes, affine, layout: Layout, turn: bool) -> None:
+def launch(
+    b: dict[str, Tensor],
+    x: Tensor,
+    at: Tensor,
+    classes: Tensor | None,
+    pivots: Tensor | None,
+    affine: Tensor | None,
+    layout: Layout,
+    turn: bool,
+    fresh: bool = False,
+) -> None:
+    """Write x and, where the kernel does not, keep its pivots; fresh: the buffers are unwritten, and `packs(x, layout)` holds."""
     B, H, q, _ = x.shape
     at, form = at.contiguous(), 0
     if turn:
         form = 2 if affine is not None else int(layout.rotated)
-    params = Params(x.data_ptr(), at.data_ptr())
-    for name in POINTERS[4:]:
+    params = Params(x.data_ptr(), at.data_ptr(), fresh=fresh)
+    for name in POINTERS[4:-1]:
         if name in b:
             setattr(params, name, b[name].data_ptr())
     if classes is not None:
@@ -77,14 +100,20 @@ def launch(b: dict[str, Tensor], x: Tensor, at: Tensor, classes, affine, layout:
     params.x_b, params.x_h, params.x_t = x.stride()[:3]
     params.batch, params.heads, params.tokens, params.capacity = B, H, q, b["codes"].shape[2]
     params.share = SHARE if B * H * q >= MANY else 1
-    fast = packs(x, layout)
     params.text_capacity = b["text_codes"].shape[2] if layout.text_bits else 0
-    params.window, params.pivots = layout.window, layout.pivots
+    params.window, params.pivot_count = layout.window, layout.pivots
+    fast, keep = packs(x, layout), layout.pivots and pivots is not None
+    parts = -(-q // (params.share * (PACK_ROWS if fast else 1)))
+    if fast and keep:
+        pivots = pivots.to(torch.int32).contiguous()
+        params.chosen, params.chosen_count = pivots.data_ptr(), pivots.shape[1]
+        parts += -(-layout.pivots // PACK_ROWS)
     name = "pack" if fast else "append"
     kernel = nvrtc.compiled(x.device.index, "append_cuda", (name,), macros(layout, form, fast))[name]
-    workers = B * H * -(-q // (params.share * (PACK_ROWS if fast else 1)))
     with torch.cuda.device(x.device):
-        nvrtc.launch(kernel, (-(-workers // WARPS), 1, 1), 32 * WARPS, params)
+        nvrtc.launch(kernel, (-(-B * H * parts // WARPS), 1, 1), 32 * WARPS, params)
+    if keep and not fast:
+        keep_pivots(b, x, at, pivots, affine, layout, turn)
 
 
 def packs(x: Tensor, layout: Layout) -> bool:

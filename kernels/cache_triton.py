@@ -211,7 +211,8 @@ def check_fits(b: dict[str, Tensor], x: Tensor, at: Tensor, classes: Tensor | No
         )
 
 
-def launch(b: dict[str, Tensor], x: Tensor, at: Tensor, classes, affine, layout: Layout, turn: bool) -> None:
+def launch(b: dict[str, Tensor], x: Tensor, at: Tensor, classes, pivots, affine, layout: Layout, turn: bool) -> None:
+    """Write x to buffers that fit it, then its pivots."""
     reason = refusal(x, layout)
     if reason:
         raise ValueError(f"akvq::append: {reason}")
@@ -236,13 +237,6 @@ def launch(b: dict[str, Tensor], x: Tensor, at: Tensor, classes, affine, layout:
             PIVOTS_P=triton.next_power_of_2(max(1, layout.pivots)), PACK_TERM=rotate_triton.product_type(),
             SHARE=plan.share, TILE=plan.tile, num_warps=plan.warps, num_stages=1,
         )  # fmt: skip
-
-
-def write_buffers(
-    b: dict[str, Tensor], x: Tensor, at: Tensor, classes, pivots, affine, layout: Layout, turn: bool, run
-) -> None:
-    check_fits(b, x, at, classes, layout)
-    run(b, x, at, classes, affine, layout, turn)
     if layout.pivots and pivots is not None:
         keep_pivots(b, x, at, pivots, affine, layout, turn)
 
@@ -259,10 +253,11 @@ def append(
 ) -> None:
     """Write q tokens in place, one launch (and a few small ones where pivots are given, in a prompt).
 
-    run is the kernel's launch: this file's, or kernels/append_cuda.py's.
+    run writes tokens and pivots: this file's launch, or kernels/append_cuda.py's.
     """
     b = named(cache, layout)
-    write_buffers(b, x, at, classes, pivots, b.get("affine"), layout, turn, run)
+    check_fits(b, x, at, classes, layout)
+    run(b, x, at, classes, pivots, b.get("affine"), layout, turn)
 
 
 def pack(
@@ -281,5 +276,6 @@ def pack(
     b = named(cache, layout)
     if layout.affine:
         b["affine"].copy_(affine)
-    write_buffers(b, x, at, classes, pivots, affine, layout, turn, run)
+    check_fits(b, x, at, classes, layout)
+    run(b, x, at, classes, pivots, affine, layout, turn)
     return cache

@@ -6,7 +6,7 @@ import torch
 from akvq_fx.kernels import append_cuda, cache_triton
 from akvq_fx.kernels import cache as reference
 from akvq_fx.kernels.layout import Layout
-from tests.kernel_cases import assert_caches_same, bf16, randn, random_affine
+from tests.kernel_cases import assert_caches_same, assert_close, bf16, randn, random_affine
 from tests.test_attend_cuda import gpu, struct_fields
 
 
@@ -106,3 +106,55 @@ def test_four_lanes_or_a_warp_a_token_give_the_same_bits(head_dim, tokens, form,
     monkeypatch.setattr(append_cuda, "PACKED_TOKENS", 10**9)
     warp = append_cuda.pack(x, at, kinds, None, affine, tokens + 3, layout, turn=True)
     assert_caches_same([buffer.cpu() for buffer in warp], [buffer.cpu() for buffer in four], layout)
+
+
+def assert_same_but_for_rounded_pivots(due, cache, layout):
+    """PyTorch's transform adds in another order: pivots may be a rounding apart, nothing else may be."""
+    due, cache = ([buffer.cpu() for buffer in buffers] for buffers in (due, cache))
+    assert_caches_same(due, cache, layout, skip=("pivots",))
+    at = layout.fields.index("pivots")
+    assert_close("pivots", due[at], cache[at])
+
+
+def chosen_pivots(tokens, count):
+    """[2, count] int32 on the GPU, of whole tokens: some free slots, one token twice."""
+    rows = torch.randint(10, tokens, (2, count), generator=torch.Generator().manual_seed(count))
+    rows[0, 1], rows[1, 0], rows[1, -1] = rows[0, 0], -1, -1
+    return rows.int().cuda()
+
+
+@gpu
+@pytest.mark.parametrize("given", (3, 15, 20))
+@pytest.mark.parametrize("form", ("as it is", "rotated", "affine"))
+@pytest.mark.parametrize("head_dim", (64, 128))
+def test_every_byte_of_new_buffers_is_written(head_dim, form, given, monkeypatch):
+    turned, affine = form != "as it is", form == "affine"
+    layout = Layout(head_dim, bf16, 2, window=60, pivots=15, body_clip=0.8, rotated=turned, affine=affine)
+    x, at, kinds, affine = prompt(layout, 200, seed=2)
+    pivots = chosen_pivots(200, given)
+    monkeypatch.setattr(append_cuda, "PACKED_TOKENS", 10**9)
+    due = append_cuda.pack(x, at, kinds, pivots, affine, 230, layout, turn=True)
+    monkeypatch.undo()
+
+    def poisoned(shape, dtype, device):
+        nothing = torch.zeros(shape, dtype=dtype, device=device)
+        nothing.view(torch.uint8).fill_(0xA5)
+        return nothing
+
+    monkeypatch.setattr(torch, "empty", poisoned)
+    cache = append_cuda.pack(x, at, kinds, pivots, affine, 230, layout, turn=True)
+    monkeypatch.undo()
+    assert_same_but_for_rounded_pivots(due, cache, layout)
+
+
+@gpu
+@pytest.mark.parametrize("start", (0, 7))
+def test_pivots_of_a_static_cache_count_where_tokens_start_it(start, monkeypatch):
+    layout = Layout(128, bf16, 2, window=64, pivots=15, body_clip=0.8, rotated=True, affine=True)
+    x, at, kinds, affine = prompt(layout, 100, seed=3)
+    cache = append_cuda.pack(x.flip(2), at, kinds, chosen_pivots(100, 15), affine, 128, layout, turn=True)
+    due, pivots = [buffer.clone() for buffer in cache], chosen_pivots(100, 15).flip(1)
+    append_cuda.append(cache, x, at + start, kinds, pivots, layout, turn=True)
+    monkeypatch.setattr(append_cuda, "PACKED_TOKENS", 10**9)
+    append_cuda.append(due, x, at + start, kinds, pivots, layout, turn=True)
+    assert_same_but_for_rounded_pivots(due, cache, layout)
