@@ -6,7 +6,7 @@
 
 models   every recipe on text, language models       images     every recipe on multi-image questions
 ablation one thing more, one thing less              context    prefixes of 1,024 to 8,000 tokens
-pivots   with and without                            window     recent window of 0, 32, 128
+pivots   with and without                            window     recent window of 0 to 128
 text-bits  text at 4 bits in the first layers, or not
 
 The JSON file holds every sample: a run that was stopped in any way goes on at its sample, more windows or samples add to those that
@@ -190,8 +190,9 @@ def merge(rows: list[dict], new: Sequence[dict]) -> None:
 def text_suites(args, part: Part, model: LanguageModel, texts: Sequence[Text]) -> Iterator[tuple[TextTasks, str]]:
     prefixes, count = (args.prefix or part.prefixes), (args.count or part.count)
     for prefix in prefixes:
-        at = f"prefix of {prefix:,} tokens, {count} read over it, {numerics(args)}"
-        yield TextTasks(model, texts, args.windows, prefix, count, max(prefixes)), at
+        calls = f" in calls of {part.step}" if part.step else ""
+        at = f"prefix of {prefix:,} tokens, {count} read over it{calls}, {numerics(args)}"
+        yield TextTasks(model, texts, args.windows, prefix, count, max(prefixes), part.step), at
 
 
 def vision_tasks(args, source: Source, path: Path, every: bool) -> VisionTasks:

@@ -6,10 +6,12 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from akvq_fx import AKVQConfig
 from akvq_fx.recipes import RECIPES
 
 Settings = Mapping[str, Mapping[str, Any] | None]
-WORDS = {"center_keys": "centring", "balance_keys": "balancing"}  # fields that the default recipe adds to the paper's
+# fields that the default recipe sets otherwise than the paper's
+WORDS = {"center_keys": "centring", "balance_keys": "balancing", "window": "half the window"}
 DEFAULT, PAPER = "akvq", "akvq-vl"
 ASKED = (
     "match",
@@ -21,13 +23,17 @@ ASKED = (
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """models: names of weights.SOURCES; prefixes, count: of text windows; every_text, every_task: all of them, else few."""
+    """models: names of weights.SOURCES; prefixes, count: of text windows, read `step` tokens a call, or all in one.
+
+    every_text, every_task: all of them, else few.
+    """
 
     title: str
     about: str
     models: tuple[str, ...]
     prefixes: tuple[int, ...] = (1024,)
     count: int = 192
+    step: int | None = None
     every_text: bool = False
     every_task: bool = False
 
@@ -38,8 +44,8 @@ def recipes() -> Settings:
 
 def added() -> dict[str, Any]:
     """Options of the default recipe that the paper's does not have so."""
-    paper = RECIPES[PAPER].options
-    return {name: value for name, value in RECIPES[DEFAULT].options.items() if paper.get(name) != value}
+    paper = AKVQConfig(recipe=PAPER)
+    return {name: value for name, value in RECIPES[DEFAULT].options.items() if getattr(paper, name) != value}
 
 
 def ablation(vision: bool) -> Settings:
@@ -62,8 +68,8 @@ def ablation(vision: bool) -> Settings:
         ends = number == len(more)
         found[f"+ {WORDS.get(name, name)}" + (f" = {DEFAULT}" if ends else "")] = {"recipe": DEFAULT} if ends else last
     away = {"WHT (and so all of keys' changes)": {"rotate": False}}
-    away |= {WORDS.get(name, name): {name: RECIPES[PAPER].options.get(name)} for name in more}
-    away |= {"clip": {"body_clip": 1.0}, "pivots": {"pivots": 0}, "window": {"window": 0}}
+    away |= {WORDS[name]: {name: False} for name, value in more.items() if value is True}
+    away |= {"clip": {"body_clip": 1.0}, "pivots": {"pivots": 0}, "any window": {"window": 0}}
     if vision:
         away |= {"TSA": {"tsa_layers": ()}}
     return found | {f"{DEFAULT} without {name}": {"recipe": DEFAULT, **options} for name, options in away.items()}
@@ -88,7 +94,7 @@ def settings_of(part: str, vision: bool) -> Settings:
     if part == "pivots":
         return both(pivots=(15, 0))
     if part == "window":
-        return both(window=(0, 32, 128))
+        return {**both(window=(0, 16, 32, 64, 128)), "kivi": {"recipe": "kivi"}}
     if part == "text-bits":
         return {**both(tsa_layers=((0, 1), ())), f"{DEFAULT}, text_bits=2": {"recipe": DEFAULT, "text_bits": 2}}
     raise ValueError(f"no part {part!r}; accepted: {', '.join(PARTS)}")
@@ -129,8 +135,10 @@ PARTS = {
     ),
     "window": Part(
         "Recent window",
-        "The prefix's most recent tokens at 16 bits: 128 as in the paper, 32, or none.",
+        "The most recent tokens at 16 bits: 128 as in the paper, fewer, or none. The tokens after the prefix are read 16 at a "
+        "time, so that they leave the window one after the other, as generated tokens do.",
         ("smollm2", "qwen", "vlm"),
+        step=16,
     ),
     "text-bits": Part(
         "Text tokens in TSA layers",

@@ -59,6 +59,7 @@ class TextTasks:
 
     prefix  tokens that are packed, the one for <bos> included;  count  tokens read over them in one call
     reach   tokens that every window has before those that are read; with equal `reach`, all prefixes predict the same tokens
+    step    tokens read in a call, None for all
     """
 
     columns = (
@@ -71,11 +72,20 @@ class TextTasks:
     )
     headline = "kl"
 
-    def __init__(self, model: LanguageModel, texts: Sequence[Text], windows: int, prefix: int, count: int, reach: int):
+    def __init__(
+        self,
+        model: LanguageModel,
+        texts: Sequence[Text],
+        windows: int,
+        prefix: int,
+        count: int,
+        reach: int,
+        step: int | None = None,
+    ):
         self.model, self._of = model.source.title, model
         self._texts = {text.name: text for text in texts}
         self.tasks = tuple(self._texts)
-        self._windows, self._prefix, self._count, self._reach = windows, prefix, count, reach
+        self._windows, self._prefix, self._count, self._reach, self._step = windows, prefix, count, reach, step
 
     def what(self, task: str) -> dict[str, Any]:
         return {
@@ -88,6 +98,7 @@ class TextTasks:
             "prefix": self._prefix,
             "count": self._count,
             "reach": self._reach,
+            **({"step": self._step} if self._step else {}),
         }
 
     def count(self, task: str) -> int:
@@ -113,11 +124,11 @@ class TextTasks:
         prefix, following = self.window(task, index)
         key = (self._texts[task].digest, self._prefix, self._count, self._reach, index)
         if key not in self._of.own:
-            own, _ = logits_of(original(run), prefix, following)
+            own, _ = logits_of(original(run), prefix, following, self._step)
             self._of.keep(key, own)
         else:
             own = self._of.own[key]
-        packed, cache = logits_of(run, prefix, following)
+        packed, cache = logits_of(run, prefix, following, self._step)
         own, packed = (x.double().log_softmax(-1) for x in (own, packed))
         values = compare(own, packed, following[1:].to(own.device))
         row = {name: value.mean().item() for name, value in values.items()}
@@ -125,9 +136,9 @@ class TextTasks:
         return {**row, "overlap": 1 - row["tv"], **counted(cache)}
 
 
-def logits_of(run: Any, prefix: Tensor, following: Tensor) -> tuple[Tensor, Any]:
+def logits_of(run: Any, prefix: Tensor, following: Tensor, step: int | None) -> tuple[Tensor, Any]:
     """Logits [n - 1, V] of the tokens after the first one past the prefix, and the cache."""
-    logits, cache = read(run, following, prefill(run, {"input_ids": prefix}))
+    logits, cache = read(run, following, prefill(run, {"input_ids": prefix}), step)
     return logits[:-1], cache
 
 

@@ -6,29 +6,40 @@ valid   [B, T] bool or None
 
 find_pivots: a program holds one token in registers. The bits of |h| order as the numbers do, with infinity and then NaN on top,
 so the peak is a maximum of integers, and the lower median is the largest v with at most (E - 1) / 2 numbers below it, found
-bit by bit: 15 counts for 16-bit numbers, 31 for float32. What is left, [B, T] numbers, is for the reference's own torch ops.
+bit by bit: 15 counts for 16-bit numbers, 31 for float32. Mode "topk" ranks the peaks of a batch row in one more program, as long
+as its registers hold them; else [B, T] numbers are left for the reference's own torch ops, a dozen launches.
 
 key_affine: a program holds CHUNK tokens of one head, a tile at a time, and adds up n, mean and M2 (the sum of squares around the
 mean) of each channel over tokens that are valid and finite; parts are combined by Chan's formula, in which nothing cancels even
-where the mean is far larger than the deviation. Queries need only their sum of squares. A small torch part joins the chunks.
+where the mean is far larger than the deviation. Queries need only their sum of squares. A program per key head then joins the
+chunks and writes its part of the map: three launches, since on a short prompt the host's time for each is what counts.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from akvq_fx.kernels.salience import gains, select_pivots
+from akvq_fx.kernels.salience import GAIN_RANGE, STD_FLOOR, select_pivots
 
 MAX_WIDTH = 16384  # numbers of a token that a program's registers hold
 MAX_DIM = 1024  # channels of a head: tiles of 16 tokens
+MAX_RANKED = 16384  # peaks of a batch row that a program's registers hold
 CHUNK = 256  # tokens a program reads of a head; its result is 3 float32 a channel, 2 % of what it read
 TILE_NUMBERS = 8192  # numbers of a tile
+MOMENT_WARPS = 4
+JOIN_NUMBERS = 4096  # numbers of a tile of chunks: one for each of n, mean and M2 is in registers
+COUNT_TILE = 4096  # bytes of `valid` that are counted at once
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 INTEGERS = {torch.float16: torch.int16, torch.bfloat16: torch.int16, torch.float32: torch.int32}
 INFINITY_BITS = {torch.float16: 0x7C00, torch.bfloat16: 0x7F80, torch.float32: 0x7F800000}
+FLOOR = tl.constexpr(STD_FLOOR)
+LOG_RANGE = tl.constexpr(math.log(GAIN_RANGE))
+LARGEST_INT = tl.constexpr(0x7FFFFFFF)
 
 
 def refusal(x: Tensor, q: Tensor | None = None) -> str:
@@ -66,8 +77,8 @@ def peak_kernel(
         tl.store(medians + row, tl.where(peak > INFINITY, peak, median).to(INTEGER))
 
 
-def peaks_and_medians(h: Tensor, with_medians: bool) -> tuple[Tensor, Tensor | None]:
-    """Of |h| [B, T, E] over E, each [B, T] float32: peak, 0 where a number is NaN; lower median, NaN where one is."""
+def raw_peaks(h: Tensor, with_medians: bool) -> tuple[Tensor, Tensor | None]:
+    """Of |h| [B, T, E] over E, each [B, T] in h's dtype: peak, lower median; NaN where a number is."""
     B, T, E = h.shape
     peaks = torch.empty(B, T, dtype=h.dtype, device=h.device)
     medians = torch.empty_like(peaks) if with_medians else None
@@ -80,8 +91,51 @@ def peaks_and_medians(h: Tensor, with_medians: bool) -> tuple[Tensor, Tensor | N
                 BITS=8 * h.element_size() - 1, INFINITY=INFINITY_BITS[h.dtype],
                 num_warps=max(1, min(8, width // 1024)),
             )  # fmt: skip
+    return peaks, medians
+
+
+def peaks_and_medians(h: Tensor, with_medians: bool) -> tuple[Tensor, Tensor | None]:
+    """Of |h| [B, T, E] over E, each [B, T] float32: peak, 0 where a number is NaN; lower median, NaN where one is."""
+    peaks, medians = raw_peaks(h, with_medians)
     peaks = peaks.float().nan_to_num(0.0, posinf=torch.finfo(torch.float32).max)
     return peaks, medians.float() if with_medians else None
+
+
+@triton.jit
+def rank_kernel(
+    peaks, valid, out, tokens, count, valid_b, valid_t, WIDTH: tl.constexpr, INFINITY: tl.constexpr
+):  # fmt: skip
+    """out [B, count]: a batch row's first valid token, then those of the largest peaks, given as bits [B, T]; -1 behind."""
+    row = tl.program_id(0).to(tl.int64)
+    place = tl.arange(0, WIDTH)
+    live = place < tokens
+    bits = tl.load(peaks + row * tokens + place, mask=live, other=0).to(tl.int32)
+    if valid is not None:
+        seen = tl.load(valid + row * valid_b + place.to(tl.int64) * valid_t, mask=live, other=0)
+        live = live & (seen != 0)
+    bits = tl.where(bits > INFINITY, 0, bits)  # NaN is no size
+    bits = tl.where(place == tl.min(tl.where(live, place, WIDTH), 0), LARGEST_INT, bits)
+    # places below the peak's bits: a maximum finds both, no two keys are equal, and of equal peaks the first token leads
+    key = tl.where(live, bits.to(tl.int64) * WIDTH + (WIDTH - 1 - place), -1)
+    for slot in range(count):
+        best = tl.max(key, 0)
+        token = WIDTH - 1 - (best & (WIDTH - 1))
+        tl.store(out + row * count + slot, tl.where(best < 0, -1, token).to(tl.int32))
+        key = tl.where(key == best, -1, key)
+
+
+def largest_peaks(peaks: Tensor, valid: Tensor | None, count: int) -> Tensor:
+    """Pivots [B, count] int32 of mode "topk", from raw_peaks' peaks [B, T]."""
+    B, T = peaks.shape
+    out = torch.empty(B, count, dtype=torch.int32, device=peaks.device)
+    width = triton.next_power_of_2(T)
+    if out.numel():
+        with torch.cuda.device_of(peaks):
+            rank_kernel[(B,)](
+                peaks.view(INTEGERS[peaks.dtype]), valid, out, T, count, *((0, 0) if valid is None else valid.stride()),
+                WIDTH=width, INFINITY=INFINITY_BITS[peaks.dtype], num_warps=max(1, min(16, width // 1024)),
+            )  # fmt: skip
+    return out
 
 
 def find_pivots(h: Tensor, valid: Tensor | None, count: int, mode: str, floor: float, ratio: float) -> Tensor:
@@ -91,9 +145,22 @@ def find_pivots(h: Tensor, valid: Tensor | None, count: int, mode: str, floor: f
     if reason:
         raise ValueError(f"akvq::find_pivots: {reason}")
     B, T, _ = h.shape
-    peak, median = peaks_and_medians(h.detach(), mode == "massive")
+    h = h.detach()
+    if mode == "topk" and T <= MAX_RANKED:
+        return largest_peaks(raw_peaks(h, False)[0], valid, count)
+    peak, median = peaks_and_medians(h, mode == "massive")
     valid = torch.ones(B, T, dtype=torch.bool, device=h.device) if valid is None else valid
     return select_pivots(peak, median, valid, count, floor, ratio)
+
+
+@triton.jit
+def joined(count, mean, spread, more, centre, apart):
+    """n, mean and M2 of two parts together, by Chan's formula."""
+    total = tl.maximum(count + more, 1.0)
+    step = centre - mean
+    # the weight first: where one part is empty it is 0, which times a square that overflowed were NaN
+    spread += apart + step * (step * (count * more / total))
+    return count + more, mean + step * tl.div_rn(more, total), spread
 
 
 @triton.jit
@@ -124,11 +191,7 @@ def moments_kernel(
             more = tl.sum(counted.to(tl.float32), 0)
             centre = tl.div_rn(tl.sum(tile, 0), tl.maximum(more, 1.0))  # what it misses by enters M2 squared
             apart = tl.where(counted, tile - centre[None, :], 0.0)
-            total = tl.maximum(count + more, 1.0)
-            step = centre - mean
-            spread += tl.sum(apart * apart, 0) + step * step * (count * more / total)
-            mean += step * tl.div_rn(more, total)
-            count += more
+            count, mean, spread = joined(count, mean, spread, more, centre, tl.sum(apart * apart, 0))
     if SQUARES:
         tl.store(out + (lead * chunks + chunk) * D + channel, spread, mask=real)
     else:
@@ -147,17 +210,77 @@ def chunk_sums(x: Tensor, valid: Tensor | None, squares: bool) -> Tensor:
         with torch.cuda.device_of(x):
             moments_kernel[(B * H, chunks)](
                 x, valid, out, H, T, chunks, *x.stride(), *((0, 0) if valid is None else valid.stride()),
-                D=D, DP=wide, TILE=min(CHUNK, TILE_NUMBERS // wide), CHUNK_T=CHUNK, SQUARES=squares, num_warps=4,
+                D=D, DP=wide, TILE=min(CHUNK, TILE_NUMBERS // wide), CHUNK_T=CHUNK, SQUARES=squares,
+                num_warps=MOMENT_WARPS,
             )  # fmt: skip
     return out
 
 
-def join(parts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """n, mean, M2 [..., chunks, D] of each chunk -> of all."""
-    n, mean, spread = parts.unbind(-2)
-    total = n.sum(-2)
-    middle = (n * mean).sum(-2) / total.clamp_min(1)
-    return total, middle, (spread + n * (mean - middle.unsqueeze(-2)).square()).sum(-2)
+@triton.jit
+def map_kernel(
+    parts, squares, valid, out, heads, tokens, chunks, rows, sharing, asked, valid_b, valid_t,
+    D: tl.constexpr, DP: tl.constexpr, PARTS: tl.constexpr, COUNTED: tl.constexpr,
+    SAME: tl.constexpr, CENTRE: tl.constexpr,
+):  # fmt: skip
+    """A key head's c, 1/s, s to out [B, 3, heads, D], from chunk_sums of its keys and of the `sharing` query heads that read it.
+
+    The squares are `rows` [D], those of a query head after those of another, over `asked` tokens each or, where SAME, over the
+    keys' own. Without squares s = 1, without CENTRE c = 0.
+    """
+    lead = tl.program_id(0).to(tl.int64)
+    batch = lead // heads
+    channel = tl.arange(0, DP)
+    real = channel < D
+    number = tl.arange(0, PARTS)
+
+    finite, middle, spread = tl.zeros([DP], tl.float32), tl.zeros([DP], tl.float32), tl.zeros([DP], tl.float32)
+    for start in range(0, chunks, PARTS):
+        live = (start + number < chunks)[:, None] & real[None, :]
+        where = parts + ((lead * chunks + start + number) * (3 * D))[:, None] + channel[None, :]
+        n, mean = tl.load(where, mask=live, other=0), tl.load(where + D, mask=live, other=0)
+        more = tl.sum(n, 0)
+        centre = tl.div_rn(tl.sum(n * mean, 0), tl.maximum(more, 1.0))
+        away = mean - centre[None, :]
+        apart = tl.sum(tl.load(where + 2 * D, mask=live, other=0) + away * (n * away), 0)
+        finite, middle, spread = joined(finite, middle, spread, more, centre, apart)
+
+    count = tokens + lead * 0
+    if valid is not None:
+        seen = tl.zeros([COUNTED], tl.int32)
+        for start in range(0, tokens, COUNTED):
+            token = start + tl.arange(0, COUNTED)
+            where = valid + batch * valid_b + token.to(tl.int64) * valid_t
+            seen += (tl.load(where, mask=token < tokens, other=0) != 0).to(tl.int32)
+        count = tl.sum(seen, 0).to(tl.int64)
+    count = tl.maximum(count, 1).to(tl.float32)
+    mean = middle * tl.div_rn(
+        finite, count
+    )  # a broken number counts as a token that is 0 here, and as none in the deviation
+
+    one = tl.full([DP], 1.0, tl.float32)
+    s = one
+    if squares is not None:
+        heard = tl.zeros([DP], tl.float32)
+        for start in range(0, rows, PARTS):
+            live = (start + number < rows)[:, None] & real[None, :]
+            where = squares + ((lead * rows + start + number) * D)[:, None] + channel[None, :]
+            heard += tl.sum(tl.load(where, mask=live, other=0), 0)
+        heard = tl.sqrt(heard / ((count if SAME else asked) * sharing))
+        miss = middle - mean
+        deviation = tl.sqrt((spread + miss * (finite * miss)) / count)
+        # comparisons, not tl.maximum and tl.minimum, which lose a NaN
+        deviation = tl.where(deviation < FLOOR, FLOOR, deviation)
+        heard = tl.where(heard < FLOOR, FLOOR, heard)
+        log = tl.where(real, 0.5 * (tl.log(deviation) - tl.log(heard)), 0.0)
+        log -= tl.sum(log, 0) / D
+        log = tl.where(log > LOG_RANGE, LOG_RANGE, log)
+        s = tl.exp(tl.where(log < -LOG_RANGE, -LOG_RANGE, log))
+
+    c = mean if CENTRE else tl.zeros([DP], tl.float32)
+    where = out + ((batch * 3) * heads + lead % heads) * D + channel
+    tl.store(where, c, mask=real)
+    tl.store(where + heads * D, tl.div_rn(one, s), mask=real)
+    tl.store(where + 2 * heads * D, s, mask=real)
 
 
 def key_affine(k: Tensor, q: Tensor, valid: Tensor | None, centre: bool, balance: bool) -> Tensor:
@@ -166,15 +289,21 @@ def key_affine(k: Tensor, q: Tensor, valid: Tensor | None, centre: bool, balance
         raise ValueError(f"akvq::key_affine: {reason}")
     B, H, T, D = k.shape
     k, q = k.detach(), q.detach()
-    finite, middle, spread = join(chunk_sums(k, valid, squares=False))
-    tokens = torch.full((B, 1, 1), T, device=k.device) if valid is None else valid.sum(-1).view(B, 1, 1)
-    tokens = tokens.clamp_min(1).float()
-    mean = middle * (finite / tokens)  # a broken number counts as a token that is 0 here, and as none in the deviation
-    c = mean if centre else torch.zeros_like(mean)
-    s = torch.ones_like(mean)
-    if balance:
-        deviation = ((spread + finite * (middle - mean).square()) / tokens).sqrt()
-        same = q.shape[2] == T
-        heard = chunk_sums(q, valid if same else None, squares=True).sum(2) / (tokens if same else q.shape[2])
-        s = gains(deviation, heard)
-    return torch.stack([c, 1 / s, s], 1)
+    out = torch.empty(B, 3, H, D, dtype=torch.float32, device=k.device)
+    if not out.numel():
+        return out
+    if balance and (q.shape[0] != B or q.shape[1] % H or q.shape[3] != D):  # the kernel would read elsewhere
+        raise ValueError(
+            f"akvq::key_affine: q is {list(q.shape)}, accepted with k {list(k.shape)}: [{B}, a multiple of {H}, tokens, {D}]"
+        )
+    same, sharing = q.shape[2] == T, q.shape[1] // H
+    parts = chunk_sums(k, valid, squares=False)
+    squares = chunk_sums(q, valid if same else None, squares=True) if balance else None
+    wide = triton.next_power_of_2(D)
+    with torch.cuda.device_of(k):
+        map_kernel[(B * H,)](
+            parts, squares, valid, out, H, T, parts.shape[2], sharing * squares.shape[2] if balance else 0, sharing,
+            q.shape[2], *((0, 0) if valid is None else valid.stride()),
+            D=D, DP=wide, PARTS=JOIN_NUMBERS // wide, COUNTED=COUNT_TILE, SAME=same, CENTRE=centre,
+        )  # fmt: skip
+    return out

@@ -40,11 +40,12 @@ def test_an_ablation_is_fidelity_along_an_option(llama):
     assert [line.split()[0] for line in str(found).splitlines()[2:]] == ["2", "8"]
 
 
-def test_a_window_that_the_new_tokens_fill_is_no_ablation(llama):
+def test_tokens_leave_the_window_where_they_are_read_in_steps(llama):
     model, ids = llama
-    prompts = prompts_of(windows_of(ids, 1, 60), 50)
-    with pytest.raises(ValueError, match="window of 8 ends among the 10 tokens"):
-        analysis.ablation(model, prompts, "window", [0, 8, 32])
+    prompts = prompts_of(windows_of(ids, 1, 60), 10)
+    measured = lambda step: analysis.ablation(model, prompts, "window", [0], {"pivots": 0}, step=step).mean("kl")[0]
+    together, apart = measured(50), measured(None)
+    assert apart > 1.2 * together, "later tokens read earlier ones at 2 bits"
     with pytest.raises(ValueError, match="no values"):
         analysis.ablation(model, prompts, "pivots", [])
 

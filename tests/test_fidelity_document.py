@@ -178,7 +178,7 @@ def test_settings_are_accepted_and_end_at_the_recipes(fidelity):
     ablation = settings_of("ablation", True)
     names = list(ablation)
     built = lambda name: {**described(ablation[name]), "recipe": ""}
-    assert built("+ balancing = akvq") == {**described({"recipe": "akvq"}), "recipe": ""}
+    assert built("+ half the window = akvq") == {**described({"recipe": "akvq"}), "recipe": ""}
     # the last step before the paper's recipe differs from it in the pivots alone
     before, paper = built(names[names.index("+ pivots = akvq-vl") - 1]), built("+ pivots = akvq-vl")
     assert {key for key in paper if before[key] != paper[key]} == {"pivots"}

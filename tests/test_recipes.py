@@ -358,7 +358,7 @@ def test_the_users_option_wins(name, bits):
 def test_choices_of_packed_recipes():
     chosen = {name: AKVQConfig(recipe=name) for name in PACKED}
     of = lambda name: dataclasses.astuple(chosen[name])[1:8]
-    assert of("akvq") == of("akvq-vl") == (2, 4, 0.8, 1.0, 128, 128, 15)
+    assert of("akvq-vl") == (2, 4, 0.8, 1.0, 128, 128, 15) and of("akvq") == (2, 4, 0.8, 1.0, 128, 64, 15)
     assert of("rtn2") == (2, 4, 1.0, 1.0, 128, 0, 0) and of("rtn4") == (4, 4, 1.0, 1.0, 128, 0, 0)
     assert of("quarot") == (2, 4, 0.95, 1.0, 128, 0, 0)
     assert [name for name in PACKED if chosen[name].center_keys or chosen[name].balance_keys] == ["akvq"]

@@ -1,12 +1,13 @@
-"""find_pivots and key_affine with Triton kernels: peaks and medians to the bit, maps as the reference's in float64."""
+"""find_pivots and key_affine with Triton kernels: peaks and medians to the bit, maps as the reference's; few launches."""
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from akvq_fx.kernels import salience_triton
-from akvq_fx.kernels.salience import find_pivots_reference, key_affine_reference
+from akvq_fx.kernels.salience import GAIN_RANGE, find_pivots_reference, key_affine_reference
 from tests.kernel_cases import assert_close, assert_same, bf16, f16, f32, randn, seeds
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -42,12 +43,19 @@ def test_peaks_and_medians_are_torch_s(width, dtype):
 
 
 def check_pivots(h, valid, count, mode):
+    """The reference's first token, then tokens as large as its; which of the equally large ones is open."""
     args = (count, mode, 100.0, 1000.0)
-    h, valid = to_device(h, valid)
-    found = salience_triton.find_pivots(h, valid, *args)
-    assert found.dtype == torch.int32
-    due = find_pivots_reference(h, valid, *args)  # on one device: topk orders equals as it likes
-    assert_same("pivots", due, found)
+    found = salience_triton.find_pivots(*to_device(h, valid), *args).cpu()
+    due = find_pivots_reference(h, valid, *args)
+    assert (found.shape, found.dtype) == (due.shape, torch.int32)
+    peak = h.abs().amax(-1).float().nan_to_num(0.0)
+    size = lambda pivots: torch.where(pivots < 0, -1.0, peak.gather(1, pivots.long().clamp_min(0)))
+    assert_same("first", due[:, :1], found[:, :1])
+    assert_same("sizes", size(due), size(found))
+    for row, pivots in enumerate(found.tolist()):
+        real = [token for token in pivots if token >= 0]
+        assert len(set(real)) == len(real)
+        assert valid is None or valid[row, real].all()
 
 
 @every_dtype
@@ -59,9 +67,11 @@ def test_pivots_are_the_reference_s(mode, dtype, data, B, T, width, count, seed)
     for value in (MASSIVE, -2 * MASSIVE, *BROKEN):
         row, token, place = (data.draw(st.integers(0, size - 1)) for size in (B, T, width))
         h[row, token, place] = value
-    valid = data.draw(st.sampled_from((None, left_padding(B, T, data.draw(st.integers(0, T))))))
-    h += randn(B, T, 1, seed=seed + 1, dtype=dtype) / 8  # no two tokens of one size: their order would be open
-    check_pivots(h, valid, count, mode)
+    holes = randn(B, T, seed=seed + 2) > 0
+    valid = data.draw(st.sampled_from((None, holes, left_padding(B, T, data.draw(st.integers(0, T))))))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(salience_triton, "MAX_RANKED", data.draw(st.sampled_from((4, 16384))))
+        check_pivots(h, valid, count, mode)
 
 
 def test_pivots_of_strided_activations():
@@ -71,6 +81,28 @@ def test_pivots_of_strided_activations():
     for mode in ("massive", "topk"):
         found = salience_triton.find_pivots(h, None, 3, mode, 100.0, 1000.0).cpu()
         assert_same(mode, find_pivots_reference(h.cpu(), None, 3, mode, 100.0, 1000.0), found)
+    valid = left_padding(7, 2, 1).to(DEVICE).T
+    found = salience_triton.find_pivots(h, valid, 3, "topk", 0.0, 0.0).cpu()
+    assert_same("masked", find_pivots_reference(h.cpu(), valid.cpu(), 3, "topk", 0.0, 0.0), found)
+
+
+@every_dtype
+def test_of_equal_peaks_the_first_token_leads(dtype):
+    h = torch.tensor([[2, 5, 5, torch.nan, 7, torch.inf, 0, 7], [0] * 8, [1] * 8], dtype=dtype)[..., None]
+    valid = torch.ones(3, 8, dtype=torch.bool)
+    valid[1], valid[2, [0, 1, 4]] = False, False
+    found = salience_triton.find_pivots(*to_device(h, valid), 10, "topk", 0.0, 0.0).cpu()
+    assert found.tolist() == [[0, 5, 4, 7, 1, 2, 3, 6, -1, -1], [-1] * 10, [2, 3, 5, 6, 7] + [-1] * 5]
+
+
+@pytest.mark.parametrize("tokens", (1, 1000, salience_triton.MAX_RANKED))
+def test_a_row_as_long_as_is_ranked(tokens):
+    peaks = randn(2, tokens).abs()
+    peaks[1, -1] = MASSIVE
+    found = salience_triton.largest_peaks(*to_device(peaks, None), 9).cpu()
+    peaks[:, 0] = torch.inf
+    due = peaks.sort(-1, descending=True, stable=True).indices[:, :9].int()
+    assert_same("pivots", torch.nn.functional.pad(due, (0, 9 - due.shape[1]), value=-1), found)
 
 
 def check_affine(k, q, valid, centre=True, balance=True):
@@ -95,7 +127,11 @@ def test_map_of_any_prompt(data, head_dim, groups, tokens, seed):
     valid = None if real is None else left_padding(2, tokens, real)
     k = randn(2, 2, tokens, head_dim, seed=seed) * 2 ** randn(head_dim, seed=seed + 1) + 3
     q = randn(2, 2 * groups, asked, head_dim, seed=seed + 2)
-    check_affine(k, q, valid)
+    with pytest.MonkeyPatch.context() as patch:  # small enough for a prompt of many chunks, and of many tiles of them
+        patch.setattr(salience_triton, "CHUNK", data.draw(st.sampled_from((4, 256)), label="chunk"))
+        patch.setattr(salience_triton, "JOIN_NUMBERS", data.draw(st.sampled_from((256, 4096)), label="tile"))
+        patch.setattr(salience_triton, "COUNT_TILE", data.draw(st.sampled_from((8, 4096)), label="counted"))
+        check_affine(k, q, valid, data.draw(st.booleans(), label="centre"), data.draw(st.booleans(), label="balance"))
 
 
 @pytest.mark.parametrize("broken", BROKEN, ids=str)
@@ -106,6 +142,36 @@ def test_broken_tokens_count_as_in_the_reference(broken):
     check_affine(k, q, left_padding(2, 50, 30))
     k[:, :, :, 3] = broken
     check_affine(k, q, None)
+
+
+@pytest.mark.parametrize("broken", BROKEN, ids=str)
+def test_broken_tokens_beside_queries_of_another_length(broken):
+    k, q = randn(2, 2, 30, 24) + 2, randn(2, 4, 7, 24)
+    k[1, :, 25], q[1, :, 3], q[0, 1, 2, 5] = broken, broken, broken
+    check_affine(k, q, left_padding(2, 30, 12))
+    q[:, :, :, 1] = broken
+    check_affine(k, q, left_padding(2, 30, 12))
+
+
+def test_numbers_whose_squares_overflow():
+    """Finite, and too large for the deviation: that channel's gain is NaN, as in the reference, and its neighbours' are not."""
+    k, q = randn(1, 3, 600, 8), randn(1, 3, 600, 8)
+    k[0, 0, 550, 2], q[0, 1, 9, 3], k[0, 2, :, 4] = 1e25, 1e25, 1e25
+    affine = salience_triton.key_affine(*to_device(k, q, None), True, True).cpu()
+    due = key_affine_reference(k, q, None, True, True)
+    assert_same("NaN", due.isnan(), affine.isnan())
+    assert 0 < due.isnan().sum() < due[:, 1:].numel()
+    assert_close("gain", due[:, 2].nan_to_num(0.0), affine[:, 2].nan_to_num(0.0))
+
+
+@pytest.mark.parametrize("same", (True, False))
+def test_gains_at_the_floor_and_at_the_range(same):
+    """Channels that never vary, queries that are silent, and deviations further apart than the map allows."""
+    k = randn(1, 2, 20, 12) * 10.0 ** torch.arange(-6, 6)
+    q = randn(1, 4, 20 if same else 3, 12)
+    k[:, 0, :, :3], q[:, :2, :, 7] = 5.0, 0.0
+    check_affine(k, q, None)
+    assert key_affine_reference(k, q, None, True, True)[:, 2].max() == pytest.approx(GAIN_RANGE)
 
 
 @pytest.mark.parametrize("head_dim", (16, 128))
@@ -135,6 +201,54 @@ def test_map_of_strided_keys():
     assert_close("map", key_affine_reference(k.cpu(), q.cpu(), valid.cpu(), True, True), affine)
 
 
+class Launches(TorchDispatchMode):
+    """Names of the torch ops and of the module's kernels, in order; kernels do not run, so nothing can wait for them."""
+
+    FREE = ("empty", "empty_like", "detach", "view")  # memory and views: nothing for a device to do
+
+    def __init__(self, patch):
+        super().__init__()
+        self.names = []
+        for name in [name for name in vars(salience_triton) if name.endswith("_kernel")]:
+            patch.setattr(salience_triton, name, self.kernel(name))
+
+    def kernel(self, name):
+        note = lambda *args, **kwargs: self.names.append(name)
+        return type("Kernel", (), {"__getitem__": lambda self, grid: note})()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket.__name__ not in self.FREE:
+            self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("masked", (True, False))
+def test_few_launches(monkeypatch, masked):
+    h, k, q, valid = to_device(randn(2, 9, 8), randn(2, 2, 9, 8), randn(2, 4, 9, 8), left_padding(2, 9, 5))
+    valid = valid if masked else None
+    with Launches(monkeypatch) as launches:
+        salience_triton.find_pivots(h, valid, 3, "topk", 0.0, 0.0)
+        assert launches.names == ["peak_kernel", "rank_kernel"]
+        for asked in (9, 1):
+            launches.names.clear()
+            salience_triton.key_affine(k, q[:, :, :asked], valid, True, True)
+            assert launches.names == ["moments_kernel", "moments_kernel", "map_kernel"]
+        launches.names.clear()
+        salience_triton.key_affine(k, q, valid, True, False)
+        assert launches.names == ["moments_kernel", "map_kernel"]
+
+
+def test_nothing_to_do():
+    assert salience_triton.find_pivots(randn(0, 4, 8).to(DEVICE), None, 3, "topk", 0.0, 0.0).shape == (0, 3)
+    assert salience_triton.find_pivots(randn(2, 4, 8).to(DEVICE), None, 0, "topk", 0.0, 0.0).shape == (2, 0)
+    assert salience_triton.key_affine(*to_device(randn(0, 2, 4, 8), randn(0, 2, 4, 8), None), True, True).shape == (
+        0,
+        3,
+        2,
+        8,
+    )
+
+
 def test_refuses_what_it_cannot_hold():
     k = randn(1, 1, 2, 8)
     long, double = torch.ones(1, 1, 16385), randn(1, 2, 8).double()
@@ -153,4 +267,11 @@ def test_refuses_what_it_cannot_hold():
         assert salience_triton.refusal(*pair)
         with pytest.raises(ValueError, match=f"akvq::key_affine: .*{reason}"):
             salience_triton.key_affine(*pair, None, True, True)
+    for q in (randn(2, 1, 2, 8), randn(1, 1, 2, 16)):
+        with pytest.raises(
+            ValueError, match=r"akvq::key_affine: q is .*accepted with k \[1, 1, 2, 8\]: \[1, a multiple"
+        ):
+            salience_triton.key_affine(k, q, None, True, True)
+    with pytest.raises(ValueError, match=r"accepted with k \[1, 2, 2, 8\]"):
+        salience_triton.key_affine(randn(1, 2, 2, 8), randn(1, 3, 2, 8), None, True, True)
     assert salience_triton.refusal(k, k) == salience_triton.refusal(k[0]) == ""

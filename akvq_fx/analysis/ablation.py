@@ -11,6 +11,8 @@ import torch
 from akvq_fx.evaluate.fidelity import Fidelity, Prompt, prompt_fidelity
 from akvq_fx.report import _table
 
+STEP = 16  # tokens a call where it matters that tokens leave the window
+
 
 @dataclass
 class Ablation:
@@ -39,21 +41,18 @@ def ablation(
     values: Sequence[Any],
     options: Mapping[str, Any] | None = None,
     progress=None,
+    step: int | None = None,
 ) -> Ablation:
     """prompt_fidelity(model, prompts, {**options, option: value}) for each value; `progress` is called after each prompt.
 
     prompts   akvq_fx.evaluate.fidelity's: prompts_of(windows, prefix) of a text, or inputs with images and the text after them
-    Raises ValueError for option="window" where the tokens after a prefix would take the window's place: they are read in one
-    call and are recent themselves, so only longer windows reach into the prefix.
+    step      tokens after the prefix that are read in a call; None: STEP for option="window", since tokens that are read
+              together do not leave the window for each other, and else all
+    Raises ValueError where there are no values.
     """
     if not values:
         raise ValueError(f"akvq_fx.analysis: no values of {option} to compare")
-    if option == "window":
-        count, shortest = max(len(p.following) for p in prompts), min((v for v in values if v), default=None)
-        if shortest is not None and shortest <= count:
-            raise ValueError(
-                f"akvq_fx.analysis: a window of {shortest} ends among the {count} tokens read over the prefix; accepted: "
-                f"windows longer than that, or fewer tokens after the prefix"
-            )
-    results = [prompt_fidelity(model, prompts, {**(options or {}), option: value}, progress) for value in values]
+    step = step or (STEP if option == "window" else None)
+    given = {**(options or {})}
+    results = [prompt_fidelity(model, prompts, {**given, option: value}, progress, step) for value in values]
     return Ablation(option, list(values), results)

@@ -88,6 +88,9 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--prefix", type=int, default=1024, help="tokens of the text that are packed")
     one.add_argument("--count", type=int, default=192, help="tokens read over them")
     one.add_argument("--windows", type=int, default=4, help="pieces of the text")
+    one.add_argument(
+        "--step", type=positive, help="tokens read in a call: small ones are packed as they go; all unless told"
+    )
     one.set_defaults(suites=fidelity_suites, unless_told=["akvq"])
 
     two = commands.add_parser("images", parents=[shared], help="multi-image questions of a folder with its own model")
@@ -128,7 +131,7 @@ def fidelity_suites(args) -> Iterator:
     about |= {"source": hashlib.sha256(source.read_bytes()).hexdigest(), "gguf": args.gguf, **numerics(args)}
     for name in args.model:
         load = functools.cache(functools.partial(load_prompts, args, name, entries))
-        yield FidelityTask(label(name), source.stem, count, {"model": name, **about}, load)
+        yield FidelityTask(label(name), source.stem, count, {"model": name, **about}, load, args.step)
 
 
 def load_prompts(args, name: str, entries: list[dict] | None) -> tuple:
@@ -192,6 +195,12 @@ def load(args, name: str, models, readers, extra: dict) -> tuple:
             f"offline mode): {reason}"
         ) from error
     return model.eval().to(args.device), reader
+
+
+def positive(text: str) -> int:
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text}; accepted: 1 or more")
+    return int(text)
 
 
 def numerics(args) -> dict:

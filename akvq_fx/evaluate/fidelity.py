@@ -1,9 +1,9 @@
 """How far a packed cache moves a model's predictions, against its own 16-bit cache: fidelity, prompt_fidelity.
 
-A prefix (text, or anything the model takes: pixel_values ...) is cached in one call, then the ids that follow are read in one
-call over that cache; they see each other at full precision and the prefix as packed. Both caches see the same tokens. The product
-itself is measured, not a simulation: the model is compiled with the backend. Per predicted token, p from its own cache and p'
-from the packed one, in nats where they are logarithms:
+A prefix (text, or anything the model takes: pixel_values ...) is cached in one call, then the ids that follow are read over that
+cache. In one call they see each other at full precision and the prefix as packed; with `step` tokens a call they are packed as
+they go, as generated tokens are. Both caches see the same tokens. The product itself is measured, not a simulation: the model is
+compiled with the backend. Per predicted token, p from its own cache and p' from the packed one, in nats where they are logarithms:
     nll     -log p(next);   dnll  log p(next) - log p'(next)
     kl      sum p log(p / p')
     agree   argmax p = argmax p'
@@ -13,7 +13,7 @@ from the packed one, in nats where they are logarithms:
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -88,14 +88,23 @@ def prompts_of(windows: Tensor, prefix: int) -> list[Prompt]:
 
 
 def fidelity(
-    model: torch.nn.Module, windows: Tensor, prefix: int, options: Options = None, progress: Callable | None = None
+    model: torch.nn.Module,
+    windows: Tensor,
+    prefix: int,
+    options: Options = None,
+    progress: Callable | None = None,
+    step: int | None = None,
 ) -> Fidelity:
     """prompt_fidelity of windows [N, prefix + n] of token ids."""
-    return prompt_fidelity(model, prompts_of(windows, prefix), options, progress)
+    return prompt_fidelity(model, prompts_of(windows, prefix), options, progress, step)
 
 
 def prompt_fidelity(
-    model: torch.nn.Module, prompts: Iterable[Prompt], options: Options = None, progress: Callable | None = None
+    model: torch.nn.Module,
+    prompts: Iterable[Prompt],
+    options: Options = None,
+    progress: Callable | None = None,
+    step: int | None = None,
 ) -> Fidelity:
     """Measure one setting on a causal language model or a vision-language model.
 
@@ -103,13 +112,14 @@ def prompt_fidelity(
                "none"); None: the backend's defaults. Values are rotated in the graph unless told otherwise, so weights stay
                as they are
     progress   called after each prompt
+    step       tokens after the prefix that are read in a call; all of them unless told
     Raises ValueError for a prompt that leaves nothing to predict, NothingPacked (a RuntimeError) where the backend packed nothing.
     """
     options = options_of(options) if isinstance(options, str) else dict(options or {})
     found, bits = [], 0.0
     with running(model, options) as run:
         for prompt in prompts:
-            values, bits = measure(run, prompt)
+            values, bits = measure(run, prompt, step)
             found.append(values)
             if progress is not None:
                 progress()
@@ -118,23 +128,23 @@ def prompt_fidelity(
 
 
 @torch.no_grad()
-def measure(run: Any, prompt: Prompt) -> tuple[dict[str, Tensor], float]:
+def measure(run: Any, prompt: Prompt, step: int | None = None) -> tuple[dict[str, Tensor], float]:
     """Measures by position, [n - 1] each, and bits per cached number, of one prompt; `run` as settings.running gives it."""
     if prompt.following.dim() != 1 or len(prompt.following) < 2:
         raise ValueError(
             f"akvq_fx.evaluate: {list(prompt.following.shape)} ids after the prefix leave nothing to predict; accepted: a row of 2"
             " or more"
         )
-    own, cache = continuation(original(run), prompt)
+    own, cache = continuation(original(run), prompt, step)
     packed = own
     if run is not original(run):
-        packed, cache = continuation(run, prompt)
+        packed, cache = continuation(run, prompt, step)
     return compare(own, packed, prompt.following[1:].to(own.device)), bits_of(cache, run)
 
 
-def continuation(model: Any, prompt: Prompt) -> tuple[Tensor, Any]:
+def continuation(model: Any, prompt: Prompt, step: int | None) -> tuple[Tensor, Any]:
     """Log-probabilities [n - 1, V] of the tokens after the first one past the prefix, and the cache."""
-    logits, cache = read(model, prompt.following, prefill(model, prompt.inputs))
+    logits, cache = read(model, prompt.following, prefill(model, prompt.inputs), step)
     return logits[:-1].double().log_softmax(-1), cache
 
 
@@ -154,7 +164,8 @@ class FidelityTask:
     """A table.Suite of one task: means over positions, a row for each prompt.
 
     load     () -> (model, its prompts); called when the first sample is measured, so a finished table needs no model
-    about    all that the numbers depend on but the setting
+    about    all that the numbers depend on but the setting and the step
+    step     as of prompt_fidelity
     """
 
     columns = (
@@ -166,12 +177,14 @@ class FidelityTask:
     )
     headline = "kl"
 
-    def __init__(self, model: str, task: str, count: int, about: Mapping[str, Any], load: Callable):
+    def __init__(
+        self, model: str, task: str, count: int, about: Mapping[str, Any], load: Callable, step: int | None = None
+    ):
         self.model, self.tasks = model, (task,)
-        self._count, self._about, self._load = count, about, load
+        self._count, self._about, self._load, self._step = count, about, load, step
 
     def what(self, task: str) -> dict[str, Any]:
-        return {"kind": "fidelity", **self._about}
+        return {"kind": "fidelity", **self._about, **({"step": self._step} if self._step else {})}
 
     def count(self, task: str) -> int:
         return self._count
@@ -180,10 +193,10 @@ class FidelityTask:
     def under(self, options: Mapping[str, Any] | None) -> Iterator[Callable[[str, int], dict]]:
         model, prompts = self._load()
         with running(model, options) as run:
-            yield lambda task, index: row_of(run, prompts, index)
+            yield lambda task, index: row_of(run, prompts[index], self._step)
 
 
-def row_of(run: Any, prompts: Sequence[Prompt], index: int) -> dict:
-    values, bits = measure(run, prompts[index])
+def row_of(run: Any, prompt: Prompt, step: int | None) -> dict:
+    values, bits = measure(run, prompt, step)
     row = {name: value.mean().item() for name, value in values.items()}
     return {**row, "overlap": 1 - row["tv"], "bits": bits}

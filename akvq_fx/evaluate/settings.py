@@ -90,10 +90,14 @@ def prefill(model: Any, inputs: Mapping[str, Any]) -> Any:
     return model(**to_model(inputs, model), use_cache=True, **spare).past_key_values
 
 
-def read(model: Any, ids: Tensor, cache: Any) -> tuple[Tensor, Any]:
-    """Logits [n, V] of ids [n] read in one call over a cache, and the cache after it."""
-    out = model(**to_model({"input_ids": ids[None]}, model), past_key_values=cache, use_cache=True)
-    return out.logits[0], out.past_key_values
+def read(model: Any, ids: Tensor, cache: Any, step: int | None = None) -> tuple[Tensor, Any]:
+    """Logits [n, V] of ids [n] read over a cache, `step` a call (all in one unless told), and the cache after them."""
+    logits = []
+    for part in ids.split(step or len(ids)):
+        out = model(**to_model({"input_ids": part[None]}, model), past_key_values=cache, use_cache=True)
+        cache = out.past_key_values
+        logits.append(out.logits[0])
+    return torch.cat(logits), cache
 
 
 def bits_of(cache: Any, model: Any) -> float:
