@@ -40,7 +40,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-import akvq_fx  # noqa: F401 - registers the ops
+import akvq_fx
 from akvq_fx.kernels.attend import reference
 from akvq_fx.kernels.layout import PADDING, TEXT, Layout
 
@@ -50,7 +50,7 @@ LANE_OPS = 1.55
 ERROR_LIMIT = (
     2e-2  # relative, bf16: probabilities, products and result each rounded at 2**-8; a larger one counts as wrong
 )
-STEP = 128  # capacity_step: a growing cache is allocated in steps of so many tokens
+STEP = akvq_fx.AKVQConfig().capacity_step  # a growing cache is allocated in steps of so many tokens
 BACKENDS = {
     "cuDNN": SDPBackend.CUDNN_ATTENTION,
     "flash": SDPBackend.FLASH_ATTENTION,
@@ -93,9 +93,9 @@ CPU_SHAPES = [Shape(1, 32, 32, 8192), Shape(1, 32, 8, 8192)]
 
 def layouts(head_dim: int, dtype: torch.dtype) -> tuple[Layout, Layout]:
     """The backend's defaults for a PSA layer whose value rotation is folded."""
-    value = Layout(
-        head_dim, dtype, body_bits=2, window=128, pivots=15, body_clip=0.8, rotated=True, folded=True
-    )  # fmt: skip
+    chosen = akvq_fx.AKVQConfig()
+    same = {name: getattr(chosen, name) for name in ("body_bits", "window", "pivots", "body_clip", "group")}
+    value = Layout(head_dim, dtype, **same, rotated=True, folded=True)
     return dataclasses.replace(value, folded=False, affine=True), value
 
 
