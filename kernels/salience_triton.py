@@ -224,8 +224,8 @@ def map_kernel(
 ):  # fmt: skip
     """A key head's c, 1/s, s to out [B, 3, heads, D], from chunk_sums of its keys and of the `sharing` query heads that read it.
 
-    The squares are `rows` [D], those of a query head after those of another, over `asked` tokens each or, where SAME, over the
-    keys' own. Without squares s = 1, without CENTRE c = 0.
+    The squares are `rows` rows [D], one query head's after another's, each head's over `asked` tokens or, where SAME, over the
+    keys' valid ones. Without squares s = 1, without CENTRE c = 0.
     """
     lead = tl.program_id(0).to(tl.int64)
     batch = lead // heads
@@ -253,9 +253,8 @@ def map_kernel(
             seen += (tl.load(where, mask=token < tokens, other=0) != 0).to(tl.int32)
         count = tl.sum(seen, 0).to(tl.int64)
     count = tl.maximum(count, 1).to(tl.float32)
-    mean = middle * tl.div_rn(
-        finite, count
-    )  # a broken number counts as a token that is 0 here, and as none in the deviation
+    # a broken number counts as a token that is 0 here, and as none in the deviation
+    mean = middle * tl.div_rn(finite, count)
 
     one = tl.full([DP], 1.0, tl.float32)
     s = one
