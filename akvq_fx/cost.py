@@ -62,7 +62,7 @@ def recipe_bits(
     tsa = sum(layer < layers for layer in config.tsa_layers) if vision and not config.simulated else 0
 
     def mean(is_tsa: bool) -> float:
-        halves = (layout_of(config, half, head_dim, dtype, is_tsa) for half in ("keys", "values"))
+        halves = (layout_of(config, half, head_dim, dtype, is_tsa, vision > 0) for half in ("keys", "values"))
         return sum(bits_at(layout, heads, tokens, vision) for layout in halves) / 2
 
     return (tsa * mean(True) + (layers - tsa) * mean(False)) / layers

@@ -101,7 +101,7 @@ def row_of(site: Site, state: GraphState) -> SiteRow:
 
 
 def bits_of(layout) -> str:
-    """E.g. "recent 128: 16, pivots 15: 16, rest: 2"."""
+    """E.g. "recent 64: 16, pivots 15: 16, text: 4, vision: 2"."""
     if layout.lossless:
         return "16"
     parts = [f"recent {layout.window}: 16"] if layout.window else []

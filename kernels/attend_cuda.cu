@@ -10,7 +10,7 @@
 //
 // Compile-time: HEAD_DIM (multiple of 16), BF16 (0: fp16), GROUPS (1, 2 or 4 scales a head), NT (tiles of 8 query rows), CC (1 where a
 // block has up to 4 query rows, else 2), MT, STAGES, WARPS, BLOCKS (at least so many on a multiprocessor), SPLITS_MAX, NORM (the transform's, order**-0.5),
-// MASK (0 none, 1 bool and the same for all rows of a block, 2 any).
+// MASK (0 none, 1 bool and the same for all rows of a block, 2 any), TEXT_BITS (of the text overlay; 0: there is none).
 
 #undef INFINITY
 #define INFINITY __int_as_float(0x7f800000)
@@ -37,6 +37,8 @@ struct Cache {
     const u16 *ring;     // [B, H, window, D]
     const u16 *pivots;   // [B, H, pivots, D]
     const u16 *fresh;    // [B, H, fresh_count, D] or null
+    const u16 *text;     // [B, H, text_capacity, D * TEXT_BITS / 16]
+    const u16 *text_range; // [B, H, text_capacity, 2 * NG] fp16
 };
 
 struct Params {
@@ -48,11 +50,13 @@ struct Params {
     const long long *fresh_at; // [fresh_count]
     const void *mask;
     const float *affine;       // [B, 3, H, D] of the key, or null
+    const u8 *classes;         // [B, C]
+    const int *text_at;        // [B, text_capacity]
     float *part_o;             // [B * H, rows, splits, D]
     float *part_ml;            // [B * H, rows, splits, 2]
     long long mask_b, mask_h, mask_q, mask_t;  // strides in elements
     float scale;               // of the scores, times log2(e)
-    int heads, capacity, window, pivots, fresh_count;
+    int heads, capacity, window, pivots, fresh_count, text_capacity;
     int rows, queries;         // G * Q, Q
     int length;                // -1: read state
     int mask_kind;             // 1 bool, 2 fp16, 3 bf16, 4 fp32
@@ -231,6 +235,29 @@ __device__ __forceinline__ float load_mask(const Params &p, long long at) {
     return x * 1.44269504f;
 }
 
+#if TEXT_BITS
+constexpr float HALF_MAX = 65504.f;
+constexpr u8 TEXT = 1;  // the class of tokens that the text overlay is read for; a pivot is none of them
+
+constexpr int TEXT_WORDS = 2 * W;
+static_assert(TEXT_BITS == 4, "code j of a word is channel j * 2 * W + word");
+
+// Code j of a word of the text overlay as a number in the cache's dtype.
+__device__ __forceinline__ u16 text_number(const u16 *codes, const u16 *range, int word, int j, int group) {
+    const int code = __ldg(codes + word) >> 4 * j & 15;
+    float x = __fadd_rn(__fmul_rn(code, half_to_float(__ldg(range + group))), half_to_float(__ldg(range + NG + group)));
+    if (!BF16 && fabsf(x) > HALF_MAX) x = copysignf(HALF_MAX, x);  // the rounded scale may lead a step past fp16
+    return (u16)pack_native(x, 0.f);
+}
+// x / size, for x below count * size, without a division.
+__device__ __forceinline__ int part_of(int x, int size, int count) {
+    int part = 0;
+#pragma unroll
+    for (int i = 1; i < count; i++) part += x >= i * size;
+    return part;
+}
+#endif
+
 // What a warp has accumulated: for its columns 2t, 2t + 1 of every query tile.
 struct Sums {
     float o[NT][OT][4];         // channels of rows g and g + 8, columns 2t and 2t + 1
@@ -356,7 +383,9 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) attend(const __
     // gets fewer of these.
     const int workers = p.splits * WARPS, worker = split * WARPS + warp;
     const int ring_tiles = (p.window + 15) / 16, pivot_tiles = (p.pivots + 15) / 16, fresh_tiles = (p.fresh_count + 15) / 16;
-    const int wide_tiles = ring_tiles + pivot_tiles + fresh_tiles, extra = wide_tiles % workers;
+    const int text_first = ring_tiles + pivot_tiles + fresh_tiles;
+    const int text_slots = TEXT_BITS ? min(max(end + p.state[2], 0), p.text_capacity) : 0;
+    const int wide_tiles = text_first + (text_slots + 15) / 16, extra = wide_tiles % workers;
     const int tiles = (body_end + TILE - 1) / TILE, last_start = max(body_end - TILE, 0);
     constexpr int WIDE_COST = 2;
     const float share = max((float)(tiles - WIDE_COST * (extra ? workers - extra : 0)), 0.f) / workers;
@@ -448,6 +477,13 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) attend(const __
             slot += 16 * (i - ring_tiles), count = p.pivots, keys = p.key.pivots, values = p.value.pivots;
             position = __shfl_sync(ALL, pivot, min(slot, 31));
             if (slot >= count || position >= stored || (position >= ring_start && position < ring_end)) position = -1;
+#if TEXT_BITS
+        } else if (i >= text_first) {
+            slot += 16 * (i - text_first), count = p.text_capacity, keys = p.key.text, values = p.value.text;
+            position = slot < text_slots ? p.text_at[batch * p.text_capacity + slot] : -1;
+            if (position >= stored || (position >= ring_start && position < ring_end)) position = -1;
+            if (position >= 0 && p.classes[(long long)batch * p.capacity + position] != TEXT) position = -1;
+#endif
         } else {
             slot += 16 * (i - ring_tiles - pivot_tiles), count = p.fresh_count, keys = p.key.fresh, values = p.value.fresh;
             position = slot < count && fresh_start + slot < seen_end ? fresh_start + slot : -1;
@@ -467,6 +503,44 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) attend(const __
         // accumulators stand for
         uint4 key[(D + 31) / 32][2];
         u32 wide[OT][PAIRED ? 1 : 2][4];
+#if TEXT_BITS
+        if (i >= text_first) {
+            const long long first = (long long)bh * p.text_capacity + base;
+#pragma unroll
+            for (int i_ = 0; i_ < (D + 31) / 32; i_++)
+#pragma unroll
+                for (int half = 0; half < 2; half++) {
+                    const int channel = 8 * (t + 4 * i_);
+                    const long long token = first + token_of_row(g) + 8 * half;
+                    u32 pair[4] = {};
+                    if (row_live[half] && channel < D)
+#pragma unroll
+                        for (int x = 0; x < 8; x++) {
+                            const u16 *codes = p.key.text + token * TEXT_WORDS, *range = p.key.text_range + token * 2 * NG;
+                            const int j = part_of(channel + x, TEXT_WORDS, 4), group = part_of(channel + x, D / NG, NG);
+                            pair[x / 2] |= (u32)text_number(codes, range, channel + x - j * TEXT_WORDS, j, group) << 16 * (x & 1);
+                        }
+                    key[i_][half] = make_uint4(pair[0], pair[1], pair[2], pair[3]);
+                }
+#pragma unroll
+            for (int y = 0; y < 4; y++) {
+                const bool token_live = live >> (4 * y + t) & 1;
+                const long long token = first + 4 * y + t;
+#pragma unroll
+                for (int o = 0; o < OT; o++)
+#pragma unroll
+                    for (int half = 0; half < (PAIRED ? 1 : 2); half++) {
+                        const int word = value_word(g, PAIRED ? o / 8 : o / 4), j = PAIRED ? o % 8 : 2 * (o % 4) + half;
+                        wide[o][half][y] = 0;
+                        if (token_live && word < W) {
+                            const u16 *codes = p.value.text + token * TEXT_WORDS + (j & 1) * W, *range = p.value.text_range + token * 2 * NG;
+                            wide[o][half][y] = text_number(codes, range, word, j / 2, j * NG / 8);
+                            if (PAIRED) wide[o][half][y] |= (u32)text_number(codes, range, word + 1, j / 2, j * NG / 8) << 16;
+                        }
+                    }
+            }
+        } else {
+#endif
 #pragma unroll
         for (int i_ = 0; i_ < (D + 31) / 32; i_++)
 #pragma unroll
@@ -490,6 +564,9 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) attend(const __
                         wide[o][half][y] = PAIRED ? __ldg((const u32 *)(value + j * W + word)) : __ldg(value + j * W + word);
                 }
         }
+#if TEXT_BITS
+        }
+#endif
 #pragma unroll
         for (int i_ = 0; i_ < (D + 31) / 32; i_++)
 #pragma unroll
@@ -548,6 +625,15 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) attend(const __
 #pragma unroll
         for (int x = 0; x < TILE; x += 32) ahead[x / 32] = seen_by_all(number, x);
     }
+#if TEXT_BITS
+    auto in_overlay = [&](int tile, int x) {  // this lane's position of a tile is read from the text overlay: likewise a tile ahead
+        const int position = min(tile * TILE, last_start) + x + lane;
+        return tile < last_tile && position < body_end && p.classes[(long long)batch * p.capacity + position] == TEXT;
+    };
+    bool text_ahead[TILE / 32], text[TILE / 32];
+#pragma unroll
+    for (int x = 0; x < TILE; x += 32) text_ahead[x / 32] = in_overlay(number, x);
+#endif
     for (int stage = 0; number < last_tile; number++, stage = stage + 1 == STAGES ? 0 : stage + 1) {
         // the last tile ends with the body and may begin among tokens of the one before, which it does not count again
         const int first = min(number * TILE, last_start);
@@ -563,10 +649,17 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) attend(const __
         }
 
         constexpr u64 FULL = ~0ull >> (64 - TILE);
-        u64 live = FULL;
+        u64 live = FULL, elsewhere = 0;
+#if TEXT_BITS
+#pragma unroll
+        for (int x = 0; x < TILE; x += 32) {
+            text[x / 32] = text_ahead[x / 32], text_ahead[x / 32] = in_overlay(number + 1, x);
+            elsewhere |= (u64)__ballot_sync(ALL, text[x / 32]) << x;
+        }
+#endif
         u32 found = __ballot_sync(ALL, pivot >= first && pivot < first + TILE);
-        if (MASK == 1 || found || first + TILE > plain_end || first < number * TILE) {
-            live = bits_between(first, number * TILE, body_end);
+        if (MASK == 1 || found || elsewhere || first + TILE > plain_end || first < number * TILE) {
+            live = bits_between(first, number * TILE, body_end) & ~elsewhere;
             if (body_end > ring_start) live &= ~bits_between(first, ring_start, ring_end);
             while (found) {
                 live &= ~(1ull << (__shfl_sync(ALL, pivot, __ffs(found) - 1) - first));

@@ -1,14 +1,13 @@
 """attend for decode steps over a 2-bit cache on NVIDIA tensor cores: compiles and launches kernels/attend_cuda.cu.
 
-The meaning is kernels/attend.py's. This path takes few query tokens over bodies of 2 bits with no text overlay, which is
-nearly every decode step; `refusal` says why it does not take a call, and kernels/attend_triton.py takes those. Compiled at first
-use by NVRTC, which comes with PyTorch's CUDA builds (about a second per head dim and dtype, kept for the process).
+The meaning is kernels/attend.py's. This path takes few query tokens over bodies of 2 bits, with a text overlay of 4 or none,
+which is nearly every decode step; `refusal` says why it does not take a call, and kernels/attend_triton.py takes those. Compiled
+at first use by NVRTC, which comes with PyTorch's CUDA builds (about a second per head dim and dtype, kept for the process).
 """
 
 from __future__ import annotations
 
 import ctypes
-import dataclasses
 import functools
 import math
 
@@ -23,6 +22,7 @@ from akvq_fx.kernels.rotate import order_of
 HEAD_DIM_MAX = 256
 GROUPS = (1, 2, 4)  # a pair of codes of one word must share a group
 PIVOTS_MAX = 32  # one lane holds one position
+TEXT_BITS = (0, 4)  # of the text overlay; 0: there is none
 LOG2_E = math.log2(math.e)
 ROWS_MAX = 64  # query rows per KV head; with more, re-reading the codes per 16 rows costs more than it saves
 WARPS = 4
@@ -35,7 +35,7 @@ MASKS = {torch.bool: 1, torch.float16: 2, torch.bfloat16: 3, torch.float32: 4}
 
 
 class _Cache(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_void_p) for name in ("codes", "range", "ring", "pivots", "fresh")]
+    _fields_ = [(name, ctypes.c_void_p) for name in ("codes", "range", "ring", "pivots", "fresh", "text", "text_range")]
 
 
 class _Params(ctypes.Structure):
@@ -46,10 +46,15 @@ class _Params(ctypes.Structure):
         ("out", ctypes.c_void_p),
         ("key", _Cache),
         ("value", _Cache),
-        *((name, ctypes.c_void_p) for name in ("state", "pivot_at", "fresh_at", "mask", "affine", "part_o", "part_ml")),
+        *(
+            (name, ctypes.c_void_p)
+            for name in ("state", "pivot_at", "fresh_at", "mask", "affine", "classes", "text_at")
+        ),
+        *((name, ctypes.c_void_p) for name in ("part_o", "part_ml")),
         *((name, ctypes.c_longlong) for name in ("mask_b", "mask_h", "mask_q", "mask_t")),
         ("scale", ctypes.c_float),
-        *((name, ctypes.c_int) for name in ("heads", "capacity", "window", "pivots", "fresh_count", "rows", "queries")),
+        *((name, ctypes.c_int) for name in ("heads", "capacity", "window", "pivots", "fresh_count", "text_capacity")),
+        *((name, ctypes.c_int) for name in ("rows", "queries")),
         *((name, ctypes.c_int) for name in ("length", "mask_kind", "splits", "turn")),
     ]
 
@@ -63,8 +68,10 @@ def refusal(q, key, value, length, mask, scale, is_causal, fresh_key, fresh_valu
     different = [name for name in alike if getattr(k, name) != getattr(v, name)]
     if different:
         return f"keys and values differ in {', '.join(different)}"
-    if k.body_bits != 2 or k.text_bits:
-        return f"the body has {k.body_bits} bits and the text overlay {k.text_bits}, accepted: 2 and 0"
+    if k.body_bits != 2 or k.text_bits not in TEXT_BITS:
+        return (
+            f"the body has {k.body_bits} bits and the text overlay {k.text_bits}, accepted: 2, and one of {TEXT_BITS}"
+        )
     if k.dtype != q.dtype or k.dtype not in (torch.float16, torch.bfloat16):
         return f"queries are {q.dtype} and the cache {k.dtype}, accepted: both float16 or both bfloat16"
     if k.head_dim % 16 or k.head_dim > HEAD_DIM_MAX or k.groups not in GROUPS:
@@ -128,6 +135,9 @@ def attend(
         params.affine = k["affine"].data_ptr()
     if layout.pivots:
         params.pivot_at = k["pivot_at"].data_ptr()
+    if layout.text_bits:
+        params.classes, params.text_at = k["classes"].data_ptr(), k["text_at"].data_ptr()
+        params.text_capacity = k["text_codes"].shape[2]
     if fresh is not None:
         params.fresh_at, params.fresh_count = fresh[2].data_ptr(), fresh[2].shape[0]
     form = 0 if mask is None else _describe(mask, params)
@@ -162,7 +172,7 @@ def splits_for(blocks: int, tokens: int, multiprocessors: int) -> int:
 @functools.cache
 def _shape_of(layout: Layout) -> Layout:
     """The parts of a layout that a kernel is compiled for."""
-    return dataclasses.replace(Layout(layout.head_dim, layout.dtype), group=layout.group)
+    return Layout(layout.head_dim, layout.dtype, body_bits=2, text_bits=layout.text_bits, group=layout.group)
 
 
 def _cache(buffers: dict[str, Tensor], layout: Layout, fresh, which: int) -> _Cache:
@@ -171,6 +181,8 @@ def _cache(buffers: dict[str, Tensor], layout: Layout, fresh, which: int) -> _Ca
         c.ring = buffers["ring"].data_ptr()
     if layout.pivots:
         c.pivots = buffers["pivots"].data_ptr()
+    if layout.text_bits:
+        c.text, c.text_range = buffers["text_codes"].data_ptr(), buffers["text_range"].data_ptr()
     if fresh is not None:
         c.fresh = fresh[which].data_ptr()
     return c
@@ -199,6 +211,7 @@ def _compiled(index: int, layout: Layout, tiles: int, columns: int, form: int) -
     many = tiles > 1 or head_dim > 128  # accumulators a lane: fewer blocks
     macros = {"HEAD_DIM": head_dim, "BF16": int(layout.dtype == torch.bfloat16), "GROUPS": groups, "NT": tiles}
     macros |= {"MT": DEPTH, "CC": columns, "SPLITS_MAX": SPLITS_MAX, "STAGES": STAGES, "WARPS": WARPS, "MASK": form}
+    macros["TEXT_BITS"] = layout.text_bits
     macros |= {"BLOCKS": 2 if many else BLOCKS, "NORM": f"{order_of(head_dim) ** -0.5!r}f"}
     tokens = 16 * DEPTH
     stage = -(-2 * (tokens * head_dim // 4 + tokens * groups * 4) // 16) * 16

@@ -4,7 +4,8 @@ Before   state.sites                                After   site.policy, site.ke
 Needs    find_sites                                 Leaves  the graph as it was, but for one node with the vision tokens
 
 TSA (first layers, where vision tokens can be told apart): text at text_bits, vision at body_bits. PSA (all others): pivots at 16
-bits, the rest at body_bits. The most recent tokens are at 16 bits in both. A cache that arrives packed keeps its layout.
+bits, text at psa_text_bits where it can be told apart, the rest at body_bits. The most recent tokens are at 16 bits in both. A
+cache that arrives packed keeps its layout.
 A simulated recipe keeps every token, and its layout says what a read makes of them.
 """
 
@@ -37,23 +38,27 @@ def plan_layers(state: GraphState) -> PassReport:
             site.policy = policy_of(site.key_layout)
             report.match(site)
             continue
-        tsa = site.layer in config.tsa_layers and state.vision is not None and prompt_sized(state, site)
+        told = state.vision is not None and prompt_sized(state, site)
+        tsa = told and site.layer in config.tsa_layers
         if tsa and config.text_bits == 16 and not config.lossless and not config.simulated:
             reason = "text_bits=16 keeps TSA layers at 16 bits"
             report.miss(site, reason, site.attention.node)
             state.refused.append((site.label, site.layer, reason, site.attention.node))
             continue
         key, val = site.key.whole, site.value.whole
-        site.key_layout = layout_of(config, "keys", shape(key)[3], value(key).dtype, tsa)
-        site.value_layout = layout_of(config, "values", shape(val)[3], value(val).dtype, tsa)
+        site.key_layout = layout_of(config, "keys", shape(key)[3], value(key).dtype, tsa, told)
+        site.value_layout = layout_of(config, "values", shape(val)[3], value(val).dtype, tsa, told)
         site.policy = policy_of(site.key_layout)
         report.match(site)
     state.sites = [site for site in state.sites if site.key_layout is not None]
     return report
 
 
-def layout_of(config: AKVQConfig, half: str, head_dim: int, dtype: torch.dtype, tsa: bool) -> Layout:
-    """How the "keys" or the "values" of a layer are packed, before anything is known of the values' rotation."""
+def layout_of(config: AKVQConfig, half: str, head_dim: int, dtype: torch.dtype, tsa: bool, told: bool) -> Layout:
+    """How the "keys" or the "values" of a layer are packed, before anything is known of the values' rotation.
+
+    told    vision tokens can be told apart;  tsa   and the layer attends to text first
+    """
     recipe = RECIPES[config.recipe]
     if recipe.simulated:
         return Layout(head_dim, dtype, simulate=recipe.keys if half == "keys" else recipe.values)
@@ -63,7 +68,11 @@ def layout_of(config: AKVQConfig, half: str, head_dim: int, dtype: torch.dtype, 
         return base
     return dataclasses.replace(
         base,
-        text_bits=config.text_bits if tsa else 0,
+        text_bits=config.text_bits
+        if tsa
+        else config.psa_text_bits
+        if told and config.psa_text_bits > config.body_bits
+        else 0,
         window=config.window,
         pivots=0 if tsa else config.pivots,
         group=config.group,
@@ -75,7 +84,7 @@ def layout_of(config: AKVQConfig, half: str, head_dim: int, dtype: torch.dtype, 
 def policy_of(layout: Layout) -> str:
     if layout.simulate:
         return f"simulated {layout.simulation.name.split('_')[0]}"
-    return "lossless" if layout.lossless else "TSA" if layout.text_bits else "PSA"
+    return "lossless" if layout.lossless else "TSA" if layout.text_bits and not layout.pivots else "PSA"
 
 
 def vision_tokens(state: GraphState) -> Node | None:
@@ -84,7 +93,8 @@ def vision_tokens(state: GraphState) -> Node | None:
     if not masks:
         # the layers of a prompt in a graph of their own: an earlier graph of the call may have placed images, now or next time
         prompt = any(site.key.kind in ("first", "fill") for site in state.sites)
-        if prompt and len(state.sites) > 1 and not starts_a_call(state.graph) and state.config.tsa_layers:
+        told_apart = state.config.tsa_layers or state.config.psa_text_bits > state.config.body_bits
+        if prompt and len(state.sites) > 1 and not starts_a_call(state.graph) and told_apart:
             last = [n for n in state.graph.nodes if n.op == "placeholder"][-1]
             with state.graph.inserting_after(last):
                 size = shape(state.sites[0].attention.query)

@@ -60,8 +60,8 @@ def refusal(q=None, layout=None, values=None, mask=None, is_causal=False, capaci
 @pytest.mark.parametrize(
     "given, reason",
     [
-        ({"layout": Layout(64, bf16, body_bits=4)}, "the body has 4 bits and the text overlay 0, accepted: 2 and 0"),
-        ({"layout": Layout(64, bf16, body_bits=2, text_bits=4)}, "the text overlay 4"),
+        ({"layout": Layout(64, bf16, body_bits=4)}, "the body has 4 bits and the text overlay 0, accepted: 2, and one"),
+        ({"layout": Layout(64, bf16, body_bits=2, text_bits=8)}, "the text overlay 8, accepted: 2, and one of (0, 4)"),
         ({"layout": Layout(64, torch.float32, body_bits=2)}, "accepted: both float16 or both bfloat16"),
         ({"q": torch.zeros(1, 4, 1, 64, dtype=f16)}, "queries are torch.float16 and the cache torch.bfloat16"),
         ({"layout": Layout(72, bf16, body_bits=2)}, "head dim 72 in 1 groups, accepted: a multiple of 16"),
@@ -84,14 +84,18 @@ def cache_pair(layout: Layout, B: int, H: int, T: int, capacity: int) -> tuple[l
     pair = []
     for seed in (0, 1):
         case = case_of(layout, B, H, T, capacity, seed)
+        generator = torch.Generator().manual_seed(B * T)
         case.classes[:] = TEXT
+        if layout.text_bits:
+            case.classes[:] = torch.randint(0, 2, (B, T), generator=generator)
         if case.pivots is not None:
-            generator = torch.Generator().manual_seed(B * T)
             case.pivots = torch.stack([torch.randperm(T, generator=generator)[: layout.pivots] for _ in range(B)]).int()
         cache = case.pack()
         b = named(cache, layout)
         for name, junk in (("codes", 0x5A5A), ("range", math.nan), ("classes", PIVOT)):
             b[name].narrow(1 if name == "classes" else 2, T, capacity - T).fill_(junk)
+        if layout.text_bits:
+            b["text_codes"][:, :, T:], b["text_range"][:, :, T:] = 0x5A5A, math.nan
         if layout.window > T:
             b["ring"][:, :, T:] = math.nan
         pair.append([buffer.cuda() for buffer in cache])
@@ -129,8 +133,21 @@ KINDS = ("plain", "padded", "float mask", "mask a query", "fresh", "cropped", "c
 )
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_equals_the_reference(dtype, head_dim, group, shape):
+    check_equals_the_reference(dtype, head_dim, group, shape)
+
+
+@gpu
+@pytest.mark.parametrize(
+    "dtype, head_dim, group", [(f16, 64, 32), (bf16, 64, 128), (f16, 80, 128), (bf16, 128, 128)], ids=str
+)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_reads_the_text_overlay(dtype, head_dim, group, shape):
+    check_equals_the_reference(dtype, head_dim, group, shape, text_bits=4)
+
+
+def check_equals_the_reference(dtype, head_dim, group, shape, **options):
     B, H, share, queries, T, capacity, window, pivots = shape
-    layout = Layout(head_dim, dtype, body_bits=2, body_clip=0.8, window=window, pivots=pivots, group=group)
+    layout = Layout(head_dim, dtype, body_bits=2, body_clip=0.8, window=window, pivots=pivots, group=group, **options)
     key, value = cache_pair(layout, B, H, T, capacity)
     key_layout = dataclasses.replace(layout, rotated=True, affine=True)  # a field more, which attention does not read
     key = [*key, torch.full((B, 3, H, head_dim), math.nan, device="cuda")]

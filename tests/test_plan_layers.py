@@ -48,7 +48,8 @@ def test_vision_tokens_are_found(placement):
     [(got, cache)], spy, run = run_all(model, (tokens, images, at_image))
     assert policies(spy.captures[-1]) == ["TSA", "TSA", "PSA"]
     assert torch.equal(vision_of(cache, 0), at_image) and torch.equal(vision_of(cache, 1), at_image)
-    assert cache[0][0].layout_of.text_bits == 4 and cache[2][0].layout_of.text_bits == 0
+    assert [pair[0].layout_of.text_bits for pair in cache] == [4, 4, 4]
+    assert [pair[0].layout_of.pivots for pair in cache] == [0, 0, 2]
     torch.testing.assert_close(got, want, rtol=0, atol=1e-4)
     with torch.no_grad():
         after, cache = run(tokens[:, :1], cache)
@@ -75,6 +76,21 @@ def test_no_vision_tokens_no_tsa():
     (capture,) = captured(Decoder(layers=3), token_ids(2, 10), options=OPTIONS)
     assert policies(capture) == ["PSA"] * 3 and capture.state.vision is None
     assert all(site.key_layout.text_bits == 0 for site in capture.state.sites)
+
+
+@pytest.mark.parametrize(
+    "more, expected",
+    [
+        ({"recipe": "akvq-vl"}, [4, 4, 0]),
+        ({"psa_text_bits": 2}, [4, 4, 0]),
+        ({"psa_text_bits": 8, "tsa_layers": ()}, [8] * 3),
+    ],
+    ids=str,
+)
+def test_text_bits_of_later_layers(more, expected):
+    tokens, *images = scene()
+    (capture,) = captured(VisionDecoder("masked_scatter"), tokens, None, *images, options={**OPTIONS, **more})
+    assert [site.key_layout.text_bits for site in capture.state.sites] == expected
 
 
 @pytest.mark.parametrize(
