@@ -11,7 +11,9 @@ from akvq_fx.recipes import RECIPES
 
 Settings = Mapping[str, Mapping[str, Any] | None]
 # fields that the default recipe sets otherwise than the paper's
-WORDS = {"center_keys": "centring", "balance_keys": "balancing", "window": "half the window"}
+WORDS = {"center_keys": "centring", "balance_keys": "balancing", "psa_text_bits": "text at 4 bits in every layer"}
+WORDS |= {"window": "half the window"}
+NEEDS_VISION = "psa_text_bits"
 DEFAULT, PAPER = "akvq", "akvq-vl"
 ASKED = (
     "match",
@@ -42,10 +44,11 @@ def recipes() -> Settings:
     return {name: {"recipe": name} for name in RECIPES}
 
 
-def added() -> dict[str, Any]:
-    """Options of the default recipe that the paper's does not have so."""
+def added(vision: bool) -> dict[str, tuple[Any, Any]]:
+    """Options that the default recipe sets otherwise than the paper's, where they matter: (its value, the paper's)."""
     paper = AKVQConfig(recipe=PAPER)
-    return {name: value for name, value in RECIPES[DEFAULT].options.items() if getattr(paper, name) != value}
+    pairs = {name: (value, getattr(paper, name)) for name, value in RECIPES[DEFAULT].options.items()}
+    return {name: (a, b) for name, (a, b) in pairs.items() if a != b and (vision or name != NEEDS_VISION)}
 
 
 def ablation(vision: bool) -> Settings:
@@ -62,13 +65,13 @@ def ablation(vision: bool) -> Settings:
         built = built | options
         found[name] = built
     found[f"+ pivots = {PAPER}"] = {"recipe": PAPER}
-    more, last = added(), {"recipe": PAPER}
-    for number, (name, value) in enumerate(more.items(), 1):
+    more, last = added(vision), {"recipe": PAPER}
+    for number, (name, (value, _)) in enumerate(more.items(), 1):
         last = last | {name: value}
         ends = number == len(more)
         found[f"+ {WORDS.get(name, name)}" + (f" = {DEFAULT}" if ends else "")] = {"recipe": DEFAULT} if ends else last
     away = {"WHT (and so all of keys' changes)": {"rotate": False}}
-    away |= {WORDS[name]: {name: False} for name, value in more.items() if value is True}
+    away |= {WORDS[name]: {name: paper} for name, (_, paper) in more.items() if name != "window"}
     away |= {"clip": {"body_clip": 1.0}, "pivots": {"pivots": 0}, "any window": {"window": 0}}
     if vision:
         away |= {"TSA": {"tsa_layers": ()}}
@@ -96,7 +99,8 @@ def settings_of(part: str, vision: bool) -> Settings:
     if part == "window":
         return {**both(window=(0, 16, 32, 64, 128)), "kivi": {"recipe": "kivi"}}
     if part == "text-bits":
-        return {**both(tsa_layers=((0, 1), ())), f"{DEFAULT}, text_bits=2": {"recipe": DEFAULT, "text_bits": 2}}
+        fewer = {name: {"recipe": DEFAULT, name: 2} for name in ("text_bits", "psa_text_bits")}
+        return {**both(tsa_layers=((0, 1), ())), **{f"{DEFAULT}, {name}=2": options for name, options in fewer.items()}}
     raise ValueError(f"no part {part!r}; accepted: {', '.join(PARTS)}")
 
 
@@ -143,7 +147,8 @@ PARTS = {
     "text-bits": Part(
         "Text tokens in TSA layers",
         "tsa_layers=(0, 1): text tokens of layers 0 and 1 at 4 bits, no pivots there. tsa_layers=(): these layers are as the later "
-        "ones, 15 pivots at 16 bits and everything else at 2. text_bits=2: as the first, with text at 2 bits too.",
+        "ones. text_bits=2: as the first, with text at 2 bits there. psa_text_bits=2: text at 2 bits in all other layers, as in "
+        "the paper.",
         ("vlm",),
     ),
 }

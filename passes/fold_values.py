@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.fx import Node
 from torch.fx.node import map_arg
 
-from akvq_fx.passes.patterns.nodes import NoMatch, op, shape, value
+from akvq_fx.passes.patterns.nodes import NoMatch, shape, value
 from akvq_fx.passes.patterns.projection import chain_from_linear, chain_to_linear
 from akvq_fx.passes.patterns.site import Site
 from akvq_fx.passes.state import Fold, GraphState
@@ -36,13 +36,10 @@ def fold_values(state: GraphState) -> PassReport:
             continue
         if site.value_layout.folded:
             site.value_rotation = "folded"
-            if site.value.kind != "read":
-                require_undone(state, site)
-            elif not undone_by_weights(state, site):
+            if site.value.kind == "read" and not undone_by_weights(state, site):
                 site.value_rotation, site.value_reason = "online", "folded into the weights of another layer"
             continue
         if tensor is not None and history.is_folded(tensor):
-            require_undone(state, site)
             site.value_rotation = "folded"
         elif not state.config.rotate or state.config.value_rotation == "off" or site.value.packed:
             site.value_rotation = "off"
@@ -71,25 +68,6 @@ def undone_by_weights(state: GraphState, site: Site) -> bool:
         return False
     tensor = state.weights.get(state.position[weight])
     return tensor is not None and state.history.is_folded_output(tensor)
-
-
-def require_undone(state: GraphState, site: Site) -> None:
-    """Raises ValueError where this graph does more between attention and the folded projection than the one that was folded."""
-    try:
-        weight = chain_to_linear(site.attention.node).weight
-    except NoMatch as miss:
-        if miss.node is not None and op(miss.node) == "output":
-            return  # what follows is in a graph of its own
-        found = miss.reason
-    else:
-        if state.history.is_folded_output(state.weights.get(state.position[weight])):
-            return
-        found = "another projection follows than the one that was folded"
-    raise ValueError(
-        f"akvq: {found} ({site.attention.node.name}), but an earlier graph folded the rotation of these values into the projection "
-        "that followed there. Accepted: the same steps in every graph. Load the model's weights again, or akvq_fx.unfold(model), "
-        'and compile with options={"value_rotation": "online"}.'
-    )
 
 
 def fold_of(state: GraphState, site: Site) -> Fold:

@@ -1,5 +1,6 @@
 """calibrate: what it measures against plain definitions, what it decides, and what the backend makes of it."""
 
+import gc
 import json
 
 import pytest
@@ -257,7 +258,7 @@ def test_no_images_no_tsa():
 
 def test_a_prompt_within_the_window_decides_nothing():
     found = akvq_fx.calibrate(VisionDecoder("masked_scatter"), images(1, 14, 3, 9))
-    assert found.tsa_layers == () and any("recent window of 128" in note for note in found.notes)
+    assert found.tsa_layers == () and any("recent window of 64" in note for note in found.notes)
 
 
 def test_it_prints_as_a_table():
@@ -348,13 +349,12 @@ def test_auto_is_what_was_measured(broken):
 
 def test_auto_forgets_with_the_weights():
     model = Decoder()
+    gc.collect()  # of other tests' models
     before = len(policy.REMEMBERED)
     akvq_fx.calibrate(model, token_ids(1, 6))
     assert len(policy.REMEMBERED) > before
     del model
     torch._dynamo.reset()
-    import gc
-
     gc.collect()
     assert len(policy.REMEMBERED) == before
 

@@ -75,7 +75,7 @@ def test_what_a_number_depends_on_is_its_key(tmp_path):
         fill(changed, settings, Store(path))
         assert len(changed.asked) == 6 * len(settings)
     same = Counting()
-    fill(same, {"akvq": {"recipe": "akvq", "window": 128}}, Store(path))
+    fill(same, {"akvq": {"recipe": "akvq", "window": 64}}, Store(path))
     assert same.asked == [], "a default that is written out is the same setting"
     renamed = Counting()
     fill(renamed, {"another name": {"recipe": "akvq"}}, Store(path))

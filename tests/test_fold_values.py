@@ -289,22 +289,6 @@ def test_plain_cache_compiled_before_the_fold_is_refused_after_it():
             two(ids[:, 6:7], plain)
 
 
-def test_a_later_graph_that_adds_something_before_the_output_projection_is_refused():
-    class Added(models.Attention):
-        def output(self, y, x):
-            return super().output(y if x.shape[1] > 1 else y + 1, x)
-
-    ids = token_ids(2, 8)
-    model = Decoder(Added)
-    run, _ = compiled(model)
-    with torch.no_grad():
-        _, cache = run(ids[:, :6])
-        with pytest.raises(Exception, match=r"goes through add .* folded the rotation .*value_rotation"):
-            run(ids[:, 6:7], cache)
-        assert akvq_fx.unfold(model) == 1
-    assert evidence(Decoder(Added).double(), {**ROTATED, "value_rotation": "online"}).error <= 1e-12
-
-
 def test_packed_cache_of_other_weights_is_refused():
     model, ids = Decoder(), token_ids(2, 8)
     run, _ = compiled(model)
