@@ -311,6 +311,19 @@ def test_generate_replays_one_graph_a_capacity_step(recorder, cache, bits):
     assert "CUDA graphs captured" in str(akvq_fx.report(model))
 
 
+@pytest.mark.parametrize("cache", ["growing", "static"])
+def test_text_overlays_of_a_vision_prompt_are_replayed(recorder, cache):
+    extra = {"cache_implementation": "static"} if cache == "static" else {}
+    (plain, inputs), (model, _) = ZOO["llava"](), ZOO["llava"]()
+    plain.compile(backend="akvq", options=PLAIN)
+    expected = run(plain, inputs, **extra)
+    assert all(layer.keys.layout_of.text_bits for layer in expected.past_key_values.layers)
+    model.compile(backend="akvq", options=SMALL)
+    assert torch.equal(run(model, inputs, **extra).sequences, expected.sequences)
+    (counts,) = captures(model)
+    assert not counts.reason and counts.captured == (2 if cache == "growing" else 1) and counts.replayed >= 21
+
+
 def test_a_static_cache_whose_capacity_became_a_symbol_is_replayed(recorder):
     """Dynamo takes a second capacity for a length that changes; it does not change from step to step."""
     torch._dynamo.reset()

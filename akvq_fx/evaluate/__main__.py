@@ -2,7 +2,7 @@
 
     python -m akvq_fx.evaluate fidelity  --model HuggingFaceTB/SmolLM2-135M --text book.txt --setting akvq --setting akvq-vl
     python -m akvq_fx.evaluate fidelity  --model llava-hf/llava-1.5-7b-hf --prompts prompts.jsonl --setting akvq
-    python -m akvq_fx.evaluate images    --folder my-vlm --task match --task retrieval --setting none --setting akvq:window=64
+    python -m akvq_fx.evaluate images    --folder my-vlm --task match --task retrieval --setting none --setting akvq:window=128
     python -m akvq_fx.evaluate milebench --root MileBench --model llava-hf/llava-1.5-7b-hf --setting none --setting akvq-vl
 
 fidelity    how far predictions move against the model's own cache: dNLL, KL, top-1 agreement, 1 - total variation
