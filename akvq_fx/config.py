@@ -145,6 +145,11 @@ class AKVQConfig:
         return RECIPES[self.recipe].simulated
 
     @property
+    def keeps_psa_text(self) -> bool:
+        """PSA layers hold text at more bits than the rest, where it can be told apart."""
+        return self.psa_text_bits > self.body_bits
+
+    @property
     def lossless(self) -> bool:
         return self.body_bits == 16 and not self.simulated
 

@@ -66,13 +66,10 @@ def layout_of(config: AKVQConfig, half: str, head_dim: int, dtype: torch.dtype, 
     base = Layout(head_dim, dtype, body_bits=config.body_bits, rotated=config.rotate, affine=affine)
     if config.lossless:
         return base
+    psa_text = config.psa_text_bits if told and config.keeps_psa_text else 0
     return dataclasses.replace(
         base,
-        text_bits=config.text_bits
-        if tsa
-        else config.psa_text_bits
-        if told and config.psa_text_bits > config.body_bits
-        else 0,
+        text_bits=config.text_bits if tsa else psa_text,
         window=config.window,
         pivots=0 if tsa else config.pivots,
         group=config.group,
@@ -93,8 +90,8 @@ def vision_tokens(state: GraphState) -> Node | None:
     if not masks:
         # the layers of a prompt in a graph of their own: an earlier graph of the call may have placed images, now or next time
         prompt = any(site.key.kind in ("first", "fill") for site in state.sites)
-        told_apart = state.config.tsa_layers or state.config.psa_text_bits > state.config.body_bits
-        if prompt and len(state.sites) > 1 and not starts_a_call(state.graph) and told_apart:
+        matters = state.config.tsa_layers or state.config.keeps_psa_text
+        if prompt and len(state.sites) > 1 and not starts_a_call(state.graph) and matters:
             last = [n for n in state.graph.nodes if n.op == "placeholder"][-1]
             with state.graph.inserting_after(last):
                 size = shape(state.sites[0].attention.query)

@@ -53,6 +53,5 @@ def ablation(
     if not values:
         raise ValueError(f"akvq_fx.analysis: no values of {option} to compare")
     step = step or (STEP if option == "window" else None)
-    given = {**(options or {})}
-    results = [prompt_fidelity(model, prompts, {**given, option: value}, progress, step) for value in values]
+    results = [prompt_fidelity(model, prompts, {**(options or {}), option: value}, progress, step) for value in values]
     return Ablation(option, list(values), results)
