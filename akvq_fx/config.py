@@ -13,21 +13,21 @@ from akvq_fx.recipes import RECIPES
 DEFAULTS = {
     "body_bits": 2,
     "text_bits": 4,  # section III-B, text-salient attention
-    "psa_text_bits": 2,  # section III-B: of pivot-salient layers only pivots and recent tokens are salient
+    "psa_text_key_bits": 2,  # section III-B: of pivot-salient layers only pivots and recent tokens are salient
     "group": 128,  # section IV-A
     "window": 128,  # section IV-A
     "pivots": 15,  # figure 8
     "tsa_layers": (0, 1),  # table I, LLaVA-1.5, LLaVA-1.6-vicuna, Qwen2-VL
 }
 # a simulated recipe has its own numbers: what the packed path would do has no meaning for it
-PACKED_ONLY = ("body_bits", "text_bits", "psa_text_bits", "body_clip", "text_clip", "group", "window", "pivots",
+PACKED_ONLY = ("body_bits", "text_bits", "psa_text_key_bits", "body_clip", "text_clip", "group", "window", "pivots",
                "center_keys", "balance_keys", "rotate")  # fmt: skip
 CLIPS = {2: 0.8, 4: 1.0, 8: 1.0, 16: 1.0}  # range clipping by bits: paper section IV-A; no clipping above 2 bits
 INNERS = ("inductor", "aot_eager", "eager")
 CHOICES = {
     "body_bits": (2, 4, 8, 16),
     "text_bits": (2, 4, 8, 16),
-    "psa_text_bits": (2, 4, 8),
+    "psa_text_key_bits": (2, 4, 8),
     "pivot_mode": ("topk", "massive"),
     "value_rotation": ("fold", "online", "off"),
     "prefill": ("exact", "quantized"),
@@ -42,7 +42,8 @@ class AKVQConfig:
     recipe          a method of akvq_fx.recipes; a simulated one takes none of PACKED_ONLY
     body_bits       bits of every token that is not salient; 16 is lossless mode: the cache is carried, nothing is quantized
     text_bits       bits of text tokens in TSA layers; 16 keeps TSA layers wholly at 16 bits
-    psa_text_bits   bits of text tokens in the other layers, where vision tokens can be told apart and these are more than body_bits
+    psa_text_key_bits  bits of the keys of text tokens in the other layers, where vision tokens can be told apart and these are more
+                    than body_bits; values of text tokens have body_bits there
     tsa_layers      decoder layers that attend to text first; they need vision tokens to be told apart (else they act as PSA);
                     "auto": as akvq_fx.calibrate measured, else the paper's table (akvq_fx/policy.py)
     window          most recent tokens kept at 16 bits, in every layer
@@ -66,7 +67,7 @@ class AKVQConfig:
     pivot_mode: str = "topk"
     massive_floor: float = 100.0  # Sun et al., arXiv 2402.17762
     massive_ratio: float = 1000.0  # the same
-    psa_text_bits: int | None = None
+    psa_text_key_bits: int | None = None
     tsa_layers: tuple[int, ...] | str | None = None
     center_keys: bool | None = None
     balance_keys: bool | None = None
@@ -145,9 +146,9 @@ class AKVQConfig:
         return RECIPES[self.recipe].simulated
 
     @property
-    def keeps_psa_text(self) -> bool:
+    def keeps_psa_text_keys(self) -> bool:
         """PSA layers hold text at more bits than the rest, where it can be told apart."""
-        return self.psa_text_bits > self.body_bits
+        return self.psa_text_key_bits > self.body_bits
 
     @property
     def lossless(self) -> bool:

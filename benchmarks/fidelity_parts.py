@@ -11,9 +11,13 @@ from akvq_fx.recipes import RECIPES
 
 Settings = Mapping[str, Mapping[str, Any] | None]
 # fields that the default recipe sets otherwise than the paper's
-WORDS = {"center_keys": "centring", "balance_keys": "balancing", "psa_text_bits": "text at 4 bits in every layer"}
+WORDS = {
+    "center_keys": "centring",
+    "balance_keys": "balancing",
+    "psa_text_key_bits": "keys of text at 4 bits in every layer",
+}
 WORDS |= {"window": "half the window"}
-NEEDS_VISION = "psa_text_bits"
+NEEDS_VISION = "psa_text_key_bits"
 DEFAULT, PAPER = "akvq", "akvq-vl"
 ASKED = (
     "match",
@@ -99,7 +103,7 @@ def settings_of(part: str, vision: bool) -> Settings:
     if part == "window":
         return {**both(window=(0, 16, 32, 64, 128)), "kivi": {"recipe": "kivi"}}
     if part == "text-bits":
-        fewer = {name: {"recipe": DEFAULT, name: 2} for name in ("text_bits", "psa_text_bits")}
+        fewer = {name: {"recipe": DEFAULT, name: 2} for name in ("text_bits", "psa_text_key_bits")}
         return {**both(tsa_layers=((0, 1), ())), **{f"{DEFAULT}, {name}=2": options for name, options in fewer.items()}}
     raise ValueError(f"no part {part!r}; accepted: {', '.join(PARTS)}")
 
@@ -147,8 +151,8 @@ PARTS = {
     "text-bits": Part(
         "Text tokens in TSA layers",
         "tsa_layers=(0, 1): text tokens of layers 0 and 1 at 4 bits, no pivots there. tsa_layers=(): these layers are as the later "
-        "ones. text_bits=2: as the first, with text at 2 bits there. psa_text_bits=2: text at 2 bits in all other layers, as in "
-        "the paper.",
+        "ones. text_bits=2: as the first, with text at 2 bits there. psa_text_key_bits=2: keys of text at 2 bits in all other "
+        "layers, as in the paper.",
         ("vlm",),
     ),
 }

@@ -6,10 +6,11 @@
 // pack    four lanes a token, for a prompt at 2 bits. A lane holds runs of 8 channels, 8 * lane + 32 * run: only the butterflies of 8
 //         and 16 are lane exchanges, and rows are read, and words written, 16 bytes at a time. What is stored are 16-bit numbers, so
 //         a code is the count of three 16-bit thresholds that a number reaches, two numbers an instruction. Further warps turn the
-//         pivots. With `fresh` the buffers are unwritten memory, of which every byte outside ring and pivots is written.
+//         pivots. With `fresh` the buffers are unwritten memory, of which every byte outside ring and pivots is written. A text
+//         overlay is left to `append` with TEXT_ONLY, which does nothing else.
 //
 // Compile-time: HEAD_DIM, DTYPE (0 fp16, 1 bf16, 2 fp32), TURN (0 no, 1 H x, 2 H((x - c) / s)), BITS and TEXT_BITS (2, 4, 8; 16: a
-// lossless body; 0: no text overlay), CLIP, TEXT_CLIP, GROUPS, NORM (the transform's, order**-0.5), WARPS.
+// lossless body; 0: no text overlay), TEXT_ONLY, CLIP, TEXT_CLIP, GROUPS, NORM (the transform's, order**-0.5), WARPS.
 
 #undef INFINITY
 #define INFINITY __int_as_float(0x7f800000)
@@ -181,7 +182,11 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) append(const __grid_con
     }
     for (int token = first; token < last; token++) {
         const i64 from = batch * p.x_b + head * p.x_h + token * p.x_t;
-        const int slot = (int)p.at[token];
+        const int slot = (int)p.at[token], overlay = TEXT_BITS ? slot + p.state[2] : -1;
+        const bool overlaid = overlay >= 0 && overlay < p.text_capacity;
+        const u8 kind = p.kinds ? p.kinds[batch * p.kinds_b + token * p.kinds_t] : TEXT;
+        if (TEXT_BITS && overlaid && head == 0 && lane == 0) p.text_at[(i64)batch * p.text_capacity + overlay] = kind == TEXT ? slot : -1;
+        if (TEXT_ONLY && kind != TEXT) continue;
         float x[N];
 #pragma unroll
         for (int i = 0; i < N; i++) x[i] = lane + 32 * i < D ? read(p.x, from + lane + 32 * i) : 0.f;
@@ -194,13 +199,13 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) append(const __grid_con
 #pragma unroll
             for (int i = 0; i < N; i++) x[i] = rounded(x[i] * NORM);
         }
-        if (p.window && token >= p.tokens - p.window) {
+        if (!TEXT_ONLY && p.window && token >= p.tokens - p.window) {
             const i64 to = (lead * p.window + slot % p.window) * D;
 #pragma unroll
             for (int i = 0; i < N; i++)
                 if (lane + 32 * i < D) write(p.ring, to + lane + 32 * i, x[i]);
         }
-        const bool inside = slot >= 0 && slot < p.capacity;
+        const bool inside = !TEXT_ONLY && slot >= 0 && slot < p.capacity;
         const i64 place = lead * p.capacity + slot;
         if (inside) {
             if (BITS == 16) {
@@ -211,18 +216,13 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) append(const __grid_con
                 quantize<BITS == 16 ? 2 : BITS>(x, CLIP, scratch, (u16 *)p.codes + place * (D * BITS / 16), p.range + place * 2 * GROUPS, lane);
             }
         }
-        const u8 kind = p.kinds ? p.kinds[batch * p.kinds_b + token * p.kinds_t] : TEXT;
         if (head == 0 && lane == 0 && inside) p.classes[(i64)batch * p.capacity + slot] = kind;
-        if (TEXT_BITS) {
-            const int overlay = slot + p.state[2];
-            if (overlay >= 0 && overlay < p.text_capacity) {
-                const i64 where = lead * p.text_capacity + overlay;
-                quantize<TEXT_BITS ? TEXT_BITS : 2>(x, TEXT_CLIP, scratch, p.text_codes + where * (D * TEXT_BITS / 16), p.text_range + where * 2 * GROUPS, lane);
-                if (head == 0 && lane == 0) p.text_at[(i64)batch * p.text_capacity + overlay] = kind == TEXT ? slot : -1;
-            }
+        if (TEXT_BITS && overlaid) {
+            const i64 where = lead * p.text_capacity + overlay;
+            quantize<TEXT_BITS ? TEXT_BITS : 2>(x, TEXT_CLIP, scratch, p.text_codes + where * (D * TEXT_BITS / 16), p.text_range + where * 2 * GROUPS, lane);
         }
     }
-    finish(p, batch, head, first, worker, lane);
+    if (!TEXT_ONLY) finish(p, batch, head, first, worker, lane);
 }
 
 #if PACKS

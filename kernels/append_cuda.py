@@ -58,12 +58,16 @@ def append(cache, x, at, classes, pivots, layout: Layout, turn: bool = False) ->
 
 
 def pack(x, at, classes, pivots, affine, capacity: int, layout: Layout, turn: bool = False) -> list[Tensor]:
-    """New buffers that hold the prompt, as kernels.cache.pack; one launch, and a copy of the affine map, where `packs`."""
+    """New buffers that hold the prompt, as kernels.cache.pack, each byte written once where `packs`, but for a text overlay."""
     if not packs(x, layout) or x.shape[2] < layout.window or (layout.pivots and pivots is None):
         return cache_triton.pack(x, at, classes, pivots, affine, capacity, layout, turn, launch)
     B, H, *_ = x.shape
-    shapes = [layout.buffer(name, B, H, capacity) for name in layout.fields]
-    cache = [torch.empty(shape, dtype=dtype, device=x.device) for shape, dtype in shapes]
+    cache = []
+    for name in layout.fields:
+        shape, dtype = layout.buffer(name, B, H, capacity, capacity)
+        cache.append(torch.empty(shape, dtype=dtype, device=x.device))
+        if name.startswith("text_"):
+            cache[-1].fill_(-1 if name == "text_at" else 0)
     b = named(cache, layout)
     if layout.affine:
         b["affine"].copy_(affine)
@@ -108,22 +112,29 @@ def launch(
         pivots = pivots.to(torch.int32).contiguous()
         params.chosen, params.chosen_count = pivots.data_ptr(), pivots.shape[1]
         parts += -(-layout.pivots // PACK_ROWS)
-    name = "pack" if fast else "append"
-    kernel = nvrtc.compiled(x.device.index, "append_cuda", (name,), macros(layout, form, fast))[name]
-    with torch.cuda.device(x.device):
-        nvrtc.launch(kernel, (-(-B * H * parts // WARPS), 1, 1), 32 * WARPS, params)
+    run("pack" if fast else "append", params, B * H * parts, x.device, macros(layout, form, fast))
+    if fast and layout.text_bits:
+        workers = B * H * -(-q // params.share)
+        run("append", params, workers, x.device, macros(layout, form, False, text_only=True))
     if keep and not fast:
         keep_pivots(b, x, at, pivots, affine, layout, turn)
 
 
+def run(name: str, params: Params, workers: int, device: torch.device, macros: tuple) -> None:
+    """Launch one kernel with a warp for each worker."""
+    kernel = nvrtc.compiled(device.index, "append_cuda", (name,), macros)[name]
+    with torch.cuda.device(device):
+        nvrtc.launch(kernel, (-(-workers // WARPS), 1, 1), 32 * WARPS, params)
+
+
 def packs(x: Tensor, layout: Layout) -> bool:
     """The tokens are a prompt in a form that the kernel `pack` takes: 2 bits, one range a token, rows of whole 16 bytes."""
-    simple = layout.body_bits == 2 and layout.groups == 1 and not layout.text_bits and layout.head_dim in PACKED_DIMS
+    simple = layout.body_bits == 2 and layout.groups == 1 and layout.head_dim in PACKED_DIMS
     aligned = x.itemsize == 2 and x.data_ptr() % 16 == 0 and all(step % 8 == 0 for step in x.stride()[:3])
     return simple and aligned and x.shape[2] >= PACKED_TOKENS
 
 
-def macros(layout: Layout, form: int, fast: bool) -> tuple:
+def macros(layout: Layout, form: int, fast: bool, text_only: bool = False) -> tuple:
     exact = lambda number: f"{float(number)!r}f"
     return (
         *(("HEAD_DIM", layout.head_dim), ("DTYPE", DTYPES[layout.dtype]), ("TURN", form), ("GROUPS", layout.groups)),
@@ -133,8 +144,9 @@ def macros(layout: Layout, form: int, fast: bool) -> tuple:
             ("NORM", exact(order_of(layout.head_dim) ** -0.5)),
         ),
         *(
-            ("TEXT_BITS", layout.text_bits),
+            ("TEXT_BITS", 0 if fast else layout.text_bits),
             ("TEXT_CLIP", exact(layout.text_clip)),
+            ("TEXT_ONLY", int(text_only)),
             ("WARPS", WARPS),
             ("PACKS", int(fast)),
         ),

@@ -10,7 +10,8 @@
 //
 // Compile-time: HEAD_DIM (multiple of 16), BF16 (0: fp16), GROUPS (1, 2 or 4 scales a head), NT (tiles of 8 query rows), CC (1 where a
 // block has up to 4 query rows, else 2), MT, STAGES, WARPS, BLOCKS (at least so many on a multiprocessor), SPLITS_MAX, NORM (the transform's, order**-0.5),
-// MASK (0 none, 1 bool and the same for all rows of a block, 2 any), TEXT_BITS (of the text overlay; 0: there is none).
+// MASK (0 none, 1 bool and the same for all rows of a block, 2 any), TEXT_BITS (4: keys have a text overlay; 0: there is none),
+// VALUE_TEXT_BITS (the same of values; 0: text is read from their body).
 
 #undef INFINITY
 #define INFINITY __int_as_float(0x7f800000)
@@ -242,9 +243,10 @@ constexpr u8 TEXT = 1;  // the class of tokens that the text overlay is read for
 constexpr int TEXT_WORDS = 2 * W;
 static_assert(TEXT_BITS == 4, "code j of a word is channel j * 2 * W + word");
 
-// Code j of a word of the text overlay as a number in the cache's dtype.
-__device__ __forceinline__ u16 text_number(const u16 *codes, const u16 *range, int word, int j, int group) {
-    const int code = __ldg(codes + word) >> 4 * j & 15;
+// Code j of a word as a number in the cache's dtype.
+template <int BITS>
+__device__ __forceinline__ u16 number_of(const u16 *codes, const u16 *range, int word, int j, int group) {
+    const int code = __ldg(codes + word) >> BITS * j & ((1 << BITS) - 1);
     float x = __fadd_rn(__fmul_rn(code, half_to_float(__ldg(range + group))), half_to_float(__ldg(range + NG + group)));
     if (!BF16 && fabsf(x) > HALF_MAX) x = copysignf(HALF_MAX, x);  // the rounded scale may lead a step past fp16
     return (u16)pack_native(x, 0.f);
@@ -255,6 +257,23 @@ __device__ __forceinline__ int part_of(int x, int size, int count) {
 #pragma unroll
     for (int i = 1; i < count; i++) part += x >= i * size;
     return part;
+}
+// Channels channel, ... + 7 of the key in a text slot.
+__device__ __forceinline__ uint4 text_key(const Cache &key, long long slot, int channel) {
+    const u16 *codes = key.text + slot * TEXT_WORDS, *range = key.text_range + slot * 2 * NG;
+    u32 pair[4] = {};
+#pragma unroll
+    for (int x = 0; x < 8; x++) {
+        const int j = part_of(channel + x, TEXT_WORDS, 4), group = part_of(channel + x, D / NG, NG);
+        pair[x / 2] |= (u32)number_of<TEXT_BITS>(codes, range, channel + x - j * TEXT_WORDS, j, group) << 16 * (x & 1);
+    }
+    return make_uint4(pair[0], pair[1], pair[2], pair[3]);
+}
+// Channel j * W + word of the value in a text slot, or where values have no text overlay at its token's place in the body.
+__device__ __forceinline__ u32 text_value(const Cache &value, long long slot, long long token, int j, int word) {
+    if (VALUE_TEXT_BITS)
+        return number_of<4>(value.text + slot * TEXT_WORDS + (j & 1) * W, value.text_range + slot * 2 * NG, word, j / 2, j * NG / 8);
+    return number_of<2>((const u16 *)value.codes + token * W, (const u16 *)value.range + token * 2 * NG, word, j, j * NG / 8);
 }
 #endif
 
@@ -503,70 +522,48 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) attend(const __
         // accumulators stand for
         uint4 key[(D + 31) / 32][2];
         u32 wide[OT][PAIRED ? 1 : 2][4];
-#if TEXT_BITS
-        if (i >= text_first) {
-            const long long first = (long long)bh * p.text_capacity + base;
+        auto load = [&](auto key_at, auto value_at) {
 #pragma unroll
             for (int i_ = 0; i_ < (D + 31) / 32; i_++)
 #pragma unroll
                 for (int half = 0; half < 2; half++) {
                     const int channel = 8 * (t + 4 * i_);
-                    const long long token = first + token_of_row(g) + 8 * half;
-                    u32 pair[4] = {};
-                    if (row_live[half] && channel < D)
-#pragma unroll
-                        for (int x = 0; x < 8; x++) {
-                            const u16 *codes = p.key.text + token * TEXT_WORDS, *range = p.key.text_range + token * 2 * NG;
-                            const int j = part_of(channel + x, TEXT_WORDS, 4), group = part_of(channel + x, D / NG, NG);
-                            pair[x / 2] |= (u32)text_number(codes, range, channel + x - j * TEXT_WORDS, j, group) << 16 * (x & 1);
-                        }
-                    key[i_][half] = make_uint4(pair[0], pair[1], pair[2], pair[3]);
+                    key[i_][half] = {};
+                    if (row_live[half] && channel < D) key[i_][half] = key_at(token_of_row(g) + 8 * half, channel);
                 }
 #pragma unroll
             for (int y = 0; y < 4; y++) {
                 const bool token_live = live >> (4 * y + t) & 1;
-                const long long token = first + 4 * y + t;
 #pragma unroll
                 for (int o = 0; o < OT; o++)
 #pragma unroll
                     for (int half = 0; half < (PAIRED ? 1 : 2); half++) {
                         const int word = value_word(g, PAIRED ? o / 8 : o / 4), j = PAIRED ? o % 8 : 2 * (o % 4) + half;
                         wide[o][half][y] = 0;
-                        if (token_live && word < W) {
-                            const u16 *codes = p.value.text + token * TEXT_WORDS + (j & 1) * W, *range = p.value.text_range + token * 2 * NG;
-                            wide[o][half][y] = text_number(codes, range, word, j / 2, j * NG / 8);
-                            if (PAIRED) wide[o][half][y] |= (u32)text_number(codes, range, word + 1, j / 2, j * NG / 8) << 16;
-                        }
+                        if (token_live && word < W) wide[o][half][y] = value_at(y, j, word);
                     }
             }
-        } else {
-#endif
-#pragma unroll
-        for (int i_ = 0; i_ < (D + 31) / 32; i_++)
-#pragma unroll
-            for (int half = 0; half < 2; half++) {
-                const int channel = 8 * (t + 4 * i_);
-                key[i_][half] = {};
-                if (row_live[half] && channel < D)
-                    key[i_][half] = __ldg((const uint4 *)(keys + (long long)(base + token_of_row(g) + 8 * half) * D + channel));
-            }
-#pragma unroll
-        for (int y = 0; y < 4; y++) {
-            const bool token_live = live >> (4 * y + t) & 1;
-            const u16 *value = values + (long long)(base + 4 * y + t) * D;
-#pragma unroll
-            for (int o = 0; o < OT; o++)
-#pragma unroll
-                for (int half = 0; half < (PAIRED ? 1 : 2); half++) {
-                    const int word = value_word(g, PAIRED ? o / 8 : o / 4), j = PAIRED ? o % 8 : 2 * (o % 4) + half;
-                    wide[o][half][y] = 0;
-                    if (token_live && word < W)
-                        wide[o][half][y] = PAIRED ? __ldg((const u32 *)(value + j * W + word)) : __ldg(value + j * W + word);
-                }
-        }
+        };
 #if TEXT_BITS
-        }
+        if (i >= text_first) {
+            const long long slots = (long long)bh * p.text_capacity + base, tokens = (long long)bh * p.capacity;
+            int at[4];
+#pragma unroll
+            for (int y = 0; y < 4; y++) at[y] = __shfl_sync(ALL, position, 4 * y + t);
+            load([&](int row, int channel) { return text_key(p.key, slots + row, channel); },
+                 [&](int y, int j, int word) {
+                     const long long slot = slots + 4 * y + t, token = tokens + at[y];
+                     u32 numbers = text_value(p.value, slot, token, j, word);
+                     if (PAIRED) numbers |= text_value(p.value, slot, token, j, word + 1) << 16;
+                     return numbers;
+                 });
+        } else
 #endif
+            load([&](int row, int channel) { return __ldg((const uint4 *)(keys + (long long)(base + row) * D + channel)); },
+                 [&](int y, int j, int word) {
+                     const u16 *value = values + (long long)(base + 4 * y + t) * D + j * W + word;
+                     return PAIRED ? __ldg((const u32 *)value) : __ldg(value);
+                 });
 #pragma unroll
         for (int i_ = 0; i_ < (D + 31) / 32; i_++)
 #pragma unroll

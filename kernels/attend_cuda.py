@@ -1,8 +1,9 @@
 """attend for decode steps over a 2-bit cache on NVIDIA tensor cores: compiles and launches kernels/attend_cuda.cu.
 
-The meaning is kernels/attend.py's. This path takes few query tokens over bodies of 2 bits, with a text overlay of 4 or none,
-which is nearly every decode step; `refusal` says why it does not take a call, and kernels/attend_triton.py takes those. Compiled
-at first use by NVRTC, which comes with PyTorch's CUDA builds (about a second per head dim and dtype, kept for the process).
+The meaning is kernels/attend.py's. This path takes few query tokens over bodies of 2 bits, with a text overlay of 4 or none
+(values may lack the one that keys have), which is nearly every decode step; `refusal` says why it does not take a call, and
+kernels/attend_triton.py takes those. Compiled at first use by NVRTC, which comes with PyTorch's CUDA builds (about a second per
+head dim and dtype, kept for the process).
 """
 
 from __future__ import annotations
@@ -64,13 +65,14 @@ def refusal(q, key, value, length, mask, scale, is_causal, fresh_key, fresh_valu
     k, v = key_layout, value_layout
     if k.simulate or v.simulate:
         return f"the cache is simulated: {k.simulate} {v.simulate}"
-    alike = ("head_dim", "dtype", "body_bits", "text_bits", "window", "pivots", "groups")
+    alike = ("head_dim", "dtype", "body_bits", "window", "pivots", "groups")
     different = [name for name in alike if getattr(k, name) != getattr(v, name)]
     if different:
         return f"keys and values differ in {', '.join(different)}"
-    if k.body_bits != 2 or k.text_bits not in TEXT_BITS:
+    if k.body_bits != 2 or k.text_bits not in TEXT_BITS or v.text_bits not in (0, k.text_bits):
         return (
-            f"the body has {k.body_bits} bits and the text overlay {k.text_bits}, accepted: 2, and one of {TEXT_BITS}"
+            f"the body has {k.body_bits} bits, the text overlay of keys {k.text_bits} and of values {v.text_bits}, accepted: 2, "
+            f"one of {TEXT_BITS}, and as the keys or 0"
         )
     if k.dtype != q.dtype or k.dtype not in (torch.float16, torch.bfloat16):
         return f"queries are {q.dtype} and the cache {k.dtype}, accepted: both float16 or both bfloat16"
@@ -126,7 +128,7 @@ def attend(
     multiprocessors = _multiprocessors(q.device.index)
     if splits is None:
         splits = splits_for(blocks[0] * blocks[1], capacity if length is None else length, multiprocessors)
-    params = _Params(q.data_ptr(), out.data_ptr(), _cache(k, layout, fresh, 0), _cache(v, layout, fresh, 1))
+    params = _Params(q.data_ptr(), out.data_ptr(), _cache(k, key_layout, fresh, 0), _cache(v, value_layout, fresh, 1))
     params.state, params.scale = k["state"].data_ptr(), (layout.head_dim**-0.5 if scale is None else scale) * LOG2_E
     params.heads, params.capacity, params.rows, params.queries = heads, capacity, rows, queries
     params.window, params.pivots, params.length = layout.window, layout.pivots, -1 if length is None else length
@@ -145,7 +147,7 @@ def attend(
         parts = torch.empty(B * heads * rows * splits, layout.head_dim + 2, dtype=torch.float32, device=q.device)
         params.part_o = parts.data_ptr()
         params.part_ml = params.part_o + 4 * layout.head_dim * parts.shape[0]
-    kernels = _compiled(q.device.index, _shape_of(layout), tiles, columns, form)
+    kernels = _compiled(q.device.index, _shape_of(layout), value_layout.text_bits, tiles, columns, form)
     with torch.cuda.device(q.device):
         nvrtc.launch(kernels["attend"], (blocks[0], splits, blocks[1]), 32 * WARPS, params, kernels["shared"])
         if splits > 1:
@@ -205,13 +207,13 @@ def _multiprocessors(index: int) -> int:
 
 
 @functools.cache
-def _compiled(index: int, layout: Layout, tiles: int, columns: int, form: int) -> dict:
+def _compiled(index: int, layout: Layout, value_text_bits: int, tiles: int, columns: int, form: int) -> dict:
     """The kernels and the shared memory of the first; form is the kernel's MASK."""
     head_dim, groups = layout.head_dim, layout.groups
     many = tiles > 1 or head_dim > 128  # accumulators a lane: fewer blocks
     macros = {"HEAD_DIM": head_dim, "BF16": int(layout.dtype == torch.bfloat16), "GROUPS": groups, "NT": tiles}
     macros |= {"MT": DEPTH, "CC": columns, "SPLITS_MAX": SPLITS_MAX, "STAGES": STAGES, "WARPS": WARPS, "MASK": form}
-    macros["TEXT_BITS"] = layout.text_bits
+    macros |= {"TEXT_BITS": layout.text_bits, "VALUE_TEXT_BITS": value_text_bits}
     macros |= {"BLOCKS": 2 if many else BLOCKS, "NORM": f"{order_of(head_dim) ** -0.5!r}f"}
     tokens = 16 * DEPTH
     stage = -(-2 * (tokens * head_dim // 4 + tokens * groups * 4) // 16) * 16

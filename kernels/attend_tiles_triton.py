@@ -10,6 +10,7 @@ token tiles  N tokens each, of five segments: body, text overlay, pivots, ring, 
 
 Every position is read from one segment: fresh tokens by their range, the ring by its range, the others by their class, which
 names the one overlay that holds them (PIVOT, TEXT) or none. Where there are fresh tokens, the other segments end before them.
+Values may lack the text overlay (VALUE_TEXT_BITS 0): those of the text segment are then read from the body.
 A slot that nothing was written to may hold NaN: its load is masked for keys and values alike, because 0 * NaN is NaN. DP is a
 head dim padded to a power of two of 16 or more, as tl.dot asks.
 Source: FlashAttention-2, arXiv 2307.08691 (online softmax); Flash-Decoding (splits over tokens).
@@ -114,7 +115,7 @@ def attend_tiles(
     capacity, value_capacity, text_capacity, value_text_capacity, tiles, splits,
     q_b, q_h, q_t, fk_b, fk_h, fk_t, fv_b, fv_h, fv_t, mask_b, mask_h, mask_q, mask_t,
     SHARE: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr,
-    BITS: tl.constexpr, TEXT_BITS: tl.constexpr, WINDOW: tl.constexpr, PIVOTS: tl.constexpr,
+    BITS: tl.constexpr, TEXT_BITS: tl.constexpr, VALUE_TEXT_BITS: tl.constexpr, WINDOW: tl.constexpr, PIVOTS: tl.constexpr,
     KEY_GROUPS: tl.constexpr, VALUE_GROUPS: tl.constexpr, KEY_ROUND: tl.constexpr, VALUE_ROUND: tl.constexpr,
     DOT: tl.constexpr, FRESH: tl.constexpr, MASK: tl.constexpr, HAS_LENGTH: tl.constexpr, IS_CAUSAL: tl.constexpr,
     SPLIT: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
@@ -202,8 +203,9 @@ def attend_tiles(
         start, stop = start - body_tiles, stop - body_tiles
         key_text += pair * text_capacity * (D * TEXT_BITS // WORD_BITS)
         key_text_range += pair * text_capacity * (2 * KEY_GROUPS)
-        value_text += pair * value_text_capacity * (DV * TEXT_BITS // WORD_BITS)
-        value_text_range += pair * value_text_capacity * (2 * VALUE_GROUPS)
+        if VALUE_TEXT_BITS > 0:
+            value_text += pair * value_text_capacity * (DV * VALUE_TEXT_BITS // WORD_BITS)
+            value_text_range += pair * value_text_capacity * (2 * VALUE_GROUPS)
         text_at += b * text_capacity
         for i in range(tl.maximum(start, 0), tl.minimum(stop, text_tiles)):
             slot = i * N + tile_n
@@ -211,7 +213,12 @@ def attend_tiles(
             valid = (position >= 0) & (position < stored) & ((position < held) | (position >= end))
             valid = valid & (tl.load(classes + position, mask=valid, other=0) == TEXT)
             k = code_tile(key_text, key_text_range, slot, valid, D, DP, TEXT_BITS, KEY_GROUPS, KEY_ROUND, DOT)
-            v = code_tile(value_text, value_text_range, slot, valid, DV, DVP, TEXT_BITS, VALUE_GROUPS, VALUE_ROUND, DOT)
+            if VALUE_TEXT_BITS > 0:
+                v = code_tile(
+                    value_text, value_text_range, slot, valid, DV, DVP, VALUE_TEXT_BITS, VALUE_GROUPS, VALUE_ROUND, DOT
+                )
+            else:
+                v = code_tile(value_codes, value_range, position, valid, DV, DVP, BITS, VALUE_GROUPS, VALUE_ROUND, DOT)
             top, total, acc = step(queries, k, v, position, valid, token, mask_row, row_valid, mask_t, scale,
                                    top, total, acc, MASK, IS_CAUSAL)  # fmt: skip
         start, stop = start - text_tiles, stop - text_tiles

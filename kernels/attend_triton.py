@@ -4,7 +4,8 @@ For every low-bit layout, a query token or thousands of them: no 16-bit copy of 
 is in attend_tiles_triton.py. Nothing here asks the device for a number, so a call may be captured in a CUDA graph.
 
 Besides what attend.py asks, keys and values must be written together, as pack and append do: equal overlays, classes, pivots, text
-slots and state (those of the keys are read). With a length of None a mask has as many columns as the cache holds tokens, or one.
+slots and state (those of the keys are read); values may lack the text overlay. With a length of None a mask has as many columns as
+the cache holds tokens, or one.
 """
 
 from __future__ import annotations
@@ -33,13 +34,15 @@ ANY_COLUMNS = 2**31 - 1
 def refusal(q, key, value, length, mask, scale, is_causal, fresh_key, fresh_value, at, key_layout, value_layout) -> str:
     """Why this kernel cannot take the call of kernels.attend.attend; "" where it can."""
     layouts = (key_layout, value_layout)
-    overlays = [(t.body_bits, t.text_bits, t.window, t.pivots) for t in layouts]
+    overlays = [(t.body_bits, t.window, t.pivots) for t in layouts]
     if any(t.simulate for t in layouts):
         return f"layouts {key_layout} and {value_layout}: the cache is simulated, accepted: 2, 4 or 8 bits"
     if any(t.lossless for t in layouts):
         return f"layouts {key_layout} and {value_layout}: a 16-bit body has nothing to unpack, accepted: 2, 4 or 8 bits"
     if overlays[0] != overlays[1]:
-        return f"layouts {key_layout} and {value_layout}, accepted: equal body bits, text bits, window and pivots"
+        return f"layouts {key_layout} and {value_layout}, accepted: equal body bits, window and pivots"
+    if value_layout.text_bits not in (0, key_layout.text_bits):
+        return f"layouts {key_layout} and {value_layout}, accepted: values with the text bits of the keys, or without text overlay"
     if q.dtype not in TL_DTYPES or any(t.dtype not in TL_DTYPES for t in layouts):
         given = [q.dtype, *(t.dtype for t in layouts)]
         return f"queries, keys and values are {given}, accepted: {named_dtypes()}"
@@ -157,11 +160,12 @@ def attend(
             1 / math.sqrt(D) if scale is None else float(scale),
             -1 if length is None else length, columns, tokens, fresh_key.shape[2] if fresh else 0, H,
             capacity, v["codes"].shape[2],
-            *(b["text_at"].shape[1] if key_layout.text_bits else 0 for b in (k, v)),
+            *(b["text_at"].shape[1] if "text_at" in b else 0 for b in (k, v)),
             tiles, splits,
             *q.stride()[:3], *fresh_steps, *mask_steps,
             SHARE=share, D=D, DP=padded[0], DV=DV, DVP=padded[1],
-            BITS=key_layout.body_bits, TEXT_BITS=key_layout.text_bits, WINDOW=key_layout.window, PIVOTS=key_layout.pivots,
+            BITS=key_layout.body_bits, TEXT_BITS=key_layout.text_bits, VALUE_TEXT_BITS=value_layout.text_bits,
+            WINDOW=key_layout.window, PIVOTS=key_layout.pivots,
             KEY_GROUPS=key_layout.groups, VALUE_GROUPS=value_layout.groups,
             KEY_ROUND=seen_as[key_layout.dtype], VALUE_ROUND=seen_as[value_layout.dtype],
             DOT=seen_as[q.dtype], FRESH=fresh, MASK=kind, HAS_LENGTH=length is not None, IS_CAUSAL=is_causal,

@@ -4,8 +4,8 @@ Before   state.sites                                After   site.policy, site.ke
 Needs    find_sites                                 Leaves  the graph as it was, but for one node with the vision tokens
 
 TSA (first layers, where vision tokens can be told apart): text at text_bits, vision at body_bits. PSA (all others): pivots at 16
-bits, text at psa_text_bits where it can be told apart, the rest at body_bits. The most recent tokens are at 16 bits in both. A
-cache that arrives packed keeps its layout.
+bits, keys of text at psa_text_key_bits where it can be told apart, the rest at body_bits. The most recent tokens are at 16 bits in
+both. A cache that arrives packed keeps its layout.
 A simulated recipe keeps every token, and its layout says what a read makes of them.
 """
 
@@ -66,7 +66,7 @@ def layout_of(config: AKVQConfig, half: str, head_dim: int, dtype: torch.dtype, 
     base = Layout(head_dim, dtype, body_bits=config.body_bits, rotated=config.rotate, affine=affine)
     if config.lossless:
         return base
-    psa_text = config.psa_text_bits if told and config.keeps_psa_text else 0
+    psa_text = config.psa_text_key_bits if told and half == "keys" and config.keeps_psa_text_keys else 0
     return dataclasses.replace(
         base,
         text_bits=config.text_bits if tsa else psa_text,
@@ -90,7 +90,7 @@ def vision_tokens(state: GraphState) -> Node | None:
     if not masks:
         # the layers of a prompt in a graph of their own: an earlier graph of the call may have placed images, now or next time
         prompt = any(site.key.kind in ("first", "fill") for site in state.sites)
-        matters = state.config.tsa_layers or state.config.keeps_psa_text
+        matters = state.config.tsa_layers or state.config.keeps_psa_text_keys
         if prompt and len(state.sites) > 1 and not starts_a_call(state.graph) and matters:
             last = [n for n in state.graph.nodes if n.op == "placeholder"][-1]
             with state.graph.inserting_after(last):

@@ -52,7 +52,7 @@ def test_what_only_the_triton_kernel_refuses_is_written_by_this_one():
 def test_which_prompts_are_packed_four_lanes_a_token():
     layout = Layout(64, bf16, body_bits=2)
     x = torch.zeros(1, 2, 64, 64, dtype=bf16)
-    assert append_cuda.packs(x, layout)
+    assert append_cuda.packs(x, layout) and append_cuda.packs(x, Layout(64, bf16, body_bits=2, text_bits=4))
     wide = torch.zeros(1, 2, 64, 68, dtype=bf16)
     others = [
         (x[:, :, 1:], layout),  # too few tokens
@@ -61,7 +61,6 @@ def test_which_prompts_are_packed_four_lanes_a_token():
         (x.float(), Layout(64, torch.float32, body_bits=2)),
         (x, Layout(64, bf16, body_bits=4)),
         (x, Layout(64, bf16, body_bits=2, group=32)),
-        (x, Layout(64, bf16, body_bits=2, text_bits=4)),
         (torch.zeros(1, 2, 64, 96, dtype=bf16), Layout(96, bf16, body_bits=2)),
     ]
     assert not any(append_cuda.packs(*other) for other in others)
@@ -145,6 +144,34 @@ def test_every_byte_of_new_buffers_is_written(head_dim, form, given, monkeypatch
     cache = append_cuda.pack(x, at, kinds, pivots, affine, 230, layout, turn=True)
     monkeypatch.undo()
     assert_same_but_for_rounded_pivots(due, cache, layout)
+
+
+def without_other_text(cache, layout):
+    """The buffers with nothing in text slots of tokens that are no text: `append` fills those too, and nobody reads them."""
+    b = reference.named(cache, layout)
+    free = (b["text_at"] < 0)[:, None, :, None]
+    return [t.masked_fill(free, 0) if name in ("text_codes", "text_range") else t for name, t in b.items()]
+
+
+@gpu
+@pytest.mark.parametrize("tokens", (64, 67, 12000))
+@pytest.mark.parametrize("form", ("as it is", "rotated", "affine"))
+@pytest.mark.parametrize("head_dim", (64, 128))
+def test_text_is_written_apart_from_the_body(head_dim, form, tokens, monkeypatch):
+    turned, mapped = form != "as it is", form == "affine"
+    layout = Layout(head_dim, bf16, 2, text_bits=4, window=60, pivots=15, body_clip=0.8, rotated=turned, affine=mapped)
+    x, at, kinds, affine = prompt(layout, tokens, seed=4)
+    pivots = chosen_pivots(tokens, 15)
+    both = []
+    for least in (64, 10**9):
+        monkeypatch.setattr(append_cuda, "PACKED_TOKENS", least)
+        cache = append_cuda.pack(x, at, kinds, pivots, affine, tokens + 9, layout, turn=True)
+        both.append([without_other_text(cache, layout)])
+        cache = [buffer.clone() for buffer in cache]  # the prompt of a static cache that is used again
+        append_cuda.append(cache, x.flip(2).contiguous(), at, kinds.flip(1), pivots, layout, turn=True)
+        both[-1].append(without_other_text(cache, layout))
+    for fast, slow in zip(*both, strict=True):
+        assert_same_but_for_rounded_pivots(slow, fast, layout)
 
 
 @gpu

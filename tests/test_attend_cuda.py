@@ -60,8 +60,15 @@ def refusal(q=None, layout=None, values=None, mask=None, is_causal=False, capaci
 @pytest.mark.parametrize(
     "given, reason",
     [
-        ({"layout": Layout(64, bf16, body_bits=4)}, "the body has 4 bits and the text overlay 0, accepted: 2, and one"),
-        ({"layout": Layout(64, bf16, body_bits=2, text_bits=8)}, "the text overlay 8, accepted: 2, and one of (0, 4)"),
+        ({"layout": Layout(64, bf16, body_bits=4)}, "the body has 4 bits, the text overlay of keys 0 and of values 0"),
+        (
+            {"layout": Layout(64, bf16, body_bits=2, text_bits=8)},
+            "of keys 8 and of values 8, accepted: 2, one of (0, 4)",
+        ),
+        (
+            {"layout": Layout(64, bf16, body_bits=2), "values": Layout(64, bf16, body_bits=2, text_bits=4)},
+            "of keys 0 and of values 4, accepted: 2, one of (0, 4), and as the keys or 0",
+        ),
         ({"layout": Layout(64, torch.float32, body_bits=2)}, "accepted: both float16 or both bfloat16"),
         ({"q": torch.zeros(1, 4, 1, 64, dtype=f16)}, "queries are torch.float16 and the cache torch.bfloat16"),
         ({"layout": Layout(72, bf16, body_bits=2)}, "head dim 72 in 1 groups, accepted: a multiple of 16"),
@@ -79,14 +86,16 @@ def test_refuses_with_a_reason(given, reason):
     assert reason in refusal(**given)
 
 
-def cache_pair(layout: Layout, B: int, H: int, T: int, capacity: int) -> tuple[list, list]:
+def cache_pair(
+    key_layout: Layout, B: int, H: int, T: int, capacity: int, value_layout: Layout | None = None
+) -> tuple[list, list]:
     """Key and value buffers of T tokens with the same token classes; what was never written is NaN or garbage."""
     pair = []
-    for seed in (0, 1):
+    for seed, layout in enumerate((key_layout, value_layout or key_layout)):
         case = case_of(layout, B, H, T, capacity, seed)
         generator = torch.Generator().manual_seed(B * T)
         case.classes[:] = TEXT
-        if layout.text_bits:
+        if key_layout.text_bits:
             case.classes[:] = torch.randint(0, 2, (B, T), generator=generator)
         if case.pivots is not None:
             case.pivots = torch.stack([torch.randperm(T, generator=generator)[: layout.pivots] for _ in range(B)]).int()
@@ -102,9 +111,9 @@ def cache_pair(layout: Layout, B: int, H: int, T: int, capacity: int) -> tuple[l
     return tuple(pair)
 
 
-def expected(q, key, value, layout, length, mask, fresh):
+def expected(q, key, value, layout, length, mask, fresh, value_layout=None):
     """SDPA in float64 over the dequantized cache."""
-    k, v = read(key, length, layout).double(), read(value, length, layout).double()
+    k, v = read(key, length, layout).double(), read(value, length, value_layout or layout).double()
     if fresh is not None:
         k, v = k.index_copy(2, fresh[2], fresh[0].double()), v.index_copy(2, fresh[2], fresh[1].double())
     if mask is not None:
@@ -140,15 +149,18 @@ def test_equals_the_reference(dtype, head_dim, group, shape):
 @pytest.mark.parametrize(
     "dtype, head_dim, group", [(f16, 64, 32), (bf16, 64, 128), (f16, 80, 128), (bf16, 128, 128)], ids=str
 )
+@pytest.mark.parametrize("value_text", (0, 4), ids=("keys", "keys and values"))
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_reads_the_text_overlay(dtype, head_dim, group, shape):
-    check_equals_the_reference(dtype, head_dim, group, shape, text_bits=4)
+def test_reads_the_text_overlay(dtype, head_dim, group, shape, value_text):
+    check_equals_the_reference(dtype, head_dim, group, shape, 4, value_text)
 
 
-def check_equals_the_reference(dtype, head_dim, group, shape, **options):
+def check_equals_the_reference(dtype, head_dim, group, shape, text_bits=0, value_text=0):
     B, H, share, queries, T, capacity, window, pivots = shape
-    layout = Layout(head_dim, dtype, body_bits=2, body_clip=0.8, window=window, pivots=pivots, group=group, **options)
-    key, value = cache_pair(layout, B, H, T, capacity)
+    overlays = {"window": window, "pivots": pivots, "text_bits": text_bits}
+    layout = Layout(head_dim, dtype, body_bits=2, body_clip=0.8, group=group, **overlays)
+    value_layout = dataclasses.replace(layout, text_bits=value_text)
+    key, value = cache_pair(layout, B, H, T, capacity, value_layout)
     key_layout = dataclasses.replace(layout, rotated=True, affine=True)  # a field more, which attention does not read
     key = [*key, torch.full((B, 3, H, head_dim), math.nan, device="cuda")]
     generator = torch.Generator("cuda").manual_seed(head_dim)
@@ -180,9 +192,9 @@ def check_equals_the_reference(dtype, head_dim, group, shape, **options):
         if mask is not None:
             mask[..., T - 1] = True if mask.dtype == torch.bool else 0.5
         tokens = length or (T if fresh is None else int(fresh[2][-1]) + 1)
-        due = expected(q, key[:-1], value, layout, tokens, mask, fresh)
+        due = expected(q, key[:-1], value, layout, tokens, mask, fresh, value_layout)
         for splits in (None, 1, 3):
-            args = (q, key, value, length, mask, None, False, *(fresh or (None,) * 3), key_layout, layout)
+            args = (q, key, value, length, mask, None, False, *(fresh or (None,) * 3), key_layout, value_layout)
             assert attend_cuda.refusal(*args) == ""
             out = attend_cuda.attend(*args, splits=splits)
             error = ((out.double() - due).norm() / due.norm()).item()

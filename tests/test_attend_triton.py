@@ -39,6 +39,7 @@ PACKED = {name: layout for name, layout in LAYOUTS.items() if not layout.lossles
 every_layout = pytest.mark.parametrize("layout", PACKED.values(), ids=PACKED)
 TEXT_BF16, GROUPED = LAYOUTS["2bit-text4-bf16"], LAYOUTS["2bit-groups"]
 ALL_OVERLAYS = Layout(16, f32, body_bits=2, text_bits=4, window=5, pivots=3)
+NO_TEXT = dataclasses.replace(ALL_OVERLAYS, text_bits=0)  # values may lack the text overlay that the keys have
 some = settings(few, max_examples=12)  # the interpreter is slow, and a GPU compiles a kernel for nearly every example
 NO_FRESH = (None, None, None)
 
@@ -118,9 +119,10 @@ def test_values_may_have_another_head_dim_group_and_dtype(dims):
 def calls(draw):
     """Caches of one prompt, queries, and the other arguments of attention; few layouts, as each is compiled anew."""
     layout = draw(st.sampled_from((LAYOUTS["2bit"], LAYOUTS["2bit-f16-rotated"], TEXT_BF16, ALL_OVERLAYS)))
+    value_layout = NO_TEXT if layout == ALL_OVERLAYS and draw(st.booleans()) else layout
     T = draw(st.integers(1, 75))
     B, H, groups = draw(st.sampled_from(((1, 1, 5), (2, 2, 1), (3, 2, 2))))
-    key, value = pair(layout, B=B, H=H, T=T, capacity=T + 2, seed=draw(seeds))
+    key, value = pair(layout, value_layout, B=B, H=H, T=T, capacity=T + 2, seed=draw(seeds))
     tokens = draw(st.sampled_from((1, 2, 9, 33)))
     q = randn(B, H * groups, tokens, layout.head_dim, seed=draw(seeds), dtype=layout.dtype)
     mask = draw(masks(B, H * groups, tokens, T, layout.dtype))
@@ -230,9 +232,10 @@ def test_a_chunk_after_a_filled_cache(start):
 
 @pytest.mark.parametrize("is_causal", (False, True), ids=("all", "causal"))
 @pytest.mark.parametrize("splits", (1, 2, 3, 7, 64), ids=str)
-def test_splits_of_any_number_agree(splits, is_causal):
+@pytest.mark.parametrize("value_layout", (ALL_OVERLAYS, NO_TEXT), ids=("text", "no-text"))
+def test_splits_of_any_number_agree(value_layout, splits, is_causal):
     """Six tiles or fewer of body, text, pivots and ring: uneven shares, and splits that get none."""
-    key, value = pair(ALL_OVERLAYS, B=1, T=75, capacity=80)
+    key, value = pair(ALL_OVERLAYS, value_layout, B=1, T=75, capacity=80)
     q = randn(1, 4, 3, 16, seed=2)
     out = call(q, key, value, is_causal=is_causal, splits=splits)
     assert_close("out", oracle(q, key.expected(), value.expected(), is_causal=is_causal), out)
@@ -288,26 +291,32 @@ def test_reads_buffers_that_are_views():
     assert_close("out", oracle(q, key.expected(), value.expected()), out)
 
 
-@pytest.mark.parametrize("layout", (TEXT_BF16, ALL_OVERLAYS), ids=str)
-def test_a_cropped_and_continued_cache_is_attended_as_it_reads(layout):
-    key, value = pair(layout)
-    caches, q = [key.pack(), value.pack()], randn(2, 4, 1, 16, dtype=layout.dtype)
+@pytest.mark.parametrize(
+    "layouts", ((TEXT_BF16, TEXT_BF16), (ALL_OVERLAYS, ALL_OVERLAYS), (ALL_OVERLAYS, NO_TEXT)), ids=str
+)
+def test_a_cropped_and_continued_cache_is_attended_as_it_reads(layouts):
+    key, value = pair(*layouts)
+    caches, q = [key.pack(), value.pack()], randn(2, 4, 1, 16, dtype=layouts[0].dtype)
     for start in (36, 1):  # the ring keeps some; pivots and text are gone
         for cache, case in zip(caches, (key, value), strict=True):
-            append(cache, case.x[:, :, :2] * 3, torch.tensor([start, start + 1]), None, None, str(layout))
-        tokens = [read(cache, start + 2, layout) for cache in caches]
+            append(cache, case.x[:, :, :2] * 3, torch.tensor([start, start + 1]), None, None, str(case.layout))
+        tokens = [read(cache, start + 2, layout) for cache, layout in zip(caches, layouts, strict=True)]
         for length in (start + 2, None):
-            assert_close("out", oracle(q, *tokens), launch(q, *caches, (layout, layout), length))
+            assert_close("out", oracle(q, *tokens), launch(q, *caches, layouts, length))
 
 
-def test_a_compacted_text_overlay():
+@pytest.mark.parametrize("value_text", (8, 0), ids=str)
+def test_a_compacted_text_overlay(value_text):
     layout = Layout(8, f32, body_bits=2, text_bits=8)
-    key, value = pair(layout, B=1)
-    caches, q = [gather_text(case.pack(), layout, 41) for case in (key, value)], randn(1, 2, 1, 8)
+    layouts = layout, dataclasses.replace(layout, text_bits=value_text)
+    key, value = pair(*layouts, B=1)
+    caches, q = [gather_text(key.pack(), layout, 41), value.pack()], randn(1, 2, 1, 8)
+    if value_text:
+        caches[1] = gather_text(caches[1], layout, 41)
     for length in (41, 42, 43):
-        tokens = [read(cache, length, layout) for cache in caches]
-        assert_close(f"{length} tokens", oracle(q, *tokens), launch(q, *caches, (layout, layout), None))
-        for cache in caches:
+        tokens = [read(cache, length, layout) for cache, layout in zip(caches, layouts, strict=True)]
+        assert_close(f"{length} tokens", oracle(q, *tokens), launch(q, *caches, layouts, None))
+        for cache, layout in zip(caches, layouts, strict=True):
             append(cache, key.x[:, :, :1] * length, torch.tensor([length]), None, None, str(layout))
 
 
@@ -407,8 +416,9 @@ def test_splits_fill_the_processors(programs, bound, splits):
 
 REFUSALS = {
     "lossless": (LAYOUTS["lossless-f16"], LAYOUTS["lossless-f16"], f16, None, "a 16-bit body has nothing to unpack"),
-    "overlays": (GROUPED, dataclasses.replace(GROUPED, window=4), f32, None, "accepted: equal body bits, text bits"),
-    "body": (GROUPED, dataclasses.replace(GROUPED, body_bits=4), f32, None, "accepted: equal body bits, text bits"),
+    "overlays": (GROUPED, dataclasses.replace(GROUPED, window=4), f32, None, "accepted: equal body bits, window"),
+    "body": (GROUPED, dataclasses.replace(GROUPED, body_bits=4), f32, None, "accepted: equal body bits, window"),
+    "text": (NO_TEXT, ALL_OVERLAYS, f32, None, "accepted: values with the text bits of the keys, or without"),
     "queries": (
         GROUPED,
         GROUPED,

@@ -12,7 +12,7 @@ from akvq_fx.evaluate.table import cell_of
 from akvq_fx.evaluate.vision_tasks import answer_ids, ask, split
 from tests.zoo import IMG, ZOO
 
-SMALL = {"recipe": "akvq", "window": 4, "pivots": 1, "psa_text_bits": 2}  # an overlay is larger than these prompts
+SMALL = {"recipe": "akvq", "window": 4, "pivots": 1, "psa_text_key_bits": 2}  # an overlay is larger than these prompts
 
 # what the folder's interface asks for, with drawn squares, a tiny model, and one task that needs two images
 TASKS = """

@@ -79,18 +79,20 @@ def test_no_vision_tokens_no_tsa():
 
 
 @pytest.mark.parametrize(
-    "more, expected",
+    "more, keys, values",
     [
-        ({"recipe": "akvq-vl"}, [4, 4, 0]),
-        ({"psa_text_bits": 2}, [4, 4, 0]),
-        ({"psa_text_bits": 8, "tsa_layers": ()}, [8] * 3),
+        ({"recipe": "akvq-vl"}, [4, 4, 0], [4, 4, 0]),
+        ({"recipe": "akvq"}, [4, 4, 4], [4, 4, 0]),
+        ({"psa_text_key_bits": 2}, [4, 4, 0], [4, 4, 0]),
+        ({"psa_text_key_bits": 8, "tsa_layers": ()}, [8] * 3, [0] * 3),
     ],
     ids=str,
 )
-def test_text_bits_of_later_layers(more, expected):
+def test_text_bits_of_later_layers(more, keys, values):
     tokens, *images = scene()
     (capture,) = captured(VisionDecoder("masked_scatter"), tokens, None, *images, options={**OPTIONS, **more})
-    assert [site.key_layout.text_bits for site in capture.state.sites] == expected
+    assert [site.key_layout.text_bits for site in capture.state.sites] == keys
+    assert [site.value_layout.text_bits for site in capture.state.sites] == values
 
 
 @pytest.mark.parametrize(
