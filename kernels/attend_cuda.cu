@@ -277,6 +277,33 @@ __device__ __forceinline__ u32 text_value(const Cache &value, long long slot, lo
 }
 #endif
 
+// A tile of 16 tokens as numbers in the cache's dtype, all loads setting out together: a lane takes 8 channels of two keys at a time,
+// key_at(row, channel), and of four values what its accumulators stand for, value_at(y, j, word) of token 4 * y + t.
+template <class Keys, class Values>
+__device__ __forceinline__ void load_wide(uint4 (&key)[(D + 31) / 32][2], u32 (&wide)[OT][PAIRED ? 1 : 2][4], u32 live, int g, int t,
+                                          Keys key_at, Values value_at) {
+#pragma unroll
+    for (int i = 0; i < (D + 31) / 32; i++)
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            const int row = token_of_row(g) + 8 * half, channel = 8 * (t + 4 * i);
+            key[i][half] = {};
+            if (live >> row & 1 && channel < D) key[i][half] = key_at(row, channel);
+        }
+#pragma unroll
+    for (int y = 0; y < 4; y++) {
+        const bool token_live = live >> (4 * y + t) & 1;
+#pragma unroll
+        for (int o = 0; o < OT; o++)
+#pragma unroll
+            for (int half = 0; half < (PAIRED ? 1 : 2); half++) {
+                const int word = value_word(g, PAIRED ? o / 8 : o / 4), j = PAIRED ? o % 8 : 2 * (o % 4) + half;
+                wide[o][half][y] = 0;
+                if (token_live && word < W) wide[o][half][y] = value_at(y, j, word);
+            }
+    }
+}
+
 // What a warp has accumulated: for its columns 2t, 2t + 1 of every query tile.
 struct Sums {
     float o[NT][OT][4];         // channels of rows g and g + 8, columns 2t and 2t + 1
@@ -518,52 +545,31 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) attend(const __
         bool row_live[2];
 #pragma unroll
         for (int half = 0; half < 2; half++) row_live[half] = live >> (token_of_row(g) + 8 * half) & 1;
-        // all loads of the tile set out together: a lane takes 8 channels of two keys at a time, and of four values what its
-        // accumulators stand for
         uint4 key[(D + 31) / 32][2];
         u32 wide[OT][PAIRED ? 1 : 2][4];
-        auto load = [&](auto key_at, auto value_at) {
-#pragma unroll
-            for (int i_ = 0; i_ < (D + 31) / 32; i_++)
-#pragma unroll
-                for (int half = 0; half < 2; half++) {
-                    const int channel = 8 * (t + 4 * i_);
-                    key[i_][half] = {};
-                    if (row_live[half] && channel < D) key[i_][half] = key_at(token_of_row(g) + 8 * half, channel);
-                }
-#pragma unroll
-            for (int y = 0; y < 4; y++) {
-                const bool token_live = live >> (4 * y + t) & 1;
-#pragma unroll
-                for (int o = 0; o < OT; o++)
-#pragma unroll
-                    for (int half = 0; half < (PAIRED ? 1 : 2); half++) {
-                        const int word = value_word(g, PAIRED ? o / 8 : o / 4), j = PAIRED ? o % 8 : 2 * (o % 4) + half;
-                        wide[o][half][y] = 0;
-                        if (token_live && word < W) wide[o][half][y] = value_at(y, j, word);
-                    }
-            }
-        };
 #if TEXT_BITS
         if (i >= text_first) {
             const long long slots = (long long)bh * p.text_capacity + base, tokens = (long long)bh * p.capacity;
             int at[4];
 #pragma unroll
             for (int y = 0; y < 4; y++) at[y] = __shfl_sync(ALL, position, 4 * y + t);
-            load([&](int row, int channel) { return text_key(p.key, slots + row, channel); },
-                 [&](int y, int j, int word) {
-                     const long long slot = slots + 4 * y + t, token = tokens + at[y];
-                     u32 numbers = text_value(p.value, slot, token, j, word);
-                     if (PAIRED) numbers |= text_value(p.value, slot, token, j, word + 1) << 16;
-                     return numbers;
-                 });
+            auto key_at = [&](int row, int channel) { return text_key(p.key, slots + row, channel); };
+            auto value_at = [&](int y, int j, int word) {
+                const long long slot = slots + 4 * y + t, token = tokens + at[y];
+                const u32 number = text_value(p.value, slot, token, j, word);
+                return PAIRED ? number | text_value(p.value, slot, token, j, word + 1) << 16 : number;
+            };
+            load_wide(key, wide, live, g, t, key_at, value_at);
         } else
 #endif
-            load([&](int row, int channel) { return __ldg((const uint4 *)(keys + (long long)(base + row) * D + channel)); },
-                 [&](int y, int j, int word) {
-                     const u16 *value = values + (long long)(base + 4 * y + t) * D + j * W + word;
-                     return PAIRED ? __ldg((const u32 *)value) : __ldg(value);
-                 });
+        {
+            auto key_at = [&](int row, int channel) { return __ldg((const uint4 *)(keys + (long long)(base + row) * D + channel)); };
+            auto value_at = [&](int y, int j, int word) -> u32 {
+                const u16 *value = values + (long long)(base + 4 * y + t) * D + j * W + word;
+                return PAIRED ? __ldg((const u32 *)value) : __ldg(value);
+            };
+            load_wide(key, wide, live, g, t, key_at, value_at);
+        }
 #pragma unroll
         for (int i_ = 0; i_ < (D + 31) / 32; i_++)
 #pragma unroll
