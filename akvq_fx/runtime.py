@@ -13,6 +13,7 @@ from akvq_fx import vision_carry
 from akvq_fx.folding import HISTORY, Folded, version_of
 from akvq_fx.packed_kv import PackedKV, Storage
 from akvq_fx.passes.state import Appended, Packed, Program
+from akvq_fx.storage import text_slots
 
 
 class Runtime:
@@ -105,7 +106,7 @@ class Runtime:
         return storages
 
     def close(self, args, storages, results) -> tuple:
-        out, views, i = [], {}, 0
+        out, views, slots, i = [], {}, {}, 0
         for spec in self.program.outputs:
             if spec is None:
                 out.append(results[i])
@@ -119,7 +120,7 @@ class Runtime:
             else:
                 if id(spec) not in views:
                     count = len(spec.layout.fields)
-                    views[id(spec)] = wrap(spec, results[i : i + count], args, self.owner.get(spec.owner))
+                    views[id(spec)] = wrap(spec, results[i : i + count], args, self.owner.get(spec.owner), slots)
                     i += count
                 out.append(views[id(spec)])
         return tuple(out)
@@ -128,13 +129,15 @@ class Runtime:
         return next(a.device for a in args if isinstance(a, torch.Tensor))
 
 
-def wrap(spec: Packed, buffers: list, args, owner) -> PackedKV:
+def wrap(spec: Packed, buffers: list, args, owner, slots: dict[str, tuple]) -> PackedKV:
+    """slots: of this call's text tokens by Packed.classes, so that the device is asked once for all layers."""
     length, prompt = spec.length(args), spec.prompt(args)
     storage = Storage(spec.layout, [b.detach() for b in buffers], None if spec.static else length, prompt, owner)
-    if (
-        spec.layout.text_bits and not spec.static
-    ):  # a static cache may be written again from its start: its slots stay positions
-        storage.compact_text(prompt)
+    # a static cache may be written again from its start: its slots stay positions
+    if spec.layout.text_bits and not spec.static:
+        if spec.classes not in slots:
+            slots[spec.classes] = text_slots(storage["text_at"], prompt)
+        storage.compact_text(prompt, slots[spec.classes])
     storage.mark_dynamic()
     return PackedKV.view_of(storage, length)
 

@@ -24,6 +24,17 @@ def _dynamic_tokens() -> dict:
 DYNAMIC_TOKENS = _dynamic_tokens()
 
 
+def text_slots(at: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    """Text slots of positions below `length`, and these positions or -1, both [B, n]: at [B, Ct], n the most that a row uses.
+
+    Asks the device for n.
+    """
+    used = (at >= 0) & (at < length)
+    width = int(used.sum(1).max()) if at.numel() else 0
+    order = torch.argsort(~used, dim=1, stable=True)[:, :width]
+    return order, torch.where(used.gather(1, order), at.gather(1, order), -1)
+
+
 class Storage:
     """The buffers behind one or more PackedKV views of the same tokens.
 
@@ -67,23 +78,20 @@ class Storage:
         """Storage of the batch rows `index` [B'], gathered."""
         return self.map(lambda name, b: b.clone() if name == "state" else b.index_select(0, index.to(b.device)))
 
-    def compact_text(self, length: int) -> None:
+    def compact_text(self, length: int, slots: tuple[Tensor, Tensor] | None = None) -> None:
         """Keep only the text slots of positions below `length`; later tokens then take slot position + state[2].
 
-        Codes move, none is made. Asks the device how many slots are used: called after a prompt or a crop, never in a decode step.
+        Codes move, none is made. slots: text_slots(text_at, length) of another layer that holds the same tokens as text.
+        Called after a prompt or a crop, never in a decode step.
         """
-        at = self["text_at"]
-        used = (at >= 0) & (at < length)
-        width = int(used.sum(1).max()) if at.numel() else 0
-        order = torch.argsort(~used, dim=1, stable=True)[:, :width]
+        order, kept_at = text_slots(self["text_at"], length) if slots is None else slots
         tail = self.capacity - length
         for name in ("text_codes", "text_range"):
             b = self[name]
             kept = b.gather(2, order[:, None, :, None].expand(-1, b.shape[1], -1, b.shape[3]))
             self[name] = torch.nn.functional.pad(kept, (0, 0, 0, tail))
-        kept = torch.where(used.gather(1, order), at.gather(1, order), -1)
-        self["text_at"] = torch.nn.functional.pad(kept, (0, tail), value=-1)
-        self["state"][STATE_TEXT] = width - length
+        self["text_at"] = torch.nn.functional.pad(kept_at, (0, tail), value=-1)
+        self["state"][STATE_TEXT] = order.shape[1] - length
         self.prompt = length
         self.mark_dynamic()
 

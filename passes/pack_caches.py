@@ -57,7 +57,7 @@ def begin(state: GraphState, site: Site, write: CacheWrite, layout) -> None:
     nodes = [state.call(operator.getitem, packed, i) for i in range(len(layout.fields))]
     state.made[write.whole] = Buffers(layout, nodes)
     state.stored_uses[write.whole] = [(packed, 0)]
-    state.affine[write.whole] = affine
+    state.classes[write.whole], state.affine[write.whole] = classes, affine
 
 
 def extend(state: GraphState, site: Site, write: CacheWrite) -> None:

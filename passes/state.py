@@ -31,13 +31,17 @@ class Buffers:
 
 @dataclass
 class Packed:
-    """Graph output: consecutive buffers that become a new PackedKV of `length` tokens."""
+    """Graph output: consecutive buffers that become a new PackedKV of `length` tokens.
+
+    classes    name of the node that gave the tokens' classes: outputs that share it hold the same tokens as text
+    """
 
     layout: Layout
     length: Size
     prompt: Size
     static: bool
     owner: tuple[int | None, int | None]
+    classes: str
 
 
 @dataclass
@@ -166,6 +170,7 @@ class GraphState:
         self.made: dict[Node, Buffers] = {}  # the whole of a first/fill/converted cache -> new buffers
         self.shared: dict = {}  # nodes used by several sites: positions, masks of valid tokens, token classes
         self.vision: Node | None = None
+        self.classes: dict[Node, Node] = {}  # whole -> its tokens' classes
         self.affine: dict[Node, Node | None] = {}  # whole -> its affine buffer, where keys are centred or balanced
         self.unmatched: dict[Node, Node] = {}  # PackedKV placeholder -> the append of a read that was not matched
         self.appended: dict[Node, Appended] = {}  # returned node -> the PackedKV it stands for
@@ -276,7 +281,8 @@ class GraphState:
         """What the runtime needs to wrap the new buffers of a write."""
         length, tokens = shape(write.whole)[2], shape(write.new)[2]
         prompt = self.size(tokens if write.static else length)
-        return Packed(self.made[write.whole].layout, self.size(length), prompt, write.static, self.owner(site))
+        layout, classes = self.made[write.whole].layout, self.classes[write.whole].name
+        return Packed(layout, self.size(length), prompt, write.static, self.owner(site), classes)
 
     def owner(self, site: Site) -> tuple[int | None, int | None]:
         """Positions of the projections that make a site's keys and values."""

@@ -4,7 +4,9 @@ import pytest
 import torch
 
 import akvq_fx
+from akvq_fx import runtime
 from akvq_fx.kernels.layout import TEXT, VISION
+from akvq_fx.storage import text_slots
 from tests import attention_models as models
 from tests.attention_models import Decoder, VisionDecoder, captured, token_ids
 
@@ -56,6 +58,19 @@ def test_vision_tokens_are_found(placement):
     assert (after - step).abs().max() < 1
     assert [c.state.sites[0].policy for c in spy.captures][-1] == "TSA"
     assert int(vision_of(cache).sum()) == 8 and cache[0][0].shape[2] == 11
+
+
+def test_text_slots_are_asked_for_once_a_prompt(monkeypatch):
+    model, asked = VisionDecoder("masked_scatter"), []
+    monkeypatch.setattr(runtime, "text_slots", lambda *args: asked.append(args) or text_slots(*args))
+    (first, second), *_ = run_all(model, scene(), scene(10, 4))
+    assert len(asked) == 2
+    for (_, cache), (_, _, at_image) in zip((first, second), (scene(), scene(10, 4)), strict=True):
+        for key, _ in cache:  # three layers, whose keys hold the same text
+            text_at = key.storage["text_at"]
+            for row in range(2):
+                kept = text_at[row, text_at[row] >= 0]
+                assert torch.equal(kept, torch.nonzero(~at_image[row]).flatten().int())
 
 
 def test_token_types_by_name():
