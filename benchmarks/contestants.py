@@ -43,11 +43,12 @@ class Contestant:
             return self.call(self.prefill_call, ids, self.empty(len(ids), capacity))
         if not self.parts:
             raise ValueError(f"{self.title}: takes a prompt whole, got {rows} of {len(ids)} rows at a time")
-        logits, caches = zip(
-            *(self.call(self.prefill_call, part, self.empty(len(part), capacity)) for part in ids.split(rows)),
-            strict=True,
-        )
-        return torch.cat(logits), join_rows(list(caches))
+        logits, whole = [], None
+        for begin, part in enumerate(ids.split(rows)):
+            last, cache = self.call(self.prefill_call, part, self.empty(len(part), capacity))
+            logits.append(last)
+            whole = put_rows(whole, cache, begin * rows, len(ids))
+        return torch.cat(logits), whole
 
     def step(self, token: Tensor, cache) -> tuple[Tensor, object]:
         """token [B, 1] -> logits [B, V], and the cache one token longer."""
@@ -71,16 +72,33 @@ class Contestant:
             torch.cuda.empty_cache()
 
 
-def join_rows(caches: list) -> object:
-    """One growing cache with the rows of all, layer by layer, so that only one layer is there twice."""
-    whole = caches[0]
-    for number, layer in enumerate(whole.layers):
+def put_rows(whole, cache, begin: int, batch: int):
+    """A growing cache of `batch` rows with the rows of `cache` from `begin` on; the first call (whole is None) makes it of cache.
+
+    All its memory is taken then, in pieces that stay: joining parts at the end would want their memory twice and leave it in holes.
+    """
+    made = cache if whole is None else whole
+    for mine, theirs in zip(made.layers, cache.layers, strict=True):
         for name in ("keys", "values"):
-            joined = torch.cat([getattr(cache.layers[number], name) for cache in caches], 0)
-            for cache in caches:
-                setattr(cache.layers[number], name, None)
-            setattr(layer, name, joined)
-    return whole
+            x = getattr(theirs, name)
+            if whole is None:
+                setattr(mine, name, with_rows(x, batch))
+            for to, part in zip(buffers_of(getattr(mine, name)), buffers_of(x), strict=True):
+                if to.dim() > 1:  # all but a packed cache's state, which is the same for all rows
+                    to[begin : begin + len(part)] = part
+    return made
+
+
+def buffers_of(x: Tensor) -> list[Tensor]:
+    return x.storage.buffers if isinstance(x, PackedKV) else [x]
+
+
+def with_rows(x: Tensor, batch: int) -> Tensor:
+    """An unwritten tensor like x with another number of rows."""
+    if not isinstance(x, PackedKV):
+        return x.new_empty(batch, *x.shape[1:])
+    wider = lambda name, b: b.clone() if name == "state" else b.new_empty(batch, *b.shape[1:])
+    return PackedKV.view_of(x.storage.map(wider), x.shape[2])
 
 
 class Static(Contestant):

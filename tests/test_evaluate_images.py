@@ -78,6 +78,13 @@ def split_inputs(inputs):
     return prefix, rest
 
 
+def test_at_16_bits_rotary_frequencies_stay_float32(folder):
+    model = ImageTasks(folder, dtype=torch.float16)._loaded[0]
+    assert {weight.dtype for weight in model.parameters()} == {torch.float16}
+    frequencies = [buffer for name, buffer in model.named_buffers() if "inv_freq" in name]
+    assert frequencies and all(buffer.dtype == torch.float32 for buffer in frequencies)
+
+
 @torch.no_grad()
 def test_exact_match_is_greedy_decoding(llava):
     """An answer is right when, and only when, generate writes it and then the end token; its NLL is that of one full call."""

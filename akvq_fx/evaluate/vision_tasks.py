@@ -97,7 +97,9 @@ class ImageTasks:
     @functools.cached_property
     def _loaded(self) -> tuple[Any, Any, ModuleType, Tensor]:
         loader = module_at(self._folder / "load.py")
-        model, tokenizer = loader.load(dtype=self._dtype)
+        model, tokenizer = loader.load(dtype=torch.float32)
+        for weight in model.parameters():  # buffers stay: rotary frequencies at 16 bits are another model's
+            weight.data = weight.data.to(self._dtype)
         return model.eval().to(self._device), tokenizer, loader, self._bank.tensor()
 
     def _occurs(self, task: str) -> bool:
