@@ -33,7 +33,7 @@ from akvq_fx.passes.state import GraphState
 log = logging.getLogger(__name__)
 AUTO = "auto"
 FORMAT = "akvq-policy-1"
-# arXiv 2501.15021, table I: (layers, width, query heads, KV heads, head dim, vocabulary) -> TSA layers
+# arXiv 2501.15021, table I: (layers, width, query heads, KV heads, head dim, vocabulary) -> TSA layers; shapes as their config.json
 PAPER = {
     (32, 4096, 32, 32, 128, 32064): (0, 1),  # LLaVA-1.5-7B, LLaVA-1.6-vicuna-7B
     (32, 4096, 32, 8, 128, 32064): (),  # LLaVA-1.6-mistral-7B
