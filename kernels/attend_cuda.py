@@ -209,14 +209,18 @@ def _multiprocessors(index: int) -> int:
 @functools.cache
 def _compiled(index: int, layout: Layout, value_text_bits: int, tiles: int, columns: int, form: int) -> dict:
     """The kernels and the shared memory of the first; form is the kernel's MASK."""
-    head_dim, groups = layout.head_dim, layout.groups
-    many = tiles > 1 or head_dim > 128  # accumulators a lane: fewer blocks
-    macros = {"HEAD_DIM": head_dim, "BF16": int(layout.dtype == torch.bfloat16), "GROUPS": groups, "NT": tiles}
-    macros |= {"MT": DEPTH, "CC": columns, "SPLITS_MAX": SPLITS_MAX, "STAGES": STAGES, "WARPS": WARPS, "MASK": form}
-    macros |= {"TEXT_BITS": layout.text_bits, "VALUE_TEXT_BITS": value_text_bits}
-    macros |= {"BLOCKS": 2 if many else BLOCKS, "NORM": f"{order_of(head_dim) ** -0.5!r}f"}
-    tokens = 16 * DEPTH
-    stage = -(-2 * (tokens * head_dim // 4 + tokens * groups * 4) // 16) * 16
+    head_dim, tokens = layout.head_dim, 16 * DEPTH
+    stage = -(-2 * (tokens * head_dim // 4 + tokens * layout.groups * 4) // 16) * 16
     shared = WARPS * max(STAGES * stage, 4 * columns * tiles * head_dim * 4)  # rings of tiles, then outputs
-    kernels = nvrtc.compiled(index, "attend_cuda", ("attend", "combine"), tuple(macros.items()), shared)
-    return {**kernels, "shared": shared}
+    given = tuple(macros(layout, value_text_bits, tiles, columns, form).items())
+    return {**nvrtc.compiled(index, "attend_cuda", ("attend", "combine"), given, shared), "shared": shared}
+
+
+def macros(layout: Layout, value_text_bits: int, tiles: int, columns: int, form: int) -> dict[str, object]:
+    """What attend_cuda.cu calls compile-time."""
+    head_dim = layout.head_dim
+    many = tiles > 1 or head_dim > 128  # accumulators a lane: fewer blocks
+    given = {"HEAD_DIM": head_dim, "BF16": int(layout.dtype == torch.bfloat16), "GROUPS": layout.groups, "NT": tiles}
+    given |= {"MT": DEPTH, "CC": columns, "SPLITS_MAX": SPLITS_MAX, "STAGES": STAGES, "WARPS": WARPS, "MASK": form}
+    given |= {"TEXT_BITS": layout.text_bits, "VALUE_TEXT_BITS": value_text_bits}
+    return given | {"BLOCKS": 2 if many else BLOCKS, "NORM": f"{order_of(head_dim) ** -0.5!r}f"}
