@@ -170,7 +170,7 @@ def cache_like(graph: Graph) -> list[tuple[Node, str]]:
             and op(node.args[0]) in ("placeholder", *ALLOCATIONS)
             and op(node.args[1]) in ("roll", "getitem")
         ):
-            found.append((node.args[0], "the cache is overwritten as a whole (sliding window)"))
+            found.append((node.args[0], "the cache is overwritten as a whole (a rolling window, or a recurrent state)"))
     return found
 
 
