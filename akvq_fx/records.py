@@ -9,6 +9,7 @@ import weakref
 
 import torch
 
+from akvq_fx.kernels.layout import Layout
 from akvq_fx.passes.patterns.cache_write import is_packed
 from akvq_fx.passes.patterns.nodes import shape
 from akvq_fx.passes.patterns.site import Site
@@ -96,17 +97,17 @@ def row_of(site: Site, state: GraphState) -> SiteRow:
     values = site.value_rotation + (
         f": {site.value_reason}" if site.value_rotation == "online" and site.value_reason else ""
     )
-    return SiteRow(site.layer, site.label, status, site.rope, layout.head_dim, site.groups, site.policy, bits_of(layout), values,
+    return SiteRow(site.layer, site.label, status, site.rope, layout.head_dim, site.groups, site.policy,
+                   bits_of(layout, site.value_layout), values,
                    "; ".join(dict.fromkeys(site.notes)))  # fmt: skip
 
 
-def bits_of(layout) -> str:
-    """E.g. "recent 64: 16, pivots 15: 16, text: 4, vision: 2"."""
-    if layout.lossless:
+def bits_of(keys: Layout, values: Layout) -> str:
+    """E.g. "recent 64: 16, pivots 15: 16, keys of text: 4, rest: 2"."""
+    if keys.lossless:
         return "16"
-    parts = [f"recent {layout.window}: 16"] if layout.window else []
-    parts += [f"pivots {layout.pivots}: 16"] if layout.pivots else []
-    parts += (
-        [f"text: {layout.text_bits}, vision: {layout.body_bits}"] if layout.text_bits else [f"rest: {layout.body_bits}"]
-    )
-    return ", ".join(parts)
+    parts = [f"recent {keys.window}: 16"] if keys.window else []
+    parts += [f"pivots {keys.pivots}: 16"] if keys.pivots else []
+    if keys.text_bits:
+        parts.append(f"{'text' if values.text_bits else 'keys of text'}: {keys.text_bits}")
+    return ", ".join([*parts, f"rest: {keys.body_bits}"])

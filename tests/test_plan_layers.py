@@ -6,6 +6,7 @@ import torch
 import akvq_fx
 from akvq_fx import runtime
 from akvq_fx.kernels.layout import TEXT, VISION
+from akvq_fx.records import bits_of
 from akvq_fx.storage import text_slots
 from tests import attention_models as models
 from tests.attention_models import Decoder, VisionDecoder, captured, token_ids
@@ -108,6 +109,14 @@ def test_text_bits_of_later_layers(more, keys, values):
     (capture,) = captured(VisionDecoder("masked_scatter"), tokens, None, *images, options={**OPTIONS, **more})
     assert [site.key_layout.text_bits for site in capture.state.sites] == keys
     assert [site.value_layout.text_bits for site in capture.state.sites] == values
+
+
+def test_the_report_says_whose_text_has_more_bits():
+    tokens, *images = scene()
+    (capture,) = captured(VisionDecoder("masked_scatter"), tokens, None, *images, options={**OPTIONS, "recipe": "akvq"})
+    first, _, last = (bits_of(site.key_layout, site.value_layout) for site in capture.state.sites)
+    assert first == "recent 2: 16, text: 4, rest: 2"
+    assert last == "recent 2: 16, pivots 2: 16, keys of text: 4, rest: 2"
 
 
 @pytest.mark.parametrize(
