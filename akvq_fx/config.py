@@ -147,7 +147,7 @@ class AKVQConfig:
 
     @property
     def keeps_psa_text_keys(self) -> bool:
-        """PSA layers hold text at more bits than the rest, where it can be told apart."""
+        """PSA layers hold keys of text at more bits than the rest, where it can be told apart."""
         return self.psa_text_key_bits > self.body_bits
 
     @property

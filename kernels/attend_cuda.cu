@@ -272,7 +272,7 @@ __device__ __forceinline__ uint4 text_key(const Cache &key, long long slot, int 
 // Channel j * W + word of the value in a text slot, or where values have no text overlay at its token's place in the body.
 __device__ __forceinline__ u32 text_value(const Cache &value, long long slot, long long token, int j, int word) {
     if (VALUE_TEXT_BITS)
-        return number_of<4>(value.text + slot * TEXT_WORDS + (j & 1) * W, value.text_range + slot * 2 * NG, word, j / 2, j * NG / 8);
+        return number_of<TEXT_BITS>(value.text + slot * TEXT_WORDS + (j & 1) * W, value.text_range + slot * 2 * NG, word, j / 2, j * NG / 8);
     return number_of<2>((const u16 *)value.codes + token * W, (const u16 *)value.range + token * 2 * NG, word, j, j * NG / 8);
 }
 #endif
