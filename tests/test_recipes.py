@@ -1,6 +1,7 @@
 """Recipes: each method's arithmetic against loops over single numbers, its bits against the literature's, its options."""
 
 import dataclasses
+from functools import partial
 
 import pytest
 import torch
@@ -14,7 +15,8 @@ from akvq_fx.kernels.quantizer import dequantize, quantize
 from akvq_fx.kernels.rotate import reference as transform
 from akvq_fx.kernels.salience import key_affine
 from akvq_fx.recipes import RECIPES, SIMULATORS, Context, Simulation
-from akvq_fx.recipes.arithmetic import hadamard
+from akvq_fx.recipes.arithmetic import hadamard, round_trip_channels
+from akvq_fx.recipes.skvq import clusters, distances, lloyd
 from akvq_fx.recipes.turboquant import centroids
 from tests.kernel_cases import assert_same, few, randn, seeds
 
@@ -58,13 +60,18 @@ def kivi_values_loop(x, context, gains):
     return out
 
 
-def skvq_loop(x, context, gains):
+def skvq_loop(group, calibrate, x, context, gains):
     out = x.clone()
-    for t in range(2, context.past - 3):
-        side_by_side = channels_loop(
-            x[0, :, t].reshape(1, -1), 2, 32, 0.92, e4m3
-        )  # a group of 32 spans two heads of 16
-        out[0, :, t] = side_by_side.view(x.shape[1], -1)
+    first = x[0].transpose(0, 1).flatten(1)[:calibrate].T.tolist()
+    labels = [j // group for j in range(32)]  # a group of 32 spans two heads of 16
+    if calibrate:
+        labels = clusters(torch.tensor([(min(channel), max(channel)) for channel in first]), 32 // group).tolist()
+    for t in range(2, context.past - 3 if context.past >= calibrate else 0):
+        token = [x[0, j // 16, t, j % 16].item() for j in range(32)]
+        for label in set(labels):
+            at = [j for j in range(32) if labels[j] == label]
+            for j, v in zip(at, loop([token[j] for j in at], 2, 0.92, e4m3), strict=True):
+                out[0, j // 16, t, j % 16] = v
     return out
 
 
@@ -116,7 +123,8 @@ def fp8_loop(x, context, gains):
 LOOPS = {
     "kivi_keys(bits=2,group=2,residual=4)": kivi_keys_loop,
     "kivi_values(bits=2,group=8,residual=4)": kivi_values_loop,
-    "skvq(bits=2,group=32,window=3,sink=2,clip=0.92)": skvq_loop,
+    "skvq(bits=2,group=32,window=3,sink=2,clip=0.92,calibrate=0)": partial(skvq_loop, 32, 0),
+    "skvq(bits=2,group=8,window=3,sink=2,clip=0.92,calibrate=7)": partial(skvq_loop, 8, 7),
     "turboquant(bits=2)": turboquant_loop,
     "calibquant_keys(bits=1,shrink=0.5,shift=3)": lambda x, context, gains: calibquant_loop(x, context, 0.5),
     "calibquant_values(bits=1,shrink=0.3)": lambda x, context, gains: calibquant_loop(x, context, 0.3),
@@ -175,8 +183,10 @@ def test_a_settled_token_never_changes(text, T, seed):
 
 
 @pytest.mark.parametrize(
-    "text", ["kivi_values(bits=2,group=8,residual=4)", "skvq(bits=2,group=32,window=4,sink=2,clip=0.92)"]
-)
+    "text",
+    ["kivi_values(bits=2,group=8,residual=4)", "skvq(bits=2,group=32,window=4,sink=2,clip=0.92,calibrate=0)",
+     "skvq(bits=2,group=8,window=4,sink=2,clip=0.92,calibrate=4)"],
+)  # fmt: skip
 def test_recent_and_first_tokens_are_exact(text):
     x, context = case(20, 19)
     read = Simulation.parse(text).read(x, context)
@@ -193,6 +203,115 @@ def test_kivi_flushes_a_block_after_it_was_used():
         x, context = case(past + 1, past)
         changed = (simulation.read(x, context) != x).any(-1).any(1)[0]
         assert changed.tolist() == [t < settled for t in range(past + 1)]
+
+
+def interleaved(T):
+    """Tokens [1, 2, T, 16] of either sign in turn; every other channel is 100 times as large."""
+    sign = (-1.0) ** torch.arange(T)[:, None]
+    return (sign + randn(1, 2, T, 16) / 8) * torch.tensor([1.0, 100.0]).repeat(8)
+
+
+def skvq(x, past=None, group=8, window=3, calibrate=6):
+    text = f"skvq(bits=2,group={group},window={window},sink=2,clip=0.92,calibrate={calibrate})"
+    past = x.shape[2] if past is None else past
+    return Simulation.parse(text).read(x, Context(past, torch.zeros(x.shape[0], x.shape[2], dtype=torch.bool)))
+
+
+def channels(x, at):
+    """x [R, H, T, D] with the channels `at` of the heads laid side by side."""
+    return x.transpose(1, 2).flatten(2)[..., at].unflatten(2, (x.shape[1], -1)).transpose(1, 2)
+
+
+@given(seed=seeds, group=st.sampled_from((16, 32, 128)), dtype=st.sampled_from(tuple(DTYPES.values())))
+@few
+def test_skvq_without_calibration_has_groups_of_neighbours(seed, group, dtype):
+    x = randn(2, 2, 12, 16, seed=seed, dtype=dtype)
+    side_by_side = x[:, :, 2:8].transpose(1, 2).flatten(2)
+    due = round_trip_channels(side_by_side, 2, group if group < 128 else 16, 0.92, lambda v: v.to(e4m3).to(v.dtype))
+    due = torch.cat([x[:, :, :2], due.unflatten(2, (2, 16)).transpose(1, 2).to(dtype), x[:, :, 8:]], 2)
+    assert_same("as without reordering", due, skvq(x, 11, group, calibrate=0))
+    if group == 32:
+        assert_same("one group", due, skvq(x, 11, group))
+
+
+@given(seed=seeds, group=st.sampled_from((4, 8, 16, 32)), dtype=st.sampled_from(tuple(DTYPES.values())))
+@few
+def test_skvq_reads_the_same_in_any_order_of_channels(seed, group, dtype):
+    x = randn(2, 2, 14, 16, seed=seed, dtype=f64) * randn(1, 2, 1, 16, seed=seed + 1).exp()
+    x, order = x.to(dtype), torch.randperm(32, generator=torch.Generator().manual_seed(seed))
+    assert_same("permuted", channels(skvq(x, group=group), order), skvq(channels(x, order), group=group))
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=str)
+def test_skvq_puts_channels_of_one_size_in_one_group(dtype):
+    """In a group of neighbours the small ones would be lost."""
+    x = interleaved(40).to(dtype)
+    error = lambda calibrate: (skvq(x, group=16, calibrate=calibrate) - x)[..., 0::2].float().square().mean()
+    assert error(6) < error(0) / 100
+    small, large = torch.arange(0, 32, 2), torch.arange(1, 32, 2)
+    for at in (small, large):
+        alone = skvq(channels(x, at), group=16, calibrate=0)
+        assert_same("a group of its own", alone, channels(skvq(x, group=16), at))
+
+
+@given(seed=seeds, more=st.integers(1, 12), group=st.sampled_from((4, 8, 16)))
+@few
+def test_skvq_groups_by_first_tokens_and_for_good(seed, more, group):
+    """Later tokens, however large, and in several calls, leave what was read; before there is an order nothing is quantized."""
+    x = randn(1, 2, 12 + more, 16, seed=seed)
+    x[:, :, 12:, seed % 16] *= 1000
+    assert_same("earlier tokens", skvq(x[:, :, :12], group=group)[:, :, :9], skvq(x, group=group)[:, :, :9])
+    assert_same("the past alone", skvq(x[:, :, :12], group=group)[:, :, :9], skvq(x, 12, group)[:, :, :9])
+    other = x.clone()
+    other[:, :, 6:8] = randn(1, 2, 2, 16, seed=seed + 1) * 10
+    assert_same("beside others", skvq(x, group=group)[:, :, 8:], skvq(other, group=group)[:, :, 8:])
+    assert_same("no order yet", x, skvq(x, 9, group, window=0, calibrate=10))
+    changed = (skvq(x, 10, group, window=0, calibrate=10) != x).any(-1).any(1)[0]
+    assert changed.tolist() == [2 <= t < 10 for t in range(12 + more)]
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("t", [3, 9])
+def test_skvq_what_is_not_finite_stays_in_its_group(value, t):
+    x = interleaved(14)
+    spoilt = x.clone()
+    spoilt[0, 1, t, 4] = value  # a small channel; token 3 is one that groups are made by, token 9 is not
+    read, due = skvq(spoilt, group=16), skvq(x, group=16)
+    assert_same("large channels", due[..., 1::2], read[..., 1::2])
+    others = torch.arange(14) != t
+    assert_same("other tokens", due[:, :, others], read[:, :, others])
+    assert not torch.equal(due[:, :, t], read[:, :, t])
+
+
+@pytest.mark.parametrize("size", [0.0, 1.0, 1e-30, 3e38])
+@pytest.mark.parametrize("different", [1, 2, 32])
+@pytest.mark.parametrize("group", [1, 4, 32, 128])
+def test_skvq_of_few_different_channels_and_extreme_sizes(size, different, group):
+    x = (torch.arange(32) % different / 32 * size).view(1, 2, 1, 16).expand(2, 2, 12, 16)
+    for dtype in (torch.float32, torch.bfloat16):
+        read = skvq(x.to(dtype), group=group)
+        assert read.shape == x.shape and (read.isfinite().all() or size == 3e38)
+        if size < 3e38 and different <= 32 // group:  # only clip and e4m3 err
+            torch.testing.assert_close(read, x.to(dtype), rtol=0.15, atol=2e-3)
+
+
+@given(seed=seeds, count=st.integers(1, 6))
+@few
+def test_clusters_are_those_of_k_means(seed, count):
+    """Found where they are plain to see; else every point is nearest to the mean of its cluster, and none is empty."""
+    true = torch.arange(30).remainder(count)[torch.randperm(30, generator=torch.Generator().manual_seed(seed))]
+    centres = torch.stack([torch.arange(count) * 10.0, torch.arange(count) ** 2 * 7.0], 1)
+    labels = clusters(centres[true] + randn(30, 2, seed=seed) * 0.1, count)
+    assert ((labels[:, None] == labels) == (true[:, None] == true)).all()
+    points = randn(30, 2, seed=seed)
+    labels = clusters(points, count)
+    assert labels.unique().tolist() == list(range(count))
+    means = torch.stack([points[labels == label].mean(0) for label in range(count)])
+    assert_same("nearest", distances(points, means).argmin(1), labels)
+    assert_same("again", clusters(points, count), labels)
+    assert_same("scaled", clusters(points * 2.0**20, count), labels)
+    far = torch.tensor([[0.0, 0.0], [100.0, 100.0]])
+    assert_same("a centre of none", far[1], lloyd(points, far, 3)[1])
 
 
 @pytest.mark.parametrize("text", [text for text in LOOPS if "bits=" in text])
@@ -295,7 +414,11 @@ def test_bits_count_windows_and_ranges():
     at = lambda text, vision=0.0: Simulation.parse(text).bits(64, 4, 1000, vision)
     assert at("kivi_keys(bits=2,group=32,residual=128)") == pytest.approx((104 * 16 + 896 * 3) / 1000)
     assert at("kivi_values(bits=2,group=128,residual=128)") == pytest.approx((128 * 16 + 872 * 2.5) / 1000)
-    assert at("skvq(bits=2,group=128,window=128,sink=5,clip=0.92)") == pytest.approx((133 * 16 + 867 * 2.125) / 1000)
+    numbers = "skvq(bits=2,group=128,window=128,sink=5,clip=0.92,calibrate="
+    for calibrate, middle in ((0, 867), (128, 867), (1000, 867), (1001, 0)):  # the last: nothing is quantized yet
+        assert at(f"{numbers}{calibrate})") == pytest.approx(((1000 - middle) * 16 + middle * 2.125) / 1000)
+    long = Simulation.parse(f"{numbers}128)").bits(64, 3, 2**24)
+    assert long == pytest.approx(2.25, abs=1e-3)  # as many clusters as heads, where 128 does not divide
     assert at("calibquant_values(bits=1,shrink=0.3)", 0.6) == pytest.approx(0.4 * 16 + 0.6 + 0.032 + 8 / 256)
     assert at("smoothquant_keys(bits=2,group=128,alpha=0.5)") == pytest.approx(2.5 + 0.032)
     assert at("turboquant(bits=2)") == 2.25

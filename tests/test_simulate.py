@@ -23,7 +23,7 @@ SIMULATED = [name for name, recipe in RECIPES.items() if recipe.simulated]
 TEXTS = {
     "kivi_keys": "kivi_keys(bits=2,group=2,residual=4)",
     "kivi_values": "kivi_values(bits=2,group=8,residual=4)",
-    "skvq": "skvq(bits=2,group=32,window=3,sink=2,clip=0.92)",
+    "skvq": "skvq(bits=2,group=8,window=3,sink=2,clip=0.92,calibrate=6)",
     "turboquant": "turboquant(bits=2)",
     "calibquant_keys": "calibquant_keys(bits=1,shrink=0.5,shift=3)",
     "calibquant_values": "calibquant_values(bits=1,shrink=0.3)",
