@@ -9,10 +9,11 @@ so the peak is a maximum of integers, and the lower median is the largest v with
 bit by bit: 15 counts for 16-bit numbers, 31 for float32. Mode "topk" ranks the peaks of a batch row in one more program, as long
 as its registers hold them; else [B, T] numbers are left for the reference's own torch ops, a dozen launches.
 
-key_affine: a program holds CHUNK tokens of one head, a tile at a time, and adds up n, mean and M2 (the sum of squares around the
-mean) of each channel over tokens that are valid and finite; parts are combined by Chan's formula, in which nothing cancels even
-where the mean is far larger than the deviation. Queries need only their sum of squares. A program per key head then joins the
-chunks and writes its part of the map: three launches, since on a short prompt the host's time for each is what counts.
+key_affine: a program takes CHUNK tokens of one head or more, a tile at a time. Each place of the tile keeps n, mean and M2 (the
+sum of squares around the mean) of what passes there and is valid and finite, by Welford's update, so that no tile waits for a
+reduction; places, chunks and heads are combined by Chan's formula. In both nothing cancels even where the mean is far larger than
+the deviation. Queries need only their sum of squares. A program per key head then joins the chunks and writes its part of the
+map: three launches, since on a short prompt the host's time for each is what counts.
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ MAX_WIDTH = 16384  # numbers of a token that a program's registers hold
 MAX_DIM = 1024  # channels of a head: tiles of 16 tokens
 MAX_RANKED = 16384  # peaks of a batch row that a program's registers hold
 CHUNK = 256  # tokens a program reads of a head; its result is 3 float32 a channel, 2 % of what it read
-TILE_NUMBERS = 8192  # numbers of a tile
+CHUNK_MOST = 1024  # of a prompt that makes PROGRAMS even so: less to join
+PROGRAMS = 1056  # 8 a multiprocessor of an H100
+TILE_NUMBERS = 2048  # numbers of a tile: three in registers for each
 MOMENT_WARPS = 4
 JOIN_NUMBERS = 4096  # numbers of a tile of chunks: one for each of n, mean and M2 is in registers
 COUNT_TILE = 4096  # bytes of `valid` that are counted at once
@@ -174,7 +177,8 @@ def moments_kernel(
     channel = tl.arange(0, DP)
     real = channel < D
     head = x + batch * stride_b + lead % heads * stride_h
-    count, mean, spread = tl.zeros([DP], tl.float32), tl.zeros([DP], tl.float32), tl.zeros([DP], tl.float32)
+    count, mean = tl.zeros([TILE, DP], tl.float32), tl.zeros([TILE, DP], tl.float32)
+    spread = tl.zeros([TILE, DP], tl.float32)
     for start in range(0, CHUNK_T, TILE):
         token = chunk * CHUNK_T + start + tl.arange(0, TILE)
         live = token < tokens
@@ -186,31 +190,37 @@ def moments_kernel(
         counted = live[:, None] & (tl.abs(tile) < float("inf"))
         tile = tl.where(counted, tile, 0.0)
         if SQUARES:
-            spread += tl.sum(tile * tile, 0)
+            spread += tile * tile
         else:
-            more = tl.sum(counted.to(tl.float32), 0)
-            centre = tl.div_rn(tl.sum(tile, 0), tl.maximum(more, 1.0))  # what it misses by enters M2 squared
-            apart = tl.where(counted, tile - centre[None, :], 0.0)
-            count, mean, spread = joined(count, mean, spread, more, centre, tl.sum(apart * apart, 0))
+            count += counted.to(tl.float32)
+            step = tl.where(counted, tile - mean, 0.0)
+            mean += step * (1.0 / tl.maximum(count, 1.0))
+            spread += step * tl.where(counted, tile - mean, 0.0)
     if SQUARES:
-        tl.store(out + (lead * chunks + chunk) * D + channel, spread, mask=real)
+        tl.store(out + (lead * chunks + chunk) * D + channel, tl.sum(spread, 0), mask=real)
     else:
+        number = tl.sum(count, 0)
+        centre = tl.div_rn(tl.sum(count * mean, 0), tl.maximum(number, 1.0))  # what it misses by enters M2 squared
+        away = mean - centre[None, :]
         where = out + (lead * chunks + chunk) * 3 * D + channel
-        tl.store(where, count, mask=real)
-        tl.store(where + D, mean, mask=real)
-        tl.store(where + 2 * D, spread, mask=real)
+        tl.store(where, number, mask=real)
+        tl.store(where + D, centre, mask=real)
+        tl.store(where + 2 * D, tl.sum(spread + away * (count * away), 0), mask=real)
 
 
 def chunk_sums(x: Tensor, valid: Tensor | None, squares: bool) -> Tensor:
     """[B, H, chunks, D] float32 sums of squares, or [B, H, chunks, 3, D] n, mean, M2, over valid and finite tokens."""
     B, H, T, D = x.shape
-    chunks, wide = triton.cdiv(T, CHUNK), max(16, triton.next_power_of_2(D))
+    chunk = CHUNK
+    while chunk < CHUNK_MOST and B * H * triton.cdiv(T, 2 * chunk) >= PROGRAMS:
+        chunk *= 2
+    chunks, wide = triton.cdiv(T, chunk), max(16, triton.next_power_of_2(D))
     out = torch.empty((B, H, chunks, D) if squares else (B, H, chunks, 3, D), dtype=torch.float32, device=x.device)
     if out.numel():
         with torch.cuda.device_of(x):
             moments_kernel[(B * H, chunks)](
                 x, valid, out, H, T, chunks, *x.stride(), *((0, 0) if valid is None else valid.stride()),
-                D=D, DP=wide, TILE=min(CHUNK, TILE_NUMBERS // wide), CHUNK_T=CHUNK, SQUARES=squares,
+                D=D, DP=wide, TILE=min(CHUNK, TILE_NUMBERS // wide), CHUNK_T=chunk, SQUARES=squares,
                 num_warps=MOMENT_WARPS,
             )  # fmt: skip
     return out
