@@ -138,7 +138,7 @@ def stack_rows(tensors: list[PackedKV]) -> PackedKV:
         return NotImplemented
     stores = [t.storage for t in tensors]
     width = {name: max(s[name].shape[-1 if name == "text_at" else 2] for s in stores) for name in
-             ("text_at", "text_codes", "text_range") if name in stores[0].layout.fields}  # fmt: skip
+             ("text_at", "text_codes") if name in stores[0].layout.fields}  # fmt: skip
     if any(s[name].shape[-1 if name == "text_at" else 2] != width[name] for s in stores for name in width):
         return NotImplemented
     joined = stores[0].map(lambda name, b: b.clone() if name == "state" else torch.cat([s[name] for s in stores], 0))

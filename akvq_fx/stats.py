@@ -82,8 +82,7 @@ def cache_stats(cache: Any) -> CacheStats:
             layout = tensor.layout_of
             if layout.simulate:
                 method_bits.append(method_bits_of(tensor))
-            policy = "lossless" if layout.lossless else "TSA" if layout.text_bits else "PSA"
-            policy = "simulated" if layout.simulate else policy
+            policy = layout.policy.split()[0]
             if policy not in stats.tokens:
                 stats.tokens[policy] = token_counts(tensor)
         elif tensor.dim() >= 3 and tensor.numel():

@@ -86,10 +86,9 @@ class Storage:
         """
         order, kept_at = text_slots(self["text_at"], length) if slots is None else slots
         tail = self.capacity - length
-        for name in ("text_codes", "text_range"):
-            b = self[name]
-            kept = b.gather(2, order[:, None, :, None].expand(-1, b.shape[1], -1, b.shape[3]))
-            self[name] = torch.nn.functional.pad(kept, (0, 0, 0, tail))
+        b = self["text_codes"]
+        kept = b.gather(2, order[:, None, :, None].expand(-1, b.shape[1], -1, b.shape[3]))
+        self["text_codes"] = torch.nn.functional.pad(kept, (0, 0, 0, tail))
         self["text_at"] = torch.nn.functional.pad(kept_at, (0, tail), value=-1)
         self["state"][STATE_TEXT] = order.shape[1] - length
         self.prompt = length
@@ -100,7 +99,7 @@ class Storage:
         extra = capacity - self.capacity
         for name in self.layout.fields:
             b = self[name]
-            if name in ("codes", "range", "text_codes", "text_range"):
+            if name in ("codes", "range", "text_codes"):
                 self[name] = torch.nn.functional.pad(b, (0, 0, 0, extra))
             elif name in ("classes", "text_at"):
                 self[name] = torch.nn.functional.pad(b, (0, extra), value=PADDING if name == "classes" else -1)

@@ -115,11 +115,11 @@ def filled(layout: Layout, B: int, H: int, T: int, capacity: int, seed: int) -> 
         b["ring"][:, :, T:] = math.nan
     if not layout.text_bits:
         return cache
-    b["text_codes"][:, :, T:], b["text_range"][:, :, T:] = 0x5A5A, math.nan
+    b["text_codes"][:, :, T:] = 0x5A5A
     if B == 1:
         slots = torch.cat([(b["text_at"][0, :T] >= 0).nonzero()[:, 0], torch.arange(T, capacity)])
         b["state"][STATE_TEXT] = len(slots) - capacity
-        for name in ("text_codes", "text_range", "text_at"):
+        for name in ("text_codes", "text_at"):
             b[name] = b[name].index_select(1 if name == "text_at" else 2, slots)
     return list(b.values())
 
@@ -185,12 +185,13 @@ def write(module: str, lanes: bool, call: Write) -> None:
 
 def compare(due: dict[str, Tensor], got: dict[str, Tensor], layout: Layout, turned: bool) -> None:
     """Codes by what they stand for, in text slots only where there is text; whole numbers to the bit."""
-    for codes, range_, bits in (("codes", "range", layout.body_bits), ("text_codes", "text_range", layout.text_bits)):
-        if range_ in due:
-            tokens = [dequantize(b.pop(codes), b.pop(range_), bits, f32) for b in (due, got)]
-            if codes == "text_codes":
-                tokens = [t.masked_fill((due["text_at"] < 0)[:, None, :, None], 0) for t in tokens]
-            check(codes, *tokens, TURNED_LIMIT if turned else LIMIT)
+    limit = TURNED_LIMIT if turned else LIMIT
+    if layout.text_bits:
+        texts = (ops.read_text(b, layout).masked_fill((b["text_at"] < 0)[:, None, :, None], 0) for b in (due, got))
+        check("text", *texts, limit)
+        due.pop("text_codes"), got.pop("text_codes")
+    if "range" in due:
+        check("codes", *(dequantize(b.pop("codes"), b.pop("range"), layout.body_bits, f32) for b in (due, got)), limit)
     for name, buffer in due.items():
         if buffer.is_floating_point():
             check(name, buffer, got[name])

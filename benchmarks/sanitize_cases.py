@@ -120,7 +120,7 @@ WARPS = [  # a warp a token
     Write(two(256, bf16, "rotated", window=5, text_bits=4), (1, 2, 101), turn=True, many=True),
     Write(two(512, f32, "rotated"), (1, 2, 5), turn=True),
     Write(two(24, f32, "affine", body_bits=4, text_bits=8), (2, 3, 7), start=5, turn=True),
-    Write(two(40, bf16, group=10, body_bits=8, text_bits=2, window=3, pivots=1), (1, 3, 13), pivots=1, kinds=False),
+    Write(two(40, bf16, group=10, body_bits=2, text_bits=8, window=3, pivots=1), (1, 3, 13), pivots=1, kinds=False),
     Write(Layout(96, bf16, rotated=True, affine=True), (2, 2, 17), turn=True),
     Write(Layout(8, f16), (3, 5, 1), start=3),
     Write(two(64, f16, "affine", body_bits=4, window=64, pivots=5), (2, 3, 200), start=0, turn=True, many=True),

@@ -6,11 +6,12 @@
 // pack    four lanes a token, for a prompt at 2 bits. A lane holds runs of 8 channels, 8 * lane + 32 * run: only the butterflies of 8
 //         and 16 are lane exchanges, and rows are read, and words written, 16 bytes at a time. What is stored are 16-bit numbers, so
 //         a code is the count of three 16-bit thresholds that a number reaches, two numbers an instruction. Further warps turn the
-//         pivots. With `fresh` the buffers are unwritten memory, of which every byte outside ring and pivots is written. A text
-//         overlay is left to `append` with TEXT_ONLY, which does nothing else.
+//         pivots. With `fresh` the buffers are unwritten memory, of which every byte outside ring and pivots is written. Where text has
+//         more bits, `append` with TEXT_ONLY comes after it: it writes the text tokens' codes and ranges again and their lower bits.
 //
 // Compile-time: HEAD_DIM, DTYPE (0 fp16, 1 bf16, 2 fp32), TURN (0 no, 1 H x, 2 H((x - c) / s)), BITS and TEXT_BITS (2, 4, 8; 16: a
-// lossless body; 0: no text overlay), TEXT_ONLY, CLIP, TEXT_CLIP, GROUPS, NORM (the transform's, order**-0.5), WARPS.
+// lossless body; 0: no text overlay), LOW_WIDTH
+// (Layout.low_width), TEXT_ONLY, CLIP, TEXT_CLIP, GROUPS, NORM (the transform's, order**-0.5), WARPS.
 
 #undef INFINITY
 #define INFINITY __int_as_float(0x7f800000)
@@ -38,7 +39,6 @@ struct Params {
     void *ring;
     int *pivot_at;
     u16 *text_codes;
-    u16 *text_range;
     int *text_at;
     u16 *pivots;
     const int *chosen;
@@ -103,9 +103,23 @@ __device__ __forceinline__ void hadamard(float (&x)[N], int lane) {
     }
 }
 
+// Pack bits `shift` and up of the codes in scratch, B of each.
 template <int B>
-__device__ __forceinline__ void quantize(const float (&x)[N], float clip, u8 *scratch, u16 *codes, u16 *range, int lane) {
-    constexpr int WORDS = D * B / 16, TOP = (1 << B) - 1, SIZE = D / GROUPS;
+__device__ __forceinline__ void pack_words(const u8 *scratch, int shift, u16 *words, int lane) {
+    constexpr int COUNT = D * B / 16;
+#pragma unroll
+    for (int w = lane; w < COUNT; w += 32) {
+        u32 word = 0;
+#pragma unroll
+        for (int j = 0; j < 16 / B; j++) word |= (u32)(scratch[j * COUNT + w] >> shift) << B * j;
+        words[w] = (u16)word;
+    }
+}
+
+// Quantize to B bits: the upper BODY of a code to codes, the others, if any, to lower.
+template <int B, int BODY, int WIDTH>
+__device__ __forceinline__ void quantize(const float (&x)[N], float clip, u8 *scratch, u16 *codes, u16 *range, u16 *lower, int lane) {
+    constexpr int TOP = (1 << B) - 1, SIZE = D / GROUPS;
 #pragma unroll
     for (int g = 0; g < GROUPS; g++) {
         float low = INFINITY, high = -INFINITY;
@@ -137,12 +151,12 @@ __device__ __forceinline__ void quantize(const float (&x)[N], float clip, u8 *sc
         }
     }
     __syncwarp();
-#pragma unroll
-    for (int w = lane; w < WORDS; w += 32) {
-        u32 word = 0;
-#pragma unroll
-        for (int j = 0; j < 16 / B; j++) word |= (u32)scratch[j * WORDS + w] << B * j;
-        codes[w] = (u16)word;
+    pack_words<BODY>(scratch, B - BODY, codes, lane);
+    if (WIDTH) {
+        __syncwarp();
+        for (int i = lane; i < D; i += 32) scratch[i] &= (1 << (B - BODY)) - 1;
+        __syncwarp();
+        pack_words<WIDTH ? WIDTH : 8>(scratch, 0, lower, lane);
     }
     __syncwarp();
 }
@@ -199,13 +213,14 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) append(const __grid_con
 #pragma unroll
             for (int i = 0; i < N; i++) x[i] = rounded(x[i] * NORM);
         }
+        const bool as_text = TEXT_BITS && overlaid && kind == TEXT;
         if (!TEXT_ONLY && p.window && token >= p.tokens - p.window) {
             const i64 to = (lead * p.window + slot % p.window) * D;
 #pragma unroll
             for (int i = 0; i < N; i++)
                 if (lane + 32 * i < D) write(p.ring, to + lane + 32 * i, x[i]);
         }
-        const bool inside = !TEXT_ONLY && slot >= 0 && slot < p.capacity;
+        const bool inside = slot >= 0 && slot < p.capacity;
         const i64 place = lead * p.capacity + slot;
         if (inside) {
             if (BITS == 16) {
@@ -213,14 +228,18 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) append(const __grid_con
                 for (int i = 0; i < N; i++)
                     if (lane + 32 * i < D) write(p.codes, place * D + lane + 32 * i, x[i]);
             } else {
-                quantize<BITS == 16 ? 2 : BITS>(x, CLIP, scratch, (u16 *)p.codes + place * (D * BITS / 16), p.range + place * 2 * GROUPS, lane);
+                constexpr int BODY = BITS == 16 ? 2 : BITS;
+                u16 *codes = (u16 *)p.codes + place * (D * BODY / 16), *range = p.range + place * 2 * GROUPS;
+                u16 *lower = p.text_codes + (lead * p.text_capacity + overlay) * (D * LOW_WIDTH / 16);
+                if (as_text)
+                    quantize<TEXT_BITS ? TEXT_BITS : BODY, BODY, LOW_WIDTH>(x, TEXT_CLIP, scratch, codes, range, lower, lane);
+                else if (!TEXT_ONLY)
+                    quantize<BODY, BODY, 0>(x, CLIP, scratch, codes, range, nullptr, lane);
+                if (TEXT_BITS && !TEXT_ONLY && overlaid && !as_text)
+                    for (int i = lane; i < D * LOW_WIDTH / 16; i += 32) lower[i] = 0;
             }
         }
-        if (head == 0 && lane == 0 && inside) p.classes[(i64)batch * p.capacity + slot] = kind;
-        if (TEXT_BITS && overlaid) {
-            const i64 where = lead * p.text_capacity + overlay;
-            quantize<TEXT_BITS ? TEXT_BITS : 2>(x, TEXT_CLIP, scratch, p.text_codes + where * (D * TEXT_BITS / 16), p.text_range + where * 2 * GROUPS, lane);
-        }
+        if (!TEXT_ONLY && head == 0 && lane == 0 && inside) p.classes[(i64)batch * p.capacity + slot] = kind;
     }
     if (!TEXT_ONLY) finish(p, batch, head, first, worker, lane);
 }

@@ -26,7 +26,7 @@ PACKED_TOKENS = 64  # fewer are appended a warp each
 PACK_ROWS = 8  # tokens that a warp packs at a time
 MANY = 1 << 16  # rows: enough warps to fill a GPU even with SHARE tokens each
 POINTERS = ("x", "at", "kinds", "affine", "state", "classes", "codes", "range", "ring", "pivot_at")
-POINTERS += ("text_codes", "text_range", "text_at", "pivots", "chosen")
+POINTERS += ("text_codes", "text_at", "pivots", "chosen")
 SIZES = ("batch", "heads", "tokens", "share", "capacity", "text_capacity", "window", "pivot_count")
 SIZES += ("chosen_count", "fresh")
 
@@ -145,6 +145,7 @@ def macros(layout: Layout, form: int, fast: bool, text_only: bool = False) -> tu
         ),
         *(
             ("TEXT_BITS", 0 if fast else layout.text_bits),
+            ("LOW_WIDTH", 0 if fast else layout.low_width),
             ("TEXT_CLIP", exact(layout.text_clip)),
             ("TEXT_ONLY", int(text_only)),
             ("WARPS", WARPS),

@@ -38,11 +38,11 @@ struct Plan {
   float *peak, *mass, *sums;          // [B * H * splits][R], the same, [..][R][out_stride]
 
   Packed packed(const Cache& cache, int64_t head, int kind) const {
-    const bool body = kind == BODY;
-    const int64_t capacity = body ? cache.capacity : cache.text_capacity, bits = body ? cache.bits : cache.text_bits;
-    return {(body ? cache.codes : cache.text_codes) + head * capacity * (cache.head_dim * bits / 16),
-            (body ? cache.range : cache.text_range) + head * capacity * 2 * cache.groups,
-            bits, cache.head_dim, cache.groups, cache.dtype == F16};
+    const int64_t bits = kind == BODY ? cache.bits : cache.text_bits, D = cache.head_dim;
+    const bool text = kind == TEXT && bits;
+    return {cache.codes + head * cache.capacity * (D * cache.bits / 16), cache.range + head * cache.capacity * 2 * cache.groups,
+            text ? cache.text_codes + head * cache.text_capacity * (D * cache.low_width / 16) : nullptr,
+            bits, D, cache.groups, cache.bits, cache.low_width, cache.dtype == F16};
   }
 
   void dense_row(const Cache& cache, int64_t head, int64_t slot, float* out) const {
@@ -95,7 +95,7 @@ struct Plan {
       if (!n) continue;
       Tile& tile = my.tile;
       const Packed source = packed(key, head, kind);
-      tile.fill(source, slot, n);
+      tile.fill(source, slot, position, at * chunk, n);
       if (source.bits == 2) dot_rows<2>(tile, source, R, my.q_packed[kind], used[0][kind]);
       else if (source.bits == 4) dot_rows<4>(tile, source, R, my.q_packed[kind], used[0][kind]);
       else dot_rows<8>(tile, source, R, my.q_packed[kind], used[0][kind]);
@@ -173,7 +173,7 @@ struct Plan {
       if (!n) continue;
       Tile& tile = my.tile;
       const Packed source = packed(value, head, kind);
-      tile.fill(source, slot, n);
+      tile.fill(source, slot, position, at * chunk, n);
       for (int64_t r = 0; r < R; r++) {
         const float* p = my.scores + r * stride + position[0];
         if (position[n - 1] - position[0] != n - 1) {
@@ -275,6 +275,8 @@ Scratch take_scratch(Arena& arena, const Plan& plan) {
   my.tile.scale = arena.take<float>(rows * plan.stride);
   my.tile.lowest = arena.take<float>(rows * plan.stride);
   my.tile.rows = arena.take<float>((rows * plan.R + 1) * plan.stride);
+  my.tile.code = arena.take<uint8_t>(D);
+  my.tile.joined = arena.take<uint16_t>(D);
   my.q = arena.take<float>(plan.R * D);
   my.q_sum = arena.take<float>(plan.R * plan.key.groups);
   for (float*& q : my.q_packed) q = arena.take<float>(plan.R * plan.key.groups * (D + 16));

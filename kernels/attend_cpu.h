@@ -24,10 +24,9 @@ struct Cache {
   const void* pivots;
   const int32_t* pivot_at;
   const uint16_t* text_codes;
-  const uint16_t* text_range;
   const int32_t* text_at;
   const void* fresh;  // [B, H, fresh_count, D] in the cache's dtype
-  int64_t dtype, head_dim, groups, capacity, bits, window, pivot_count, text_bits, text_capacity;
+  int64_t dtype, head_dim, groups, capacity, bits, window, pivot_count, text_bits, low_width, text_capacity;
 };
 
 struct Call {
@@ -192,10 +191,17 @@ inline Floats code(Words w, int s) {
 template <int BITS>
 constexpr float weight(int s) { return s == 32 / BITS - 1 ? 1.0f : 1.0f / (1u << (BITS * s)); }
 
-// One packed source (body or text overlay) of one head.
+// [D * bits / 16] words -> [D] codes shifted up, laid over what out holds.
+inline void unpack_over(const uint16_t* words, int64_t head_dim, int64_t bits, int64_t up, uint8_t* out) {
+  const int64_t count = head_dim * bits / 16;
+  for (int64_t s = 0; s < 16 / bits; s++)
+    for (int64_t w = 0; w < count; w++) out[s * count + w] |= (words[w] >> bits * s & ((1 << bits) - 1)) << up;
+}
+
+// One packed source of one head: the body, or text, whose codes have their lower bits in an overlay.
 struct Packed {
-  const uint16_t *codes, *range;
-  int64_t bits, head_dim, groups;
+  const uint16_t *codes, *range, *lower;  // lower: null for the body
+  int64_t bits, head_dim, groups, body_bits, low_width;
   bool half;  // the cache's dtype is fp16
   int64_t words() const { return head_dim * bits / 16; }
   int64_t columns() const { return (words() + 1) / 2; }
@@ -205,6 +211,14 @@ struct Packed {
     return word < words() ? s % in_word * words() + word : -1;
   }
   int64_t group_of(int64_t channel) const { return channel / (head_dim / groups); }
+  // The words of a text token that stands at `place` of the body and in `slot` of the overlay.
+  void join(int64_t place, int64_t slot, uint8_t* code, uint16_t* out) const {
+    std::memset(code, 0, head_dim), std::memset(out, 0, 2 * words());
+    unpack_over(codes + place * (head_dim * body_bits / 16), head_dim, body_bits, bits - body_bits, code);
+    unpack_over(lower + slot * (head_dim * low_width / 16), head_dim, low_width, 0, code);
+    for (int64_t s = 0; s < 16 / bits; s++)
+      for (int64_t w = 0; w < words(); w++) out[w] |= uint16_t(code[s * words() + w]) << bits * s;
+  }
 };
 
 // Tokens of one packed source in one chunk, a token per lane.
@@ -212,20 +226,25 @@ struct Tile {
   uint32_t* columns;      // [columns][stride]
   float *scale, *lowest;  // [groups][stride]
   float* rows;            // [groups * R][stride], products or weights
+  uint8_t* code;          // [D] and
+  uint16_t* joined;       // [words] of one text token
   int64_t stride, count, padded;
 
-  void fill(const Packed& source, const int32_t* slot, int64_t n) {
+  // place: of n tokens, counted from `first`; slot: of the body, the same counted from 0, of text those of the overlay
+  void fill(const Packed& source, const int32_t* slot, const int32_t* place, int64_t first, int64_t n) {
     count = n, padded = round_up(n, BLOCK);
     const int64_t words = source.words(), groups = source.groups, step = stride;
+    const int64_t stored = source.head_dim * source.body_bits / 16;  // words of a token in the body
     const uint16_t *codes = source.codes, *ranges = source.range;
     for (int64_t t = -PREFETCH; t < n; t++) {
       if (t + PREFETCH < n) {  // slots may lie apart, where the processor's own prefetching does not help
-        const int64_t next = slot[t + PREFETCH];
-        for (int64_t w = 0; w < words; w += LINE) __builtin_prefetch(codes + next * words + w);
+        const int64_t next = first + place[t + PREFETCH];
+        for (int64_t w = 0; w < stored; w += LINE) __builtin_prefetch(codes + next * stored + w);
         __builtin_prefetch(ranges + next * 2 * groups);
       }
       if (t < 0) continue;
-      const uint16_t* from = codes + slot[t] * words;
+      if (source.lower) source.join(first + place[t], slot[t], code, joined);
+      const uint16_t* from = source.lower ? joined : codes + slot[t] * words;
       uint32_t* to = columns + t;
       int64_t c = words;
       for (; c >= 4; c -= 4, from += 4, to += 2 * step) {
@@ -242,7 +261,7 @@ struct Tile {
       float *s = scale + g * step, *m = lowest + g * step;
       uint32_t* both = reinterpret_cast<uint32_t*>(rows);
       for (int64_t t = 0; t < n; t++) {
-        const uint16_t* r = ranges + slot[t] * 2 * groups + g;
+        const uint16_t* r = ranges + (first + place[t]) * 2 * groups + g;
         both[t] = r[0] | uint32_t(r[groups]) << 16;
       }
       for (int64_t t = 0; t < n; t++) s[t] = from_half(both[t] & 0xffff), m[t] = from_half(both[t] >> 16);

@@ -46,8 +46,9 @@ EXTRA_FLAGS = (("-march=native", "-fopenmp"), ("-march=native",), ("-fopenmp",),
 class Cache(ctypes.Structure):
     """Buffers of one packed tensor, as struct Cache of attend_cpu.h."""
 
-    POINTERS = ("state", "codes", "range", "ring", "pivots", "pivot_at", "text_codes", "text_range", "text_at", "fresh")
-    SIZES = ("dtype", "head_dim", "groups", "capacity", "bits", "window", "pivot_count", "text_bits", "text_capacity")
+    POINTERS = ("state", "codes", "range", "ring", "pivots", "pivot_at", "text_codes", "text_at", "fresh")
+    SIZES = ("dtype", "head_dim", "groups", "capacity", "bits", "window", "pivot_count", "text_bits")
+    SIZES += ("low_width", "text_capacity")
     _fields_ = [(name, ctypes.c_void_p) for name in POINTERS] + [(name, ctypes.c_int64) for name in SIZES]
 
 
@@ -114,7 +115,7 @@ def pointers(cache: list[Tensor], layout: Layout, fresh: Tensor | None) -> Cache
     return Cache(
         *(cache[at[name]].data_ptr() if name in at else 0 for name in Cache.POINTERS[:-1]),
         *(address(fresh), DTYPES[layout.dtype], layout.head_dim, layout.groups, cache[at["codes"]].shape[2]),
-        *(layout.body_bits, layout.window, layout.pivots, layout.text_bits, text_capacity),
+        *(layout.body_bits, layout.window, layout.pivots, layout.text_bits, layout.low_width, text_capacity),
     )
 
 

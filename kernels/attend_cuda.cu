@@ -8,6 +8,9 @@
 // (fp16: 64, 16 or 4; bf16: 128, 32 or 8). The offsets leave by linearity: the score accumulators start at -sum(offset * q), and
 // offset * sum(p') is taken off the output once, at the end. Scales and minima multiply scores and probabilities, never elements.
 //
+// A text token's code has its upper bits in the body and its lower ones in the overlay, two each: q.(4 upper + lower) is two products of the
+// same kind. Its tiles are gathered by position; a lane's part of one arrives as the body's does.
+//
 // Compile-time: HEAD_DIM (multiple of 16), BF16 (0: fp16), GROUPS (1, 2 or 4 scales a head), NT (tiles of 8 query rows), CC (1 where a
 // block has up to 4 query rows, else 2), MT, STAGES, WARPS, BLOCKS (at least so many on a multiprocessor), SPLITS_MAX, NORM (the transform's, order**-0.5),
 // MASK (0 none, 1 bool and the same for all rows of a block, 2 any), TEXT_BITS (4: keys have a text overlay; 0: there is none),
@@ -30,6 +33,10 @@ constexpr bool PAIRED = W % 16 == 0;                 // a lane takes two words o
 constexpr int VR = PAIRED ? W / 16 : (W + 7) / 8;    // loads a lane makes of a value
 constexpr int OT = PAIRED ? 8 * VR : 4 * VR;         // output tiles of 16 channels
 constexpr int TILE = 16 * MT;
+#if TEXT_BITS
+constexpr u8 TEXT = 1;  // the class of tokens that the text overlay is read for; a pivot is none of them
+#endif
+static_assert(!TEXT_BITS || (TEXT_BITS == 4 && TILE == 32), "two bits above and two below; a lane has one token's position");
 constexpr u32 ALL = 0xffffffffu;
 
 struct Cache {
@@ -38,8 +45,7 @@ struct Cache {
     const u16 *ring;     // [B, H, window, D]
     const u16 *pivots;   // [B, H, pivots, D]
     const u16 *fresh;    // [B, H, fresh_count, D] or null
-    const u16 *text;     // [B, H, text_capacity, D * TEXT_BITS / 16]
-    const u16 *text_range; // [B, H, text_capacity, 2 * NG] fp16
+    const u16 *text;     // [B, H, text_capacity, W]: the lower bits of text tokens
 };
 
 struct Params {
@@ -83,6 +89,11 @@ __device__ __forceinline__ u32 pack_bf16(float lo, float hi) {
     return d;
 }
 __device__ __forceinline__ u32 pack_native(float lo, float hi) { return BF16 ? pack_bf16(lo, hi) : pack_half(lo, hi); }
+__device__ __forceinline__ u32 four_times(u32 pair) {  // of bf16
+    u32 d;
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(pair), "r"(0x40804080u), "r"(0x80008000u));
+    return d;
+}
 __device__ __forceinline__ float exp2_fast(float x) {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -144,9 +155,12 @@ __device__ __forceinline__ int value_word(int g, int v) { return PAIRED ? 2 * (g
 // Token of a 16-token tile that fragment row g means: such that one load of values takes four tokens side by side.
 __device__ __forceinline__ int token_of_row(int g) { return (g >> 1) + 4 * (g & 1); }
 
-// One tile in shared memory: codes of keys (rows in the order in which fragments take them) and values, then their ranges.
+// One tile in shared memory: codes of keys (rows in the order in which fragments take them) and values, then their ranges; of text
+// tokens also the lower bits of keys and values, and positions.
 constexpr int CODE_BYTES = TILE * W * 2, RANGE_BYTES = TILE * NG * 4;
-constexpr int STAGE_BYTES = (2 * (CODE_BYTES + RANGE_BYTES) + 15) / 16 * 16;
+constexpr int KEY_LOWER = 2 * (CODE_BYTES + RANGE_BYTES), VALUE_LOWER = KEY_LOWER + (TEXT_BITS ? CODE_BYTES : 0);
+constexpr int POSITIONS = VALUE_LOWER + (VALUE_TEXT_BITS ? CODE_BYTES : 0);
+constexpr int STAGE_BYTES = (POSITIONS + (TEXT_BITS ? TILE * 4 : 0) + 15) / 16 * 16;
 constexpr int CHUNK = W % 8 == 0 ? 16 : 4;                // bytes of one cp.async
 constexpr int ROW_CHUNKS = W * 2 / CHUNK;
 
@@ -188,6 +202,30 @@ struct Stream {
             copy_async<4>(to + 2 * CODE_BYTES + RANGE_BYTES + (lane + 32 * i) * 4, vr + ranges + 128 * i);
         }
     }
+    // The same of text tokens: this lane's stands at `position` of the body, or has none (-1), and those of the tile in slots `first`, ...
+    __device__ __forceinline__ void gather(int stage, const Params &p, long long bh, int first, int position) const {
+        const u32 to = at(stage);
+        const long long slots = bh * p.text_capacity;
+#pragma unroll
+        for (int i = 0; i < CODE_BYTES / CHUNK / 32; i++) {
+            const int chunk = lane + 32 * i, token = chunk / ROW_CHUNKS, part = chunk % ROW_CHUNKS;
+            const long long from = (long long)max(__shfl_sync(ALL, position, token), 0) * (W * 2) + (part - lane) * CHUNK;
+            const long long lower = (slots + min(first + token, p.text_capacity - 1)) * (W * 2) + part * CHUNK;
+            const u32 key_row = to + (row_of_token(token) * ROW_CHUNKS + part) * CHUNK, value_row = to + CODE_BYTES + chunk * CHUNK;
+            copy_async<CHUNK>(key_row, k + from);
+            copy_async<CHUNK>(value_row, v + from);
+            copy_async<CHUNK>(key_row + KEY_LOWER, (const u8 *)p.key.text + lower);
+            if (VALUE_TEXT_BITS) copy_async<CHUNK>(value_row - CODE_BYTES + VALUE_LOWER, (const u8 *)p.value.text + lower);
+        }
+#pragma unroll
+        for (int i = 0; i < TILE * NG / 32; i++) {
+            const int word = lane + 32 * i;
+            const long long from = (long long)max(__shfl_sync(ALL, position, word / NG), 0) * (NG * 4) + (word % NG - lane) * 4;
+            copy_async<4>(to + 2 * CODE_BYTES + word * 4, kr + from);
+            copy_async<4>(to + 2 * CODE_BYTES + RANGE_BYTES + word * 4, vr + from);
+        }
+        asm volatile("st.shared.b32 [%0], %1;" ::"r"(to + POSITIONS + lane * 4), "r"(position) : "memory");
+    }
     static __device__ __forceinline__ void commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
     template <int PENDING>
     static __device__ __forceinline__ void wait() { asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory"); }
@@ -207,6 +245,11 @@ __device__ __forceinline__ void read_shared(u32 (&to)[N], u32 from) {
 #pragma unroll
         for (int i = 0; i < N; i++) asm volatile("ld.shared.b32 %0, [%1];" : "=r"(to[i]) : "r"(from + 4 * i));
     }
+}
+__device__ __forceinline__ int read_int(u32 from) {
+    int x;
+    asm volatile("ld.shared.b32 %0, [%1];" : "=r"(x) : "r"(from));
+    return x;
 }
 __device__ __forceinline__ u32 read_word(u32 from) {
     u16 x;
@@ -234,74 +277,6 @@ __device__ __forceinline__ float load_mask(const Params &p, long long at) {
               : p.mask_kind == 3 ? bf16_to_float(((const u16 *)p.mask)[at])
                                  : ((const float *)p.mask)[at];
     return x * 1.44269504f;
-}
-
-#if TEXT_BITS
-constexpr float HALF_MAX = 65504.f;
-constexpr u8 TEXT = 1;  // the class of tokens that the text overlay is read for; a pivot is none of them
-
-constexpr int TEXT_WORDS = 2 * W;
-static_assert(TEXT_BITS == 4, "code j of a word is channel j * 2 * W + word");
-
-// Code j of a word as a number in the cache's dtype.
-template <int BITS>
-__device__ __forceinline__ u16 number_of(const u16 *codes, const u16 *range, int word, int j, int group) {
-    const int code = __ldg(codes + word) >> BITS * j & ((1 << BITS) - 1);
-    float x = __fadd_rn(__fmul_rn(code, half_to_float(__ldg(range + group))), half_to_float(__ldg(range + NG + group)));
-    if (!BF16 && fabsf(x) > HALF_MAX) x = copysignf(HALF_MAX, x);  // the rounded scale may lead a step past fp16
-    return (u16)pack_native(x, 0.f);
-}
-// x / size, for x below count * size, without a division.
-__device__ __forceinline__ int part_of(int x, int size, int count) {
-    int part = 0;
-#pragma unroll
-    for (int i = 1; i < count; i++) part += x >= i * size;
-    return part;
-}
-// Channels channel, ... + 7 of the key in a text slot.
-__device__ __forceinline__ uint4 text_key(const Cache &key, long long slot, int channel) {
-    const u16 *codes = key.text + slot * TEXT_WORDS, *range = key.text_range + slot * 2 * NG;
-    u32 pair[4] = {};
-#pragma unroll
-    for (int x = 0; x < 8; x++) {
-        const int j = part_of(channel + x, TEXT_WORDS, 4), group = part_of(channel + x, D / NG, NG);
-        pair[x / 2] |= (u32)number_of<TEXT_BITS>(codes, range, channel + x - j * TEXT_WORDS, j, group) << 16 * (x & 1);
-    }
-    return make_uint4(pair[0], pair[1], pair[2], pair[3]);
-}
-// Channel j * W + word of the value in a text slot, or where values have no text overlay at its token's place in the body.
-__device__ __forceinline__ u32 text_value(const Cache &value, long long slot, long long token, int j, int word) {
-    if (VALUE_TEXT_BITS)
-        return number_of<TEXT_BITS>(value.text + slot * TEXT_WORDS + (j & 1) * W, value.text_range + slot * 2 * NG, word, j / 2, j * NG / 8);
-    return number_of<2>((const u16 *)value.codes + token * W, (const u16 *)value.range + token * 2 * NG, word, j, j * NG / 8);
-}
-#endif
-
-// A tile of 16 tokens as numbers in the cache's dtype, all loads setting out together: a lane takes 8 channels of two keys at a time,
-// key_at(row, channel), and of four values what its accumulators stand for, value_at(y, j, word) of token 4 * y + t.
-template <class Keys, class Values>
-__device__ __forceinline__ void load_wide(uint4 (&key)[(D + 31) / 32][2], u32 (&wide)[OT][PAIRED ? 1 : 2][4], u32 live, int g, int t,
-                                          Keys key_at, Values value_at) {
-#pragma unroll
-    for (int i = 0; i < (D + 31) / 32; i++)
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
-            const int row = token_of_row(g) + 8 * half, channel = 8 * (t + 4 * i);
-            key[i][half] = {};
-            if (live >> row & 1 && channel < D) key[i][half] = key_at(row, channel);
-        }
-#pragma unroll
-    for (int y = 0; y < 4; y++) {
-        const bool token_live = live >> (4 * y + t) & 1;
-#pragma unroll
-        for (int o = 0; o < OT; o++)
-#pragma unroll
-            for (int half = 0; half < (PAIRED ? 1 : 2); half++) {
-                const int word = value_word(g, PAIRED ? o / 8 : o / 4), j = PAIRED ? o % 8 : 2 * (o % 4) + half;
-                wide[o][half][y] = 0;
-                if (token_live && word < W) wide[o][half][y] = value_at(y, j, word);
-            }
-    }
 }
 
 // What a warp has accumulated: for its columns 2t, 2t + 1 of every query tile.
@@ -403,6 +378,74 @@ struct Query {
     float factor[NT][CC];         // q as stored * factor = q * scale * log2(e)
 };
 
+// c += q (offset + code) for the 16 keys whose rows of words stand in shared memory from `rows` on.
+__device__ __forceinline__ void add_products(float (&c)[NT][NG][4], const Query &q, u32 rows, int g, int t) {
+    u32 words[2][R];
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        const u32 row = rows + (8 * half + g) * (W * 2);
+        if (CONTIGUOUS) {
+            read_shared(words[half], row + 2 * key_word(t, 0));
+        } else {
+#pragma unroll
+            for (int r = 0; r < R; r++) {
+                u32 word[1] = {0};
+                if (key_word(t, r) < W) read_shared(word, row + 2 * key_word(t, r));
+                words[half][r] = word[0];
+            }
+        }
+    }
+#pragma unroll
+    for (int r = 0; r < R; r++) {
+        HalfCodes upper(words[0][r]), lower(words[1][r]);
+#pragma unroll
+        for (int j = 0; j < 8; j += 2)
+#pragma unroll
+            for (int n = 0; n < NT; n++)
+                mma<true>(c[n][j * NG / 8], upper[j], lower[j], upper[j + 1], lower[j + 1], q.f[n][8 * r + j], q.f[n][8 * r + j + 1]);
+    }
+}
+
+// sums.o += b (offset + code) for 16 values, likewise, and sums.p += b.
+__device__ __forceinline__ void add_values(Sums &sums, const u32 (&b)[NT][NG][2], u32 rows, int g, int t) {
+    constexpr u32 ONES = 0x3F803F80u;
+#pragma unroll
+    for (int n = 0; n < NT; n++)
+#pragma unroll
+        for (int a = 0; a < NG; a++) mma<false>(sums.p[n][a], ONES, ONES, ONES, ONES, b[n][a][0], b[n][a][1]);
+#pragma unroll
+    for (int v = 0; v < VR; v++) {
+        u32 x[4];
+#pragma unroll
+        for (int y = 0; y < 4; y++) {
+            const u32 from = rows + (4 * y + t) * (W * 2) + 2 * value_word(g, v);
+            if (PAIRED) {
+                u32 word[1];
+                read_shared(word, from);
+                x[y] = word[0];
+            } else {
+                x[y] = value_word(g, v) < W ? read_word(from) : 0;
+            }
+        }
+        if (PAIRED) {
+            Bf16Codes x01(__byte_perm(x[0], x[1], 0x5410)), y01(__byte_perm(x[0], x[1], 0x7632));
+            Bf16Codes x23(__byte_perm(x[2], x[3], 0x5410)), y23(__byte_perm(x[2], x[3], 0x7632));
+#pragma unroll
+            for (int j = 0; j < 8; j++)
+#pragma unroll
+                for (int n = 0; n < NT; n++)
+                    mma<false>(sums.o[n][8 * v + j], x01[j], y01[j], x23[j], y23[j], b[n][j * NG / 8][0], b[n][j * NG / 8][1]);
+        } else {
+            Bf16Codes x01(x[0] | x[1] << 16), x23(x[2] | x[3] << 16);
+#pragma unroll
+            for (int j = 0; j < 8; j += 2)
+#pragma unroll
+                for (int n = 0; n < NT; n++)
+                    mma<false>(sums.o[n][4 * v + j / 2], x01[j], x01[j + 1], x23[j], x23[j + 1], b[n][j * NG / 8][0], b[n][j * NG / 8][1]);
+        }
+    }
+}
+
 extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) attend(const __grid_constant__ Params p) {
     extern __shared__ __align__(16) u8 shared[];  // the warps' rings of tiles; afterwards their outputs
     constexpr int PITCH = D + 8;
@@ -429,19 +472,42 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) attend(const __
     // gets fewer of these.
     const int workers = p.splits * WARPS, worker = split * WARPS + warp;
     const int ring_tiles = (p.window + 15) / 16, pivot_tiles = (p.pivots + 15) / 16, fresh_tiles = (p.fresh_count + 15) / 16;
-    const int text_first = ring_tiles + pivot_tiles + fresh_tiles;
+    const int wide_tiles = ring_tiles + pivot_tiles + fresh_tiles;
     const int text_slots = TEXT_BITS ? min(max(end + p.state[2], 0), p.text_capacity) : 0;
-    const int wide_tiles = text_first + (text_slots + 15) / 16, extra = wide_tiles % workers;
     const int tiles = (body_end + TILE - 1) / TILE, last_start = max(body_end - TILE, 0);
+    // text tiles go round after the wide ones; a worker takes its own before its share of the body, counted down to where that begins
+    const int text_tiles = (text_slots + TILE - 1) / TILE, text_begin = (worker - wide_tiles % workers + workers) % workers;
+    const int text_count = text_begin < text_tiles ? (text_tiles - text_begin - 1) / workers + 1 : 0;
+    const int extra = (wide_tiles + text_tiles) % workers;
     constexpr int WIDE_COST = 2;
     const float share = max((float)(tiles - WIDE_COST * (extra ? workers - extra : 0)), 0.f) / workers;
     const float more = extra ? fminf(WIDE_COST, (tiles - share * workers) / (workers - extra)) : 0.f;
-    int number = min((int)(share * worker + more * max(worker - extra, 0) + 0.5f), tiles);
+    const int body_first = min((int)(share * worker + more * max(worker - extra, 0) + 0.5f), tiles);
+    int number = body_first - text_count;
     const int last_tile = worker + 1 == workers ? tiles : min((int)(share * (worker + 1) + more * max(worker + 1 - extra, 0) + 0.5f), tiles);
     const Stream stream(p, (long long)bh * p.capacity, (u32)__cvta_generic_to_shared(shared) + warp * STAGES * STAGE_BYTES, lane);
+    auto text_slot = [&](int tile) { return (text_begin + (tile - body_first + text_count) * workers) * TILE + lane; };
+    auto text_position = [&](int tile) {
+        const int slot = tile < body_first ? text_slot(tile) : text_slots;
+        return slot < text_slots ? p.text_at[(long long)batch * p.text_capacity + slot] : -1;
+    };
+    int position_ahead = TEXT_BITS ? text_position(number) : -1;  // of the text tile to be fetched next: codes need not wait for it
+    auto fetch = [&](int stage, int tile) {
+        if (!TEXT_BITS || tile >= body_first) {
+            stream.fetch(stage, min(tile * TILE, last_start));
+            return;
+        }
+        int position = position_ahead;
+        position_ahead = text_position(tile + 1);
+        if (position >= stored || (position >= ring_start && position < ring_end)) position = -1;
+        for (int i = 0; i < min(p.pivots, 32); i++)
+            if (position == __shfl_sync(ALL, pivot, i)) position = -1;  // a pivot is read from its overlay
+        if (MASK == 1 && position >= 0 && !((const u8 *)p.mask)[mask_base + position * p.mask_t]) position = -1;
+        stream.gather(stage, p, bh, text_slot(tile) - lane, position);
+    };
 #pragma unroll
     for (int i = 0; i < STAGES - 1; i++) {
-        if (number + i < last_tile) stream.fetch(i, min((number + i) * TILE, last_start));
+        if (number + i < last_tile) fetch(i, number + i);
         stream.commit();
     }
 
@@ -523,13 +589,6 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) attend(const __
             slot += 16 * (i - ring_tiles), count = p.pivots, keys = p.key.pivots, values = p.value.pivots;
             position = __shfl_sync(ALL, pivot, min(slot, 31));
             if (slot >= count || position >= stored || (position >= ring_start && position < ring_end)) position = -1;
-#if TEXT_BITS
-        } else if (i >= text_first) {
-            slot += 16 * (i - text_first), count = p.text_capacity, keys = p.key.text, values = p.value.text;
-            position = slot < text_slots ? p.text_at[batch * p.text_capacity + slot] : -1;
-            if (position >= stored || (position >= ring_start && position < ring_end)) position = -1;
-            if (position >= 0 && p.classes[(long long)batch * p.capacity + position] != TEXT) position = -1;
-#endif
         } else {
             slot += 16 * (i - ring_tiles - pivot_tiles), count = p.fresh_count, keys = p.key.fresh, values = p.value.fresh;
             position = slot < count && fresh_start + slot < seen_end ? fresh_start + slot : -1;
@@ -545,30 +604,29 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) attend(const __
         bool row_live[2];
 #pragma unroll
         for (int half = 0; half < 2; half++) row_live[half] = live >> (token_of_row(g) + 8 * half) & 1;
+        // all loads set out together: 8 channels of two keys at a time, and of four values what this lane's accumulators stand for
         uint4 key[(D + 31) / 32][2];
         u32 wide[OT][PAIRED ? 1 : 2][4];
-#if TEXT_BITS
-        if (i >= text_first) {
-            const long long slots = (long long)bh * p.text_capacity + base, tokens = (long long)bh * p.capacity;
-            int at[4];
 #pragma unroll
-            for (int y = 0; y < 4; y++) at[y] = __shfl_sync(ALL, position, 4 * y + t);
-            auto key_at = [&](int row, int channel) { return text_key(p.key, slots + row, channel); };
-            auto value_at = [&](int y, int j, int word) {
-                const long long slot = slots + 4 * y + t, token = tokens + at[y];
-                const u32 number = text_value(p.value, slot, token, j, word);
-                return PAIRED ? number | text_value(p.value, slot, token, j, word + 1) << 16 : number;
-            };
-            load_wide(key, wide, live, g, t, key_at, value_at);
-        } else
-#endif
-        {
-            auto key_at = [&](int row, int channel) { return __ldg((const uint4 *)(keys + (long long)(base + row) * D + channel)); };
-            auto value_at = [&](int y, int j, int word) -> u32 {
-                const u16 *value = values + (long long)(base + 4 * y + t) * D + j * W + word;
-                return PAIRED ? __ldg((const u32 *)value) : __ldg(value);
-            };
-            load_wide(key, wide, live, g, t, key_at, value_at);
+        for (int i_ = 0; i_ < (D + 31) / 32; i_++)
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                const int row = token_of_row(g) + 8 * half, channel = 8 * (t + 4 * i_);
+                key[i_][half] = {};
+                if (row_live[half] && channel < D) key[i_][half] = __ldg((const uint4 *)(keys + (long long)(base + row) * D + channel));
+            }
+#pragma unroll
+        for (int y = 0; y < 4; y++) {
+            const u16 *value = values + (long long)(base + 4 * y + t) * D;
+#pragma unroll
+            for (int o = 0; o < OT; o++)
+#pragma unroll
+                for (int half = 0; half < (PAIRED ? 1 : 2); half++) {
+                    const int word = value_word(g, PAIRED ? o / 8 : o / 4), j = PAIRED ? o % 8 : 2 * (o % 4) + half;
+                    wide[o][half][y] = 0;
+                    if (live >> (4 * y + t) & 1 && word < W)
+                        wide[o][half][y] = PAIRED ? __ldg((const u32 *)(value + j * W + word)) : __ldg(value + j * W + word);
+                }
         }
 #pragma unroll
         for (int i_ = 0; i_ < (D + 31) / 32; i_++)
@@ -621,7 +679,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) attend(const __
     const u8 *mask = (const u8 *)p.mask + mask_base;
     auto seen_by_all = [&](int tile, int x) {  // this lane's position of a tile, from x on: loaded a tile ahead, like the codes
         const int position = min(tile * TILE, last_start) + x + lane;
-        return tile < last_tile && position < body_end ? mask[position * p.mask_t] : 0;
+        return tile >= body_first && tile < last_tile && position < body_end ? mask[position * p.mask_t] : 0;
     };
     u8 ahead[TILE / 32], now[TILE / 32];
     if (MASK == 1) {
@@ -631,7 +689,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) attend(const __
 #if TEXT_BITS
     auto in_overlay = [&](int tile, int x) {  // this lane's position of a tile is read from the text overlay: likewise a tile ahead
         const int position = min(tile * TILE, last_start) + x + lane;
-        return tile < last_tile && position < body_end && p.classes[(long long)batch * p.capacity + position] == TEXT;
+        return tile >= body_first && tile < last_tile && position < body_end && p.classes[(long long)batch * p.capacity + position] == TEXT;
     };
     bool text_ahead[TILE / 32], text[TILE / 32];
 #pragma unroll
@@ -640,10 +698,11 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) attend(const __
     for (int stage = 0; number < last_tile; number++, stage = stage + 1 == STAGES ? 0 : stage + 1) {
         // the last tile ends with the body and may begin among tokens of the one before, which it does not count again
         const int first = min(number * TILE, last_start);
+        const bool is_text = TEXT_BITS && number < body_first;
         Stream::wait<STAGES - 2>();
         __syncwarp();
         if (number + STAGES - 1 < last_tile)
-            stream.fetch(stage == 0 ? STAGES - 1 : stage - 1, min((number + STAGES - 1) * TILE, last_start));
+            fetch(stage == 0 ? STAGES - 1 : stage - 1, number + STAGES - 1);
         Stream::commit();
         const u32 codes = stream.at(stage), ranges = codes + 2 * CODE_BYTES;
         if (MASK == 1) {
@@ -661,7 +720,9 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) attend(const __
         }
 #endif
         u32 found = __ballot_sync(ALL, pivot >= first && pivot < first + TILE);
-        if (MASK == 1 || found || elsewhere || first + TILE > plain_end || first < number * TILE) {
+        if (is_text) {
+            live = __ballot_sync(ALL, read_int(codes + POSITIONS + lane * 4) >= 0);
+        } else if (MASK == 1 || found || elsewhere || first + TILE > plain_end || first < number * TILE) {
             live = bits_between(first, number * TILE, body_end) & ~elsewhere;
             if (body_end > ring_start) live &= ~bits_between(first, ring_start, ring_end);
             while (found) {
@@ -686,30 +747,15 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) attend(const __
                 for (int a = 0; a < NG; a++)
 #pragma unroll
                     for (int x = 0; x < 4; x++) c[n][a][x] = (x & 1) < CC ? q.start[n][a][(x & 1) % CC] : 0.f;
-            u32 words[2][R];
+            add_products(c, q, codes + 16 * m * (W * 2), g, t);
+            if (is_text) {  // upper bits weigh four times the lower
 #pragma unroll
-            for (int half = 0; half < 2; half++) {
-                const u32 row = codes + (16 * m + 8 * half + g) * (W * 2);
-                if (CONTIGUOUS) {
-                    read_shared(words[half], row + 2 * key_word(t, 0));
-                } else {
+                for (int n = 0; n < NT; n++)
 #pragma unroll
-                    for (int r = 0; r < R; r++) {
-                        u32 word[1] = {0};
-                        if (key_word(t, r) < W) read_shared(word, row + 2 * key_word(t, r));
-                        words[half][r] = word[0];
-                    }
-                }
-            }
+                    for (int a = 0; a < NG; a++)
 #pragma unroll
-            for (int r = 0; r < R; r++) {
-                HalfCodes upper(words[0][r]), lower(words[1][r]);
-#pragma unroll
-                for (int j = 0; j < 8; j += 2)
-#pragma unroll
-                    for (int n = 0; n < NT; n++)
-                        mma<true>(c[n][j * NG / 8], upper[j], lower[j], upper[j + 1], lower[j + 1], q.f[n][8 * r + j],
-                                  q.f[n][8 * r + j + 1]);
+                        for (int x = 0; x < 4; x++) c[n][a][x] = 4.f * c[n][a][x] + ((x & 1) < CC ? q.start[n][a][(x & 1) % CC] : 0.f);
+                add_products(c, q, codes + KEY_LOWER + 16 * m * (W * 2), g, t);
             }
 #pragma unroll
             for (int half = 0; half < 2; half++) {
@@ -739,8 +785,9 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) attend(const __
                     for (int half = 0; half < 2; half++)
 #pragma unroll
                         for (int x = 0; x < CC; x++) {
-                            int at = first + 16 * m + token_of_row(g) + 8 * half, row = row0 + row_of(n, 2 * t + x);
-                            if (at < body_end && row < p.rows)
+                            const int token = 16 * m + token_of_row(g) + 8 * half, row = row0 + row_of(n, 2 * t + x);
+                            const int at = is_text ? read_int(codes + POSITIONS + token * 4) : first + token;
+                            if ((is_text ? at >= 0 : at < body_end) && row < p.rows)
                                 s[m][n][half][x] += load_mask(p, mask_base + row / p.queries * p.mask_h + row % p.queries * p.mask_q + at * p.mask_t);
                         }
         }
@@ -759,6 +806,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) attend(const __
                     }
         }
         sums.soften(s);
+        const bool whole = VALUE_TEXT_BITS && is_text;  // values have lower bits too
 #pragma unroll
         for (int m = 0; m < MT; m++) {
             u32 b[NT][NG][2];
@@ -776,40 +824,16 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) attend(const __
                         }
                         b[n][a][half] = transpose(pack_bf16(weighted[0], weighted[1]));
                     }
-                    constexpr u32 ONES = 0x3F803F80u;
-                    mma<false>(sums.p[n][a], ONES, ONES, ONES, ONES, b[n][a][0], b[n][a][1]);
                 }
+            add_values(sums, b, codes + (whole ? VALUE_LOWER : CODE_BYTES) + 16 * m * (W * 2), g, t);
+            if (whole) {
 #pragma unroll
-            for (int v = 0; v < VR; v++) {
-                u32 x[4];
+                for (int n = 0; n < NT; n++)
 #pragma unroll
-                for (int y = 0; y < 4; y++) {
-                    const u32 from = codes + CODE_BYTES + (16 * m + 4 * y + t) * (W * 2) + 2 * value_word(g, v);
-                    if (PAIRED) {
-                        u32 word[1];
-                        read_shared(word, from);
-                        x[y] = word[0];
-                    } else {
-                        x[y] = value_word(g, v) < W ? read_word(from) : 0;
-                    }
-                }
-                if (PAIRED) {
-                    Bf16Codes x01(__byte_perm(x[0], x[1], 0x5410)), y01(__byte_perm(x[0], x[1], 0x7632));
-                    Bf16Codes x23(__byte_perm(x[2], x[3], 0x5410)), y23(__byte_perm(x[2], x[3], 0x7632));
+                    for (int a = 0; a < NG; a++)
 #pragma unroll
-                    for (int j = 0; j < 8; j++)
-#pragma unroll
-                        for (int n = 0; n < NT; n++)
-                            mma<false>(sums.o[n][8 * v + j], x01[j], y01[j], x23[j], y23[j], b[n][j * NG / 8][0], b[n][j * NG / 8][1]);
-                } else {
-                    Bf16Codes x01(x[0] | x[1] << 16), x23(x[2] | x[3] << 16);
-#pragma unroll
-                    for (int j = 0; j < 8; j += 2)
-#pragma unroll
-                        for (int n = 0; n < NT; n++)
-                            mma<false>(sums.o[n][4 * v + j / 2], x01[j], x01[j + 1], x23[j], x23[j + 1], b[n][j * NG / 8][0],
-                                       b[n][j * NG / 8][1]);
-                }
+                        for (int half = 0; half < 2; half++) b[n][a][half] = four_times(b[n][a][half]);
+                add_values(sums, b, codes + CODE_BYTES + 16 * m * (W * 2), g, t);
             }
         }
     }

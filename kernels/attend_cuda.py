@@ -36,7 +36,7 @@ MASKS = {torch.bool: 1, torch.float16: 2, torch.bfloat16: 3, torch.float32: 4}
 
 
 class _Cache(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_void_p) for name in ("codes", "range", "ring", "pivots", "fresh", "text", "text_range")]
+    _fields_ = [(name, ctypes.c_void_p) for name in ("codes", "range", "ring", "pivots", "fresh", "text")]
 
 
 class _Params(ctypes.Structure):
@@ -184,7 +184,7 @@ def _cache(buffers: dict[str, Tensor], layout: Layout, fresh, which: int) -> _Ca
     if layout.pivots:
         c.pivots = buffers["pivots"].data_ptr()
     if layout.text_bits:
-        c.text, c.text_range = buffers["text_codes"].data_ptr(), buffers["text_range"].data_ptr()
+        c.text = buffers["text_codes"].data_ptr()
     if fresh is not None:
         c.fresh = fresh[which].data_ptr()
     return c
@@ -210,7 +210,11 @@ def _multiprocessors(index: int) -> int:
 def _compiled(index: int, layout: Layout, value_text_bits: int, tiles: int, columns: int, form: int) -> dict:
     """The kernels and the shared memory of the first; form is the kernel's MASK."""
     head_dim, tokens = layout.head_dim, 16 * DEPTH
-    stage = -(-2 * (tokens * head_dim // 4 + tokens * layout.groups * 4) // 16) * 16
+    codes, positions = tokens * head_dim // 4, tokens * 4 if layout.text_bits else 0
+    stage = (
+        2 * (codes + tokens * layout.groups * 4) + (bool(layout.text_bits) + bool(value_text_bits)) * codes + positions
+    )
+    stage = -(-stage // 16) * 16
     shared = WARPS * max(STAGES * stage, 4 * columns * tiles * head_dim * 4)  # rings of tiles, then outputs
     given = tuple(macros(layout, value_text_bits, tiles, columns, form).items())
     return {**nvrtc.compiled(index, "attend_cuda", ("attend", "combine"), given, shared), "shared": shared}

@@ -10,7 +10,8 @@ token tiles  N tokens each, of five segments: body, text overlay, pivots, ring, 
 
 Every position is read from one segment: fresh tokens by their range, the ring by its range, the others by their class, which
 names the one overlay that holds them (PIVOT, TEXT) or none. Where there are fresh tokens, the other segments end before them.
-Values may lack the text overlay (VALUE_TEXT_BITS 0): those of the text segment are then read from the body.
+Text tokens have the upper bits of their codes, and their ranges, in the body and LOW bits more in the overlay; values may lack
+the overlay (VALUE_TEXT 0) and are then read from the body alone.
 A slot that nothing was written to may hold NaN: its load is masked for keys and values alike, because 0 * NaN is NaN. DP is a
 head dim padded to a power of two of 16 or more, as tl.dot asks.
 Source: FlashAttention-2, arXiv 2307.08691 (online softmax); Flash-Decoding (splits over tokens).
@@ -40,9 +41,8 @@ NO_MASK, BOOL_MASK, FLOAT_MASK = tl.constexpr(0), tl.constexpr(1), tl.constexpr(
 
 
 @triton.jit
-def code_tile(codes, range_, slot, valid, D: tl.constexpr, DP: tl.constexpr, BITS: tl.constexpr, GROUPS: tl.constexpr,
-              ROUND: tl.constexpr, DOT: tl.constexpr):  # fmt: skip
-    """Tokens of a low-bit buffer as quantizer.dequantize reads them in dtype ROUND: slot, valid [N] -> [N, DP] in dtype DOT."""
+def codes_at(codes, slot, valid, D: tl.constexpr, DP: tl.constexpr, BITS: tl.constexpr):
+    """Codes of the tokens in slots [N] of a low-bit buffer, int32 [N, DP]."""
     WORDS: tl.constexpr = D * BITS // WORD_BITS
     LANES: tl.constexpr = WORD_BITS // BITS
     TOP: tl.constexpr = 2**BITS - 1
@@ -56,6 +56,14 @@ def code_tile(codes, range_, slot, valid, D: tl.constexpr, DP: tl.constexpr, BIT
         inside = valid[:, None] & (channel < D)[None, :]
         words = tl.load(codes + slot[:, None] * WORDS + (channel % WORDS)[None, :], mask=inside, other=0)
         code = (words.to(tl.int32) >> ((channel // WORDS) * BITS)[None, :]) & TOP
+    return code
+
+
+@triton.jit
+def numbers_of(code, range_, slot, valid, D: tl.constexpr, DP: tl.constexpr, GROUPS: tl.constexpr, ROUND: tl.constexpr,
+               DOT: tl.constexpr):  # fmt: skip
+    """Codes [N, DP] with the ranges in slots [N] as quantizer.decode reads them in dtype ROUND: [N, DP] in dtype DOT."""
+    channel = tl.arange(0, DP)
     if GROUPS == 1:
         scale = tl.load(range_ + slot * 2, mask=valid, other=0.0).to(tl.float32)[:, None]
         lo = tl.load(range_ + slot * 2 + 1, mask=valid, other=0.0).to(tl.float32)[:, None]
@@ -67,6 +75,22 @@ def code_tile(codes, range_, slot, valid, D: tl.constexpr, DP: tl.constexpr, BIT
     if tl.float16 == ROUND:  # 255 fp16 steps past an fp16 minimum stay far inside the other dtypes; a NaN stays
         x = tl.where(x > LIMIT, LIMIT, tl.where(x < -LIMIT, -LIMIT, x))
     return x.to(ROUND).to(DOT)
+
+
+@triton.jit
+def code_tile(codes, range_, slot, valid, D: tl.constexpr, DP: tl.constexpr, BITS: tl.constexpr, GROUPS: tl.constexpr,
+              ROUND: tl.constexpr, DOT: tl.constexpr):  # fmt: skip
+    """Tokens of the body: slot, valid [N] -> [N, DP] in dtype DOT."""
+    return numbers_of(codes_at(codes, slot, valid, D, DP, BITS), range_, slot, valid, D, DP, GROUPS, ROUND, DOT)
+
+
+@triton.jit
+def text_tile(codes, range_, lower, position, slot, valid, D: tl.constexpr, DP: tl.constexpr, BITS: tl.constexpr,
+              LOW: tl.constexpr, GROUPS: tl.constexpr, ROUND: tl.constexpr, DOT: tl.constexpr):  # fmt: skip
+    """Text tokens at `position` [N] of the body, LOW bits more of which are in `slot` [N] of the overlay."""
+    code = codes_at(codes, position, valid, D, DP, BITS) << LOW
+    code += codes_at(lower, slot, valid, D, DP, 8 if LOW == 6 else LOW)
+    return numbers_of(code, range_, position, valid, D, DP, GROUPS, ROUND, DOT)
 
 
 @triton.jit
@@ -108,14 +132,14 @@ def step(q, k, v, position, valid, token, mask_row, row_valid, mask_stride, scal
 def attend_tiles(
     q, out, maxima, sums,
     state, classes, pivot_at, text_at,
-    key_codes, key_range, key_ring, key_pivots, key_text, key_text_range,
-    value_codes, value_range, value_ring, value_pivots, value_text, value_text_range,
+    key_codes, key_range, key_ring, key_pivots, key_text,
+    value_codes, value_range, value_ring, value_pivots, value_text,
     fresh_key, fresh_value, at, mask,
     scale, length, columns, tokens, fresh_tokens, heads,
     capacity, value_capacity, text_capacity, value_text_capacity, tiles, splits,
     q_b, q_h, q_t, fk_b, fk_h, fk_t, fv_b, fv_h, fv_t, mask_b, mask_h, mask_q, mask_t,
     SHARE: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr,
-    BITS: tl.constexpr, TEXT_BITS: tl.constexpr, VALUE_TEXT_BITS: tl.constexpr, WINDOW: tl.constexpr, PIVOTS: tl.constexpr,
+    BITS: tl.constexpr, LOW: tl.constexpr, VALUE_TEXT: tl.constexpr, WINDOW: tl.constexpr, PIVOTS: tl.constexpr,
     KEY_GROUPS: tl.constexpr, VALUE_GROUPS: tl.constexpr, KEY_ROUND: tl.constexpr, VALUE_ROUND: tl.constexpr,
     DOT: tl.constexpr, FRESH: tl.constexpr, MASK: tl.constexpr, HAS_LENGTH: tl.constexpr, IS_CAUSAL: tl.constexpr,
     SPLIT: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
@@ -162,7 +186,7 @@ def attend_tiles(
     tile_n = tl.arange(0, N)
     body_tiles = tl.cdiv(body, N)
     text_tiles = 0
-    if TEXT_BITS > 0:
+    if LOW > 0:
         text_end = tl.minimum(tl.maximum(end + tl.load(state + STATE_TEXT), 0), text_capacity)
         text_tiles = tl.cdiv(text_end, N)
     pivot_tiles: tl.constexpr = (PIVOTS + N - 1) // N
@@ -188,35 +212,34 @@ def attend_tiles(
     for i in range(start, tl.minimum(stop, body_tiles)):
         position = i * N + tile_n
         valid = (position < body) & ((position < held) | (position >= end))
-        if PIVOTS > 0 or TEXT_BITS > 0:
+        if PIVOTS > 0 or LOW > 0:
             kind = tl.load(classes + position, mask=valid, other=0)
             if PIVOTS > 0:
                 valid = valid & (kind != PIVOT)
-            if TEXT_BITS > 0:
+            if LOW > 0:
                 valid = valid & (kind != TEXT)
         k = code_tile(key_codes, key_range, position, valid, D, DP, BITS, KEY_GROUPS, KEY_ROUND, DOT)
         v = code_tile(value_codes, value_range, position, valid, DV, DVP, BITS, VALUE_GROUPS, VALUE_ROUND, DOT)
         top, total, acc = step(queries, k, v, position, valid, token, mask_row, row_valid, mask_t, scale,
                                top, total, acc, MASK, IS_CAUSAL)  # fmt: skip
 
-    if TEXT_BITS > 0:
+    if LOW > 0:
         start, stop = start - body_tiles, stop - body_tiles
-        key_text += pair * text_capacity * (D * TEXT_BITS // WORD_BITS)
-        key_text_range += pair * text_capacity * (2 * KEY_GROUPS)
-        if VALUE_TEXT_BITS > 0:
-            value_text += pair * value_text_capacity * (DV * VALUE_TEXT_BITS // WORD_BITS)
-            value_text_range += pair * value_text_capacity * (2 * VALUE_GROUPS)
+        WIDTH: tl.constexpr = 8 if LOW == 6 else LOW
+        key_text += pair * text_capacity * (D * WIDTH // WORD_BITS)
+        if VALUE_TEXT:
+            value_text += pair * value_text_capacity * (DV * WIDTH // WORD_BITS)
         text_at += b * text_capacity
         for i in range(tl.maximum(start, 0), tl.minimum(stop, text_tiles)):
             slot = i * N + tile_n
             position = tl.load(text_at + slot, mask=slot < text_end, other=-1)
             valid = (position >= 0) & (position < stored) & ((position < held) | (position >= end))
             valid = valid & (tl.load(classes + position, mask=valid, other=0) == TEXT)
-            k = code_tile(key_text, key_text_range, slot, valid, D, DP, TEXT_BITS, KEY_GROUPS, KEY_ROUND, DOT)
-            if VALUE_TEXT_BITS > 0:
-                v = code_tile(
-                    value_text, value_text_range, slot, valid, DV, DVP, VALUE_TEXT_BITS, VALUE_GROUPS, VALUE_ROUND, DOT
-                )
+            k = text_tile(key_codes, key_range, key_text, position, slot, valid,
+                          D, DP, BITS, LOW, KEY_GROUPS, KEY_ROUND, DOT)  # fmt: skip
+            if VALUE_TEXT:
+                v = text_tile(value_codes, value_range, value_text, position, slot, valid,
+                              DV, DVP, BITS, LOW, VALUE_GROUPS, VALUE_ROUND, DOT)  # fmt: skip
             else:
                 v = code_tile(value_codes, value_range, position, valid, DV, DVP, BITS, VALUE_GROUPS, VALUE_ROUND, DOT)
             top, total, acc = step(queries, k, v, position, valid, token, mask_row, row_valid, mask_t, scale,

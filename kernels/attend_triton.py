@@ -155,7 +155,7 @@ def attend(
         attend_tiles[(B * H * splits * tiles,)](
             q, parts, maxima, sums,
             k["state"], k["classes"], k.get("pivot_at"), k.get("text_at"),
-            *(b.get(name) for b in (k, v) for name in ("codes", "range", "ring", "pivots", "text_codes", "text_range")),
+            *(b.get(name) for b in (k, v) for name in ("codes", "range", "ring", "pivots", "text_codes")),
             fresh_key, fresh_value, at, mask,
             1 / math.sqrt(D) if scale is None else float(scale),
             -1 if length is None else length, columns, tokens, fresh_key.shape[2] if fresh else 0, H,
@@ -164,7 +164,7 @@ def attend(
             tiles, splits,
             *q.stride()[:3], *fresh_steps, *mask_steps,
             SHARE=share, D=D, DP=padded[0], DV=DV, DVP=padded[1],
-            BITS=key_layout.body_bits, TEXT_BITS=key_layout.text_bits, VALUE_TEXT_BITS=value_layout.text_bits,
+            BITS=key_layout.body_bits, LOW=key_layout.low_bits, VALUE_TEXT=value_layout.text_bits > 0,
             WINDOW=key_layout.window, PIVOTS=key_layout.pivots,
             KEY_GROUPS=key_layout.groups, VALUE_GROUPS=value_layout.groups,
             KEY_ROUND=seen_as[key_layout.dtype], VALUE_ROUND=seen_as[value_layout.dtype],

@@ -7,8 +7,9 @@ at       [q] int64    positions that the q tokens take in the cache, ascending
 classes  [B, q] uint8 their token classes (TEXT where omitted)
 layout   str          Layout's text form
 
-Every token goes to the body, to the ring if it is among the last W, and in TSA layers to the text overlay; so no token is
-ever quantized twice, and one that falls out of the ring is already there at body bits. Raises ValueError for buffers that
+Every token goes to the body and to the ring if it is among the last W; so no token is ever quantized twice, and one that falls
+out of the ring is already there. Where text has more bits, a text token's code is cut in two: its upper bits and its range stand
+in the body, its lower bits in the text overlay. Raises ValueError for buffers that
 do not fit the layout.
 """
 
@@ -19,7 +20,17 @@ from torch import Tensor
 
 from akvq_fx.kernels import quantizer
 from akvq_fx.kernels.choose import choose
-from akvq_fx.kernels.layout import PADDING, PIVOT, STATE_END, STATE_RING, STATE_TEXT, TEXT, Layout
+from akvq_fx.kernels.layout import (
+    PADDING,
+    PIVOT,
+    STATE_END,
+    STATE_RING,
+    STATE_TEXT,
+    TEXT,
+    Layout,
+    pack_bits,
+    unpack_bits,
+)
 from akvq_fx.kernels.rotate import restore, turn_as_stored
 from akvq_fx.kernels.simulate import simulated
 
@@ -56,18 +67,21 @@ def write(
     if layout.plain:
         b["codes"].index_copy_(2, at, x.to(b["codes"].dtype))
     else:
-        codes, range_ = quantizer.quantize(x, layout.body_bits, layout.body_clip, layout.groups)
-        b["codes"].index_copy_(2, at, codes)
+        codes, range_ = quantizer.encode(x, layout.body_bits, layout.body_clip, layout.groups)
+        if layout.text_bits:
+            text, text_range = quantizer.encode(x, layout.text_bits, layout.text_clip, layout.groups)
+            is_text = (kinds == TEXT)[:, None, :, None]
+            codes = torch.where(is_text, text >> layout.low_bits, codes)
+            range_ = torch.where(is_text, text_range, range_)
+            slot = at + b["state"][STATE_TEXT]
+            lower = torch.where(is_text, text & (1 << layout.low_bits) - 1, 0)
+            b["text_codes"].index_copy_(2, slot, pack_bits(lower, layout.low_width))
+            b["text_at"].index_copy_(1, slot, torch.where(kinds == TEXT, at, -1).to(torch.int32))
+        b["codes"].index_copy_(2, at, pack_bits(codes, layout.body_bits))
         b["range"].index_copy_(2, at, range_)
     if layout.window:
         newest = x[:, :, -layout.window :]
         b["ring"].index_copy_(2, at[-layout.window :] % layout.window, newest.to(b["ring"].dtype))
-    if layout.text_bits:
-        codes, range_ = quantizer.quantize(x, layout.text_bits, layout.text_clip, layout.groups)
-        slot = at + b["state"][STATE_TEXT]
-        b["text_codes"].index_copy_(2, slot, codes)
-        b["text_range"].index_copy_(2, slot, range_)
-        b["text_at"].index_copy_(1, slot, torch.where(kinds == TEXT, at, -1).to(torch.int32))
     # a crop may have moved the end back: pivots from here on are gone, and positions that the ring lost stay lost
     if layout.pivots:
         b["pivot_at"].masked_fill_(b["pivot_at"] >= start, -1)
@@ -140,8 +154,7 @@ def read(cache: list[Tensor], length: int, layout: Layout, past: int | None = No
         return b["codes"][:, :, :length]
     out = quantizer.dequantize(b["codes"][:, :, :length], b["range"][:, :, :length], layout.body_bits, layout.dtype)
     if layout.text_bits:
-        text = quantizer.dequantize(b["text_codes"], b["text_range"], layout.text_bits, layout.dtype)
-        place(out, b["text_at"], text)
+        place(out, b["text_at"], read_text(b, layout))
     if layout.pivots:
         place(out, b["pivot_at"], b["pivots"])
     if layout.window:
@@ -151,6 +164,15 @@ def read(cache: list[Tensor], length: int, layout: Layout, past: int | None = No
         position = torch.where(position >= b["state"][STATE_RING], position, -1)
         place(out, position.expand(out.shape[0], -1), b["ring"])
     return out
+
+
+def read_text(b: dict[str, Tensor], layout: Layout) -> Tensor:
+    """The tokens of the text slots [B, H, Ct, D]: upper bits and ranges stand at their positions in the body."""
+    at = b["text_at"].clamp_min(0).long()[:, None, :, None]
+    of_body = lambda t: t.gather(2, at.expand(-1, t.shape[1], -1, t.shape[3]))
+    upper = unpack_bits(of_body(b["codes"]), layout.body_bits)
+    lower = unpack_bits(b["text_codes"], layout.low_width)
+    return quantizer.decode((upper << layout.low_bits) | lower, of_body(b["range"]), layout.dtype)
 
 
 @torch.library.custom_op("akvq::pack", mutates_args=())

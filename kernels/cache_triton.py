@@ -79,16 +79,22 @@ def codes_of(x, scale, low, BITS: tl.constexpr):
 
 @triton.jit
 def store_codes(
-    x, codes, ranges, slots, live,
-    D: tl.constexpr, DP: tl.constexpr, BITS: tl.constexpr, CLIP: tl.constexpr, GROUPS: tl.constexpr,
-    TERM: tl.constexpr, ROWS: tl.constexpr,
+    x, codes, ranges, slots, live, lower, texts, text, fits,
+    D: tl.constexpr, DP: tl.constexpr, BITS: tl.constexpr, CLIP: tl.constexpr,
+    TEXT_BITS: tl.constexpr, TEXT_CLIP: tl.constexpr, GROUPS: tl.constexpr, TERM: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Quantize x [ROWS, DP] and write codes and ranges to slots [ROWS] of [slots, D * BITS / 16] and [slots, 2 * GROUPS]."""
+    """Quantize x [ROWS, DP] and write codes and ranges to slots [ROWS] of [slots, D * BITS / 16] and [slots, 2 * GROUPS].
+
+    With TEXT_BITS the rows that are `text` have so many: what is below the body's goes to rows `texts` of `lower` where it `fits`.
+    """
     channel = tl.arange(0, DP)
     scales, lows = tl.zeros([ROWS, 1], tl.float32), tl.zeros([ROWS, 1], tl.float32)
     for group in tl.static_range(GROUPS):
         member = (channel // (D // GROUPS) == group)[None, :]
         scale, low = range_of(x, member, BITS, CLIP)
+        if TEXT_BITS:
+            text_scale, text_low = range_of(x, member, TEXT_BITS, TEXT_CLIP)
+            scale, low = tl.where(text, text_scale, scale), tl.where(text, text_low, low)
         where = ranges + (slots * (2 * GROUPS) + group)[:, None] + GROUPS * tl.arange(0, 2)[None, :]
         tl.store(where, tl.join(scale, low), mask=live[:, None])
         if GROUPS == 1:
@@ -97,6 +103,22 @@ def store_codes(
             scales = tl.where(member, scale.to(tl.float32)[:, None], scales)
             lows = tl.where(member, low.to(tl.float32)[:, None], lows)
     values = codes_of(x, scales, lows, BITS)
+    if TEXT_BITS:
+        LOW: tl.constexpr = TEXT_BITS - BITS
+        whole = codes_of(x, scales, lows, TEXT_BITS)
+        upper = tl.floor(whole / (1 << LOW))
+        rest = tl.where(text[:, None], whole - upper * (1 << LOW), 0.0)
+        store_words(rest, lower, texts, fits, D, DP, 8 if LOW == 6 else LOW, TERM)
+        values = tl.where(text[:, None], upper, values)
+    store_words(values, codes, slots, live, D, DP, BITS, TERM)
+
+
+@triton.jit
+def store_words(
+    values, codes, slots, live, D: tl.constexpr, DP: tl.constexpr, BITS: tl.constexpr, TERM: tl.constexpr
+):  # fmt: skip
+    """Pack whole float32 numbers below 2**BITS [ROWS, DP] and write the words to slots [ROWS] of [slots, D * BITS / 16]."""
+    channel = tl.arange(0, DP)
     WORDS: tl.constexpr = D * BITS // 16
     # wider than it is high, or the compiler gives every warp of a decode step all of its products
     WIDTH: tl.constexpr = DP * BITS // 16 if DP * BITS > 512 else 32
@@ -120,7 +142,7 @@ def write_state(state, at, tokens, WINDOW: tl.constexpr):
 
 @triton.jit
 def write_kernel(
-    x, at, kinds, affine, state, classes, codes, ranges, ring, pivot_at, text_codes, text_ranges, text_at,
+    x, at, kinds, affine, state, classes, codes, ranges, ring, pivot_at, text_codes, text_at,
     heads, owners, leads, tokens, steps, capacity, text_capacity,
     stride_b, stride_h, stride_t, stride_d, kinds_b, kinds_t,
     D: tl.constexpr, DP: tl.constexpr, ORDER: tl.constexpr, DEPTH: tl.constexpr,
@@ -163,27 +185,27 @@ def write_kernel(
                 where = ring + ((wide_lead * WINDOW + slot % WINDOW) * D)[:, None] + channel[None, :]
                 tl.store(where, tile.to(ring.dtype.element_ty), mask=newest[:, None] & real)
 
+        kind = tl.full([ROWS], TEXT_CLASS, tl.uint8)
+        if kinds is not None:
+            where = kinds + batch * kinds_b + token.to(tl.int64) * kinds_t
+            kind = tl.load(where, mask=live, other=TEXT_CLASS).to(tl.uint8)
+        tl.store(classes + batch * capacity + slot, kind, mask=kept & speaks)
+        text, texts, fits = live, wide_lead, live
+        if TEXT_BITS:
+            overlay = slot + shift
+            fits = live & (overlay >= 0) & (overlay < text_capacity)
+            text, texts = kind == TEXT_CLASS, wide_lead * text_capacity + overlay
+            position = tl.where(text, slot, -1).to(tl.int32)
+            tl.store(text_at + batch * text_capacity + overlay, position, mask=fits & speaks)
         if BITS == 16:
             where = codes + ((wide_lead * capacity + slot) * D)[:, None] + channel[None, :]
             tl.store(where, tile.to(codes.dtype.element_ty), mask=kept[:, None] & real)
         else:
             body = wide_lead * capacity + slot
-            store_codes(tile, codes, ranges, body, kept, D, DP, BITS, CLIP, GROUPS, PACK_TERM, ROWS)
-
-        kind = tl.full([ROWS], TEXT_CLASS, tl.uint8)
-        if kinds is not None:
-            where = kinds + batch * kinds_b + token.to(tl.int64) * kinds_t
-            kind = tl.load(where, mask=live & speaks, other=TEXT_CLASS).to(tl.uint8)
-        tl.store(classes + batch * capacity + slot, kind, mask=kept & speaks)
-        if TEXT_BITS:
-            overlay = slot + shift
-            fits = live & (overlay >= 0) & (overlay < text_capacity)
-            texts = wide_lead * text_capacity + overlay
             store_codes(
-                tile, text_codes, text_ranges, texts, fits, D, DP, TEXT_BITS, TEXT_CLIP, GROUPS, PACK_TERM, ROWS
-            )
-            position = tl.where(kind == TEXT_CLASS, slot, -1).to(tl.int32)
-            tl.store(text_at + batch * text_capacity + overlay, position, mask=fits & speaks)
+                tile, codes, ranges, body, kept, text_codes, texts, text, fits,
+                D, DP, BITS, CLIP, TEXT_BITS, TEXT_CLIP, GROUPS, PACK_TERM, ROWS,
+            )  # fmt: skip
 
     if tl.program_id(1) == 0:
         if PIVOTS:  # a crop may have moved the end back: pivots from here on are gone
@@ -228,7 +250,7 @@ def launch(b: dict[str, Tensor], x: Tensor, at: Tensor, classes, pivots, affine,
     with torch.cuda.device_of(x):
         write_kernel[plan.grid(B * H, q)](
             x, at.contiguous(), classes, affine if kind else None, b["state"], b["classes"], b["codes"], b.get("range"),
-            b.get("ring"), b.get("pivot_at"), b.get("text_codes"), b.get("text_range"), b.get("text_at"),
+            b.get("ring"), b.get("pivot_at"), b.get("text_codes"), b.get("text_at"),
             H, affine.shape[2] if kind else H, B * H, q, plan.steps, b["codes"].shape[2], text_capacity,
             *x.stride(), *kinds_strides,
             **constants, TURN=bool(kind) or (turn and layout.rotated),

@@ -1,17 +1,18 @@
 """Layout: which buffers hold a packed key or value cache, their shapes, and how a channel finds its bits.
 
 Attention does not depend on the order of its tokens, so a cache is a dense low-bit *body* (slot = position) plus small
-*overlays* that hold the salient tokens again at more bits. B batch, H KV heads, D head dim, C capacity in tokens.
+*overlays* for the salient tokens: ring and pivots hold them again at 16 bits, the text overlay holds what text tokens have more
+than the body's bits. B batch, H KV heads, D head dim, C capacity in tokens.
 
 state       [3]               int32  end of what was written, first position the ring holds, text slot minus position
 classes     [B, C]            uint8  VISION, TEXT, PIVOT or PADDING
-codes       [B, H, C, D*b/16] int16  body; or [B, H, C, D] in the cache's dtype when body_bits is 16
+codes       [B, H, C, D*b/16] int16  body, of text tokens the upper body_bits of text_bits; or [B, H, C, D] in the cache's
+                                     dtype when body_bits is 16
 range       [B, H, C, 2*G]    fp16   scale of each of the G channel groups, then their minima
 ring        [B, H, W, D]      dtype  the last W positions, slot = position mod W
 pivots      [B, H, P, D]      dtype  pivot tokens
 pivot_at    [B, P]            int32  their positions, -1 for a free slot
-text_codes  [B, H, Ct, D*b/16] int16 text tokens of a TSA layer, slot = position + state[2] for appended tokens
-text_range  [B, H, Ct, 2*G]   fp16
+text_codes  [B, H, Ct, D*l/16] int16 the lower bits of text tokens, l wide; slot = position + state[2] for appended tokens
 text_at     [B, Ct]           int32  their positions, -1 for a free slot
 affine      [B, 3, H, D]      fp32   centre c, key gain 1/s, query gain s: keys are stored as H((k - c)/s), asked by H(q*s);
                                      where `simulate` wants gains, keys are stored as they are and read through s
@@ -45,7 +46,7 @@ class Layout:
     head_dim: int
     dtype: torch.dtype
     body_bits: int = 16
-    text_bits: int = 0  # 0: no text overlay (every layer but TSA ones)
+    text_bits: int = 0  # 0: text is stored as the rest
     window: int = 0
     pivots: int = 0
     group: int = 128
@@ -66,8 +67,8 @@ class Layout:
             refuse("dtype", self.dtype, ", ".join(map(str, DTYPE_NAMES)))
         if self.body_bits not in (*CODE_BITS, 16):
             refuse("body_bits", self.body_bits, "2, 4, 8 or 16")
-        if self.text_bits not in (0, *CODE_BITS):
-            refuse("text_bits", self.text_bits, "0, 2, 4 or 8")
+        if self.text_bits not in (0, 4, 8):
+            refuse("text_bits", self.text_bits, "0, 4 or 8")
         if self.window < 0 or self.pivots < 0:
             refuse("window, pivots", (self.window, self.pivots), "numbers >= 0")
         if self.group <= 0:
@@ -76,6 +77,8 @@ class Layout:
             refuse("body_clip, text_clip", (self.body_clip, self.text_clip), "numbers in (0, 1]")
         if self.plain and (self.text_bits or self.window or self.pivots):
             refuse("overlays", "present", "none when body_bits is 16")
+        if 0 < self.text_bits <= self.body_bits:
+            refuse("text_bits", self.text_bits, f"more than body_bits, which is {self.body_bits}, or 0")
         if self.simulate:
             Simulation.parse(self.simulate)
             if not self.plain or self.rotated or self.affine:
@@ -96,9 +99,26 @@ class Layout:
         return Simulation.parse(self.simulate) if self.simulate else None
 
     @property
+    def policy(self) -> str:
+        """What a report calls a layer whose keys have this layout."""
+        if self.simulate:
+            return f"simulated {self.simulation.name.split('_')[0]}"
+        return "lossless" if self.lossless else "TSA" if self.text_bits and not self.pivots else "PSA"
+
+    @property
     def groups(self) -> int:
         """Channel groups of a head: 128 channels each, or the whole head."""
         return self.head_dim // self.group if self.head_dim % self.group == 0 else 1
+
+    @property
+    def low_bits(self) -> int:
+        """Bits of a text token's code that the text overlay holds, below the body's; 0 without one."""
+        return self.text_bits and self.text_bits - self.body_bits
+
+    @property
+    def low_width(self) -> int:
+        """Bits that they take in a word: `low_bits`, or 8 for the 6 that do not divide one."""
+        return 8 if self.low_bits == 6 else self.low_bits
 
     @functools.cached_property
     def fields(self) -> tuple[str, ...]:
@@ -107,7 +127,7 @@ class Layout:
         names += [] if self.plain else ["range"]
         names += ["ring"] if self.window else []
         names += ["pivots", "pivot_at"] if self.pivots else []
-        names += ["text_codes", "text_range", "text_at"] if self.text_bits else []
+        names += ["text_codes", "text_at"] if self.text_bits else []
         gains = self.simulation is not None and self.simulation.alpha is not None
         names += ["affine"] if self.affine or gains else []
         return tuple(names)
@@ -124,8 +144,7 @@ class Layout:
             "ring": ((batch, heads, self.window, self.head_dim), self.dtype),
             "pivots": ((batch, heads, self.pivots, self.head_dim), self.dtype),
             "pivot_at": ((batch, self.pivots), torch.int32),
-            "text_codes": ((batch, heads, text_capacity, words(self.text_bits)), torch.int16),
-            "text_range": ((batch, heads, text_capacity, 2 * self.groups), torch.float16),
+            "text_codes": ((batch, heads, text_capacity, words(self.low_width)), torch.int16),
             "text_at": ((batch, text_capacity), torch.int32),
             "affine": ((batch, 3, heads, self.head_dim), torch.float32),
         }

@@ -33,7 +33,8 @@ def compiled(
     with torch.cuda.device(index):
         binary, _ = torch.cuda._utils._nvrtc_compile(text, names[0], nvcc_options=options)
         kernels = torch.cuda._utils._cuda_load_module(binary, list(names))
-        kernels[names[0]].set_shared_memory_config(shared)
+        if shared:  # below 48 KiB that does nothing, though what the kernel declares itself counts too
+            kernels[names[0]].set_shared_memory_config(max(shared, 48 << 10))
     return {name: kernel.func for name, kernel in kernels.items()}
 
 

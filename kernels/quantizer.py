@@ -19,6 +19,12 @@ FP16_MAX = 65504.0  # ranges are stored as fp16; larger finite keys saturate ins
 
 def quantize(x: Tensor, bits: int, clip: float, groups: int) -> tuple[Tensor, Tensor]:
     """x [..., D] float -> codes [..., D*bits/16] int16, range [..., 2*groups] fp16 (scales, then minima)."""
+    codes, range_ = encode(x, bits, clip, groups)
+    return pack_bits(codes, bits), range_
+
+
+def encode(x: Tensor, bits: int, clip: float, groups: int) -> tuple[Tensor, Tensor]:
+    """quantize before the codes are packed: they are [..., D] int32."""
     top = 2**bits - 1
     grouped = x.float().unflatten(-1, (groups, -1))
     lo, hi = grouped.amin(-1) * clip, grouped.amax(-1) * clip
@@ -26,12 +32,17 @@ def quantize(x: Tensor, bits: int, clip: float, groups: int) -> tuple[Tensor, Te
     scale, lo = saturate((hi / top - lo / top).clamp_min(SCALE_FLOOR)), saturate(lo)
     codes = ((grouped - lo.float()[..., None]) / scale.float()[..., None]).round().clamp(0, top)
     codes = codes.nan_to_num(0.0).to(torch.int32).flatten(-2)
-    return pack_bits(codes, bits), torch.cat([scale, lo], -1)
+    return codes, torch.cat([scale, lo], -1)
 
 
 def dequantize(codes: Tensor, range_: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
     """The inverse: codes [..., D*bits/16], range [..., 2*groups] -> [..., D] in dtype, computed in fp32."""
+    return decode(unpack_bits(codes, bits), range_, dtype)
+
+
+def decode(codes: Tensor, range_: Tensor, dtype: torch.dtype) -> Tensor:
+    """The inverse of encode: codes [..., D] int32, range [..., 2*groups] -> [..., D] in dtype."""
     limit = torch.finfo(dtype).max  # the rounded scale may lead a step past fp16; a broken group is NaN and stays so
     scale, lo = range_.float().chunk(2, -1)
-    grouped = unpack_bits(codes, bits).float().unflatten(-1, (scale.shape[-1], -1))
+    grouped = codes.float().unflatten(-1, (scale.shape[-1], -1))
     return (grouped * scale[..., None] + lo[..., None]).flatten(-2).clamp(-limit, limit).to(dtype)

@@ -35,7 +35,7 @@ def plan_layers(state: GraphState) -> PassReport:
         if site.packed:
             site.key_layout = Layout.parse(value(site.key.past).layout_text)
             site.value_layout = Layout.parse(value(site.value.past).layout_text)
-            site.policy = policy_of(site.key_layout)
+            site.policy = site.key_layout.policy
             report.match(site)
             continue
         told = state.vision is not None and prompt_sized(state, site)
@@ -48,7 +48,7 @@ def plan_layers(state: GraphState) -> PassReport:
         key, val = site.key.whole, site.value.whole
         site.key_layout = layout_of(config, "keys", shape(key)[3], value(key).dtype, tsa, told)
         site.value_layout = layout_of(config, "values", shape(val)[3], value(val).dtype, tsa, told)
-        site.policy = policy_of(site.key_layout)
+        site.policy = site.key_layout.policy
         report.match(site)
     state.sites = [site for site in state.sites if site.key_layout is not None]
     return report
@@ -57,7 +57,7 @@ def plan_layers(state: GraphState) -> PassReport:
 def layout_of(config: AKVQConfig, half: str, head_dim: int, dtype: torch.dtype, tsa: bool, told: bool) -> Layout:
     """How the "keys" or the "values" of a layer are packed, before anything is known of the values' rotation.
 
-    told    vision tokens can be told apart;  tsa   and the layer attends to text first
+    told    vision tokens can be told apart;  tsa   and the layer attends to text first, which matters where text has more bits
     """
     recipe = RECIPES[config.recipe]
     if recipe.simulated:
@@ -66,22 +66,19 @@ def layout_of(config: AKVQConfig, half: str, head_dim: int, dtype: torch.dtype, 
     base = Layout(head_dim, dtype, body_bits=config.body_bits, rotated=config.rotate, affine=affine)
     if config.lossless:
         return base
-    psa_text = config.psa_text_key_bits if told and half == "keys" and config.keeps_psa_text_keys else 0
+    tsa = tsa and config.text_bits > config.body_bits
+    text_bits = config.text_bits if tsa else 0
+    if told and not tsa and half == "keys" and config.keeps_psa_text_keys:
+        text_bits = config.psa_text_key_bits
     return dataclasses.replace(
         base,
-        text_bits=config.text_bits if tsa else psa_text,
+        text_bits=text_bits,
         window=config.window,
         pivots=0 if tsa else config.pivots,
         group=config.group,
         body_clip=config.body_clip,
         text_clip=config.text_clip,
     )
-
-
-def policy_of(layout: Layout) -> str:
-    if layout.simulate:
-        return f"simulated {layout.simulation.name.split('_')[0]}"
-    return "lossless" if layout.lossless else "TSA" if layout.text_bits and not layout.pivots else "PSA"
 
 
 def vision_tokens(state: GraphState) -> Node | None:

@@ -150,7 +150,7 @@ def without_other_text(cache, layout):
     """The buffers with nothing in text slots of tokens that are no text: `append` fills those too, and nobody reads them."""
     b = reference.named(cache, layout)
     free = (b["text_at"] < 0)[:, None, :, None]
-    return [t.masked_fill(free, 0) if name in ("text_codes", "text_range") else t for name, t in b.items()]
+    return [t.masked_fill(free, 0) if name == "text_codes" else t for name, t in b.items()]
 
 
 @gpu

@@ -39,7 +39,8 @@ WIDE = {
     "d256-groups-in-words": Layout(256, f32, body_bits=4, text_bits=8, group=16),
     "d128": Layout(128, f32, body_bits=2, body_clip=0.8, window=128, pivots=15, rotated=True),
     "d128-text": Layout(128, f32, body_bits=2, text_bits=4, window=128, rotated=True),
-    "d96-8bit": Layout(96, f32, body_bits=8, text_bits=2, window=20),
+    "d96-text8": Layout(96, f32, body_bits=2, text_bits=8, window=20),
+    "d40-8bit": Layout(40, f32, body_bits=8, window=20),
     "d80": Layout(80, f32, body_bits=2, text_bits=4, window=20),
     "d72-odd-words": Layout(72, f32, body_bits=2, window=9),
 }

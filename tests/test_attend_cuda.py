@@ -104,7 +104,7 @@ def cache_pair(
         for name, junk in (("codes", 0x5A5A), ("range", math.nan), ("classes", PIVOT)):
             b[name].narrow(1 if name == "classes" else 2, T, capacity - T).fill_(junk)
         if layout.text_bits:
-            b["text_codes"][:, :, T:], b["text_range"][:, :, T:] = 0x5A5A, math.nan
+            b["text_codes"][:, :, T:] = 0x5A5A
         if layout.window > T:
             b["ring"][:, :, T:] = math.nan
         pair.append([buffer.cuda() for buffer in cache])

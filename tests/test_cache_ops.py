@@ -211,7 +211,7 @@ def gather_text(cache, layout, length):
     b = dict(named(cache, layout))
     kept = ((b["text_at"][0] >= 0) & (b["text_at"][0] < length)).nonzero()[:, 0]
     free = b["codes"].shape[2] - length
-    for name, axis, fill in (("text_codes", 2, 0), ("text_range", 2, 0), ("text_at", 1, -1)):
+    for name, axis, fill in (("text_codes", 2, 0), ("text_at", 1, -1)):
         rows = b[name].index_select(axis, kept)
         tail = rows.new_full((*rows.shape[:axis], free, *rows.shape[axis + 1 :]), fill)
         b[name] = torch.cat([rows, tail], axis)

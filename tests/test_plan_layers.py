@@ -101,6 +101,7 @@ def test_no_vision_tokens_no_tsa():
         ({"recipe": "akvq"}, [4, 4, 4], [4, 4, 0]),
         ({"psa_text_key_bits": 2}, [4, 4, 0], [4, 4, 0]),
         ({"psa_text_key_bits": 8, "tsa_layers": ()}, [8] * 3, [0] * 3),
+        ({"body_bits": 4, "recipe": "akvq"}, [0] * 3, [0] * 3),
     ],
     ids=str,
 )
