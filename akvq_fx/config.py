@@ -41,7 +41,8 @@ class AKVQConfig:
 
     recipe          a method of akvq_fx.recipes; a simulated one takes none of PACKED_ONLY
     body_bits       bits of every token that is not salient; 16 is lossless mode: the cache is carried, nothing is quantized
-    text_bits       bits of text tokens in TSA layers; 16 keeps TSA layers wholly at 16 bits
+    text_bits       bits of text tokens in TSA layers; 16 keeps TSA layers wholly at 16 bits, and with no more
+                    than body_bits they are as the others
     psa_text_key_bits  bits of the keys of text tokens in the other layers, where vision tokens can be told apart and these are more
                     than body_bits; values of text tokens have body_bits there
     tsa_layers      decoder layers that attend to text first; they need vision tokens to be told apart (else they act as PSA);

@@ -103,8 +103,8 @@ def settings_of(part: str, vision: bool) -> Settings:
     if part == "window":
         return {**both(window=(0, 16, 32, 64, 128)), "kivi": {"recipe": "kivi"}}
     if part == "text-bits":
-        fewer = {name: {"recipe": DEFAULT, name: 2} for name in ("text_bits", "psa_text_key_bits")}
-        return {**both(tsa_layers=((0, 1), ())), **{f"{DEFAULT}, {name}=2": options for name, options in fewer.items()}}
+        fewer = {"recipe": DEFAULT, "psa_text_key_bits": 2}
+        return {**both(tsa_layers=((0, 1), ())), f"{DEFAULT}, psa_text_key_bits=2": fewer}
     raise ValueError(f"no part {part!r}; accepted: {', '.join(PARTS)}")
 
 
@@ -151,7 +151,7 @@ PARTS = {
     "text-bits": Part(
         "Text tokens in TSA layers",
         "tsa_layers=(0, 1): text tokens of layers 0 and 1 at 4 bits, no pivots there. tsa_layers=(): these layers are as the later "
-        "ones. text_bits=2: as the first, with text at 2 bits there. psa_text_key_bits=2: keys of text at 2 bits in all other "
+        "ones. psa_text_key_bits=2: keys of text at 2 bits in all other "
         "layers, as in the paper.",
         ("vlm",),
     ),
