@@ -119,8 +119,12 @@ class Static(Contestant):
         return cache
 
     def prefill(self, ids: Tensor, capacity: int, rows: int) -> tuple[Tensor, object]:
-        cache, logits = self.allocate(len(ids), capacity), []
-        whole = [(layer.keys, layer.values) for layer in cache.layers]
+        cache = self.allocate(len(ids), capacity)
+        return self.fill(cache, ids, rows), cache
+
+    def fill(self, cache, ids: Tensor, rows: int) -> Tensor:
+        """Logits after the prompts ids [n, T], which go to the first n rows of the cache, `rows` at a time."""
+        logits, whole = [], [(layer.keys, layer.values) for layer in cache.layers]
         for begin in range(0, len(ids), rows):
             for layer, (keys, values) in zip(cache.layers, whole, strict=True):
                 layer.keys, layer.values = keys[begin : begin + rows], values[begin : begin + rows]
@@ -128,7 +132,7 @@ class Static(Contestant):
             logits.append(self.call(self.prefill_call, ids[begin : begin + rows], cache)[0])
         for layer, (keys, values) in zip(cache.layers, whole, strict=True):
             layer.keys, layer.values = keys, values
-        return torch.cat(logits), cache
+        return torch.cat(logits)
 
     def step(self, token: Tensor, cache) -> tuple[Tensor, object]:
         torch.compiler.cudagraph_mark_step_begin()
@@ -137,7 +141,7 @@ class Static(Contestant):
     def probe(self, ids: Tensor, capacity: int, rows: int):
         """All memory is taken before the second part of a prompt: the first is enough."""
         cache = self.allocate(len(ids), capacity)
-        self.prefill(ids[:rows], capacity, rows)
+        self.fill(cache, ids[:rows], rows)
         self.call(self.decoder.model.forward, ids[:, :1], cache)
         return cache
 
@@ -145,13 +149,15 @@ class Static(Contestant):
 class Akvq(Contestant):
     """The packed cache in a DynamicCache."""
 
-    title, mode = "akvq", None
+    title, options = "akvq", {}
     whole_rows = True
 
     def __init__(self, decoder: Decoder, compiler: str):
         super().__init__(decoder, compiler)
-        how = {"options": {"inner": compiler}} if compiler != "inductor" else {"mode": self.mode} if self.mode else {}
-        self.prefill_call = self.step_call = torch.compile(decoder.model, backend="akvq", **how)
+        options = {**self.options, "inner": compiler}
+        if compiler != "inductor":
+            options.pop("mode", None)
+        self.prefill_call = self.step_call = torch.compile(decoder.model, backend="akvq", options=options)
 
     def probe(self, ids: Tensor, capacity: int, rows: int):
         _, cache = self.prefill(ids, capacity, rows)
@@ -173,13 +179,20 @@ class Akvq(Contestant):
 
 
 class AkvqGraphs(Akvq):
-    title, mode = "akvq, reduce-overhead", "reduce-overhead"
+    title, options = "akvq, reduce-overhead", {"mode": "reduce-overhead"}
+
+
+class AkvqPaper(Akvq):
+    """The paper's recipe with akvq's window: what it does not have are centred and balanced keys."""
+
+    title = f"akvq-vl, window {akvq_fx.AKVQConfig().window}, reduce-overhead"
+    options = {"recipe": "akvq-vl", "window": akvq_fx.AKVQConfig().window, "mode": "reduce-overhead"}
 
 
 class AkvqStatic(Akvq):
     """The same in a StaticCache, whose prompt is compiled too."""
 
-    title, mode = "akvq, reduce-overhead, StaticCache", "reduce-overhead"
+    title, options = "akvq, reduce-overhead, StaticCache", {"mode": "reduce-overhead"}
     parts = False
 
     def empty(self, batch: int, capacity: int):
@@ -223,6 +236,7 @@ def unpack_with_torch() -> None:
 CONTESTANTS: dict[str, type[Contestant]] = {
     "static": Static,
     "akvq-graphs": AkvqGraphs,
+    "akvq-vl": AkvqPaper,
     "akvq-static": AkvqStatic,
     "akvq": Akvq,
     "dynamic": Contestant,
