@@ -213,7 +213,9 @@ def check_contents(place: Place, layout: Layout, buffers: dict[str, Tensor], ent
     if entry["end"] is not None:
         state.integer("end", end, entry["end"], entry["end"], "the end that the metadata gives")
     state.integer("first position of the ring", ring, max(0, end - layout.window), end, "one of the last W")
-    place.elements("buffer 'classes'", buffers["classes"], 0, len(CLASS_NAMES) - 1, f"one of {', '.join(CLASS_NAMES)}")
+    if "classes" in buffers:
+        accepted = f"one of {', '.join(CLASS_NAMES)}"
+        place.elements("buffer 'classes'", buffers["classes"], 0, len(CLASS_NAMES) - 1, accepted)
     if layout.pivots:
         place.elements("buffer 'pivot_at'", buffers["pivot_at"], -1, capacity - 1, "-1 for a free slot, or a position")
     if not layout.text_bits:

@@ -115,17 +115,22 @@ class PackedKV(TorchAOBaseTensor):
 
         For graphs that move tokens inside a static cache. The object stays a PackedKV, in the lossless layout.
         """
-        plain_layout = Layout(self.shape[-1], self.dtype)
+        plain_layout = Layout(self.shape[-1], self.dtype, shares_classes=self.layout_of.shares_classes)
         if self.layout_of != plain_layout:
             plain, old = self.dequantize().contiguous(), self.storage
-            buffers = [old["state"].clone(), old["classes"][:, : self.length].clone(), plain]
+            kept = [] if plain_layout.shares_classes else [old["classes"][:, : self.length].clone()]
+            buffers = [old["state"].clone(), plain, *kept]
             self.storage = Storage(plain_layout, buffers, old.end, old.prompt, old.owner)
             self.storage.views.append(weakref.ref(self))
             self.codes, self.layout_text, self.traced, self.text_codes = plain, str(plain_layout), ["codes"], None
         return self.storage.codes[:, :, : self.shape[TOKENS]]
 
     def classes(self) -> Tensor:
-        """[B, T] uint8, indices into akvq_fx.kernels.layout.CLASS_NAMES."""
+        """[B, T] uint8, indices into akvq_fx.kernels.layout.CLASS_NAMES. Raises ValueError for values: their keys have them."""
+        if self.layout_of.shares_classes:
+            raise ValueError(
+                "PackedKV: values share their keys' token classes and hold none; ask the keys of their layer"
+            )
         return self._storage()["classes"][:, : self.shape[TOKENS]]
 
     def writable(self, extra: int, step: int) -> Storage:

@@ -83,7 +83,7 @@ def cache_stats(cache: Any) -> CacheStats:
             if layout.simulate:
                 method_bits.append(method_bits_of(tensor))
             policy = layout.policy.split()[0]
-            if policy not in stats.tokens:
+            if policy not in stats.tokens and not layout.shares_classes:
                 stats.tokens[policy] = token_counts(tensor)
         elif tensor.dim() >= 3 and tensor.numel():
             stats.plain_tensors += 1

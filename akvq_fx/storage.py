@@ -7,11 +7,10 @@ import weakref
 import torch
 from torch import Tensor
 
-from akvq_fx.kernels.layout import PADDING, STATE_TEXT, Layout
+from akvq_fx.kernels.layout import CODES, PADDING, STATE_TEXT, Layout
 from akvq_fx.kernels.rotate import turn_as_stored
 
 TOKENS = 2  # the token axis of [B, H, T, D]
-CODES = 2  # codes stand third in every layout's fields
 
 
 def _dynamic_tokens() -> dict:

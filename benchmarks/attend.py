@@ -95,8 +95,8 @@ def layouts(head_dim: int, dtype: torch.dtype) -> tuple[Layout, Layout]:
     """The backend's defaults for a PSA layer whose value rotation is folded."""
     chosen = akvq_fx.AKVQConfig()
     same = {name: getattr(chosen, name) for name in ("body_bits", "window", "pivots", "body_clip", "group")}
-    value = Layout(head_dim, dtype, **same, rotated=True, folded=True)
-    return dataclasses.replace(value, folded=False, affine=True), value
+    key = Layout(head_dim, dtype, **same, rotated=True, affine=True)
+    return key, dataclasses.replace(key, affine=False, folded=True, shares_classes=True)
 
 
 @dataclasses.dataclass

@@ -110,7 +110,9 @@ def filled(layout: Layout, B: int, H: int, T: int, capacity: int, seed: int) -> 
     x = randn(B, H, T, layout.head_dim, seed=seed, dtype=layout.dtype)
     cache = ops.create(x, torch.arange(T), classes_of(B, T), pivots, affine, capacity, layout)
     b = ops.named(cache, layout)
-    b["classes"][:, T:], b["codes"][:, :, T:], b["range"][:, :, T:] = PIVOT, 0x5A5A, math.nan
+    b["codes"][:, :, T:], b["range"][:, :, T:] = 0x5A5A, math.nan
+    if "classes" in b:
+        b["classes"][:, T:] = PIVOT
     if layout.window > T:
         b["ring"][:, :, T:] = math.nan
     if not layout.text_bits:
@@ -129,6 +131,7 @@ def attend(module: str, key_layout: Layout, value_layout: Layout, call: Call) ->
     D, dtype = key_layout.head_dim, key_layout.dtype
     turns = {"rotated": bool(call.turn), "affine": call.turn == "affine"}
     key_layout = dataclasses.replace(key_layout, **turns)
+    value_layout = dataclasses.replace(value_layout, shares_classes=True)
     key, value = (filled(layout, *(B, H, T, capacity), seed) for seed, layout in enumerate((key_layout, value_layout)))
     q, length, at, seen = randn(B, queries, H * share, D, seed=2).transpose(1, 2).mul(2).to(dtype), None, None, T
     if call.fresh:

@@ -95,15 +95,17 @@ def two(head_dim: int, dtype: torch.dtype, turned: str = "", **options: Any) -> 
 
 
 LANES = [  # what the kernel `pack` of append_cuda takes, four lanes a token
-    Write(two(64, f16), (2, 3, 64)),
+    Write(two(64, f16, shares_classes=True), (2, 3, 64)),
     Write(two(64, bf16, "rotated", window=70), (2, 3, 301), turn=True, kinds=False, x="heads last"),
     Write(two(64, f16, "affine", window=64, pivots=15), (2, 2, 67), turn=True, pivots=15),
-    Write(two(64, bf16, pivots=3), (1, 2, 130), pivots=2, many=True),
+    Write(two(64, bf16, pivots=3, shares_classes=True), (1, 2, 130), pivots=2, many=True),
     Write(two(128, bf16, "affine", window=128, pivots=15), (2, 3, 200), turn=True, pivots=20, x="heads last"),
     Write(two(128, f16, window=5, pivots=15), (1, 3, 333), pivots=3, many=True),
     Write(two(128, f16, "rotated", pivots=15), (1, 1, 65), turn=True, pivots=15, kinds=False),
     Write(two(128, bf16, "affine", window=64), (2, 1, 300), start=0, turn=True, many=True),
-    Write(two(128, bf16, "rotated", window=64, pivots=15), (2, 2, 100), start=0, turn=True, pivots=15),
+    Write(
+        two(128, bf16, "rotated", window=64, pivots=15, shares_classes=True), (2, 2, 100), start=0, turn=True, pivots=15
+    ),
     Write(two(64, f16, window=5, pivots=2), (1, 3, 71), start=7, pivots=2),
     Write(two(128, f16, "affine", window=128, pivots=9), (1, 2, 80), start=90, turn=True, x="heads last"),
     Write(two(128, bf16, "affine", window=64, pivots=15, text_bits=4), (2, 2, 131), turn=True, pivots=15),
@@ -111,10 +113,10 @@ LANES = [  # what the kernel `pack` of append_cuda takes, four lanes a token
 ]
 WARPS = [  # a warp a token
     Write(two(128, bf16, "affine", window=128, pivots=15), (2, 3, 1), start=40, turn=True, kinds=False, x="heads last"),
-    Write(two(80, f16, "rotated", window=5, text_bits=4), (2, 3, 3), start=9, turn=True),
+    Write(two(80, f16, "rotated", window=5, text_bits=4, shares_classes=True), (2, 3, 3), start=9, turn=True),
     Write(two(16, f32, window=64, pivots=2), (3, 1, 1), start=0, pivots=2),
     Write(two(64, bf16, group=32, window=16, text_bits=4), (1, 2, 67), x="wide"),
-    Write(two(128, f16, window=64, pivots=15), (2, 2, 70), pivots=15, x="wide"),
+    Write(two(128, f16, window=64, pivots=15, shares_classes=True), (2, 2, 70), pivots=15, x="wide"),
     Write(two(96, bf16, "affine", window=5, pivots=3, text_bits=4, text_clip=0.9), (2, 1, 33), turn=True, pivots=3),
     Write(two(128, f32, "affine", group=32, window=70), (1, 3, 65), turn=True, x="heads last"),
     Write(two(256, bf16, "rotated", window=5, text_bits=4), (1, 2, 101), turn=True, many=True),

@@ -33,7 +33,7 @@ struct Params {
     const u8 *kinds;
     const float *affine;
     int *state;
-    u8 *classes;
+    u8 *classes;  // null where the keys hold them
     void *codes;
     u16 *range;
     void *ring;
@@ -239,7 +239,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) append(const __grid_con
                     for (int i = lane; i < D * LOW_WIDTH / 16; i += 32) lower[i] = 0;
             }
         }
-        if (!TEXT_ONLY && head == 0 && lane == 0 && inside) p.classes[(i64)batch * p.capacity + slot] = kind;
+        if (!TEXT_ONLY && p.classes && head == 0 && lane == 0 && inside) p.classes[(i64)batch * p.capacity + slot] = kind;
     }
     if (!TEXT_ONLY) finish(p, batch, head, first, worker, lane);
 }
@@ -354,7 +354,7 @@ __device__ __forceinline__ void clear(const Params &p, i64 lead, int batch, int 
     for (int i = from * (WORDS / 8) + lane; i < to * (WORDS / 8); i += 32) words[i] = make_uint4(0, 0, 0, 0);
     for (int slot = from + lane; slot < to; slot += 32) {
         ((u32 *)p.range)[lead * p.capacity + slot] = 0;
-        if (head == 0) p.classes[(i64)batch * p.capacity + slot] = PADDING;
+        if (p.classes && head == 0) p.classes[(i64)batch * p.capacity + slot] = PADDING;
     }
 }
 
@@ -447,7 +447,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 3) pack(const __grid_co
         const i64 place = lead * p.capacity + slot;
         if (8 * lane < WORDS) *(uint4 *)((u16 *)p.codes + place * WORDS + 8 * lane) = make_uint4(words[0], words[1], words[2], words[3]);
         if (lane == 0) ((u32 *)p.range)[place] = scale_half | (u32)low_half << 16;
-        if (head == 0 && lane == 0) {
+        if (p.classes && head == 0 && lane == 0) {
             u8 kind = kind_of(p, batch, token);
             if (chosen && kind != PADDING)
 #pragma unroll 1

@@ -117,7 +117,7 @@ def launch(
         workers = B * H * -(-q // params.share)
         run("append", params, workers, x.device, macros(layout, form, False, text_only=True))
     if keep and not fast:
-        keep_pivots(b, x, at, pivots, affine, layout, turn)
+        keep_pivots(b, x, at, classes, pivots, affine, layout, turn)
 
 
 def run(name: str, params: Params, workers: int, device: torch.device, macros: tuple) -> None:

@@ -115,7 +115,11 @@ def _(q, key, value, length, mask, scale, is_causal, fresh_key, fresh_value, at,
 
 
 def check(q: Tensor, key, value, key_layout: Layout, value_layout: Layout) -> None:
-    """Raises ValueError where q does not fit the cache."""
+    """Raises ValueError where q does not fit the cache, or the keys are no keys."""
+    if key_layout.shares_classes:
+        raise ValueError(
+            f"akvq::attend: the keys' layout is {key_layout}, accepted: keys that hold their tokens' classes"
+        )
     heads = named(key, key_layout)["codes"].shape[1]
     named(value, value_layout)
     if q.dim() != 4 or q.shape[3] != key_layout.head_dim or q.shape[1] % heads:

@@ -28,7 +28,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from akvq_fx.kernels.layout import STATE_END, Layout
+from akvq_fx.kernels.layout import CODES, STATE_END, Layout
 
 log = logging.getLogger(__name__)
 
@@ -78,7 +78,7 @@ def attend(
 ) -> Tensor:
     """[B, Hq, q, Dv] contiguous, for a call that refusal() has nothing against."""
     B, query_heads, tokens, D = q.shape
-    heads = key[2].shape[1]
+    heads = key[CODES].shape[1]
     q = q.contiguous()
     out = q.new_empty((B, query_heads, tokens, value_layout.head_dim))
     fresh_count = 0
@@ -143,7 +143,7 @@ def refusal(
         return f"q is on {q.device}, accepted: cpu"
     if q.dtype not in DTYPES or q.dim() != 4 or q.shape[2] > LONGEST_QUERY or q.numel() == 0:
         return f"q is {list(q.shape)} {q.dtype}, accepted: [B, Hq, 1..{LONGEST_QUERY}, D] in {list(DTYPES)}"
-    B, heads = q.shape[0], key[2].shape[1]
+    B, heads = q.shape[0], key[CODES].shape[1]
     if heads == 0 or q.shape[1] % heads or q.shape[3] != key_layout.head_dim:
         return f"q is {list(q.shape)}, accepted: head dim {key_layout.head_dim} and a multiple of {heads} heads"
     if (
@@ -159,8 +159,8 @@ def refusal(
         return reason
     end = key[0][STATE_END] if at is None or not at.shape[0] else at[-1] + 1
     tokens = int(end) if length is None else length
-    if tokens > min(key[2].shape[2], value[2].shape[2]) or tokens < 0:
-        return f"length is {tokens}, accepted: 0 to the capacity {min(key[2].shape[2], value[2].shape[2])}"
+    if tokens > min(key[CODES].shape[2], value[CODES].shape[2]) or tokens < 0:
+        return f"length is {tokens}, accepted: 0 to the capacity {min(key[CODES].shape[2], value[CODES].shape[2])}"
     return ("" if mask is None else mask_refusal(q, mask, tokens, is_causal)) or library()[1]
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from akvq_fx.kernels import nvrtc
 from akvq_fx.kernels.cache import named
-from akvq_fx.kernels.layout import Layout
+from akvq_fx.kernels.layout import CODES, Layout
 from akvq_fx.kernels.rotate import order_of
 
 HEAD_DIM_MAX = 256
@@ -82,15 +82,15 @@ def refusal(q, key, value, length, mask, scale, is_causal, fresh_key, fresh_valu
         return f"{k.pivots} pivots, accepted: up to {PIVOTS_MAX}"
     if is_causal:
         return "is_causal: a decode step's queries see the whole cache"
-    rows = q.shape[1] // key[2].shape[1] * q.shape[2]
+    rows = q.shape[1] // key[CODES].shape[1] * q.shape[2]
     if rows > ROWS_MAX:
         return f"{rows} query rows per KV head, accepted: up to {ROWS_MAX}"
     if mask is not None and mask.dtype not in MASKS:
         return f"the mask is {mask.dtype}, accepted: {', '.join(map(str, MASKS))}"
     if not q.numel():
         return "there are no queries"
-    if key[2].shape[2] < 16 * DEPTH:
-        return f"a capacity of {key[2].shape[2]} tokens, accepted: from {16 * DEPTH}"
+    if key[CODES].shape[2] < 16 * DEPTH:
+        return f"a capacity of {key[CODES].shape[2]} tokens, accepted: from {16 * DEPTH}"
     if not all(b.is_contiguous() for b in (*key, *value)):
         return "a buffer is not contiguous"
     return nvrtc.device_refusal(q.device.index)

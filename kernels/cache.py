@@ -62,8 +62,9 @@ def write(
     b = named(cache, layout)
     check_tokens(b, x, layout)
     start, end = at[:1].to(torch.int32), at[-1:].to(torch.int32) + 1
-    kinds = torch.full_like(b["classes"][:, :1], TEXT).expand(-1, len(at)) if classes is None else classes
-    b["classes"].index_copy_(1, at, kinds.to(torch.uint8).contiguous())
+    kinds = kinds_of(x, classes)
+    if "classes" in b:
+        b["classes"].index_copy_(1, at, kinds.to(torch.uint8).contiguous())
     if layout.plain:
         b["codes"].index_copy_(2, at, x.to(b["codes"].dtype))
     else:
@@ -86,7 +87,7 @@ def write(
     if layout.pivots:
         b["pivot_at"].masked_fill_(b["pivot_at"] >= start, -1)
     if layout.pivots and pivots is not None:
-        keep_pivots(b, x, at, pivots, None, layout, turn=False)
+        keep_pivots(b, x, at, classes, pivots, None, layout, turn=False)
     ring, last = b["state"][STATE_RING : STATE_RING + 1], b["state"][STATE_END : STATE_END + 1]
     held = torch.where(
         start > last, start, torch.minimum(ring, start)
@@ -95,8 +96,21 @@ def write(
     b["state"][STATE_END : STATE_END + 1] = end
 
 
+def kinds_of(x: Tensor, classes: Tensor | None) -> Tensor:
+    """[B, q] uint8: classes, or TEXT for every token of x."""
+    given = torch.full((1, 1), TEXT, dtype=torch.uint8, device=x.device) if classes is None else classes
+    return given.expand(x.shape[0], x.shape[2])
+
+
 def keep_pivots(
-    b: dict[str, Tensor], x: Tensor, at: Tensor, pivots: Tensor, affine: Tensor | None, layout: Layout, turn: bool
+    b: dict[str, Tensor],
+    x: Tensor,
+    at: Tensor,
+    classes: Tensor | None,
+    pivots: Tensor,
+    affine: Tensor | None,
+    layout: Layout,
+    turn: bool,
 ) -> None:
     """Fill the pivot slots from tokens pivots [B, P] of x, where x starts a cache (its first position is 0).
 
@@ -108,15 +122,16 @@ def keep_pivots(
     row = torch.nn.functional.pad(pivots.long(), (0, layout.pivots - pivots.shape[1]), value=-1)
     given, row = row >= 0, row.clamp_min(0)
     position = at[row].long()
-    given &= b["classes"].gather(1, position) != PADDING
+    given &= kinds_of(x, classes).gather(1, row) != PADDING
     chosen = x.gather(2, row[:, None, :, None].expand(B, H, -1, D))
     chosen = turn_as_stored(chosen, affine, layout.rotated) if turn else chosen
     kept = torch.where(given, position, -1).to(torch.int32)
     b["pivots"].copy_(torch.where(begins, chosen.to(b["pivots"].dtype), b["pivots"]))
     b["pivot_at"].copy_(torch.where(begins, kept, b["pivot_at"]))
-    # several slots may name one position, of which one counts: the class of a pivot is above those of vision and text
-    mark = torch.where(given & begins, PIVOT, 0).to(torch.uint8)
-    b["classes"].scatter_reduce_(1, position, mark, "amax")
+    if "classes" in b:
+        # several slots may name one position, of which one counts: the class of a pivot is above those of vision and text
+        mark = torch.where(given & begins, PIVOT, 0).to(torch.uint8)
+        b["classes"].scatter_reduce_(1, position, mark, "amax")
 
 
 def create(

@@ -189,7 +189,8 @@ def write_kernel(
         if kinds is not None:
             where = kinds + batch * kinds_b + token.to(tl.int64) * kinds_t
             kind = tl.load(where, mask=live, other=TEXT_CLASS).to(tl.uint8)
-        tl.store(classes + batch * capacity + slot, kind, mask=kept & speaks)
+        if classes is not None:
+            tl.store(classes + batch * capacity + slot, kind, mask=kept & speaks)
         text, texts, fits = live, wide_lead, live
         if TEXT_BITS:
             overlay = slot + shift
@@ -249,8 +250,8 @@ def launch(b: dict[str, Tensor], x: Tensor, at: Tensor, classes, pivots, affine,
     kinds_strides = (0, 0) if classes is None else classes.stride()
     with torch.cuda.device_of(x):
         write_kernel[plan.grid(B * H, q)](
-            x, at.contiguous(), classes, affine if kind else None, b["state"], b["classes"], b["codes"], b.get("range"),
-            b.get("ring"), b.get("pivot_at"), b.get("text_codes"), b.get("text_at"),
+            x, at.contiguous(), classes, affine if kind else None, b["state"], b.get("classes"), b["codes"],
+            b.get("range"), b.get("ring"), b.get("pivot_at"), b.get("text_codes"), b.get("text_at"),
             H, affine.shape[2] if kind else H, B * H, q, plan.steps, b["codes"].shape[2], text_capacity,
             *x.stride(), *kinds_strides,
             **constants, TURN=bool(kind) or (turn and layout.rotated),
@@ -260,7 +261,7 @@ def launch(b: dict[str, Tensor], x: Tensor, at: Tensor, classes, pivots, affine,
             SHARE=plan.share, TILE=plan.tile, num_warps=plan.warps, num_stages=1,
         )  # fmt: skip
     if layout.pivots and pivots is not None:
-        keep_pivots(b, x, at, pivots, affine, layout, turn)
+        keep_pivots(b, x, at, classes, pivots, affine, layout, turn)
 
 
 def append(

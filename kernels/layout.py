@@ -5,9 +5,9 @@ Attention does not depend on the order of its tokens, so a cache is a dense low-
 than the body's bits. B batch, H KV heads, D head dim, C capacity in tokens.
 
 state       [3]               int32  end of what was written, first position the ring holds, text slot minus position
-classes     [B, C]            uint8  VISION, TEXT, PIVOT or PADDING
 codes       [B, H, C, D*b/16] int16  body, of text tokens the upper body_bits of text_bits; or [B, H, C, D] in the cache's
                                      dtype when body_bits is 16
+classes     [B, C]            uint8  VISION, TEXT, PIVOT or PADDING; values have none where they share their keys'
 range       [B, H, C, 2*G]    fp16   scale of each of the G channel groups, then their minima
 ring        [B, H, W, D]      dtype  the last W positions, slot = position mod W
 pivots      [B, H, P, D]      dtype  pivot tokens
@@ -35,6 +35,7 @@ CLASS_NAMES = ("vision", "text", "pivot", "padding")
 WORD_BITS = 16  # codes are packed into int16 words: one GPU lane unpacks two fp16 codes at once
 CODE_BITS = (2, 4, 8)
 STATE_END, STATE_RING, STATE_TEXT = range(3)
+CODES = 1  # codes stand second in every layout's fields
 DTYPES = {"f16": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32, "f64": torch.float64}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -55,6 +56,7 @@ class Layout:
     rotated: bool = False  # buffers hold H x rather than x
     affine: bool = False
     folded: bool = False  # values whose rotation lies in the projection weights: only W_O of their own layer undoes it
+    shares_classes: bool = False  # values whose tokens' classes stand with their keys: a byte a token less
     simulate: str = ""  # text of a Simulation of akvq_fx.recipes: originals are kept, and quantized when they are read
 
     def __post_init__(self):
@@ -83,6 +85,8 @@ class Layout:
             Simulation.parse(self.simulate)
             if not self.plain or self.rotated or self.affine:
                 refuse("simulate", self.simulate, "none unless body_bits is 16 and nothing is rotated or affine")
+            if self.shares_classes:
+                refuse("shares_classes", True, "False when simulate is given: what is read depends on the classes")
 
     @property
     def plain(self) -> bool:
@@ -123,7 +127,8 @@ class Layout:
     @functools.cached_property
     def fields(self) -> tuple[str, ...]:
         """Names of the buffers present, in the order in which ops take them."""
-        names = ["state", "classes", "codes"]
+        names = ["state", "codes"]
+        names += [] if self.shares_classes else ["classes"]
         names += [] if self.plain else ["range"]
         names += ["ring"] if self.window else []
         names += ["pivots", "pivot_at"] if self.pivots else []
@@ -138,8 +143,8 @@ class Layout:
         body = (self.head_dim, self.dtype) if self.plain else (words(self.body_bits), torch.int16)
         table = {
             "state": ((3,), torch.int32),
-            "classes": ((batch, capacity), torch.uint8),
             "codes": ((batch, heads, capacity, body[0]), body[1]),
+            "classes": ((batch, capacity), torch.uint8),
             "range": ((batch, heads, capacity, 2 * self.groups), torch.float16),
             "ring": ((batch, heads, self.window, self.head_dim), self.dtype),
             "pivots": ((batch, heads, self.pivots, self.head_dim), self.dtype),
@@ -170,6 +175,7 @@ class Layout:
         parts += ["rotated"] if self.rotated else []
         parts += ["affine"] if self.affine else []
         parts += ["folded"] if self.folded else []
+        parts += ["shares"] if self.shares_classes else []
         parts += [self.simulate] if self.simulate else []
         return "/".join(parts)
 
@@ -179,11 +185,12 @@ class Layout:
         """The inverse of str(). Raises ValueError for anything str() cannot have written."""
         keys = {"d": "head_dim", "b": "body_bits", "c": "body_clip", "g": "group", "w": "window", "p": "pivots",
                 "t": "text_bits", "tc": "text_clip"}  # fmt: skip
+        flags = {"rotated": "rotated", "affine": "affine", "folded": "folded", "shares": "shares_classes"}
         dtype, *parts = text.split("/")
         values: dict = {"dtype": DTYPES.get(dtype)}
         for part in parts:
-            if part in ("rotated", "affine", "folded"):
-                values[part] = True
+            if part in flags:
+                values[flags[part]] = True
                 continue
             if part.endswith(")"):  # a Simulation's text has no "/"
                 values["simulate"] = part

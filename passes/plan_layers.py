@@ -63,7 +63,14 @@ def layout_of(config: AKVQConfig, half: str, head_dim: int, dtype: torch.dtype, 
     if recipe.simulated:
         return Layout(head_dim, dtype, simulate=recipe.keys if half == "keys" else recipe.values)
     affine = half == "keys" and config.rotate and (config.center_keys or config.balance_keys)
-    base = Layout(head_dim, dtype, body_bits=config.body_bits, rotated=config.rotate, affine=affine)
+    base = Layout(
+        head_dim,
+        dtype,
+        body_bits=config.body_bits,
+        rotated=config.rotate,
+        affine=affine,
+        shares_classes=half == "values",
+    )
     if config.lossless:
         return base
     tsa = tsa and config.text_bits > config.body_bits

@@ -18,6 +18,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from akvq_fx.kernels import attend, cache  # noqa: F401 - registers the ops
+from akvq_fx.kernels.layout import CODES
 from akvq_fx.passes.patterns.nodes import NoMatch, op, outputs, shape, value
 from akvq_fx.passes.patterns.values import (
     expression,
@@ -33,7 +34,6 @@ from akvq_fx.passes.state import GraphState, Size, Split
 from akvq_fx.report import Capture, PassReport
 
 CAPTURED_MODE = "reduce-overhead"
-CODES = 2  # codes stand third among a cache's buffers
 APPEND, ATTEND = torch.ops.akvq.append.default, torch.ops.akvq.attend.default
 APPEND_AT = 2  # arguments of the two ops, by position
 ATTEND_KEY, ATTEND_LENGTH, ATTEND_MASK, ATTEND_AT = 1, 3, 4, 9

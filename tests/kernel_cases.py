@@ -121,7 +121,7 @@ def random_affine(B: int, H: int, D: int, seed: int = 0) -> Tensor:
 
 
 @st.composite
-def layouts(draw, head_dims=(8, 16, 24, 40), dtypes=(f32, f16, bf16)) -> Layout:
+def layouts(draw, head_dims=(8, 16, 24, 40), dtypes=(f32, f16, bf16), shares=(False, True)) -> Layout:
     bits = draw(st.sampled_from((2, 4, 8, 16)))
     overlays = {}
     if bits != 16:
@@ -139,6 +139,7 @@ def layouts(draw, head_dims=(8, 16, 24, 40), dtypes=(f32, f16, bf16)) -> Layout:
         group=draw(st.sampled_from((8, 128))),
         rotated=draw(st.booleans()),
         affine=draw(st.booleans()),
+        shares_classes=draw(st.sampled_from(shares)),
         **overlays,
     )
 
@@ -229,7 +230,8 @@ def poison(cache: list[Tensor], layout: Layout, length: int) -> list[Tensor]:
     cache = [buffer.clone() for buffer in cache]
     b = ops.named(cache, layout)
     junk = lambda t: torch.full_like(t, torch.nan if t.is_floating_point() else 0x5A)
-    b["classes"][:, length:] = junk(b["classes"])[:, length:]
+    if "classes" in b:
+        b["classes"][:, length:] = junk(b["classes"])[:, length:]
     b["codes"][:, :, length:] = junk(b["codes"])[:, :, length:]
     if "range" in b:
         b["range"][:, :, length:] = junk(b["range"])[:, :, length:]

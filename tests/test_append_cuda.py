@@ -79,11 +79,12 @@ def prompt(layout, tokens, seed=0):
 
 
 @gpu
+@pytest.mark.parametrize("shares", (False, True), ids=("classes", "shares"))
 @pytest.mark.parametrize("tokens", (64, 67, 1000))
 @pytest.mark.parametrize("dtype", (torch.float16, bf16), ids=str)
 @pytest.mark.parametrize("head_dim", (64, 128))
-def test_a_prompt_packed_four_lanes_a_token_is_the_reference_s(head_dim, dtype, tokens):
-    layout = Layout(head_dim, dtype, body_bits=2, body_clip=0.8, window=70)
+def test_a_prompt_packed_four_lanes_a_token_is_the_reference_s(head_dim, dtype, tokens, shares):
+    layout = Layout(head_dim, dtype, body_bits=2, body_clip=0.8, window=70, shares_classes=shares)
     x, at, kinds, _ = prompt(layout, tokens)
     due = layout.allocate(2, 3, tokens + 5)  # on the CPU: PyTorch divides by a number otherwise on a GPU
     cache = [buffer.cuda() for buffer in due]

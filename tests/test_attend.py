@@ -68,6 +68,13 @@ def test_registration_with_two_layouts(dtype):
     torch.library.opcheck(attend, args)
 
 
+def test_refuses_keys_without_token_classes():
+    key, value = (case_of(Layout(16, f32, body_bits=2, shares_classes=True), seed=seed) for seed in range(2))
+    args = (key.pack(), value.pack(), 7, None, None, True, None, None, None, str(key.layout), str(value.layout))
+    with pytest.raises(ValueError, match="f32/d16/b2/c1/g128/shares, accepted: keys that hold their tokens' classes"):
+        attend(randn(2, 2, 5, 16), *args)
+
+
 @st.composite
 def masks(draw, B, Hq, q, T, dtype):
     """None, bool or float, broadcast over any of its dims; every query sees the first token."""
@@ -87,7 +94,7 @@ def masks(draw, B, Hq, q, T, dtype):
 def calls(draw):
     """Key and value caches of one prompt with their own layouts, queries, and the other arguments of attention."""
     dtype = draw(st.sampled_from((f32, f32, f16, bf16)))
-    key = draw(cases(draw(layouts(dtypes=(dtype,)))))
+    key = draw(cases(draw(layouts(dtypes=(dtype,), shares=(False,)))))
     B, H, T, _ = key.x.shape
     value = draw(cases(draw(layouts(dtypes=(dtype,))), batch=B, heads=H, length=T))
     tokens, groups = draw(st.integers(1, 16)), draw(st.sampled_from((1, 2, 5)))
@@ -147,7 +154,7 @@ def assert_chunk(attend_with, drawn) -> None:
 @st.composite
 def chunk_calls(draw, most: int = 12):
     dtype = draw(st.sampled_from((f32, f32, f16, bf16)))
-    key = draw(cases(draw(layouts(dtypes=(dtype,)))))
+    key = draw(cases(draw(layouts(dtypes=(dtype,), shares=(False,)))))
     value = draw(cases(draw(layouts(dtypes=(dtype,))), batch=key.x.shape[0], heads=key.x.shape[1], length=key.length))
     return draw_chunk(draw, key, value, draw(st.sampled_from((1, 2, 5))), draw(st.integers(1, most)))
 

@@ -102,7 +102,8 @@ def cache_pair(
         cache = case.pack()
         b = named(cache, layout)
         for name, junk in (("codes", 0x5A5A), ("range", math.nan), ("classes", PIVOT)):
-            b[name].narrow(1 if name == "classes" else 2, T, capacity - T).fill_(junk)
+            if name in b:
+                b[name].narrow(1 if name == "classes" else 2, T, capacity - T).fill_(junk)
         if layout.text_bits:
             b["text_codes"][:, :, T:] = 0x5A5A
         if layout.window > T:
@@ -159,7 +160,7 @@ def check_equals_the_reference(dtype, head_dim, group, shape, text_bits=0, value
     B, H, share, queries, T, capacity, window, pivots = shape
     overlays = {"window": window, "pivots": pivots, "text_bits": text_bits}
     layout = Layout(head_dim, dtype, body_bits=2, body_clip=0.8, group=group, **overlays)
-    value_layout = dataclasses.replace(layout, text_bits=value_text)
+    value_layout = dataclasses.replace(layout, text_bits=value_text, shares_classes=True)
     key, value = cache_pair(layout, B, H, T, capacity, value_layout)
     key_layout = dataclasses.replace(layout, rotated=True, affine=True)  # a field more, which attention does not read
     key = [*key, torch.full((B, 3, H, head_dim), math.nan, device="cuda")]

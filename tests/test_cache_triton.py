@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from akvq_fx.kernels import cache as reference
 from akvq_fx.kernels import cache_triton, rotate_triton
 from akvq_fx.kernels.cache import named, read_text
-from akvq_fx.kernels.layout import PADDING, STATE_TEXT, TEXT, VISION, Layout, unpack_bits
+from akvq_fx.kernels.layout import CODES, PADDING, STATE_TEXT, TEXT, VISION, Layout, unpack_bits
 from akvq_fx.kernels.quantizer import dequantize
 from akvq_fx.kernels.rotate import turn_as_stored
 from tests.kernel_cases import (
@@ -38,6 +38,7 @@ WIDE = {
     "128": Layout(128, bf16, body_bits=2, body_clip=0.8, window=9, pivots=3),
     "128-affine": Layout(128, f16, body_bits=2, body_clip=0.8, window=9, pivots=3, rotated=True, affine=True),
     "256-two-groups": Layout(256, bf16, body_bits=2, body_clip=0.8, window=4, text_bits=4, rotated=True),
+    "128-shares": Layout(128, bf16, body_bits=2, body_clip=0.8, window=9, pivots=3, shares_classes=True),
     "80": Layout(80, f16, body_bits=2, text_bits=4, text_clip=0.9, window=5, rotated=True, affine=True),
     "96": Layout(96, f32, body_bits=4, text_bits=8, window=5, rotated=True, affine=True),
     "lossless-96": Layout(96, bf16, rotated=True, affine=True),
@@ -318,6 +319,6 @@ def test_refuses_other_positions_classes_and_buffers():
         cache_triton.append(cache, x, torch.arange(2), None, None, case.layout)
     with pytest.raises(ValueError, match=r"classes is \[1, 1\], accepted: \[2, 1\]"):
         cache_triton.append(cache, x, torch.arange(1), case.classes[:1, :1], None, case.layout)
-    cache[2] = cache[2].transpose(0, 1)
+    cache[CODES] = cache[CODES].transpose(0, 1)
     with pytest.raises(ValueError, match="codes not contiguous"):
         cache_triton.append(cache, x, torch.arange(1), None, None, case.layout)

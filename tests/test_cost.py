@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 import akvq_fx
 from akvq_fx import cost
 from akvq_fx.kernels.layout import Layout
+from akvq_fx.passes.plan_layers import layout_of
 from tests.kernel_cases import LAYOUTS
 from tests.zoo import ZOO
 
@@ -33,6 +34,25 @@ def test_bits_of_the_papers_settings():
         counted = (143 * 16 + (tokens - 143) * 2.25) / tokens
         exact = float(cost.bits_per_element(PAPER, 32).subs(cost.T, tokens))
         assert counted < exact < counted + 143 * 2.25 / tokens + 0.02
+
+
+@pytest.mark.parametrize(
+    "head_dim, heads, layers, text",
+    [(64, 3, 30, 0), (64, 3, 30, 0.055), (64, 2, 24, 0), (64, 1, 24, 0), (64, 8, 16, 0.075)]
+    + [(128, 32, 32, 0.3), (128, 4, 28, 0.28), (80, 32, 32, 0.18), (256, 1, 18, 0.28)],
+    ids=str,
+)
+def test_two_bits_take_at_most_2_6(head_dim, heads, layers, text):
+    """The default recipe outside the tokens at 16 bits, metadata counted; text: its share among vision tokens, 0 for text alone."""
+    config = akvq_fx.AKVQConfig(window=0, pivots=0)
+    told, tokens = text > 0, 100_000
+    halves = [
+        layout_of(config, half, head_dim, torch.float16, told and layer in config.tsa_layers, told)
+        for layer in range(layers)
+        for half in ("keys", "values")
+    ]
+    bits = sum(cost.bits_at(layout, heads, tokens, 1 - text) for layout in halves) / len(halves)
+    assert bits <= 2.6
 
 
 def test_bits_fall_with_length():

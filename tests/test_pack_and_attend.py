@@ -89,6 +89,8 @@ def test_padding_is_a_class_of_its_own():
 
     seen = evidence(Decoder(Blind), TWO_BITS, pad=2)
     classes = seen.cache[0][0].classes()
+    with pytest.raises(ValueError, match="ask the keys"):
+        seen.cache[0][1].classes()
     assert (classes[0, :2] == 3).all() and (classes[0, 2:] != 3).all() and (classes[1] != 3).all()
     assert akvq_fx.cache_stats(seen.cache).tokens["PSA"]["padding"] == 2
     for a, b in zip(seen.eager, seen.compiled, strict=True):

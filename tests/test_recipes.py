@@ -437,9 +437,11 @@ def test_table_has_every_recipe_and_says_which_is_simulated():
     assert [row.name for row in table.rows if row.how == "simulated"] == SIMULATED
     assert all(len(row.bits) == 2 and row.source for row in table.rows)
     assert "| `kivi` | simulated |" in str(table) and "50% vision" in str(table)
-    tsa, psa = (Layout(64, f16, body_bits=2, rotated=True, window=128, **x) for x in ({"text_bits": 4}, {"pivots": 15}))
-    due = (bits_at(tsa, 8, 512, 0.5) + bits_at(psa, 8, 512, 0.5)) / 2
-    assert table.rows[0].bits[0] == pytest.approx(due)  # 2 of 4 layers are TSA
+    layers = [{"text_bits": 4}, {"pivots": 15}]  # TSA and PSA, two each
+    both = [
+        Layout(64, f16, body_bits=2, rotated=True, window=128, shares_classes=s, **x) for x in layers for s in (0, 1)
+    ]
+    assert table.rows[0].bits[0] == pytest.approx(sum(bits_at(layout, 8, 512, 0.5) for layout in both) / 4)
 
 
 @pytest.mark.parametrize("name", SIMULATED)

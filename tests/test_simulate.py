@@ -12,7 +12,7 @@ from akvq_fx import PackedKV
 from akvq_fx.kernels import append_cuda, attend_cpu, attend_cuda, cache_triton
 from akvq_fx.kernels import attend as attend_module  # noqa: F401 - registers the op
 from akvq_fx.kernels import cache as ops
-from akvq_fx.kernels.layout import PADDING, TEXT, VISION, Layout
+from akvq_fx.kernels.layout import CODES, PADDING, TEXT, VISION, Layout
 from akvq_fx.recipes import RECIPES, SIMULATORS, Context, Recipe, Simulation, Simulator
 from tests.kernel_cases import Case, assert_close, assert_same, poison, randn
 from tests.zoo import ZOO
@@ -70,7 +70,7 @@ def test_padding_and_unwritten_slots_have_no_influence(text):
     cache = case.pack()
     spoilt = poison(cache, case.layout, case.length)
     padding = (case.classes == PADDING)[:, None, :, None].expand_as(case.x)
-    spoilt[2][:, :, : case.length].masked_fill_(padding, torch.nan)
+    spoilt[CODES][:, :, : case.length].masked_fill_(padding, torch.nan)
     read, again = (akvq.dequantize(c, case.length, str(case.layout)) for c in (cache, spoilt))
     assert_same("real tokens", read[~padding], again[~padding])
 
