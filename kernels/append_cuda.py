@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from akvq_fx.kernels import cache_triton, nvrtc
-from akvq_fx.kernels.cache import keep_pivots, named
+from akvq_fx.kernels.cache import check_fits, keep_pivots, named
 from akvq_fx.kernels.layout import Layout
 from akvq_fx.kernels.rotate import order_of
 
@@ -71,7 +71,7 @@ def pack(x, at, classes, pivots, affine, capacity: int, layout: Layout, turn: bo
     b = named(cache, layout)
     if layout.affine:
         b["affine"].copy_(affine)
-    cache_triton.check_fits(b, x, at, classes, layout)
+    check_fits(b, x, at, classes, layout)
     launch(b, x, at, classes, pivots, affine, layout, turn, fresh=True)
     return cache
 

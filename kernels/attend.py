@@ -24,7 +24,7 @@ from torch import Tensor
 from akvq_fx.kernels.cache import named, read
 from akvq_fx.kernels.choose import choose
 from akvq_fx.kernels.layout import STATE_END, Layout
-from akvq_fx.kernels.rotate import hadamard, rotate_queries
+from akvq_fx.kernels.rotate import turn_queries, turn_tokens
 from akvq_fx.kernels.simulate import squeezed
 
 FASTER = {"cuda": ("attend_cuda", "attend_triton"), "cpu": ("attend_cpu",)}  # before the reference, by device
@@ -103,8 +103,8 @@ def attend(
 def turn_query(q: Tensor, key: list[Tensor], layout: Layout) -> Tensor:
     """Queries as the model made them -> as the stored keys are asked."""
     if layout.affine:
-        return rotate_queries(q, named(key, layout)["affine"])
-    return hadamard(q) if layout.rotated else q
+        return turn_queries(q, named(key, layout)["affine"])
+    return turn_tokens(q) if layout.rotated else q
 
 
 @attend.register_fake

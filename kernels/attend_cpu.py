@@ -4,43 +4,27 @@ Arguments and meaning are those of kernels/attend.py; layouts are `Layout`s. Cod
 each 2-bit code costs a mask, a conversion and a multiply-add, so a long cache is attended several times as fast as torch's
 attention reads 16- or 32-bit tokens. Scores, softmax and sums are fp32; tokens are not rounded to the cache's dtype on the way.
 
-The kernel is compiled at first use by the user's own C++ compiler ($CXX, else c++, g++ or clang++; a few seconds) and kept in
-$XDG_CACHE_HOME/akvq_fx, else ~/.cache/akvq_fx, under a name that the source, the flags and the processor's features make.
-`refusal` says why a call cannot be taken, "" where it can: the reference answers the others, and all of them where there is
-no compiler.
+kernels/cpp.py compiles it at first use. `refusal` says why a call cannot be taken, "" where it can: the reference answers the
+others, and all of them where there is no compiler.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
-import logging
-import os
-import platform
-import shlex
-import shutil
-import subprocess
-import sys
-import tempfile
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from akvq_fx.kernels import cpp
 from akvq_fx.kernels.layout import CODES, STATE_END, Layout
-
-log = logging.getLogger(__name__)
 
 LONGEST_QUERY = 16  # tokens; for more the reference is right: it reads the cache once for all of them
 LARGEST_HEAD = 256
-COMPILE_SECONDS = 120
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 MASK_DTYPES = DTYPES | {torch.bool: 3}
 OUT_OF_MEMORY, BAD_POSITION = 1, 2  # what the kernel answers, 0 for done
-SOURCES = ("attend_cpu.cpp", "attend_cpu.h")
-FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-ffp-contract=fast", "-shared", "-fPIC")
-EXTRA_FLAGS = (("-march=native", "-fopenmp"), ("-march=native",), ("-fopenmp",), ())  # the first that compiles is taken
+SOURCES = ("attend_cpu.cpp", "attend_cpu.h", "numbers_cpu.h")
 
 
 class Cache(ctypes.Structure):
@@ -218,68 +202,6 @@ def fresh_refusal(q: Tensor, key: Tensor | None, value: Tensor | None, at: Tenso
     return ""
 
 
-@functools.cache
 def library() -> tuple:
-    """The compiled function and "", or nothing callable and why; tried once a process."""
-    try:
-        path = library_path()
-        built = not path.is_file()
-        if built:
-            compile_to(path)
-        try:
-            function = ctypes.CDLL(str(path)).akvq_attend
-        except OSError:
-            if built:
-                raise
-            compile_to(path)  # a damaged file
-            function = ctypes.CDLL(str(path)).akvq_attend
-    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
-        reason = f"no C++ kernel: {error}"
-        log.info("akvq::attend on the CPU uses its slower reference: %s", reason)
-        return (), reason
-    function.argtypes, function.restype = [ctypes.c_void_p] * 3, ctypes.c_int
-    return function, ""
-
-
-def library_path() -> Path:
-    parts = [(Path(__file__).parent / name).read_bytes() for name in SOURCES]
-    parts += [repr(x).encode() for x in (FLAGS, EXTRA_FLAGS, os.environ.get("CXX", ""), platform.machine(), features())]
-    name = f"attend_{hashlib.sha256(b'|'.join(parts)).hexdigest()[:24]}.so"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "akvq_fx" / name
-
-
-def features() -> str:
-    """What the processor can do: a library for -march=native must not reach another machine through a shared home."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line for line in lines if line.startswith(("flags", "Features"))), "")
-
-
-def compiler() -> list[str]:
-    chosen = shlex.split(os.environ.get("CXX", ""))
-    for command in [chosen] if chosen else [["c++"], ["g++"], ["clang++"]]:
-        if shutil.which(command[0]):
-            return command
-    raise RuntimeError(f"no C++ compiler: looked for {chosen[0] if chosen else 'c++, g++, clang++'}")
-
-
-def compile_to(path: Path) -> None:
-    """Compile in a folder of our own and move the result: processes that build at once do not see each other."""
-    if sys.platform == "win32" or sys.byteorder != "little":
-        raise RuntimeError(f"{sys.platform}, {sys.byteorder}-endian, accepted: little-endian Linux or macOS")
-    command = compiler()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    said = ""
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        made = str(Path(folder) / path.name)
-        source = str(Path(__file__).parent / SOURCES[0])
-        for extra in EXTRA_FLAGS:
-            arguments = [*command, *FLAGS, *extra, source, "-o", made]
-            result = subprocess.run(arguments, capture_output=True, text=True, timeout=COMPILE_SECONDS)
-            if result.returncode == 0:
-                os.replace(made, path)
-                return
-            said = said or result.stderr
-    raise RuntimeError(f"{command[0]} failed: {said.strip()[:500]}")
+    """The compiled function and "", or nothing callable and why."""
+    return cpp.function(SOURCES, "akvq_attend", 3)

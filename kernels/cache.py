@@ -35,6 +35,7 @@ from akvq_fx.kernels.rotate import restore, turn_as_stored
 from akvq_fx.kernels.simulate import simulated
 
 FASTER = {"cuda": ("append_cuda", "cache_triton")}  # before the reference, by device
+FASTER_APPEND = FASTER | {"cpu": ("append_cpu",)}
 
 
 def named(cache: list[Tensor], layout: Layout) -> dict[str, Tensor]:
@@ -52,6 +53,22 @@ def check_tokens(b: dict[str, Tensor], x: Tensor, layout: Layout) -> None:
         raise ValueError(
             f"akvq::append: x is {list(x.shape)}, accepted: [B, H, q, D] of a cache with codes {list(b['codes'].shape)} "
             f"and head dim {layout.head_dim}; a cache from another model or batch cannot be continued"
+        )
+
+
+def check_fits(b: dict[str, Tensor], x: Tensor, at: Tensor, classes: Tensor | None, layout: Layout) -> None:
+    """Raises ValueError where a kernel, which goes by sizes alone, cannot take the call."""
+    check_tokens(b, x, layout)
+    if at.shape != x.shape[2:3] or not len(at):
+        raise ValueError(
+            f"akvq::append: at is {list(at.shape)}, accepted: [{x.shape[2]}], one position a token or more"
+        )
+    if classes is not None and classes.shape != (x.shape[0], x.shape[2]):
+        raise ValueError(f"akvq::append: classes is {list(classes.shape)}, accepted: {[x.shape[0], x.shape[2]]}")
+    apart = [name for name, buffer in b.items() if not buffer.is_contiguous()]
+    if apart:
+        raise ValueError(
+            f"akvq::append: {', '.join(apart)} not contiguous, accepted: buffers as Layout.allocate makes them"
         )
 
 
@@ -234,7 +251,7 @@ def append(
     pivots [B, P] int32 index the q tokens; they count only where the tokens start the cache (a static cache used again).
     """
     parsed = Layout.parse(layout)
-    kernel = choose("append", FASTER.get(x.device.type, ()), x, parsed)
+    kernel = choose("append", FASTER_APPEND.get(x.device.type, ()), x, parsed)
     if kernel is not None:
         kernel(cache, x, at, classes, pivots, parsed, turn)
         return

@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from akvq_fx.kernels import quantizer, rotate_triton
-from akvq_fx.kernels.cache import check_tokens, keep_pivots, named
+from akvq_fx.kernels.cache import check_fits, keep_pivots, named
 from akvq_fx.kernels.layout import DTYPE_NAMES, STATE_END, STATE_RING, STATE_TEXT, TEXT, Layout
 from akvq_fx.kernels.rotate_triton import KEYS, affine_rows, head_rows, turned
 
@@ -217,21 +217,6 @@ def write_kernel(
             tl.store(where, -1, mask=mine & (position >= tl.load(at)))
         if tl.program_id(0) == 0:
             write_state(state, at, tokens, WINDOW)
-
-
-def check_fits(b: dict[str, Tensor], x: Tensor, at: Tensor, classes: Tensor | None, layout: Layout) -> None:
-    check_tokens(b, x, layout)
-    if at.shape != x.shape[2:3] or not len(at):
-        raise ValueError(
-            f"akvq::append: at is {list(at.shape)}, accepted: [{x.shape[2]}], one position a token or more"
-        )
-    if classes is not None and classes.shape != (x.shape[0], x.shape[2]):
-        raise ValueError(f"akvq::append: classes is {list(classes.shape)}, accepted: {[x.shape[0], x.shape[2]]}")
-    apart = [name for name, buffer in b.items() if not buffer.is_contiguous()]
-    if apart:
-        raise ValueError(
-            f"akvq::append: {', '.join(apart)} not contiguous, accepted: buffers as Layout.allocate makes them"
-        )
 
 
 def launch(b: dict[str, Tensor], x: Tensor, at: Tensor, classes, pivots, affine, layout: Layout, turn: bool) -> None:

@@ -53,32 +53,36 @@ def reference(x: Tensor) -> Tensor:
 
 def shift_and_rotate(x: Tensor, affine: Tensor, centre: bool, gain: int) -> Tensor:
     """H((x - c) * gain) per channel; heads of x may be a multiple of affine's (GQA queries)."""
-    rows = affine.repeat_interleave(x.shape[1] // affine.shape[2], 2).unsqueeze(3)
+    share = x.shape[1] // affine.shape[2]
+    rows = (affine if share == 1 else affine.repeat_interleave(share, 2)).unsqueeze(3)
     shifted = x.to(torch.promote_types(x.dtype, torch.float32))
     shifted = shifted - rows[:, 0] if centre else shifted
     return transform(shifted * rows[:, gain]).to(x.dtype)
 
 
-@torch.library.custom_op("akvq::hadamard", mutates_args=())
-def hadamard(x: Tensor) -> Tensor:
+def turn_tokens(x: Tensor) -> Tensor:
+    """What akvq::hadamard computes; ops call this one, without the way through the dispatcher. turn_keys, turn_queries likewise."""
     kernel = choose("hadamard", FASTER.get(x.device.type, ()), x)
     return reference(x) if kernel is None else kernel(x)
 
 
-@torch.library.custom_op("akvq::rotate_keys", mutates_args=())
-def rotate_keys(k: Tensor, affine: Tensor) -> Tensor:
+def turn_keys(k: Tensor, affine: Tensor) -> Tensor:
     kernel = choose("rotate_keys", FASTER.get(k.device.type, ()), k)
     if kernel is not None:
         return kernel(k, affine)
     return shift_and_rotate(k, affine, centre=True, gain=1)
 
 
-@torch.library.custom_op("akvq::rotate_queries", mutates_args=())
-def rotate_queries(q: Tensor, affine: Tensor) -> Tensor:
+def turn_queries(q: Tensor, affine: Tensor) -> Tensor:
     kernel = choose("rotate_queries", FASTER.get(q.device.type, ()), q)
     if kernel is not None:
         return kernel(q, affine)
     return shift_and_rotate(q, affine, centre=False, gain=2)
+
+
+hadamard = torch.library.custom_op("akvq::hadamard", turn_tokens, mutates_args=())
+rotate_keys = torch.library.custom_op("akvq::rotate_keys", turn_keys, mutates_args=())
+rotate_queries = torch.library.custom_op("akvq::rotate_queries", turn_queries, mutates_args=())
 
 
 def _fake(x: Tensor, affine: Tensor | None = None) -> Tensor:
@@ -93,8 +97,8 @@ for _op in (hadamard, rotate_keys, rotate_queries):
 def turn_as_stored(x: Tensor, affine: Tensor | None, rotated: bool) -> Tensor:
     """Keys or values as the model made them -> the space of the buffers, [B, H, T, D]."""
     if affine is not None:
-        return rotate_keys(x, affine)
-    return hadamard(x) if rotated else x
+        return turn_keys(x, affine)
+    return turn_tokens(x) if rotated else x
 
 
 def restore(stored: Tensor, affine: Tensor | None, rotated: bool) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from akvq_fx.kernels import attend_cpu
+from akvq_fx.kernels import attend_cpu, cpp
 from akvq_fx.kernels.attend import reference
 from akvq_fx.kernels.cache import append, read
 from akvq_fx.kernels.layout import Layout
@@ -44,13 +44,13 @@ WIDE = {
     "d80": Layout(80, f32, body_bits=2, text_bits=4, window=20),
     "d72-odd-words": Layout(72, f32, body_bits=2, window=9),
 }
-QUICK_FLAGS = (*attend_cpu.FLAGS, "-O0")  # a quicker compilation
+QUICK_FLAGS = (*cpp.FLAGS, "-O0")  # a quicker compilation
 
 
 @pytest.fixture(scope="module", autouse=True)
 def needs_a_compiler():
     try:
-        attend_cpu.compiler()
+        cpp.compiler()
     except RuntimeError as error:
         pytest.skip(str(error))
     assert attend_cpu.library()[1] == ""
@@ -292,10 +292,10 @@ def test_says_which_buffer_does_not_fit():
 def fresh_build(monkeypatch, tmp_path):
     """Nothing built yet, and another folder to build in."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(attend_cpu, "FLAGS", QUICK_FLAGS)
-    attend_cpu.library.cache_clear()
+    monkeypatch.setattr(cpp, "FLAGS", QUICK_FLAGS)
+    cpp.function.cache_clear()
     yield tmp_path / "cache" / "akvq_fx"
-    attend_cpu.library.cache_clear()
+    cpp.function.cache_clear()
 
 
 @pytest.mark.parametrize("chosen, named", ((None, r"c\+\+, g\+\+, clang\+\+"), ("no-such-c++ -m64", r"no-such-c\+\+")))
@@ -322,14 +322,14 @@ def test_a_compiler_that_fails_is_a_reason(fresh_build, monkeypatch):
 
 def test_a_damaged_library_is_built_again(fresh_build):
     fresh_build.mkdir(parents=True)
-    attend_cpu.library_path().write_bytes(b"not a library")
+    cpp.library_path(attend_cpu.SOURCES).write_bytes(b"not a library")
     assert attend_cpu.refusal(**args_for()) == ""
 
 
 def test_processes_that_build_at_once_do_not_disturb_each_other(tmp_path):
     script = (
-        "import sys; from akvq_fx.kernels import attend_cpu as built; "
-        f"built.FLAGS = {QUICK_FLAGS}; sys.exit(built.library()[1] or 0)"
+        "import sys; from akvq_fx.kernels import attend_cpu, cpp; "
+        f"cpp.FLAGS = {QUICK_FLAGS}; sys.exit(attend_cpu.library()[1] or 0)"
     )
     environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
     start = lambda: subprocess.Popen([sys.executable, "-c", script], env=environment, stderr=subprocess.PIPE, text=True)

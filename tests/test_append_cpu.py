@@ -1,0 +1,204 @@
+"""The C++ append against kernels/cache.py's reference, to the bit: any layout, any numbers, and what it refuses."""
+
+import logging
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from akvq_fx.kernels import append_cpu, cpp
+from akvq_fx.kernels import cache as reference
+from akvq_fx.kernels.attend_cpu import Cache
+from akvq_fx.kernels.cache import named
+from akvq_fx.kernels.layout import PADDING, STATE_TEXT, Layout
+from akvq_fx.kernels.rotate import turn_as_stored
+from tests.kernel_cases import LAYOUTS, assert_caches_same, bf16, case_of, cases, f16, f32, poison, randn
+
+every_layout = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+SIZES = {
+    "d128": Layout(128, bf16, body_bits=2, body_clip=0.8, window=9, pivots=3, shares_classes=True),
+    "d128-affine-text": Layout(128, f16, body_bits=2, text_bits=4, window=4, rotated=True, affine=True),
+    "d256-text8": Layout(256, f32, body_bits=2, text_bits=8, text_clip=0.9, window=5, rotated=True),
+    "d96-4bit": Layout(96, f32, body_bits=4, text_bits=8, window=5, rotated=True, affine=True),
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def needs_a_compiler():
+    try:
+        cpp.compiler()
+    except RuntimeError as error:
+        pytest.skip(str(error))
+    assert append_cpu.library()[1] == ""
+
+
+def check(cache, x, at, classes, pivots, layout, turn=False):
+    """Both write to copies of a cache; returns the reference's."""
+    assert append_cpu.refusal(x, layout) == ""
+    due, done = ([buffer.clone() for buffer in cache] for _ in range(2))
+    stored = turn_as_stored(x, named(due, layout).get("affine"), layout.rotated) if turn else x
+    reference.write(due, stored, at, classes, pivots, layout)
+    append_cpu.append(done, x, at, classes, pivots, layout, turn)
+    assert_caches_same(due, done, layout)
+    return due
+
+
+@given(st.data(), cases())
+@settings(max_examples=60, deadline=None)
+def test_equals_the_reference_for_any_layout(data, case):
+    """Into poisoned buffers, behind the end, at it or after a crop: what the tokens do not own keeps its poison."""
+    size = data.draw(st.integers(1, min(append_cpu.LONGEST, case.capacity)), label="size")
+    start = data.draw(st.integers(0, case.capacity - size), label="start")
+    x = randn(*case.x.shape[:2], size, case.x.shape[3], seed=1, dtype=case.layout.dtype)
+    classes = None
+    if data.draw(st.booleans(), label="classes"):
+        classes = torch.randint(0, PADDING + 1, (len(x), size), generator=torch.Generator().manual_seed(start)).byte()
+    pivots = None
+    if case.layout.pivots and data.draw(st.booleans(), label="pivots"):
+        pivots = torch.arange(case.layout.pivots).expand(len(x), -1).clamp_max(size - 1).int()
+    cache = poison(case.pack(), case.layout, case.length)
+    check(
+        cache,
+        x,
+        torch.arange(start, start + size),
+        classes,
+        pivots,
+        case.layout,
+        data.draw(st.booleans(), label="turn"),
+    )
+
+
+def test_crops_and_gaps():
+    """A crop to a pivot and to what the ring lost, a write past the end, and the start over."""
+    layout = Layout(16, f32, body_bits=2, window=6, pivots=3)
+    case = case_of(layout, capacity=30)
+    case.pivots = torch.tensor([[4, 7, 9], [0, 5, 7]], dtype=torch.int32)
+    cache = case.pack()
+    for seed, (start, size) in enumerate(((11, 1), (7, 2), (8, 3), (14, 1), (15, 2), (25, 4), (5, 1), (0, 2))):
+        x = randn(2, 2, size, 16, seed=seed)
+        cache = check(cache, x, torch.arange(start, start + size), None, None, layout)
+
+
+@pytest.mark.parametrize("threads", (1, 2))
+@pytest.mark.parametrize("layout", SIZES.values(), ids=SIZES)
+def test_real_head_dims(layout, threads):
+    case = case_of(layout, B=3, H=9, T=11, capacity=40)
+    cache, before = case.pack(), torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        for seed, (start, size) in enumerate(((11, 1), (12, 16), (6, 2), (8, 1))):
+            x = randn(3, 9, size, layout.head_dim, seed=seed, dtype=layout.dtype) + 2
+            cache = check(cache, x, torch.arange(start, start + size), None, None, layout, turn=True)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("bits", (2, 4, 8))
+@pytest.mark.parametrize("clip", (0.8, 1.0))
+def test_codes_of_any_numbers(bits, clip):
+    """Also numbers that lie on the edge between two codes, in groups that floor, saturate or overflow."""
+    sizes, offsets = torch.tensor([1e-7, 1e-3, 1.0, 300.0, 1e6, 1e30]), torch.tensor([0.0, 1.0, 1e4])
+    scale, offset = torch.cartesian_prod(sizes, offsets).view(18, 1, 1, 1, 2).unbind(-1)
+    edges = torch.arange(16) / 2 + randn(8, 16).round() * 1e-7
+    x = torch.cat([randn(18, 1, 8, 16), edges.expand(18, 1, 8, 16)], 2) * scale + offset * scale
+    layout = Layout(16, f32, body_bits=bits, body_clip=clip)
+    check(layout.allocate(18, 1, 16), x, torch.arange(16), None, None, layout)
+
+
+@pytest.mark.parametrize("dtype", (f32, f16, bf16), ids=str)
+@pytest.mark.parametrize("broken", (torch.nan, torch.inf, -torch.inf, 65504.0, -1e38), ids=str)
+@pytest.mark.parametrize("bits", (2, 4, 8))
+def test_broken_and_huge_numbers(bits, broken, dtype):
+    layout = Layout(40, dtype, body_bits=bits, text_bits=2 * bits % 16, group=8, window=2)
+    x = randn(2, 2, 11, 40, dtype=dtype)
+    x[0, 0, 3, 9], x[1, 1, 4, :8], x[0, 1, 5, [1, 2]] = broken, broken, torch.tensor([broken, -broken], dtype=dtype)
+    x[1, 0, 10, 39] = broken
+    check(layout.allocate(2, 2, 12, 12), x, torch.arange(11), None, None, layout)
+
+
+def test_any_strides():
+    layout = LAYOUTS["2bit"]
+    case = case_of(layout, B=2, H=3)
+    kinds = torch.tensor([[0, 3]], dtype=torch.uint8)
+    for x in (randn(2, 2, 3, 16).transpose(1, 2), randn(2, 3, 2, 32)[..., ::2], randn(2, 1, 2, 16).expand(2, 3, 2, 16)):
+        check(case.pack(), x, torch.arange(22, 26)[::2] // 2, kinds.expand(2, 2), None, layout)
+
+
+@pytest.mark.parametrize("at", (-1, 13))
+def test_a_position_without_a_slot_is_an_error_and_nothing_is_written(at):
+    case = case_of(LAYOUTS["2bit"])
+    cache, x = case.pack(), case.x[:, :, :2]
+    with pytest.raises(IndexError, match=rf"at is \[3, {at}\], accepted: 0 to the capacity 13"):
+        append_cpu.append(cache, x, torch.tensor([3, at]), None, None, case.layout)
+    assert_caches_same(case.pack(), cache, case.layout)
+
+
+def test_a_text_slot_that_is_not_there_is_an_error():
+    case = case_of(Layout(16, f16, body_bits=2, text_bits=4), T=8, capacity=12)
+    cache = case.pack()
+    named(cache, case.layout)["state"][STATE_TEXT] = 4
+    with pytest.raises(IndexError, match="accepted: 0 to the capacity"):
+        append_cpu.append(cache, case.x[:, :, :1], torch.tensor([8]), None, None, case.layout)
+
+
+@pytest.mark.parametrize("name", Layout(16, f16, body_bits=2, text_bits=4, window=3, pivots=2).fields)
+def test_refuses_buffers_of_other_sizes(name):
+    layout = Layout(16, f16, body_bits=2, text_bits=4, window=3, pivots=2)
+    case = case_of(layout)
+    cache = case.pack()
+    place = layout.fields.index(name)
+    cache[place] = cache[place][..., :-1].contiguous()
+    with pytest.raises(ValueError, match=r"akvq::append: .* accepted: contiguous"):
+        append_cpu.append(cache, case.x[:, :, :1], torch.tensor([11]), None, None, layout)
+
+
+def test_refuses_with_a_reason():
+    layout = LAYOUTS["2bit"]
+    x = randn(1, 1, 1, 16)
+    for token, where, reason in (
+        (x.double(), layout, "x is torch.float64 and the cache torch.float32, accepted: both"),
+        (x.double(), Layout(16, torch.float64, body_bits=2), "accepted: both of one of"),
+        (randn(1, 1, 1, 520), Layout(520, f32, body_bits=2), "head dim 520, accepted: up to 512"),
+        (randn(1, 1, 17, 16), layout, r"x is [1, 1, 17, 16] on cpu, accepted: [B, H, 1..16, D] on the cpu"),
+        (x, Layout(16, f32, simulate="fp8()"), "the cache is simulated: fp8()"),
+    ):
+        assert reason in append_cpu.refusal(token, where)
+
+
+@every_layout
+def test_the_op_takes_it(layout, monkeypatch):
+    calls, append = [], append_cpu.append
+    monkeypatch.setattr(append_cpu, "append", lambda *call: calls.append(call) or append(*call))
+    case = case_of(layout)
+    cache, x = case.pack(), randn(2, 2, 1, layout.head_dim, dtype=layout.dtype)
+    torch.ops.akvq.append(cache, x, torch.tensor([11]), None, None, str(layout))
+    assert len(calls) == 1
+
+
+def test_without_a_compiler_the_reference_writes(monkeypatch, tmp_path, caplog):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("CXX", "no-such-c++")
+    cpp.function.cache_clear()
+    case = case_of(LAYOUTS["2bit"])
+    cache, due, x = case.pack(), case.pack(), case.x[:, :, :1]
+    with caplog.at_level(logging.INFO, "akvq_fx"):
+        torch.ops.akvq.append(cache, x, torch.tensor([11]), None, None, str(case.layout))
+    cpp.function.cache_clear()
+    reference.write(due, x, torch.tensor([11]), None, None, case.layout)
+    assert_caches_same(due, cache, case.layout)
+    assert "no C++ compiler: looked for no-such-c++" in caplog.text
+
+
+def test_structures_are_the_source_s():
+    """Names of the fields stand in the same order in Python and in C++."""
+    import re
+    from pathlib import Path
+
+    folder = Path(append_cpu.__file__).parent
+    for structure, source in ((append_cpu.Append, "append_cpu.cpp"), (Cache, "attend_cpu.h")):
+        text = (folder / source).read_text()
+        body = re.search(rf"struct {structure.__name__} {{(.*?)}};", text, re.S).group(1)
+        lines = [line.split("//")[0].strip().rstrip(";") for line in body.splitlines()]
+        names = [re.findall(r"\w+", part)[-1] for line in lines if line for part in line.split(",")]
+        assert names == [name for name, _ in structure._fields_]
