@@ -62,7 +62,7 @@ def main() -> int:
         return 1
     print(f"\nAll of it took {time.perf_counter() - began:.0f} s.")
     print(
-        "Seconds on a CPU say little: writing the packed cache is plain PyTorch there, and a first use builds a C++ kernel."
+        "Seconds on a CPU say little: a prompt is packed by plain PyTorch there, and a first use builds two C++ kernels."
     )
     return 0
 
