@@ -30,10 +30,13 @@ class Folded:
 
 
 class History:
-    """Which value weights are folded, and which must stay online because a graph that rotates them is out there."""
+    """Which value weights are folded, and which must stay online because a graph that rotates them is out there.
+
+    caches    plain caches that hold values of folded weights
+    """
 
     def __init__(self):
-        self.folded, self.outputs, self.online, self.prints = (WeakTensorKeyDictionary() for _ in range(4))
+        self.folded, self.outputs, self.online, self.prints, self.caches = (WeakTensorKeyDictionary() for _ in range(5))
         self.lock = threading.Lock()
 
     def is_folded(self, weight: Tensor) -> bool:

@@ -39,8 +39,8 @@ class Runtime:
     def __call__(self, *args):
         program = self.program
         self.know_weights(args)
-        for position, label in program.plain:
-            refuse_misread(args[position], label)
+        for cache in program.plain:
+            refuse_misread(args[cache.weight], args[cache.past], cache.label)
         if self.starts_call and program.vision is None or program.packed:
             vision_carry.put(None)
         storages = self.open(args)
@@ -61,7 +61,12 @@ class Runtime:
             results = list(self.inner(*inputs))
         if program.vision == "make":
             vision_carry.put(results.pop().detach())
-        return self.close(args, storages, results)
+        out = self.close(args, storages, results)
+        for cache in program.plain:
+            if HISTORY.is_folded(args[cache.weight]):
+                for i in cache.results:
+                    HISTORY.caches[out[i]] = True
+        return out
 
     def know_weights(self, args) -> None:
         """Fold what a prompt's graph needs folded, and know whose tokens are whose; skipped while the weights are the same."""
@@ -142,11 +147,19 @@ def wrap(spec: Packed, buffers: list, args, owner, slots: dict[str, tuple]) -> P
     return PackedKV.view_of(storage, length)
 
 
-def refuse_misread(weight: torch.Tensor, label: str) -> None:
-    if HISTORY.is_folded(weight):
+def refuse_misread(weight: torch.Tensor, past: torch.Tensor, label: str) -> None:
+    """Raises ValueError for a plain cache whose tokens were made before the weight's fold was put in, or taken out."""
+    folded = HISTORY.is_folded(weight)
+    if not past.numel() or isinstance(past, PackedKV) or folded == (past in HISTORY.caches):
+        return
+    if not folded:
         raise ValueError(
-            f"akvq: {label} got a plain 16-bit cache, but the value rotation is folded into "
-            f"its weights since; values cached before "
-            "the fold would be misread. Start with an empty cache, or call akvq_fx.unfold(model) and compile with "
-            "options={'value_rotation': 'online'}"
+            f"akvq: {label} got a plain 16-bit cache of values that were rotated by its weights, which are unfolded since; "
+            "start with an empty cache"
         )
+    raise ValueError(
+        f"akvq: {label} got a plain 16-bit cache, but the value rotation is folded into "
+        f"its weights since; values cached before "
+        "the fold would be misread. Start with an empty cache, or call akvq_fx.unfold(model) and compile with "
+        "options={'value_rotation': 'online'}"
+    )

@@ -22,11 +22,11 @@ from akvq_fx.passes.patterns.cache_write import (
     cache_write_of,
     is_packed,
 )
-from akvq_fx.passes.patterns.nodes import NoMatch, op, same_size, shape, tensors_of_cat, value
+from akvq_fx.passes.patterns.nodes import NoMatch, op, outputs, same_size, shape, tensors_of_cat, value
 from akvq_fx.passes.patterns.projection import weight_behind
 from akvq_fx.passes.patterns.rope import rope_of
 from akvq_fx.passes.patterns.site import Site, layer_of
-from akvq_fx.passes.state import GraphState
+from akvq_fx.passes.state import GraphState, PlainCache
 from akvq_fx.report import PassReport
 
 
@@ -82,7 +82,11 @@ def find_sites(state: GraphState) -> PassReport:
 
 
 def watch_plain_caches(state: GraphState) -> None:
-    """Note every 16-bit cache that grows here, matched or not: the runtime refuses one from before its values were folded."""
+    """Note every 16-bit cache that grows here, matched or not: the runtime refuses one from before its values were folded.
+
+    What comes out of it is noted too, whole or cut (a sliding window): tokens of folded weights fit them in the next call.
+    """
+    results = [whole_of(node) if isinstance(node, Node) else None for node in outputs(state.graph)]
     for node in state.graph.nodes:
         if op(node) == "cat" and len(shape(node)) == 4 and len(tensors_of_cat(node)) == 2:
             past, new = tensors_of_cat(node)
@@ -92,7 +96,16 @@ def watch_plain_caches(state: GraphState) -> None:
                 else None
             )
             if weight is not None and op(weight) == "placeholder":
-                state.program.plain.append((state.position[weight], layer_of(weight, 0)[1]))
+                kept = [i for i, whole in enumerate(results) if whole is node]
+                cache = PlainCache(state.position[weight], state.position[past], kept, layer_of(weight, 0)[1])
+                state.program.plain.append(cache)
+
+
+def whole_of(node: Node) -> Node:
+    """What a result is a slice of."""
+    while op(node) in ("getitem", "slice", "narrow", "contiguous") and isinstance(node.args[0], Node):
+        node = node.args[0]
+    return node
 
 
 def read_from(argument: Node) -> tuple[Node, object]:

@@ -52,6 +52,18 @@ class Appended:
 
 
 @dataclass
+class PlainCache:
+    """A 16-bit cache that the graph lengthens: positions of the projection of its new tokens, of the cache among the arguments, and
+    of what remains of it among the results.
+    """
+
+    weight: int
+    past: int
+    results: list[int]
+    label: str
+
+
+@dataclass
 class Fold:
     """Value weights to rotate in place before the prompt runs. rows, columns: weight indices [H, D] of each channel."""
 
@@ -74,7 +86,7 @@ class Program:
     owners    per PackedKV argument: positions of the key and value weights that make its tokens
     folds     value weights to rotate before a prompt runs
     vision    "make": the last output is the vision mask of this call; "take": the last input is, of vision_size tokens
-    plain     (value weight, label) of 16-bit caches that are packed on first contact
+    plain     16-bit caches that grow here: whether they fit folded weights is known when the graph is called
     """
 
     inputs: list[int | tuple[int, int]] = field(default_factory=list)
@@ -86,7 +98,7 @@ class Program:
     folds: list[Fold] = field(default_factory=list)
     vision: str | None = None
     vision_size: tuple[Size, Size] | None = None
-    plain: list[tuple[int, str]] = field(default_factory=list)
+    plain: list[PlainCache] = field(default_factory=list)
 
 
 @dataclass
@@ -303,4 +315,16 @@ def is_single_token(write: CacheWrite) -> bool:
     return write.new is not None and shape(write.new)[2] == 1
 
 
-__all__ = ["Appended", "Buffers", "Fold", "GraphState", "Packed", "Program", "Size", "Split", "is_single_token", "op"]
+__all__ = [
+    "Appended",
+    "Buffers",
+    "Fold",
+    "GraphState",
+    "Packed",
+    "PlainCache",
+    "Program",
+    "Size",
+    "Split",
+    "is_single_token",
+    "op",
+]

@@ -603,6 +603,21 @@ class SwitchesToSliding(Attention):
         return k, v, kept if past is None else (k[:, :, -4:], v[:, :, -4:])
 
 
+class ReferenceWindow(Attention):
+    """The prompt stays, of later tokens the last three: the prompt is packed, then dequantized beside a plain cache."""
+
+    def mask(self, at, total, padding, past, dtype):
+        return None
+
+    def write(self, past, k, v, at):
+        if past is None:
+            k, v, kept = super().write(None, k, v, at)
+            return k, v, (*kept, self.start(k), self.start(v))
+        late = [torch.cat([old, new], dim=2) for old, new in zip(past[2:], (k, v), strict=True)]
+        k, v = (torch.cat([old, new], dim=2) for old, new in zip(past[:2], late, strict=True))
+        return k, v, (*past[:2], *(x[:, :, -3:] for x in late))
+
+
 class StaticSwitchesToEager(StaticIndexCopy):
     """A static cache that later tokens read by matmul: packed, then dequantized."""
 

@@ -289,6 +289,31 @@ def test_plain_cache_compiled_before_the_fold_is_refused_after_it():
             two(ids[:, 6:7], plain)
 
 
+@pytest.mark.parametrize("start", [models.Attention, models.FlatStart], ids=name)
+@pytest.mark.parametrize("options", [ROTATED, {"body_bits": 16}], ids=["folded", "as it is"])
+def test_a_plain_cache_of_folded_weights_goes_on(options, start):
+    """A prompt that stays and a window of later tokens: the second holds rotated values, and is known to."""
+    model = Decoder(mixed(models.ReferenceWindow, start)).double()
+    seen = evidence(model, options, steps=6)
+    keys, values, _, late = seen.cache[0]
+    assert isinstance(keys, PackedKV) and isinstance(values, PackedKV) and late.shape[2] == 3
+    assert HISTORY.is_folded(value_weight(model)) == (late in HISTORY.caches) == (options is ROTATED)
+    assert seen.error <= 1e-12
+
+
+def test_a_plain_cache_of_folded_weights_is_refused_when_they_are_unfolded():
+    model, ids = Decoder(models.ReferenceWindow), token_ids(2, 9)
+    run, _ = compiled(model)
+    with torch.no_grad():
+        cache = run(ids[:, :6])[1]
+        for i in (6, 7):
+            cache = run(ids[:, i : i + 1], cache)[1]
+        akvq_fx.unfold(model)
+        with pytest.raises(ValueError, match="layers.0.attention got a plain 16-bit cache of values that were rotated"):
+            run(ids[:, 8:9], cache)
+        torch.testing.assert_close(run(ids[:, :6])[0], model(ids[:, :6])[0])
+
+
 def test_packed_cache_of_other_weights_is_refused():
     model, ids = Decoder(), token_ids(2, 8)
     run, _ = compiled(model)
