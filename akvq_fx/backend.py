@@ -7,16 +7,19 @@ function object per call would recompile. The graph that dynamo passes in is nev
 from __future__ import annotations
 
 import contextlib
+import functools
+import hashlib
 import importlib.metadata
 import logging
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch.fx import GraphModule
 
-from akvq_fx import compiled_generate, policy, records, vision_carry
+from akvq_fx import compiled_generate, kernels, policy, records, vision_carry
 from akvq_fx.config import AKVQConfig
 from akvq_fx.cuda_graph import DecodeStep, recorder_for
 from akvq_fx.folding import HISTORY
@@ -157,4 +160,13 @@ def compile_inner(gm: GraphModule, example_inputs: list, config: AKVQConfig, mod
     from torch._inductor.compile_fx import compile_fx
 
     patches = list_mode_options(mode) if mode else None
-    return compile_fx(gm, example_inputs, config_patches=patches)
+    # Inductor's disk cache knows an op by its name: graphs of another version of the ops would be taken for this one's
+    with torch.compiler.config.patch(cache_key_tag=f"{torch.compiler.config.cache_key_tag} akvq_fx {ops_digest()}"):
+        return compile_fx(gm, example_inputs, config_patches=patches)
+
+
+@functools.cache
+def ops_digest() -> str:
+    """Changes with the source of the ops, whose outputs' shapes compiled graphs assert."""
+    sources = sorted(Path(kernels.__file__).parent.glob("*.py"))
+    return hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()

@@ -11,7 +11,7 @@ from torch._dynamo.utils import counters
 from transformers import DynamicCache
 
 import akvq_fx
-from akvq_fx import AKVQConfig, PackedKV
+from akvq_fx import AKVQConfig, PackedKV, backend
 from tests.zoo import ZOO
 
 SMALL = {"inner": "eager", "window": 8, "pivots": 3}
@@ -273,6 +273,23 @@ def test_inner_compilers_agree(llama, inner):
     out = model.generate(**small, max_new_tokens=4, return_dict_in_generate=True)
     assert torch.equal(out.sequences, expected)
     assert all(isinstance(layer.keys, PackedKV) for layer in out.past_key_values.layers)
+
+
+@torch.no_grad()
+def test_a_graph_on_disk_is_of_these_ops(monkeypatch, tmp_path):
+    """Inductor's disk cache goes by the names of ops; another version's graph expects other buffers of them."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    x = torch.ones(2, 16)
+
+    def found_on_disk(version):
+        monkeypatch.setattr(backend, "ops_digest", lambda: version)
+        torch._dynamo.reset()
+        counters.clear()
+        torch.compile(lambda x: torch.ops.akvq.hadamard(x) + 1, backend="akvq", options={"inner": "inductor"})(x)
+        return counters["inductor"]["fxgraph_cache_hit"] + counters["aot_autograd"]["autograd_cache_hit"] > 0
+
+    assert [found_on_disk(version) for version in ("1", "1", "2", "2")] == [False, True, False, True]
+    assert not torch.compiler.config.cache_key_tag
 
 
 @pytest.mark.parametrize("dynamic", (None, True))
