@@ -3,7 +3,7 @@
 Tensor `{name}/{field}` is one buffer of one cache (kernels/layout.py), whole, capacity included. The file's metadata
 holds one JSON text under the key "akvq":
 
-    {"version": 2, "caches": {name: {"layout": text, "length": T, "end": T | null, "prompt": T, "owner": hash | null}}}
+    {"version": 3, "caches": {name: {"layout": text, "length": T, "end": T | null, "prompt": T, "owner": hash | null}}}
 
 length is the view's, the rest is Storage's. Loading executes no code and believes nothing: sizes are compared with the
 layout before a buffer is read, positions with the capacity after, so no index that an op computes from a file leads
@@ -24,7 +24,7 @@ from akvq_fx.kernels.layout import CLASS_NAMES, STATE_END, STATE_RING, STATE_TEX
 from akvq_fx.packed_kv import TOKENS, PackedKV, Storage
 
 KEY = "akvq"
-VERSION = 2
+VERSION = 3
 ENTRY = ("layout", "length", "end", "prompt", "owner")
 OWNER_BITS = 63  # owner is a Python hash
 SHOWN = 200  # characters of a refused value that an error repeats

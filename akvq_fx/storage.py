@@ -7,7 +7,7 @@ import weakref
 import torch
 from torch import Tensor
 
-from akvq_fx.kernels.layout import CODES, PADDING, STATE_TEXT, Layout
+from akvq_fx.kernels.layout import CODES, GAIN, PADDING, STATE_TEXT, Layout
 from akvq_fx.kernels.rotate import turn_as_stored
 
 TOKENS = 2  # the token axis of [B, H, T, D]
@@ -121,7 +121,7 @@ class Storage:
             else:
                 self[name].copy_(fresh)
         if self.layout.affine:
-            self["affine"][:, 1:] = 1.0  # the identity: tokens written outside a graph must not be multiplied by 0
+            self["affine"][:, GAIN] = 1.0  # the identity: tokens written outside a graph must not be multiplied by 0
         self.prompt, self.end = 0, None if self.end is None else 0
 
     def to_stored(self, x: Tensor) -> Tensor:

@@ -53,7 +53,7 @@ def randn(*shape: int, seed: int = 0, dtype: torch.dtype = f32) -> Tensor:
 
 def random_affine(B: int, H: int, D: int, seed: int = 7) -> Tensor:
     gain = 2.0 ** randn(B, H, D, seed=seed + 1).round().clamp(-2, 2)
-    return torch.stack([randn(B, H, D, seed=seed), 1 / gain, gain], 1)
+    return torch.stack([randn(B, H, D, seed=seed), gain], 1).half()
 
 
 def strided(B: int, H: int, T: int, D: int, how: str, seed: int = 0, dtype: torch.dtype = f32) -> tuple[Tensor, Tensor]:

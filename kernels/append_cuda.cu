@@ -31,7 +31,7 @@ struct Params {
     const void *x;
     const i64 *at;
     const u8 *kinds;
-    const float *affine;
+    const u16 *affine;
     int *state;
     u8 *classes;  // null where the keys hold them
     void *codes;
@@ -190,8 +190,9 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) append(const __grid_con
 #pragma unroll
         for (int i = 0; i < N; i++) {
             const int channel = lane + 32 * i;
-            const float *map = p.affine + ((i64)batch * 3 * p.heads + head) * D;
-            centre[i] = channel < D ? map[channel] : 0.f, gain[i] = channel < D ? map[(i64)p.heads * D + channel] : 0.f;
+            const u16 *map = p.affine + ((i64)batch * 2 * p.heads + head) * D;
+            centre[i] = channel < D ? from_half(map[channel]) : 0.f;
+            gain[i] = channel < D ? 1.f / from_half(map[(i64)p.heads * D + channel]) : 0.f;
         }
     }
     for (int token = first; token < last; token++) {
@@ -374,11 +375,11 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 3) pack(const __grid_co
 
     float centre[OWN], gain[OWN];
     if (TURN == 2) {
-        const float *map = p.affine + ((i64)batch * 3 * p.heads + head) * D;
+        const u16 *map = p.affine + ((i64)batch * 2 * p.heads + head) * D;
 #pragma unroll
         for (int i = 0; i < OWN; i++) {
             const int channel = i / 8 * 32 + 8 * lane + i % 8;
-            centre[i] = map[channel], gain[i] = map[(i64)p.heads * D + channel];
+            centre[i] = from_half(map[channel]), gain[i] = 1.f / from_half(map[(i64)p.heads * D + channel]);
         }
     }
     const u16 *rows = (const u16 *)p.x + batch * p.x_b + head * p.x_h + 8 * lane;

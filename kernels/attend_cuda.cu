@@ -56,7 +56,7 @@ struct Params {
     const int *pivot_at;       // [B, pivots]
     const long long *fresh_at; // [fresh_count]
     const void *mask;
-    const float *affine;       // [B, 3, H, D] of the key, or null
+    const u16 *affine;         // [B, 2, H, D] of the key, or null
     const u8 *classes;         // [B, C]
     const int *text_at;        // [B, text_capacity]
     float *part_o;             // [B * H, rows, splits, D]
@@ -350,11 +350,11 @@ struct Sums {
 };
 
 // H(x * gain) of a row whose channels lane, lane + 32, ... this lane holds, rounded to the queries' dtype.
-__device__ __forceinline__ void turn_query(float (&x)[(D + 31) / 32], const float *gain, int lane) {
+__device__ __forceinline__ void turn_query(float (&x)[(D + 31) / 32], const u16 *gain, int lane) {
     constexpr int N = (D + 31) / 32, ORDER = D & -D;
 #pragma unroll
     for (int i = 0; i < N; i++)
-        if (gain && lane + 32 * i < D) x[i] *= gain[lane + 32 * i];
+        if (gain && lane + 32 * i < D) x[i] *= half_to_float(gain[lane + 32 * i]);
 #pragma unroll
     for (int h = 1; h < ORDER; h *= 2)
 #pragma unroll
@@ -520,7 +520,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) attend(const __
             int channel = lane + 32 * i;
             x[i] = row < rows && channel < D ? to_float(from[channel]) : 0.f;
         }
-        if (p.turn) turn_query(x, p.affine ? p.affine + ((batch * 3LL + 2) * p.heads + bh % p.heads) * D : nullptr, lane);
+        if (p.turn) turn_query(x, p.affine ? p.affine + ((batch * 2LL + 1) * p.heads + bh % p.heads) * D : nullptr, lane);
 #pragma unroll
         for (int i = 0; i < (D + 31) / 32; i++) top = fmaxf(top, fabsf(x[i]));
 #pragma unroll

@@ -14,7 +14,7 @@ pivots      [B, H, P, D]      dtype  pivot tokens
 pivot_at    [B, P]            int32  their positions, -1 for a free slot
 text_codes  [B, H, Ct, D*l/16] int16 the lower bits of text tokens, l wide; slot = position + state[2] for appended tokens
 text_at     [B, Ct]           int32  their positions, -1 for a free slot
-affine      [B, 3, H, D]      fp32   centre c, key gain 1/s, query gain s: keys are stored as H((k - c)/s), asked by H(q*s);
+affine      [B, 2, H, D]      fp16   centre c and gain s: keys are stored as H((k - c)/s), asked by H(q*s);
                                      where `simulate` wants gains, keys are stored as they are and read through s
 
 A layout with `simulate` keeps the originals (body_bits 16); what is read of them is akvq_fx.recipes' to say.
@@ -36,6 +36,7 @@ WORD_BITS = 16  # codes are packed into int16 words: one GPU lane unpacks two fp
 CODE_BITS = (2, 4, 8)
 STATE_END, STATE_RING, STATE_TEXT = range(3)
 CODES = 1  # codes stand second in every layout's fields
+CENTRE, GAIN = range(2)  # rows of affine
 DTYPES = {"f16": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32, "f64": torch.float64}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -151,7 +152,7 @@ class Layout:
             "pivot_at": ((batch, self.pivots), torch.int32),
             "text_codes": ((batch, heads, text_capacity, words(self.low_width)), torch.int16),
             "text_at": ((batch, text_capacity), torch.int32),
-            "affine": ((batch, 3, heads, self.head_dim), torch.float32),
+            "affine": ((batch, 2, heads, self.head_dim), torch.float16),
         }
         return table[name]
 

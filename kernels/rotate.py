@@ -4,8 +4,8 @@ x       [..., D]  floating, D a multiple of 8; computed in float32 (float64 stay
 H is Sylvester's matrix / sqrt(n) of order n = the largest power of two that divides D, repeated on the diagonal: it is
 symmetric and its own inverse for every D, so (qH)(kH)^T = q k^T.
 
-affine  [B, 3, H, D] float32: centre c, 1/s, s. Keys become H((k - c)/s) and queries H(q*s): q (k - c) differs from q k by
-a constant per query, which softmax does not see, and (q*s)(k/s) = q k.
+affine  [B, 2, H, D] float16: centre c, gain s. Keys become H((k - c)/s) and queries H(q*s): q (k - c) differs from q k by
+a constant per query, which softmax does not see, and (q*s)(k/s) = q k. Both hold for c and s as they are stored, rounded.
 Raises ValueError for a D that is not a multiple of 8. Sources: QuaRot, arXiv 2404.00456 (rotated caches); AKVQ-VL eq. 7.
 """
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from akvq_fx.kernels.choose import choose
+from akvq_fx.kernels.layout import CENTRE, GAIN
 
 FASTER = {"cuda": ("rotate_triton",)}  # before the reference, by device
 
@@ -51,13 +52,17 @@ def reference(x: Tensor) -> Tensor:
     return transform(x).to(x.dtype)
 
 
-def shift_and_rotate(x: Tensor, affine: Tensor, centre: bool, gain: int) -> Tensor:
-    """H((x - c) * gain) per channel; heads of x may be a multiple of affine's (GQA queries)."""
-    share = x.shape[1] // affine.shape[2]
-    rows = (affine if share == 1 else affine.repeat_interleave(share, 2)).unsqueeze(3)
-    shifted = x.to(torch.promote_types(x.dtype, torch.float32))
-    shifted = shifted - rows[:, 0] if centre else shifted
-    return transform(shifted * rows[:, gain]).to(x.dtype)
+def keys_reference(k: Tensor, affine: Tensor) -> Tensor:
+    wide = torch.promote_types(k.dtype, torch.float32)
+    rows = affine.to(wide).unsqueeze(3)
+    return transform((k.to(wide) - rows[:, CENTRE]) * rows[:, GAIN].reciprocal()).to(k.dtype)
+
+
+def queries_reference(q: Tensor, affine: Tensor) -> Tensor:
+    """Heads of q may be a multiple of affine's (GQA)."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    gain = affine[:, GAIN].to(wide).repeat_interleave(q.shape[1] // affine.shape[2], 1)
+    return transform(q.to(wide) * gain.unsqueeze(2)).to(q.dtype)
 
 
 def turn_tokens(x: Tensor) -> Tensor:
@@ -70,14 +75,14 @@ def turn_keys(k: Tensor, affine: Tensor) -> Tensor:
     kernel = choose("rotate_keys", FASTER.get(k.device.type, ()), k)
     if kernel is not None:
         return kernel(k, affine)
-    return shift_and_rotate(k, affine, centre=True, gain=1)
+    return keys_reference(k, affine)
 
 
 def turn_queries(q: Tensor, affine: Tensor) -> Tensor:
     kernel = choose("rotate_queries", FASTER.get(q.device.type, ()), q)
     if kernel is not None:
         return kernel(q, affine)
-    return shift_and_rotate(q, affine, centre=False, gain=2)
+    return queries_reference(q, affine)
 
 
 hadamard = torch.library.custom_op("akvq::hadamard", turn_tokens, mutates_args=())
@@ -105,5 +110,6 @@ def restore(stored: Tensor, affine: Tensor | None, rotated: bool) -> Tensor:
     """Undo the transform: stored [B, H, T, D] -> keys or values as the model made them."""
     x = transform(stored) if rotated else stored
     if affine is not None:
-        x = x * affine[:, 2, :, None] + affine[:, 0, :, None]
+        rows = affine.to(x.dtype).unsqueeze(3)
+        x = x * rows[:, GAIN] + rows[:, CENTRE]
     return x.to(stored.dtype)

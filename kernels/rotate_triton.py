@@ -1,7 +1,7 @@
 """hadamard, rotate_keys, rotate_queries as Triton kernels; `turned`, the device function that the append kernel shares.
 
 x       [..., D] float16 | bfloat16 | float32 of any strides, D a multiple of 8 up to 256
-affine  [B, 3, Ha, D] float32: c, 1/s, s; heads of x may be a multiple of Ha (GQA queries)
+affine  [B, 2, Ha, D] float16: c, s; heads of x may be a multiple of Ha (GQA queries)
 ->      [..., D] in x's dtype, contiguous; the meaning is kernels/rotate.py
 
 The transform is a product with H's signs on tensor cores. Signs are exact in 16 bits, so x is what must not lose digits: 16-bit
@@ -29,7 +29,7 @@ MAX_TILE = 32  # tokens; with 64 rows Triton 3.6 takes wgmma on an H100, and the
 MAX_DEPTH = 64  # channels of a product: more of them do not fit the registers next to the sums
 PROGRAMS = 2048  # with more programs than these, each loops over several tiles and makes the signs once
 MAX_STEPS = 8
-KEYS, QUERIES = 1, 2  # which affine map; also the row of `affine` that holds its gain
+KEYS, QUERIES = 1, 2  # which affine map
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -101,7 +101,7 @@ def affine_rows(affine, lead, heads, owners, leads, D: tl.constexpr, SHARE: tl.c
     if SHARE == 1:
         lead += tl.zeros([1], tl.int32)
     owner = lead % heads // (heads // owners)
-    return affine + (lead // heads * 3 * owners + owner).to(tl.int64) * D, lead < leads
+    return affine + (lead // heads * 2 * owners + owner).to(tl.int64) * D, lead < leads
 
 
 @triton.jit
@@ -117,9 +117,11 @@ def add_product(
     if MAP:
         real = has_affine[:, None] & (k < D)[None, :]
         rest = rest.to(tl.float32)
+        gain = tl.load(affine[:, None] + plane + k[None, :], mask=real, other=1).to(tl.float32)
         if MAP == 1:
-            rest -= tl.load(affine[:, None] + k[None, :], mask=real, other=0)
-        rest *= tl.load(affine[:, None] + MAP * plane + k[None, :], mask=real, other=0)
+            rest -= tl.load(affine[:, None] + k[None, :], mask=real, other=0).to(tl.float32)
+            gain = tl.div_rn(tl.full(gain.shape, 1.0, tl.float32), gain)
+        rest *= gain
     if TERMS == 1:
         total = tl.dot(rest.to(TERM), matrix, total, input_precision="ieee")
     else:
@@ -138,7 +140,7 @@ def turned(
     D: tl.constexpr, DP: tl.constexpr, ORDER: tl.constexpr, DEPTH: tl.constexpr,
     MAP: tl.constexpr, TERMS: tl.constexpr, TERM: tl.constexpr, NORM: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """H((x - c) * gain) of rows at pointers x [ROWS], -> [ROWS, DP] float32; plane = numbers from c to 1/s, and on to s."""
+    """H((x - c) * gain) of rows at pointers x [ROWS], -> [ROWS, DP] float32; plane = numbers from c to s."""
     total = tl.zeros([ROWS, DP], tl.float32)
     if DP <= 128:  # unrolled, so that the compiler makes the signs before the loop over tiles
         for first in tl.static_range(0, DP, DEPTH):
@@ -205,10 +207,10 @@ def turn_constants(dtype: torch.dtype, head_dim: int, kind: int) -> dict:
 
 def check_affine(op: str, x: Tensor, affine: Tensor) -> None:
     B, H, _, D = x.shape
-    fits = affine.dim() == 4 and (affine.shape[0], affine.shape[1], affine.shape[3]) == (B, 3, D)
-    if not fits or affine.dtype != torch.float32 or H % affine.shape[2]:
+    fits = affine.dim() == 4 and (affine.shape[0], affine.shape[1], affine.shape[3]) == (B, 2, D)
+    if not fits or affine.dtype != torch.float16 or H % affine.shape[2]:
         raise ValueError(
-            f"akvq::{op}: affine is {affine.dtype} {list(affine.shape)}, accepted: float32 [{B}, 3, heads, {D}] "
+            f"akvq::{op}: affine is {affine.dtype} {list(affine.shape)}, accepted: float16 [{B}, 2, heads, {D}] "
             f"with heads that divide {H}"
         )
 

@@ -6,7 +6,7 @@ find_pivots(h [B, T, E], valid [B, T] bool or None) -> [B, P] int32
     other slots with the largest max |h|, massive tokens first by construction; mode "massive" only with massive tokens. -1 marks
     a free slot. Padding is left out of everything.
 
-key_affine(k [B, H, T, D], q [B, Hq, Tq, D], valid [B, T], centre, balance) -> [B, 3, H, D] float32: c, 1/s, s
+key_affine(k [B, H, T, D], q [B, Hq, Tq, D], valid [B, T], centre, balance) -> [B, 2, H, D] float16: c, s
     c = mean of the prompt's keys, s = sqrt(std K / rms Q) per head and channel: exact identities that take a key's constant
     part and the mismatch of its channels away before two bits have to hold them. With alpha, SmoothQuant's gains instead
     (arXiv 2211.10438): s = max|K|^alpha / max|Q|^(1 - alpha), c = 0.
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from akvq_fx.kernels.choose import choose
 from akvq_fx.kernels.layout import PADDING, TEXT, VISION
+from akvq_fx.kernels.quantizer import FP16_MAX
 
 FASTER = {"cuda": ("salience_triton",)}  # before the reference, by device
 STD_FLOOR = 1e-4  # a channel that never varies must not get an infinite gain
@@ -85,18 +86,23 @@ def key_affine_reference(k: Tensor, q: Tensor, valid: Tensor | None, centre: boo
         heard = finite(q).square()  # [B, Hq, Tq, D]
         heard = (heard * weight).sum(2) if q.shape[2] == T else heard.mean(2)
         s = gains(deviation, heard)
-    return torch.stack([c, 1 / s, s], 1)
+    return as_stored(c, s)
 
 
 def smooth_affine(k: Tensor, q: Tensor, valid: Tensor | None, alpha: float) -> Tensor:
-    """[B, 3, H, D]: centre 0 and the gains that share the largest keys and queries of a channel."""
+    """[B, 2, H, D]: centre 0 and the gains that share the largest keys and queries of a channel."""
     k, q = k.detach().float().abs(), q.detach().float().abs()
     if valid is not None:
         k = k.where(valid[:, None, :, None], 0.0)
         q = q.where(valid[:, None, :, None], 0.0) if q.shape[2] == k.shape[2] else q
     peak, heard = k.amax(2), q.unflatten(1, (k.shape[1], -1)).amax((2, 3))
     s = peak.clamp_min(STD_FLOOR) ** alpha / heard.clamp_min(STD_FLOOR) ** (1 - alpha)
-    return torch.stack([torch.zeros_like(s), 1 / s, s], 1)
+    return as_stored(torch.zeros_like(s), s.clamp_min(STD_FLOOR))
+
+
+def as_stored(c: Tensor, s: Tensor) -> Tensor:
+    """c and s [B, H, D] -> [B, 2, H, D] float16; what is too large for it saturates."""
+    return torch.stack([c, s], 1).clamp(-FP16_MAX, FP16_MAX).half()
 
 
 def gains(deviation: Tensor, heard: Tensor) -> Tensor:
@@ -120,7 +126,7 @@ def key_affine(
 @key_affine.register_fake
 def _(k, q, valid, centre, balance, alpha=None):
     B, H, _, D = k.shape
-    return k.new_empty((B, 3, H, D), dtype=torch.float32)
+    return k.new_empty((B, 2, H, D), dtype=torch.float16)
 
 
 @torch.library.custom_op("akvq::mark_vision", mutates_args=())

@@ -25,6 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from akvq_fx.kernels.quantizer import FP16_MAX
 from akvq_fx.kernels.salience import GAIN_RANGE, STD_FLOOR, select_pivots
 
 MAX_WIDTH = 16384  # numbers of a token that a program's registers hold
@@ -42,6 +43,7 @@ INTEGERS = {torch.float16: torch.int16, torch.bfloat16: torch.int16, torch.float
 INFINITY_BITS = {torch.float16: 0x7C00, torch.bfloat16: 0x7F80, torch.float32: 0x7F800000}
 FLOOR = tl.constexpr(STD_FLOOR)
 LOG_RANGE = tl.constexpr(math.log(GAIN_RANGE))
+MOST = tl.constexpr(FP16_MAX)
 LARGEST_INT = tl.constexpr(0x7FFFFFFF)
 
 
@@ -232,7 +234,7 @@ def map_kernel(
     D: tl.constexpr, DP: tl.constexpr, PARTS: tl.constexpr, COUNTED: tl.constexpr,
     SAME: tl.constexpr, CENTRE: tl.constexpr,
 ):  # fmt: skip
-    """A key head's c, 1/s, s to out [B, 3, heads, D], from chunk_sums of its keys and of the `sharing` query heads that read it.
+    """A key head's c, s to out [B, 2, heads, D], from chunk_sums of its keys and of the `sharing` query heads that read it.
 
     The squares are `rows` rows [D], one query head's after another's, each head's over `asked` tokens or, where SAME, over the
     keys' valid ones. Without squares s = 1, without CENTRE c = 0.
@@ -266,8 +268,7 @@ def map_kernel(
     # a broken number counts as a token that is 0 here, and as none in the deviation
     mean = middle * tl.div_rn(finite, count)
 
-    one = tl.full([DP], 1.0, tl.float32)
-    s = one
+    s = tl.full([DP], 1.0, tl.float32)
     if squares is not None:
         heard = tl.zeros([DP], tl.float32)
         for start in range(0, rows, PARTS):
@@ -286,10 +287,10 @@ def map_kernel(
         s = tl.exp(tl.where(log < -LOG_RANGE, -LOG_RANGE, log))
 
     c = mean if CENTRE else tl.zeros([DP], tl.float32)
-    where = out + ((batch * 3) * heads + lead % heads) * D + channel
-    tl.store(where, c, mask=real)
-    tl.store(where + heads * D, tl.div_rn(one, s), mask=real)
-    tl.store(where + 2 * heads * D, s, mask=real)
+    c = tl.where(c > MOST, MOST, tl.where(c < -MOST, -MOST, c))
+    where = out + ((batch * 2) * heads + lead % heads) * D + channel
+    tl.store(where, c.to(tl.float16), mask=real)
+    tl.store(where + heads * D, s.to(tl.float16), mask=real)
 
 
 def key_affine(k: Tensor, q: Tensor, valid: Tensor | None, centre: bool, balance: bool) -> Tensor:
@@ -298,7 +299,7 @@ def key_affine(k: Tensor, q: Tensor, valid: Tensor | None, centre: bool, balance
         raise ValueError(f"akvq::key_affine: {reason}")
     B, H, T, D = k.shape
     k, q = k.detach(), q.detach()
-    out = torch.empty(B, 3, H, D, dtype=torch.float32, device=k.device)
+    out = torch.empty(B, 2, H, D, dtype=torch.float16, device=k.device)
     if not out.numel():
         return out
     if balance and (q.shape[0] != B or q.shape[1] % H or q.shape[3] != D):  # the kernel would read elsewhere

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from akvq_fx.kernels.layout import PADDING, STATE_END, VISION, Layout
+from akvq_fx.kernels.layout import GAIN, PADDING, STATE_END, VISION, Layout
 from akvq_fx.recipes import Context
 
 
@@ -20,7 +20,7 @@ def simulated(b: dict[str, Tensor], length: int, layout: Layout, past: int | Non
     past = length if past is None else past
     real = real_tokens(b, length)
     vision = b["classes"][:, :length] == VISION
-    gains = b["affine"][:, 2] if "affine" in b else None
+    gains = b["affine"][:, GAIN].float() if "affine" in b else None
     patterns, which = real.unique(dim=0, return_inverse=True)
     out = x.clone()
     for i, pattern in enumerate(patterns):

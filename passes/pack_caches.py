@@ -84,7 +84,7 @@ def extend(state: GraphState, site: Site, write: CacheWrite) -> None:
 
 
 def affine_map(state: GraphState, site: Site, x: Node, valid: Node | None) -> Node:
-    """[B, 3, H, D]: centre and gains of the keys, from this prompt's own keys and queries."""
+    """[B, 2, H, D]: centre and gains of the keys, from this prompt's own keys and queries."""
     config, simulation = state.config, site.key_layout.simulation
     alpha = () if simulation is None else (simulation.alpha,)
     choice = (config.center_keys, config.balance_keys, *alpha)

@@ -66,7 +66,7 @@ class Case:
     x: Tensor  # [B, H, T, D]
     classes: Tensor  # [B, T] uint8
     pivots: Tensor | None  # [B, P] int32
-    affine: Tensor | None  # [B, 3, H, D]
+    affine: Tensor | None  # [B, 2, H, D]
     capacity: int
 
     @property
@@ -117,7 +117,7 @@ def expected_tokens(layout: Layout, x: Tensor, classes: Tensor, pivots: Tensor |
 def random_affine(B: int, H: int, D: int, seed: int = 0) -> Tensor:
     """Centres of order 1 and gains that are powers of two, so that s * (1/s) is exactly 1."""
     gain = 2.0 ** randn(B, H, D, seed=seed + 1).mul(2).round().clamp(-4, 4)
-    return torch.stack([randn(B, H, D, seed=seed), 1 / gain, gain], 1)
+    return torch.stack([randn(B, H, D, seed=seed), gain], 1).half()
 
 
 @st.composite

@@ -458,7 +458,7 @@ def test_zero_is_an_empty_cache(layout, static):
     case.classes[:] = TEXT
     case.x, case.pivots = new, None
     if layout.affine:
-        case.affine = torch.tensor([0.0, 1.0, 1.0])[None, :, None, None].expand(2, 3, 2, layout.head_dim)
+        case.affine = torch.tensor([0.0, 1.0])[None, :, None, None].half().expand(2, 2, 2, layout.head_dim)
     fresh = packed_of(case)
     case.x = fresh.storage.to_stored(new)
     assert_same("written again", packed_of(case).dequantize(), got)

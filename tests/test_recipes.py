@@ -374,13 +374,12 @@ def test_hadamard_is_the_kernels(D):
 def test_smoothquant_gains():
     k, q = randn(1, 2, 5, 8), randn(1, 4, 5, 8, seed=1)
     valid = torch.tensor([[False, True, True, True, True]])
-    centre, inverse, s = key_affine(k, q, valid, False, False, 0.5)[0]
+    centre, s = key_affine(k, q, valid, False, False, 0.5)[0]
     for h in range(2):
         for d in range(8):
             peak = max(abs(float(k[0, h, t, d])) for t in range(1, 5))
             heard = max(abs(float(q[0, g, t, d])) for g in (2 * h, 2 * h + 1) for t in range(1, 5))
-            assert float(s[h, d]) == pytest.approx((peak / heard) ** 0.5, rel=1e-5)
-    torch.testing.assert_close(inverse, 1 / s)
+            assert float(s[h, d]) == pytest.approx((peak / heard) ** 0.5, rel=2**-11)
     assert not centre.any()
     torch.library.opcheck(key_affine, (k, q, valid, False, False, 0.5))
 

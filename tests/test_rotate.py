@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from akvq_fx.kernels.rotate import hadamard, matrix, restore, rotate_keys, rotate_queries, shift_and_rotate
+from akvq_fx.kernels.rotate import hadamard, keys_reference, matrix, restore, rotate_keys, rotate_queries
 from tests.kernel_cases import TOLERANCE, assert_close, assert_same, few, randn, random_affine, seeds
 
 HEAD_DIMS = (8, 16, 24, 40, 48, 64, 80, 96, 128, 256)
@@ -79,7 +79,7 @@ def test_spreads_an_outlier_channel():
 def test_refuses_other_dims(head_dim, fake):
     message = f"akvq::hadamard: the last dim must be a positive multiple of 8, got {head_dim}"
     with FakeTensorMode() if fake else torch.no_grad():
-        x, affine = torch.ones(2, 2, 3, head_dim), torch.ones(2, 3, 2, head_dim)
+        x, affine = torch.ones(2, 2, 3, head_dim), torch.ones(2, 2, 2, head_dim).half()
         for op, args in ((hadamard, (x,)), (rotate_keys, (x, affine)), (rotate_queries, (x, affine))):
             with pytest.raises(ValueError, match=message):
                 op(*args)
@@ -104,8 +104,8 @@ def test_affine_leaves_softmax_unchanged(dtype, head_dim, batch, heads, groups, 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_affine_equals_its_formula(dtype):
     k, q, affine = randn(2, 2, 5, 24, dtype=dtype), randn(2, 6, 3, 24, dtype=dtype), random_affine(2, 2, 24)
-    centre, inverse, gain = affine.double().unsqueeze(3).unbind(1)
-    assert_close("keys", (k.double() - centre) * inverse @ sylvester(24), rotate_keys(k, affine))
+    centre, gain = affine.double().unsqueeze(3).unbind(1)
+    assert_close("keys", (k.double() - centre) / gain @ sylvester(24), rotate_keys(k, affine))
     asked = q.double() * gain.repeat_interleave(3, 1) @ sylvester(24)
     assert_close("queries", asked, rotate_queries(q, affine))
 
@@ -114,7 +114,7 @@ def test_affine_equals_its_formula(dtype):
 @pytest.mark.parametrize("mapped", (False, True), ids=("no-affine", "affine"))
 def test_restore_undoes(rotated, mapped):
     k, affine = randn(2, 3, 5, 40, dtype=torch.float64), random_affine(2, 3, 40) if mapped else None
-    stored = shift_and_rotate(k, affine, centre=True, gain=1) if mapped else hadamard(k)
+    stored = keys_reference(k, affine) if mapped else hadamard(k)
     if not rotated:
         stored = hadamard(stored)
     assert_close("k", k, restore(stored, affine, rotated))

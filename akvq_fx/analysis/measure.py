@@ -20,7 +20,7 @@ from torch import Tensor
 
 from akvq_fx.analysis.watch import Seen
 from akvq_fx.config import AKVQConfig
-from akvq_fx.kernels.rotate import shift_and_rotate, transform
+from akvq_fx.kernels.rotate import keys_reference, transform
 from akvq_fx.kernels.salience import key_affine_reference, massive_tokens, select_pivots, valid_tokens
 
 MODALITIES = ("text", "vision")
@@ -140,7 +140,7 @@ def channel_magnitudes(seen: Seen, valid: Tensor) -> dict[str, tuple[Tensor, Ten
     forms = (
         key,
         transform(key),
-        shift_and_rotate(key, affine, centre=True, gain=1),
+        keys_reference(key, affine),
         *((turned, value) if seen.folded else (value, turned)),
     )
     real = valid[:, None, :, None]
