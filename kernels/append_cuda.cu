@@ -64,6 +64,11 @@ __device__ __forceinline__ float from_half(u16 h) {
     asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(h));
     return f;
 }
+__device__ __forceinline__ float reciprocal(float x) {  // of a 16-bit float that is normal: none of a division's slow paths
+    float r;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
+    return fmaf(r, fmaf(-x, r, 1.f), r);
+}
 __device__ __forceinline__ u16 to_bf16(float x) {
     u16 h;
     asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(h) : "f"(x));
@@ -192,7 +197,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) append(const __grid_con
             const int channel = lane + 32 * i;
             const u16 *map = p.affine + ((i64)batch * 2 * p.heads + head) * D;
             centre[i] = channel < D ? from_half(map[channel]) : 0.f;
-            gain[i] = channel < D ? 1.f / from_half(map[(i64)p.heads * D + channel]) : 0.f;
+            gain[i] = channel < D ? reciprocal(from_half(map[(i64)p.heads * D + channel])) : 0.f;
         }
     }
     for (int token = first; token < last; token++) {
@@ -375,11 +380,13 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 3) pack(const __grid_co
 
     float centre[OWN], gain[OWN];
     if (TURN == 2) {
-        const u16 *map = p.affine + ((i64)batch * 2 * p.heads + head) * D;
+        const u16 *map = p.affine + ((i64)batch * 2 * p.heads + head) * D + 8 * lane;
+        u32 c[OWN / 2], s[OWN / 2];
+        load(c, map), load(s, map + (i64)p.heads * D);
 #pragma unroll
         for (int i = 0; i < OWN; i++) {
-            const int channel = i / 8 * 32 + 8 * lane + i % 8;
-            centre[i] = from_half(map[channel]), gain[i] = 1.f / from_half(map[(i64)p.heads * D + channel]);
+            centre[i] = from_half((u16)(c[i / 2] >> 16 * (i % 2)));
+            gain[i] = reciprocal(from_half((u16)(s[i / 2] >> 16 * (i % 2))));
         }
     }
     const u16 *rows = (const u16 *)p.x + batch * p.x_b + head * p.x_h + 8 * lane;

@@ -100,6 +100,7 @@ def launch(
         params.kinds, (params.kinds_b, params.kinds_t) = classes.data_ptr(), classes.stride()
     if form == 2:
         affine = affine.contiguous()
+        affine = affine.clone() if affine.data_ptr() % 16 else affine  # `pack` reads eight numbers at once
         params.affine = affine.data_ptr()
     params.x_b, params.x_h, params.x_t = x.stride()[:3]
     params.batch, params.heads, params.tokens, params.capacity = B, H, q, b["codes"].shape[2]
