@@ -91,8 +91,13 @@ def test_instructions_by_key(tmp_path):
 def test_says_what_is_not_there(root):
     with pytest.raises(FileNotFoundError, match="no MileBench task 'DocVQA'.*CLEVR-Change, SceneTransition"):
         read_task(root, "DocVQA")
+    assert MileBench(root, "m", None).tasks == ("SceneTransition",)
     with pytest.raises(FileNotFoundError, match="'ObjectExistence'"):
-        MileBench(root, "m", None)
+        MileBench(root, "m", None, ["ObjectExistence"])
+    with pytest.raises(
+        FileNotFoundError, match="none of the paper's twelve .* tasks there: none; name some with --task"
+    ):
+        MileBench(root / "SceneTransition", "m", None)
     (root / "SceneTransition" / "SceneTransition.json").write_text('{"data": []}')
     with pytest.raises(ValueError, match="not in MileBench's layout: KeyError 'meta_data'"):
         read_task(root, "SceneTransition")
@@ -260,3 +265,8 @@ def test_the_command_on_a_saved_model(root, tmp_path, capsys):
         assert all(row["bits"] < 32 for row in packed) and all(row["bits"] == 32 for row in own)
     shown = capsys.readouterr().out
     assert "| tiny | SceneTransition | akvq:window=4,pivots=1 | 2 |" in shown and "mean accuracy" in shown
+    few = ["--model", str(tmp_path / "tiny"), "--samples", "1", "--new-tokens", "1", "--setting", "none"]
+    assert main(["milebench", "--root", str(root), *few]) == 0
+    shown = capsys.readouterr()
+    assert "| tiny | SceneTransition | none | 1 |" in shown.out and "CLEVR-Change" not in shown.out
+    assert f"not in {root}, and left out: ObjectExistence, ObjectInteraction" in shown.err

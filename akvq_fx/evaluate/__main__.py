@@ -106,7 +106,9 @@ def parser() -> argparse.ArgumentParser:
     three.add_argument("--root", required=True, type=Path, help="folder of the tasks' folders, as released")
     three.add_argument("--model", action="append", required=True, help="hub name or folder; repeatable")
     three.add_argument(
-        "--task", action="append", help="repeatable; the twelve of the AKVQ-VL paper unless told; all: every one there"
+        "--task",
+        action="append",
+        help="repeatable; those there of the AKVQ-VL paper's twelve unless told; all: every one there",
     )
     three.add_argument("--samples", type=int, default=200, help="samples a task, at most")
     three.add_argument("--context", type=int, help="tokens of prompt and answer; longer prompts lose their oldest part")
@@ -156,9 +158,13 @@ def image_suites(args) -> Iterator:
 
 
 def milebench_suites(args) -> Iterator:
-    from akvq_fx.evaluate.milebench import MileBench, tasks_in
+    from akvq_fx.evaluate.milebench import MileBench, paper_tasks_in, tasks_in
 
     tasks = tasks_in(args.root) if args.task == ["all"] else args.task
+    if tasks is None:
+        tasks, missing = paper_tasks_in(args.root)
+        if missing:
+            print(f"not in {args.root}, and left out: {', '.join(missing)}", file=sys.stderr)
     limits = {"context": args.context, "image_tokens": args.image_tokens, "new_tokens": args.new_tokens}
     for name in args.model:
         load = functools.cache(functools.partial(load_vision, args, name))

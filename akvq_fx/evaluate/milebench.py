@@ -82,6 +82,21 @@ def tasks_in(root: str | Path) -> list[str]:
     return sorted(file.parent.name for file in Path(root).glob("*/*.json") if file.stem == file.parent.name)
 
 
+def paper_tasks_in(root: str | Path) -> tuple[list[str], list[str]]:
+    """(those of PAPER_TASKS that a local copy has, as it names them; those that it lacks).
+
+    Raises FileNotFoundError where it has none.
+    """
+    there = {simple(name): name for name in tasks_in(root)}
+    found = [there[simple(name)] for name in PAPER_TASKS if simple(name) in there]
+    if not found:
+        others = ", ".join(there.values()) or "none"
+        raise FileNotFoundError(
+            f"none of the paper's twelve MileBench tasks in {root}; tasks there: {others}; name some with --task, or --task all"
+        )
+    return found, [name for name in PAPER_TASKS if simple(name) not in there]
+
+
 def simple(name: str) -> str:
     return re.sub(r"[^a-z0-9]", "", name.lower())
 
@@ -137,7 +152,7 @@ class MileBench:
     """A table.Suite. A row is one sample: accuracy (ROUGE-L where a task is open-ended), unanswered, released, and the answer.
 
     load           () -> (model, processor); called when the first sample is measured. The processor has a chat template
-    tasks          names; None: PAPER_TASKS;  samples   at most so many a task
+    tasks          names; None: those of PAPER_TASKS that are there;  samples   at most so many a task
     context        tokens that a prompt may have, None for any number; image_tokens of them an image. See `shorten`
     new_tokens     tokens of an answer, at most
     """
@@ -163,7 +178,7 @@ class MileBench:
         new_tokens: int = 512,
         about: Mapping[str, Any] | None = None,
     ):
-        self._tasks = {task.name: task for task in (read_task(root, name) for name in tasks or PAPER_TASKS)}
+        self._tasks = {task.name: task for task in (read_task(root, name) for name in tasks or paper_tasks_in(root)[0])}
         self.model, self.tasks = model, tuple(self._tasks)
         self._load, self._samples, self._about = load, samples, dict(about or {})
         self._context, self._image_tokens, self._new_tokens = context, image_tokens, new_tokens
