@@ -61,8 +61,9 @@ def keys_reference(k: Tensor, affine: Tensor) -> Tensor:
 def queries_reference(q: Tensor, affine: Tensor) -> Tensor:
     """Heads of q may be a multiple of affine's (GQA)."""
     wide = torch.promote_types(q.dtype, torch.float32)
-    gain = affine[:, GAIN].to(wide).repeat_interleave(q.shape[1] // affine.shape[2], 1)
-    return transform(q.to(wide) * gain.unsqueeze(2)).to(q.dtype)
+    gain = affine[:, GAIN, :, None, None].to(wide)  # [B, H, 1, 1, D]
+    grouped = q.to(wide).unflatten(1, (affine.shape[2], -1)) * gain
+    return transform(grouped.flatten(1, 2)).to(q.dtype)
 
 
 def turn_tokens(x: Tensor) -> Tensor:
@@ -110,6 +111,6 @@ def restore(stored: Tensor, affine: Tensor | None, rotated: bool) -> Tensor:
     """Undo the transform: stored [B, H, T, D] -> keys or values as the model made them."""
     x = transform(stored) if rotated else stored
     if affine is not None:
-        rows = affine.to(x.dtype).unsqueeze(3)
+        rows = affine.to(torch.promote_types(x.dtype, torch.float32)).unsqueeze(3)
         x = x * rows[:, GAIN] + rows[:, CENTRE]
     return x.to(stored.dtype)
