@@ -20,6 +20,7 @@ from torch import Tensor
 
 from akvq_fx.kernels import quantizer
 from akvq_fx.kernels.choose import choose
+from akvq_fx.kernels.in_place import in_place
 from akvq_fx.kernels.layout import (
     PADDING,
     PIVOT,
@@ -236,7 +237,7 @@ def _(x, at, classes, pivots, affine, capacity, layout, turn=False):
     return [x.new_empty(shape, dtype=dtype) for shape, dtype in specs]
 
 
-@torch.library.custom_op("akvq::append", mutates_args=("cache",))
+@in_place
 def append(
     cache: list[Tensor],
     x: Tensor,
@@ -259,12 +260,12 @@ def append(
     write(cache, x, at, classes, pivots, parsed)
 
 
-@append.register_fake
+@torch.library.register_fake("akvq::append")
 def _(cache, x, at, classes, pivots, layout, turn=False):
     named(cache, Layout.parse(layout))
 
 
-@torch.library.custom_op("akvq::restart", mutates_args=("cache",))
+@in_place
 def restart(cache: list[Tensor], at: Tensor, affine: Tensor | None, layout: str) -> None:
     """Where the tokens to come start the cache (position 0), forget the last prompt's overlays and take its affine map.
 
@@ -281,7 +282,7 @@ def restart(cache: list[Tensor], at: Tensor, affine: Tensor | None, layout: str)
         b["affine"].copy_(torch.where(begins, affine, b["affine"]))
 
 
-@restart.register_fake
+@torch.library.register_fake("akvq::restart")
 def _(cache, at, affine, layout):
     named(cache, Layout.parse(layout))
 
