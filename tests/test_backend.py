@@ -275,6 +275,16 @@ def test_inner_compilers_agree(llama, inner):
     assert all(isinstance(layer.keys, PackedKV) for layer in out.past_key_values.layers)
 
 
+def test_no_gradient_is_lost_in_silence(llama):
+    model, inputs = llama
+    model.compile(backend="akvq", options=SMALL)
+    ids = inputs["input_ids"][1:, 6:]
+    cache = model(ids[:, :-1], use_cache=True).past_key_values
+    assert isinstance(cache.layers[0].keys, PackedKV)
+    with pytest.raises(RuntimeError, match="backward through akvq.attend.default"):
+        model(ids[:, -1:], past_key_values=cache).logits.sum().backward()
+
+
 @torch.no_grad()
 def test_a_graph_on_disk_is_of_these_ops(monkeypatch, tmp_path):
     """Inductor's disk cache goes by the names of ops; another version's graph expects other buffers of them."""
