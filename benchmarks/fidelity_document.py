@@ -72,8 +72,8 @@ def told(entries: Mapping[str, Any]) -> dict[str, Any]:
 
 def summary(shown: Mapping[str, Any], parts: Mapping[str, Mapping[str, Any]], missing: list[str]) -> list[str]:
     """What was measured, on what, how much of it, when and with what."""
-    told = (entry["versions"] for entries in parts.values() for entry in entries.values())
-    versions = sorted({version for text in told for version in text.split("; ")})
+    texts = (entry["versions"] for entries in parts.values() for entry in entries.values())
+    versions = sorted({version for text in texts for version in text.split("; ")})
     blocks = [
         f"Written by one command. `{shown['json']}` holds every sample, and a run that was stopped goes on from it:",
         f"```bash\n{COMMAND}\n```",

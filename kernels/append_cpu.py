@@ -14,7 +14,7 @@ from torch import Tensor
 
 from akvq_fx.kernels import cpp
 from akvq_fx.kernels.attend_cpu import buffers_refusal
-from akvq_fx.kernels.cache import check_fits, keep_pivots, named
+from akvq_fx.kernels.cache import check_call, keep_pivots, named
 from akvq_fx.kernels.layout import Layout
 from akvq_fx.kernels.rotate import turn_as_stored
 
@@ -61,7 +61,7 @@ def append(
 ) -> None:
     """Write q tokens in place, as kernels.cache.append. Raises IndexError for a position without a slot, and writes nothing."""
     b = named(cache, layout)
-    check_fits(b, x, at, classes, layout)
+    check_call(b, x, at, classes, layout)
     reason = buffers_refusal(cache, layout, *x.shape[:2])
     if reason:
         raise ValueError(f"akvq::append: {reason}")

@@ -57,8 +57,8 @@ def check_tokens(b: dict[str, Tensor], x: Tensor, layout: Layout) -> None:
         )
 
 
-def check_fits(b: dict[str, Tensor], x: Tensor, at: Tensor, classes: Tensor | None, layout: Layout) -> None:
-    """Raises ValueError where a kernel, which goes by sizes alone, cannot take the call."""
+def check_call(b: dict[str, Tensor], x: Tensor, at: Tensor, classes: Tensor | None, layout: Layout) -> None:
+    """Raises ValueError where x, at and classes do not fit each other and the cache."""
     check_tokens(b, x, layout)
     if at.shape != x.shape[2:3] or not len(at):
         raise ValueError(
@@ -66,6 +66,11 @@ def check_fits(b: dict[str, Tensor], x: Tensor, at: Tensor, classes: Tensor | No
         )
     if classes is not None and classes.shape != (x.shape[0], x.shape[2]):
         raise ValueError(f"akvq::append: classes is {list(classes.shape)}, accepted: {[x.shape[0], x.shape[2]]}")
+
+
+def check_fits(b: dict[str, Tensor], x: Tensor, at: Tensor, classes: Tensor | None, layout: Layout) -> None:
+    """Raises ValueError where a kernel, which goes by sizes alone, cannot take the call."""
+    check_call(b, x, at, classes, layout)
     apart = [name for name, buffer in b.items() if not buffer.is_contiguous()]
     if apart:
         raise ValueError(

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 
+import pytest
 import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from akvq_fx.kernels import cache as ops
+from akvq_fx.kernels import cpp
 from akvq_fx.kernels.layout import PADDING, TEXT, VISION, Layout
 from akvq_fx.kernels.quantizer import dequantize, quantize
 
@@ -112,6 +114,14 @@ def expected_tokens(layout: Layout, x: Tensor, classes: Tensor, pivots: Tensor |
             elif text is not None and classes[row, t] == TEXT:
                 out[row, :, t] = text[row, :, t]
     return out
+
+
+def skip_without_a_compiler() -> None:
+    """Of C++, for the kernels of the CPU."""
+    try:
+        cpp.compiler()
+    except RuntimeError as error:
+        pytest.skip(str(error))
 
 
 def random_affine(B: int, H: int, D: int, seed: int = 0) -> Tensor:

@@ -13,7 +13,18 @@ from akvq_fx.kernels.attend_cpu import Cache
 from akvq_fx.kernels.cache import named
 from akvq_fx.kernels.layout import PADDING, STATE_TEXT, Layout
 from akvq_fx.kernels.rotate import turn_as_stored
-from tests.kernel_cases import LAYOUTS, assert_caches_same, bf16, case_of, cases, f16, f32, poison, randn
+from tests.kernel_cases import (
+    LAYOUTS,
+    assert_caches_same,
+    bf16,
+    case_of,
+    cases,
+    f16,
+    f32,
+    poison,
+    randn,
+    skip_without_a_compiler,
+)
 
 every_layout = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 SIZES = {
@@ -26,10 +37,7 @@ SIZES = {
 
 @pytest.fixture(scope="module", autouse=True)
 def needs_a_compiler():
-    try:
-        cpp.compiler()
-    except RuntimeError as error:
-        pytest.skip(str(error))
+    skip_without_a_compiler()
     assert append_cpu.library()[1] == ""
 
 

@@ -27,6 +27,7 @@ from tests.kernel_cases import (
     few,
     poison,
     randn,
+    skip_without_a_compiler,
 )
 from tests.test_attend import assert_chunk, calls, chunk_calls, oracle
 
@@ -49,10 +50,7 @@ QUICK_FLAGS = (*cpp.FLAGS, "-O0")  # a quicker compilation
 
 @pytest.fixture(scope="module", autouse=True)
 def needs_a_compiler():
-    try:
-        cpp.compiler()
-    except RuntimeError as error:
-        pytest.skip(str(error))
+    skip_without_a_compiler()
     assert attend_cpu.library()[1] == ""
 
 
