@@ -22,7 +22,6 @@ from torch.fx import GraphModule
 from akvq_fx import compiled_generate, kernels, policy, records, vision_carry
 from akvq_fx.config import AKVQConfig
 from akvq_fx.cuda_graph import DecodeStep, recorder_for
-from akvq_fx.folding import HISTORY
 from akvq_fx.passes import PIPELINE
 from akvq_fx.passes.patterns.nodes import value
 from akvq_fx.passes.patterns.tokens import starts_a_call
@@ -40,14 +39,14 @@ def akvq(gm: GraphModule, example_inputs: list, *, mode: str | None = None, opti
     Raises ValueError for options that AKVQConfig does not accept.
     """
     config = AKVQConfig.from_options(options, mode)
-    state = rewrite(gm, example_inputs, config, HISTORY)
+    state = rewrite(gm, example_inputs, config)
     record = records.add(state, example_inputs)
     program = state.program
-    changed = state.sites or program.packed or program.unpacked or program.vision or program.plain
+    changed = state.sites or program.packed or program.unpacked or program.vision
     if not changed:
         inner = compile_inner(gm, example_inputs, config, config.mode)
         return Passthrough(inner) if starts_a_call(gm.graph) else inner
-    with torch.no_grad() if program.packed or program.unpacked else contextlib.nullcontext():
+    with torch.no_grad() if program.inference else contextlib.nullcontext():
         inner = compile_rewritten(state, inner_examples(state, example_inputs))
     runtime = Runtime(program, inner, config.capacity_step, starts_a_call(gm.graph))
     runtime.on_weights = record.add_weights
@@ -74,10 +73,10 @@ class Passthrough:
         return self.inner(*args)
 
 
-def rewrite(gm: GraphModule, example_inputs: list, config: AKVQConfig, history) -> GraphState:
+def rewrite(gm: GraphModule, example_inputs: list, config: AKVQConfig) -> GraphState:
     """Run the pipeline over a copy of the graph; every pass leaves a numbered artifact for TORCH_TRACE and one debug line."""
     tensors = {i: x for i, x in enumerate(example_inputs) if isinstance(x, torch.Tensor)}
-    state = GraphState(gm, policy.resolve(config, gm, example_inputs), tensors, history)
+    state = GraphState(gm, policy.resolve(config, gm, example_inputs), tensors)
     done: list[str] = []
     for number, step in enumerate(PIPELINE):
         begin = time.perf_counter()

@@ -3,7 +3,7 @@
 Tensor `{name}/{field}` is one buffer of one cache (kernels/layout.py), whole, capacity included. The file's metadata
 holds one JSON text under the key "akvq":
 
-    {"version": 3, "caches": {name: {"layout": text, "length": T, "end": T | null, "prompt": T, "owner": hash | null}}}
+    {"version": 3, "caches": {name: {"layout": text, "length": T, "end": T | null, "prompt": T, "owner": text | null}}}
 
 length is the view's, the rest is Storage's. Loading executes no code and believes nothing: sizes are compared with the
 layout before a buffer is read, positions with the capacity after, so no index that an op computes from a file leads
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -24,9 +25,9 @@ from akvq_fx.kernels.layout import CLASS_NAMES, STATE_END, STATE_RING, STATE_TEX
 from akvq_fx.packed_kv import TOKENS, PackedKV, Storage
 
 KEY = "akvq"
-VERSION = 3
+VERSION = 4
 ENTRY = ("layout", "length", "end", "prompt", "owner")
-OWNER_BITS = 63  # owner is a Python hash
+OWNER = re.compile(r"[0-9a-f]{32}( [0-9a-f]{32}){0,63}")  # digests of weights (akvq_fx/digest.py)
 SHOWN = 200  # characters of a refused value that an error repeats
 DTYPES = {"U8": torch.uint8, "I16": torch.int16, "I32": torch.int32, "F16": torch.float16, "BF16": torch.bfloat16,
           "F32": torch.float32, "F64": torch.float64}  # fmt: skip
@@ -113,6 +114,7 @@ def read(place: Place, file, keys: dict[str, str], entry: dict, device) -> Packe
     buffers = {field: file.get_tensor(keys[field]).clone() for field in layout.fields}
     check_contents(place, layout, buffers, entry)
     storage = Storage(layout, [b.to(device) for b in buffers.values()], entry["end"], entry["prompt"], entry["owner"])
+    storage.loaded = True
     storage.mark_dynamic()
     return PackedKV.view_of(storage, entry["length"])
 
@@ -168,9 +170,9 @@ def check_entry(place: Place, entry) -> Layout:
         layout = Layout.parse(entry["layout"])
     except ValueError as error:
         place.refuse("its layout", entry["layout"], f"what str(Layout) writes ({str(error)[:SHOWN]})")
-    if entry["owner"] is not None:
-        limit = 2**OWNER_BITS
-        place.integer("its owner", entry["owner"], -limit, limit - 1, "null, or a hash of weights")
+    owner = entry["owner"]
+    if owner is not None and not (isinstance(owner, str) and OWNER.fullmatch(owner)):
+        place.refuse("its owner", owner, "null, or digests of weights, 32 hexadecimal digits each")
     return layout
 
 

@@ -18,6 +18,7 @@ DEFAULTS = {
     "window": 128,  # section IV-A
     "pivots": 15,  # figure 8
     "tsa_layers": (0, 1),  # table I, LLaVA-1.5, LLaVA-1.6-vicuna, Qwen2-VL
+    "value_rotation": "online",  # nobody's weights are held twice unless asked for; the paper folds
 }
 # a simulated recipe has its own numbers: what the packed path would do has no meaning for it
 PACKED_ONLY = ("body_bits", "text_bits", "psa_text_key_bits", "body_clip", "text_clip", "group", "window", "pivots",
@@ -52,7 +53,8 @@ class AKVQConfig:
                     tokens above massive_floor and massive_ratio times the median
     group           channels that share a scale; a head dim that is no multiple of it is one group
     rotate          Walsh-Hadamard transform of keys and values; None: on, but off in lossless mode
-    value_rotation  "fold" into W_V and W_O where the graph proves it legal, else and with "online" inside the graph, "off"
+    value_rotation  "online" where tokens are written and attention reads them; "fold": into copies of W_V and W_O where the graph
+                    proves it legal, else online; "off"
     prefill         "exact": the prompt attends to its own 16-bit keys, as serving systems do; "quantized": to the packed ones
     inner, mode     the compiler of the rewritten graph, and its torch.compile mode (Inductor only)
     """
@@ -73,7 +75,7 @@ class AKVQConfig:
     center_keys: bool | None = None
     balance_keys: bool | None = None
     rotate: bool | None = None
-    value_rotation: str = "fold"
+    value_rotation: str | None = None
     prefill: str = "exact"
     capacity_step: int = 128  # tokens a dynamic cache grows by; one reallocation a step
     inner: str = "inductor"

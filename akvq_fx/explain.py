@@ -9,24 +9,7 @@ from torch import nn
 
 from akvq_fx import records
 from akvq_fx.config import AKVQConfig
-from akvq_fx.folding import HISTORY
 from akvq_fx.report import Report
-
-
-class DryHistory:
-    """What is folded already, and no memory of what is asked."""
-
-    def is_folded(self, weight) -> bool:
-        return HISTORY.is_folded(weight)
-
-    def is_folded_output(self, weight) -> bool:
-        return HISTORY.is_folded_output(weight)
-
-    def is_online(self, weight) -> bool:
-        return HISTORY.is_online(weight)
-
-    def keep_online(self, weight) -> None:
-        """A dry run decides nothing."""
 
 
 def explain(model: nn.Module, *args: Any, akvq_options: dict | None = None, **kwargs: Any) -> Report:
@@ -40,7 +23,7 @@ def explain(model: nn.Module, *args: Any, akvq_options: dict | None = None, **kw
     found = Report()
 
     def look(gm, example_inputs):
-        state = rewrite(gm, example_inputs, config, DryHistory())
+        state = rewrite(gm, example_inputs, config)
         found.graphs.append(records.graph_report(state))
         return gm.forward
 

@@ -1,118 +1,105 @@
-"""Fold value rotations into weights, in place, once; and take them out again.
+"""Folded copies of projection weights: W_V' = H W_V, b_V' = H b_V and W_O' = W_O H per head, computed in float64.
 
-W_V' = H W_V and W_O' = W_O H per head, in float64, biases included. A weight's history is kept by identity, so a recompiled graph
-or another batch shape does not fold twice, and a second model that shares compiled code is folded when it first runs.
+A graph whose values are folded gets the copies in place of the model's own weights, which stay as they are: whatever the model saves,
+copies, merges or prunes is the original. The copies of a weight are shared by all graphs that run it, keep their addresses, and are
+computed anew with every prompt and after every change that akvq_fx.digest.mark sees, so no change of the originals is missed that
+happens before a prompt. They cost the memory of the value and output projections once more.
 """
 
 from __future__ import annotations
 
 import threading
-import zlib
-from dataclasses import dataclass
+import weakref
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from akvq_fx.digest import mark
 from akvq_fx.kernels.rotate import matrix
 
-SAMPLES = 64  # elements of a weight that its fingerprint reads
 
-
-@dataclass
 class Folded:
-    """What was done to one value projection, enough to undo it."""
+    """Copies of one value projection and its output projection.
 
-    bias: Tensor | None
-    output: Tensor
-    rows: Tensor  # [H, D] rows of the value weight by head and channel
-    columns: Tensor  # [Hq, D] columns of the output weight
-
-
-class History:
-    """Which value weights are folded, and which must stay online because a graph that rotates them is out there.
-
-    caches    plain caches that hold values of folded weights
+    rows, columns    [H, D] and [Hq, D] int64: rows of the value weight and columns of the output weight by head and channel
     """
 
+    def __init__(self, value: Tensor, bias: Tensor | None, output: Tensor, rows: Tensor, columns: Tensor):
+        self.rows, self.columns = rows, columns
+        self.sources = [None if x is None else weakref.ref(x) for x in (value, bias, output)]
+        self.copies: list[Tensor | None] = [None, None, None]
+        self.marks: list = []
+
+    def is_of(self, sources: Sequence[Tensor | None], rows: Tensor, columns: Tensor) -> bool:
+        known = [None if ref is None else ref() for ref in self.sources]
+        same = all(a is b for a, b in zip(known, sources, strict=True))
+        return same and torch.equal(rows, self.rows) and torch.equal(columns, self.columns)
+
+    def renew(self, sources: Sequence[Tensor | None], anew: bool) -> None:
+        """Compute the copies where a source changed, or `anew`."""
+        marks = [None if x is None else mark(x) for x in sources]
+        if marks == self.marks and not anew:
+            return
+        with torch.no_grad():
+            for i, source in enumerate(sources):
+                if source is not None:
+                    self.copies[i] = into(self.copies[i], self.turned(i, source))
+        self.marks = marks
+
+    def turned(self, i: int, source: Tensor) -> Tensor:
+        h = matrix(self.rows.shape[1], device=source.device)
+        rows, columns = self.rows.to(source.device), self.columns.to(source.device)
+        made = source.detach().clone()
+        if i == 0:
+            made[rows] = torch.einsum("ij,hjf->hif", h, made[rows].double()).to(made.dtype)
+        elif i == 1:
+            made[rows] = (made[rows].double() @ h).to(made.dtype)
+        else:
+            made[:, columns] = (made[:, columns].double() @ h).to(made.dtype)
+        return made
+
+
+def into(place: Tensor | None, made: Tensor) -> Tensor:
+    """made, at the address of `place` where it fits: CUDA graphs hold addresses."""
+    if place is None or (place.shape, place.dtype, place.device) != (made.shape, made.dtype, made.device):
+        return made
+    return place.copy_(made)
+
+
+class FoldedWeights:
+    """The folded copies of this process, by value weight; weak, so a model that goes away takes its copies along."""
+
     def __init__(self):
-        self.folded, self.outputs, self.online, self.prints, self.caches = (WeakTensorKeyDictionary() for _ in range(5))
+        self.known: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
         self.lock = threading.Lock()
 
-    def is_folded(self, weight: Tensor) -> bool:
-        return weight in self.folded
-
-    def is_folded_output(self, weight: Tensor) -> bool:
-        return weight in self.outputs
-
-    def is_online(self, weight: Tensor) -> bool:
-        return weight in self.online
-
-    def keep_online(self, weight: Tensor) -> None:
-        self.online[weight] = True
-
-    def fold(self, weight: Tensor, record: Folded) -> bool:
-        """Fold once; False where it was folded already or must stay online."""
+    def of(self, sources: Sequence[Tensor | None], rows: Tensor, columns: Tensor, anew: bool) -> list[Tensor | None]:
+        """Copies of (value weight, value bias or None, output weight)."""
         with self.lock:
-            if weight in self.folded or weight in self.online:
-                return False
-            turn(weight, record)
-            self.folded[weight] = record
-            self.outputs[record.output] = True
-            return True
+            entries = self.known.setdefault(sources[0], [])
+            folded = next((entry for entry in entries if entry.is_of(sources, rows, columns)), None)
+            if folded is None:
+                folded = Folded(*sources, rows, columns)
+                alive = [entry for entry in entries if all(ref is None or ref() is not None for ref in entry.sources)]
+                self.known[sources[0]] = [*alive, folded]
+            folded.renew(sources, anew)
+            return folded.copies
 
-    def unfold(self, weight: Tensor) -> bool:
+    def forget(self, weight: Tensor) -> bool:
+        """Free the copies of a value weight; False where there are none."""
         with self.lock:
-            record = self.folded.pop(weight, None)
-            if record is None:
-                return False
-            self.outputs.pop(record.output, None)
-            turn(weight, record)
-            return True
-
-    def fingerprint(self, weight: Tensor) -> int:
-        """A number that changes with the weight's elements; read from the device once per version."""
-        version = version_of(weight)
-        known = self.prints.get(weight)
-        if known is None or known[0] != version:
-            flat = dense(weight).detach().reshape(-1)
-            sample = flat[:: max(1, flat.numel() // SAMPLES)][:SAMPLES].float().cpu().contiguous()
-            known = version, zlib.crc32(sample.numpy().tobytes(), flat.numel())
-            self.prints[weight] = known
-        return known[1]
+            return self.known.pop(weight, None) is not None
 
 
-def dense(weight: Tensor) -> Tensor:
-    """The weight, or the first inner tensor of a wrapper (a quantized weight has no view of its own)."""
-    while hasattr(weight, "__tensor_flatten__"):
-        weight = getattr(weight, weight.__tensor_flatten__()[0][0])
-    return weight
-
-
-def version_of(weight: Tensor) -> int:
-    return 0 if weight.is_inference() else weight._version
-
-
-def turn(weight: Tensor, record: Folded) -> None:
-    """Multiply by H on both sides; H is its own inverse, so the same call folds and unfolds."""
-    h = matrix(record.rows.shape[1], device=weight.device)
-    rows, columns = record.rows.to(weight.device), record.columns.to(weight.device)
-    with torch.no_grad():
-        weight[rows] = torch.einsum("ij,hjf->hif", h, weight[rows].double()).to(weight.dtype)
-        if record.bias is not None:
-            record.bias[rows] = (record.bias[rows].double() @ h).to(record.bias.dtype)
-        out = record.output
-        out[:, columns] = (out[:, columns].double() @ h).to(out.dtype)
-
-
-HISTORY = History()  # by weight identity; weak, so a model that goes away takes its entries along
+FOLDED = FoldedWeights()
 
 
 def unfold(model: nn.Module) -> int:
-    """Take the value rotations out of a model's weights again; returns how many layers were unfolded.
+    """Free the folded copies of a model's weights; returns of how many value projections there were some.
 
-    Weights come back to within one rounding of what they were. Caches made while folded are refused afterwards, and compiled
-    graphs of the model fold again when they next run a prompt: recompile with value_rotation="online" to keep the
-    weights as they are.
+    The model's own weights were never changed. A graph that was compiled with value_rotation="fold" makes its copies again when it
+    next runs; compile with value_rotation="online" to do without them.
     """
-    return sum(HISTORY.unfold(parameter) for parameter in model.parameters())
+    return sum(FOLDED.forget(parameter) for parameter in model.parameters())

@@ -200,6 +200,7 @@ class PackedKV(TorchAOBaseTensor):
 
 def _rebuild(buffers, layout_text, end, prompt, owner, length) -> PackedKV:
     storage = Storage(Layout.parse(layout_text), list(buffers), end, prompt, owner)
+    storage.loaded = True
     storage.mark_dynamic()
     return PackedKV.view_of(storage, length)
 

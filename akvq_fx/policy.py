@@ -24,7 +24,6 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from akvq_fx.config import AKVQConfig
-from akvq_fx.folding import HISTORY
 from akvq_fx.passes.canonicalize import canonicalize
 from akvq_fx.passes.find_sites import find_sites
 from akvq_fx.passes.patterns.nodes import op, shape
@@ -83,7 +82,7 @@ def remembered(example_inputs: list) -> tuple[int, ...] | None:
 def sites_of(gm: torch.fx.GraphModule, example_inputs: list, config: AKVQConfig) -> GraphState:
     """A copy of dynamo's graph, read as far as its attention sites; nothing is planned or rewritten."""
     tensors = {i: x for i, x in enumerate(example_inputs) if isinstance(x, Tensor)}
-    state = GraphState(gm, config, tensors, HISTORY)
+    state = GraphState(gm, config, tensors)
     canonicalize(state)
     find_sites(state)
     return state

@@ -5,29 +5,53 @@ Host work only, a few microseconds a layer; nothing here reads the device in a d
 
 from __future__ import annotations
 
+import sys
 import weakref
 
 import torch
 
 from akvq_fx import vision_carry
-from akvq_fx.folding import HISTORY, Folded, version_of
+from akvq_fx.digest import DIGESTS, mark
+from akvq_fx.folding import FOLDED
 from akvq_fx.packed_kv import PackedKV, Storage
 from akvq_fx.passes.state import Appended, Packed, Program
 from akvq_fx.storage import text_slots
 
+MODELS = 8  # of one class whose weights a graph remembers at a time; one more is looked at anew when its turn comes
+
+
+class Weights:
+    """What is known of one model's weights in one graph: how they were when they were last looked at, and whose tokens they make.
+
+    owners    positions of weights -> the digests of their contents, as one text; None where there are no weights
+    """
+
+    def __init__(self, positions: list[int], args, owners: dict[tuple[int, ...], str | None]):
+        self.refs = [weakref.ref(args[i]) for i in positions]
+        self.marks = [mark(args[i]) for i in positions]
+        self.owners = owners
+
+    def are_same(self, positions: list[int], args) -> bool:
+        for i, ref, known in zip(positions, self.refs, self.marks, strict=True):
+            if ref() is not args[i] or known != mark(args[i]):
+                return False
+        return True
+
 
 class Runtime:
-    """One rewritten graph, ready to be called with the arguments of the original one."""
+    """One rewritten graph, ready to be called with the arguments of the original one.
+
+    Nothing of a call is kept but what is known of weights, so that threads may call it at once.
+    """
 
     def __init__(self, program: Program, inner, step: int, starts_call: bool):
         self.program, self.inner, self.step, self.starts_call = program, inner, step, starts_call
         self.growth = dict(program.appends)
-        self.pairs = {*program.owners.values(), *(o.owner for o in program.outputs if isinstance(o, Packed))}
-        self.watched = sorted(
-            {i for pair in self.pairs for i in pair if i is not None} | {f.value_weight for f in program.folds}
-        )
-        self.seen: list = []
-        self.owner: dict = {}
+        made = [output.owner for output in program.outputs if isinstance(output, Packed)]
+        self.makes = bool(made)
+        self.groups = {*program.owners.values(), *made}
+        self.watched = sorted({i for group in self.groups for i in group})
+        self.weights: dict[int, Weights] = {}  # by the id of the first watched weight: models of one class share a graph
         # placeholders stand in this order: own arguments, the carried vision mask, the buffers of each packed tensor
         self.plain = [i for i in program.inputs if type(i) is int]
         self.bound = list(dict.fromkeys(i[0] for i in program.inputs if type(i) is not int))
@@ -38,70 +62,69 @@ class Runtime:
 
     def __call__(self, *args):
         program = self.program
-        self.know_weights(args)
-        for cache in program.plain:
-            refuse_misread(args[cache.weight], args[cache.past], cache.label)
+        owners = self.owners_of(args, anew=self.makes)
         if self.starts_call and program.vision is None or program.packed:
             vision_carry.put(None)
-        storages = self.open(args)
-        if program.unpacked:
-            args = list(args)
+        storages = self.open(args, owners)
+        given = args
+        if program.unpacked or program.folds:
+            given = list(args)
             for i in program.unpacked:
-                args[i] = args[i].unpack()
-        inputs = [args[i] for i in self.plain]
+                given[i] = args[i].unpack()
+            self.fold(given)
+        inputs = [given[i] for i in self.plain]
         if program.vision == "take":
             batch, tokens = (size(args) for size in program.vision_size)
             inputs.append(vision_carry.take(batch, tokens, self.device(args)))
         for position in self.bound:
             inputs += storages[position].buffers
-        if program.packed:
+        if not program.inference:
+            results = list(self.inner(*inputs))
+        else:
             with torch.no_grad():
                 results = list(self.inner(*inputs))
-        else:
-            results = list(self.inner(*inputs))
         if program.vision == "make":
             vision_carry.put(results.pop().detach())
-        out = self.close(args, storages, results)
-        for cache in program.plain:
-            if HISTORY.is_folded(args[cache.weight]):
-                for i in cache.results:
-                    HISTORY.caches[out[i]] = True
-        return out
+        if program.inference and torch.is_grad_enabled():
+            results = refuse_backward(results, inputs)
+        return self.close(given, storages, results, owners)
 
-    def know_weights(self, args) -> None:
-        """Fold what a prompt's graph needs folded, and know whose tokens are whose; skipped while the weights are the same."""
-        for i, known, version in self.seen:
-            if known() is not args[i] or version != version_of(args[i]):
-                break
-        else:
-            if self.seen or not self.watched:
-                return
-        for fold in self.program.folds:
-            bias = None if fold.value_bias is None else args[fold.value_bias]
-            HISTORY.fold(args[fold.value_weight], Folded(bias, args[fold.output_weight], fold.rows, fold.columns))
-        self.seen = [(i, weakref.ref(args[i]), version_of(args[i])) for i in self.watched]
-        self.owner = {
-            pair: None if None in pair else hash(tuple(HISTORY.fingerprint(args[i]) for i in pair))
-            for pair in self.pairs
-        }
-        if self.on_weights is not None:
+    def owners_of(self, args, anew: bool) -> dict[tuple[int, ...], str | None]:
+        """Digests of what makes each cache's tokens. A prompt reads the weights' contents anew: a change through `.data` leaves no mark."""
+        if not self.watched:
+            return dict.fromkeys(self.groups)
+        first = id(args[self.watched[0]])
+        known = self.weights.get(first)
+        if known is not None and not anew and known.are_same(self.watched, args):
+            return known.owners
+        texts = dict(zip(self.watched, DIGESTS.of([args[i] for i in self.watched], anew), strict=True))
+        owners = {group: sys.intern(" ".join(sorted({texts[i] for i in group}))) or None for group in self.groups}
+        if known is None and self.on_weights is not None:
             self.on_weights(args)
+        kept = list(self.weights.items())[1 - MODELS :]
+        self.weights = {**dict(kept), first: Weights(self.watched, args, owners)}
+        return owners
 
     on_weights = None  # called with the arguments whenever other weights run this graph; the report listens
 
-    def open(self, args) -> dict[int, Storage]:
+    def fold(self, args: list) -> None:
+        """Put folded copies in place of weights; `.data` changes are met by computing them anew for every prompt."""
+        for fold in self.program.folds:
+            at = (fold.value_weight, fold.value_bias, fold.output_weight)
+            sources = [None if i is None else args[i] for i in at]
+            for i, copy in zip(at, FOLDED.of(sources, fold.rows, fold.columns, not self.program.step), strict=True):
+                if i is not None:
+                    args[i] = copy
+
+    def open(self, args, owners) -> dict[int, Storage]:
         """Storages of the PackedKV arguments, fit to be written."""
-        storages, owners, growth = {}, self.program.owners, self.growth
+        storages, growth = {}, self.growth
         for position in self.program.packed:
             packed = args[position]
             storage = packed.storage or packed._storage()
-            expected = self.owner.get(owners.get(position))
-            if storage.owner != expected and None not in (storage.owner, expected):
-                raise ValueError(
-                    f"akvq: the packed cache of shape {list(packed.shape)} was made by other weights than the ones that "
-                    "continue it (another model or layer, or weights changed, folded or unfolded since); "
-                    "start with an empty cache"
-                )
+            group = self.program.owners.get(position)
+            if group is not None and storage.owner is not owners[group]:
+                self.check_owner(packed, storage, owners[group], group, args)
             tokens = growth.get(position)
             if tokens is not None:
                 count = tokens.constant if tokens.constant is not None else tokens(args)
@@ -110,7 +133,21 @@ class Runtime:
             storages[position] = storage
         return storages
 
-    def close(self, args, storages, results) -> tuple:
+    def check_owner(self, packed, storage: Storage, expected: str | None, group, args) -> None:
+        """Raises ValueError for a cache of other weights; looks at their contents once more before it does."""
+        if storage.owner is None or expected is None:
+            return
+        if not alike(storage.owner, expected) or storage.loaded:
+            expected = self.owners_of(args, anew=True)[group]
+        if not alike(storage.owner, expected):
+            raise ValueError(
+                f"akvq: the packed cache of shape {list(packed.shape)} was made by other weights than the ones that "
+                "continue it (another model or layer, or weights changed since); start with an empty cache, or pass "
+                "cache.dequantize() to go on with these tokens as plain numbers"
+            )
+        storage.owner, storage.loaded = expected, False
+
+    def close(self, args, storages, results, owners) -> tuple:
         out, views, slots, i = [], {}, {}, 0
         for spec in self.program.outputs:
             if spec is None:
@@ -125,7 +162,7 @@ class Runtime:
             else:
                 if id(spec) not in views:
                     count = len(spec.layout.fields)
-                    views[id(spec)] = wrap(spec, results[i : i + count], args, self.owner.get(spec.owner), slots)
+                    views[id(spec)] = wrap(spec, results[i : i + count], args, owners[spec.owner], slots)
                     i += count
                 out.append(views[id(spec)])
         return tuple(out)
@@ -147,19 +184,34 @@ def wrap(spec: Packed, buffers: list, args, owner, slots: dict[str, tuple]) -> P
     return PackedKV.view_of(storage, length)
 
 
-def refuse_misread(weight: torch.Tensor, past: torch.Tensor, label: str) -> None:
-    """Raises ValueError for a plain cache whose tokens were made before the weight's fold was put in, or taken out."""
-    folded = HISTORY.is_folded(weight)
-    if not past.numel() or isinstance(past, PackedKV) or folded == (past in HISTORY.caches):
-        return
-    if not folded:
-        raise ValueError(
-            f"akvq: {label} got a plain 16-bit cache of values that were rotated by its weights, which are unfolded since; "
-            "start with an empty cache"
+def alike(one: str, other: str) -> bool:
+    """Digests of the same weights; a graph that shows fewer of them (no norm, no adapter) may continue one that shows more."""
+    one, other = set(one.split()), set(other.split())
+    return one <= other or other <= one
+
+
+class NoBackward(torch.autograd.Function):
+    """Identity on tensors; their backward pass is refused, since codes have no gradient."""
+
+    @staticmethod
+    def forward(ctx, anchor: torch.Tensor, *tensors: torch.Tensor):
+        return tensors
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        raise RuntimeError(
+            "akvq: no gradient goes through a packed cache; accepted: inference. To train, call the model with "
+            "use_cache=False (nothing is packed then), or call it uncompiled"
         )
-    raise ValueError(
-        f"akvq: {label} got a plain 16-bit cache, but the value rotation is folded into "
-        f"its weights since; values cached before "
-        "the fold would be misread. Start with an empty cache, or call akvq_fx.unfold(model) and compile with "
-        "options={'value_rotation': 'online'}"
-    )
+
+
+def refuse_backward(results: list, inputs: list) -> list:
+    """The results as if they had a gradient wherever the uncompiled graph's would, so that losing it is an error and no silence."""
+    anchor = next((x for x in inputs if isinstance(x, torch.Tensor) and x.requires_grad), None)
+    places = [i for i, x in enumerate(results) if isinstance(x, torch.Tensor) and x.is_floating_point()]
+    if anchor is None or not places:
+        return results
+    results = list(results)
+    for i, x in zip(places, NoBackward.apply(anchor, *(results[i] for i in places)), strict=True):
+        results[i] = x
+    return results

@@ -39,15 +39,17 @@ class Storage:
 
     end     tokens written, where the host knows it (a growing cache); None for a static one, whose end is on the device
     prompt  tokens of the prompt: text overlay slots before it are compacted, later ones follow the position
-    owner   fingerprint of the projections that made the tokens, None if unknown
+    owner   digests of the weights that made the tokens, None if unknown
+    loaded  it comes from a file or a pickle: who continues it is looked at closely
     """
 
-    __slots__ = ("layout", "text", "buffers", "rows", "device", "end", "prompt", "owner", "views")
+    __slots__ = ("layout", "text", "buffers", "rows", "device", "end", "prompt", "owner", "views", "loaded")
 
-    def __init__(self, layout: Layout, buffers: list[Tensor], end: int | None, prompt: int, owner: int | None):
+    def __init__(self, layout: Layout, buffers: list[Tensor], end: int | None, prompt: int, owner: str | None):
         self.layout, self.buffers, self.end, self.prompt, self.owner = layout, buffers, end, prompt, owner
         self.text, self.rows, self.device = str(layout), tuple(self.codes.shape[:2]), self.codes.device
         self.views: list[weakref.ref] = []
+        self.loaded = False
 
     def __getitem__(self, name: str) -> Tensor:
         return self.buffers[self.layout.fields.index(name)]
@@ -67,6 +69,7 @@ class Storage:
         """A new storage with fn(name, buffer) in place of every buffer."""
         buffers = [fn(name, buffer) for name, buffer in zip(self.layout.fields, self.buffers, strict=True)]
         made = Storage(self.layout, buffers, self.end if end == -1 else end, self.prompt, self.owner)
+        made.loaded = self.loaded
         made.mark_dynamic()
         return made
 

@@ -56,7 +56,6 @@ class Layout:
     text_clip: float = 1.0
     rotated: bool = False  # buffers hold H x rather than x
     affine: bool = False
-    folded: bool = False  # values whose rotation lies in the projection weights: only W_O of their own layer undoes it
     shares_classes: bool = False  # values whose tokens' classes stand with their keys: a byte a token less
     simulate: str = ""  # text of a Simulation of akvq_fx.recipes: originals are kept, and quantized when they are read
 
@@ -175,7 +174,6 @@ class Layout:
         parts += [f"tc{exact(self.text_clip)}"] if self.text_bits or self.text_clip != 1 else []
         parts += ["rotated"] if self.rotated else []
         parts += ["affine"] if self.affine else []
-        parts += ["folded"] if self.folded else []
         parts += ["shares"] if self.shares_classes else []
         parts += [self.simulate] if self.simulate else []
         return "/".join(parts)
@@ -186,7 +184,7 @@ class Layout:
         """The inverse of str(). Raises ValueError for anything str() cannot have written."""
         keys = {"d": "head_dim", "b": "body_bits", "c": "body_clip", "g": "group", "w": "window", "p": "pivots",
                 "t": "text_bits", "tc": "text_clip"}  # fmt: skip
-        flags = {"rotated": "rotated", "affine": "affine", "folded": "folded", "shares": "shares_classes"}
+        flags = {"rotated": "rotated", "affine": "affine", "shares": "shares_classes"}
         dtype, *parts = text.split("/")
         values: dict = {"dtype": DTYPES.get(dtype)}
         for part in parts:

@@ -10,7 +10,7 @@ from torch.fx import Node
 
 from akvq_fx.passes.patterns.cache_write import is_packed
 from akvq_fx.passes.patterns.nodes import outputs
-from akvq_fx.passes.state import GraphState
+from akvq_fx.passes.state import GraphState, is_single_token
 from akvq_fx.report import PassReport
 
 
@@ -48,6 +48,7 @@ def clean_up(state: GraphState) -> PassReport:
     for node in state.graph.nodes:
         if node.op == "placeholder" and str(node.target) != "vision_tokens":
             program.inputs.append(state.position[node] if node in state.position else bound[node])
+    program.step = bool(state.sites) and all(site.key.kind == "read" or is_single_token(site.key) for site in state.sites)
     state.graph.lint()
     state.gm.recompile()
     return report

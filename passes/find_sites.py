@@ -9,6 +9,7 @@ A cache in a form that cannot be packed is refused with its reason and node, and
 
 from __future__ import annotations
 
+import torch
 from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import guard_or_false
 
@@ -23,10 +24,11 @@ from akvq_fx.passes.patterns.cache_write import (
     is_packed,
 )
 from akvq_fx.passes.patterns.nodes import NoMatch, op, outputs, same_size, shape, tensors_of_cat, value
-from akvq_fx.passes.patterns.projection import weight_behind
+from akvq_fx.passes.patterns.projection import weight_behind, weight_of, weights_behind
 from akvq_fx.passes.patterns.rope import rope_of
 from akvq_fx.passes.patterns.site import Site, layer_of
-from akvq_fx.passes.state import GraphState, PlainCache
+from akvq_fx.passes.patterns.tokens import residual_of
+from akvq_fx.passes.state import GraphState
 from akvq_fx.report import PassReport
 
 
@@ -58,7 +60,7 @@ def find_sites(state: GraphState) -> PassReport:
                 del refused[whole]
                 refused.pop(value_whole, None)
                 continue
-            specialize(key, val)
+            fix_heads(key, val)
             check(attention, key, val, length, value_length)
         except NoMatch as miss:
             refuse(node, miss, whole)
@@ -69,43 +71,15 @@ def find_sites(state: GraphState) -> PassReport:
             weights = weight_behind(attention.query), None
         layer, label = layer_of(weights[0], len(state.sites))
         rope = rope_of(key.new) if key.new is not None else "read only"
-        site = Site(
-            attention, key, val, length, layer, label, rope, weights=weights if key.kind != "read" else (None, None)
-        )
+        site = Site(attention, key, val, length, layer, label, rope)
+        if key.kind != "read":
+            site.weights, site.owner = weights, are_weights(state, owner_of(attention, key, val))
         state.sites.append(site)
         report.match(site)
-    watch_plain_caches(state)
     pending = [(n, why) for n, why in cache_like(state.graph) if n not in writes and n not in refused]
     for whole, why in pending:
         refuse(whole, NoMatch(why, whole), whole, from_cache=True)
     return report
-
-
-def watch_plain_caches(state: GraphState) -> None:
-    """Note every 16-bit cache that grows here, matched or not: the runtime refuses one from before its values were folded.
-
-    What comes out of it is noted too, whole or cut (a sliding window): tokens of folded weights fit them in the next call.
-    """
-    results = [whole_of(node) if isinstance(node, Node) else None for node in outputs(state.graph)]
-    for node in state.graph.nodes:
-        if op(node) == "cat" and len(shape(node)) == 4 and len(tensors_of_cat(node)) == 2:
-            past, new = tensors_of_cat(node)
-            weight = (
-                weight_behind(new)
-                if op(past) == "placeholder" and not is_packed(past) and isinstance(new, Node)
-                else None
-            )
-            if weight is not None and op(weight) == "placeholder":
-                kept = [i for i, whole in enumerate(results) if whole is node]
-                cache = PlainCache(state.position[weight], state.position[past], kept, layer_of(weight, 0)[1])
-                state.program.plain.append(cache)
-
-
-def whole_of(node: Node) -> Node:
-    """What a result is a slice of."""
-    while op(node) in ("getitem", "slice", "narrow", "contiguous") and isinstance(node.args[0], Node):
-        node = node.args[0]
-    return node
 
 
 def read_from(argument: Node) -> tuple[Node, object]:
@@ -116,14 +90,28 @@ def read_from(argument: Node) -> tuple[Node, object]:
     return (ungrouped(cut), length) if static else (node, shape(node)[2] if len(shape(node)) == 4 else None)
 
 
-def specialize(*writes: CacheWrite | None) -> None:
-    """One graph for each batch size: dynamo makes the batch a symbol when it meets a second size, a layout has numbers.
-
-    Asking a symbol for its number leaves a guard, so another batch size compiles its own graph.
-    """
+def fix_heads(*writes: CacheWrite | None) -> None:
+    """Heads are numbers in a layout: asking a symbol for its number leaves a guard. The batch stays a symbol."""
     for write in writes:
-        for size in shape(write.whole)[:2] if write is not None else ():
-            int(size)
+        if write is not None:
+            int(shape(write.whole)[1])
+
+
+def owner_of(attention, *writes: CacheWrite) -> tuple[Node, ...]:
+    """Placeholders of the weights that make the tokens of these writes, norms and adapters among them."""
+    key = writes[0].new
+    source = residual_of(attention, key) if key is not None else None
+    found: dict[Node, None] = {}
+    for write in writes:
+        if write.new is not None:
+            found |= dict.fromkeys(weights_behind(write.new, source))
+    return tuple(found)
+
+
+def are_weights(state: GraphState, nodes: tuple[Node, ...]) -> tuple[Node, ...]:
+    """Those that are parameters, or that a linear op multiplies by."""
+    parameter = lambda n: isinstance(state.weights.get(state.position.get(n, -1)), torch.nn.Parameter)
+    return tuple(n for n in nodes if parameter(n) or any(weight_of(user) is n for user in n.users))
 
 
 def check(attention, key: CacheWrite | None, val: CacheWrite | None, length, value_length) -> None:
@@ -155,7 +143,7 @@ def check(attention, key: CacheWrite | None, val: CacheWrite | None, length, val
         all(isinstance(n, int) for n in lengths) and lengths[0] != lengths[1]
     ):  # each cache input has a length symbol of its own
         raise NoMatch("keys and values differ in length", attention.node)
-    if shape(attention.query)[0] != shape(key.whole)[0]:
+    if not guard_or_false(shape(attention.query)[0] == shape(key.whole)[0]):
         raise NoMatch("the query's batch is not the cache's", attention.node)
     # two inputs, two symbols, and only the keys' is tied to the mask by the graph: equal here is enough, and leaves a guard
     if key.static and not guard_or_false(length == value_length):

@@ -1,11 +1,11 @@
-"""Decide where the values' rotation is done: folded into W_V and W_O, or online inside the graph.
+"""Decide where the values' rotation is done: folded into copies of W_V and W_O, or online inside the graph.
 
 Before   v = W_V x + b_V,  o = W_O concat_h(p v_h)      After   v' = H v,  o = (W_O H) concat_h(p v'_h)
 Needs    plan_layers                                    Leaves  the graph as it was; state.program.folds
 
-H H = I, so W_O W_V is unchanged: the model computes the same function, compiled or not. Legal only where the values reach the
-cache from a linear and the attention output reaches a linear through layout-only ops, both weights are dense parameters that
-nothing else uses, and this graph is the layer's first and a prompt's (values cached before a fold would be misread after it).
+H H = I, so W_O W_V is unchanged: the graph computes the same function, and its cache holds rotated values either way. Legal only where
+the values reach the cache from a linear and the attention output reaches a linear through layout-only ops, nothing else reads the
+values, and both weights are dense parameters that nothing else uses. Each graph is proved for itself.
 Which weight row is which (head, channel) is read off by pushing row numbers through the graph's own views.
 """
 
@@ -18,8 +18,9 @@ from torch import Tensor
 from torch.fx import Node
 from torch.fx.node import map_arg
 
-from akvq_fx.passes.patterns.nodes import NoMatch, shape, value
-from akvq_fx.passes.patterns.projection import chain_from_linear, chain_to_linear
+from akvq_fx.passes.patterns.attention import layout_only
+from akvq_fx.passes.patterns.nodes import NoMatch, is_tensor, op, shape, value
+from akvq_fx.passes.patterns.projection import Chain, chain_from_linear, chain_to_linear
 from akvq_fx.passes.patterns.site import Site
 from akvq_fx.passes.state import Fold, GraphState
 from akvq_fx.report import PassReport
@@ -27,23 +28,13 @@ from akvq_fx.report import PassReport
 
 def fold_values(state: GraphState) -> PassReport:
     report = PassReport("fold_values")
-    weights, history = state.weights, state.history
     for site in state.sites:
-        weight = site.weights[1]
-        tensor = weights.get(state.position.get(weight, -1)) if weight is not None else None
-        if site.value_layout.rotated and site.value.packed:
-            site.value_rotation, site.value_reason = "online", "as the cache was made"
-            continue
-        if site.value_layout.folded:
-            site.value_rotation = "folded"
-            if site.value.kind == "read" and not undone_by_weights(state, site):
-                site.value_rotation, site.value_reason = "online", "folded into the weights of another layer"
-            continue
-        if tensor is not None and history.is_folded(tensor):
-            site.value_rotation = "folded"
-        elif not state.config.rotate or state.config.value_rotation == "off" or site.value.packed:
+        if not site.value.packed:
+            rotated = site.value_layout.rotated and state.config.value_rotation != "off"
+            site.value_layout = dataclasses.replace(site.value_layout, rotated=rotated)
+        if not site.value_layout.rotated:
             site.value_rotation = "off"
-        else:
+        elif state.config.value_rotation == "fold":
             try:
                 state.program.folds.append(fold_of(state, site))
                 site.value_rotation = "folded"
@@ -51,32 +42,18 @@ def fold_values(state: GraphState) -> PassReport:
             except NoMatch as miss:
                 site.value_rotation, site.value_reason = "online", miss.reason
                 report.miss(site, miss.reason, miss.node)
-                if tensor is not None:
-                    history.keep_online(tensor)
-        if not site.value.packed:
-            site.value_layout = dataclasses.replace(
-                site.value_layout, rotated=site.value_rotation == "online", folded=site.value_rotation == "folded"
-            )
+        else:
+            site.value_rotation = "online"
     return report
-
-
-def undone_by_weights(state: GraphState, site: Site) -> bool:
-    """The output projection behind this attention is one that a fold has turned."""
-    try:
-        weight = chain_to_linear(site.attention.node).weight
-    except NoMatch:
-        return False
-    tensor = state.weights.get(state.position[weight])
-    return tensor is not None and state.history.is_folded_output(tensor)
 
 
 def fold_of(state: GraphState, site: Site) -> Fold:
     """Raises NoMatch where folding is not provably legal."""
-    weights, history = state.weights, state.history
-    if state.config.value_rotation == "online":
-        raise NoMatch("asked for by value_rotation='online'", site.attention.node)
-    if site.value.kind not in ("first", "fill"):
-        raise NoMatch("the first graph of this layer is not a prompt with an empty cache", site.value.whole)
+    weights = state.weights
+    if site.value.new is None:
+        raise NoMatch("the values were cached by another layer", site.value.whole)
+    if site.value.kind == "grow" and not site.value.packed:
+        raise NoMatch("the cache so far holds values as the model made them", site.value.past)
     readers = [s for s in state.sites if s.value.whole is site.value.whole]
     if len(readers) > 1:
         raise NoMatch(f"{len(readers)} attention calls read these values", site.value.whole)
@@ -86,15 +63,44 @@ def fold_of(state: GraphState, site: Site) -> Fold:
         tensor = weights.get(state.position[leaf])
         if type(tensor) not in (Tensor, torch.nn.Parameter) or not tensor.is_floating_point() or not tensor.is_leaf:
             raise NoMatch("a projection's weight is no dense floating-point parameter", leaf)
-        if history.is_online(tensor):
-            raise NoMatch("an earlier graph of this layer already rotates its values online", leaf)
         same = [p for p, other in weights.items() if other.untyped_storage()._cdata == tensor.untyped_storage()._cdata]
         if len(same) > 1:
             raise NoMatch("a projection's weight is shared with another parameter", leaf)
     rows, columns = row_map(source, site), column_map(target, site)
+    only_attended(source, site, rows)
     at = state.position
     bias = at[source.bias] if source.bias is not None else None
     return Fold(at[source.weight], bias, at[target.weight], rows, columns)
+
+
+def only_attended(source: Chain, site: Site, rows: Tensor) -> None:
+    """Raises NoMatch where anything but this attention and its cache reads the values: it would get them rotated."""
+    size = concrete_sizes(shape(source.linear))
+    numbers, wanted = torch.arange(size[-1]).expand(size), rows.flatten()
+    queue: list[tuple[Node, object]] = [(source.linear, numbers)]
+    while queue:
+        node, content = queue.pop()
+        if node is site.value.new:
+            outside = [user for user in node.users if not is_cached_or_attended(user, site)]
+            if outside:
+                raise NoMatch(f"the values are read by {op(outside[0])} too", outside[0])
+            continue
+        leaves = content if isinstance(content, (tuple, list)) else (content,)
+        if not any(torch.isin(leaf, wanted).any() for leaf in leaves):
+            continue  # another part of a fused projection
+        for user in node.users:
+            if layout_only(user):
+                queue.append((user, push(content, node, [user])))
+            elif op(user) not in ("size", "getattr", "dim"):
+                raise NoMatch(f"the values are read by {op(user)} too", user)
+
+
+def is_cached_or_attended(user: Node, site: Site) -> bool:
+    """The write of these values, the graph's results, a size, or ops that lead to this attention and nowhere else."""
+    if user in (site.value.whole, site.attention.node) or op(user) in ("output", "index_copy_") or not is_tensor(user):
+        return True
+    grouping = layout_only(user) or op(user) in ("expand", "repeat_interleave")
+    return grouping and all(is_cached_or_attended(u, site) for u in user.users)
 
 
 def row_map(chain, site: Site) -> Tensor:

@@ -97,11 +97,12 @@ def valid_tokens(state: GraphState, site: Site, write: CacheWrite, at: Node) -> 
     if mask is None:
         return None
     batch = shape(write.whole)[0]
-    seen = state.share(("valid", mask, batch), lambda: state.call(akvq.valid_tokens.default, mask, batch))
+    make = lambda: state.call(akvq.valid_tokens.default, mask, state.size_node(batch))
+    seen = state.share(("valid", mask, str(batch)), make)
     whole = not write.static and not write.packed
     if whole:
         return seen
-    return state.share(("valid", mask, batch, at), lambda: state.call(torch.index_select, seen, 1, at))
+    return state.share(("valid", mask, str(batch), at), lambda: state.call(torch.index_select, seen, 1, at))
 
 
 def token_classes(state: GraphState, site: Site, x: Node, valid: Node | None) -> Node:

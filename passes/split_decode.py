@@ -45,7 +45,7 @@ ALIGNED = (
 def split_decode(state: GraphState) -> PassReport:
     report = PassReport("split_decode")
     program = state.program
-    ours = state.sites or program.packed or program.unpacked or program.vision or program.plain
+    ours = state.sites or program.packed or program.unpacked or program.vision
     if state.config.mode != CAPTURED_MODE or not ours:
         return report  # another mode, or a graph that goes to the inner compiler as it came
     reason = refusal(state)

@@ -40,7 +40,7 @@ class Packed:
     length: Size
     prompt: Size
     static: bool
-    owner: tuple[int | None, int | None]
+    owner: tuple[int, ...]
     classes: str
 
 
@@ -52,20 +52,11 @@ class Appended:
 
 
 @dataclass
-class PlainCache:
-    """A 16-bit cache that the graph lengthens: positions of the projection of its new tokens, of the cache among the arguments, and
-    of what remains of it among the results.
-    """
-
-    weight: int
-    past: int
-    results: list[int]
-    label: str
-
-
-@dataclass
 class Fold:
-    """Value weights to rotate in place before the prompt runs. rows, columns: weight indices [H, D] of each channel."""
+    """Weights, by position, that the graph takes as folded copies (akvq_fx/folding.py).
+
+    rows, columns    [H, D] and [Hq, D]: rows of the value weight and columns of the output weight by head and channel
+    """
 
     value_weight: int
     value_bias: int | None
@@ -83,10 +74,10 @@ class Program:
     appends   per PackedKV argument that grows: (position, tokens)
     packed    positions of all PackedKV arguments that the graph takes as buffers
     unpacked  positions of PackedKV arguments that the graph takes as plain tensors
-    owners    per PackedKV argument: positions of the key and value weights that make its tokens
-    folds     value weights to rotate before a prompt runs
+    owners    per PackedKV argument: positions of the weights that make its layer's keys and values
+    folds     weights that the graph takes as folded copies
     vision    "make": the last output is the vision mask of this call; "take": the last input is, of vision_size tokens
-    plain     16-bit caches that grow here: whether they fit folded weights is known when the graph is called
+    step      a decode step: every cache takes one new token
     """
 
     inputs: list[int | tuple[int, int]] = field(default_factory=list)
@@ -94,11 +85,16 @@ class Program:
     appends: list[tuple[int, Size]] = field(default_factory=list)
     packed: list[int] = field(default_factory=list)
     unpacked: list[int] = field(default_factory=list)
-    owners: dict[int, tuple[int | None, int | None]] = field(default_factory=dict)
+    owners: dict[int, tuple[int, ...]] = field(default_factory=dict)
     folds: list[Fold] = field(default_factory=list)
     vision: str | None = None
     vision_size: tuple[Size, Size] | None = None
-    plain: list[PlainCache] = field(default_factory=list)
+    step: bool = False
+
+    @property
+    def inference(self) -> bool:
+        """Nothing that the graph gives has a gradient: it writes codes or reads them."""
+        return bool(self.packed or self.unpacked or any(output is not None for output in self.outputs))
 
 
 @dataclass
@@ -160,13 +156,13 @@ class Size:
 class GraphState:
     """A copy of dynamo's graph (editing the original breaks dynamo later), its sites, and the program so far."""
 
-    def __init__(self, gm: GraphModule, config: AKVQConfig, weights, history):
-        """weights: real tensors behind placeholders, by position. history: which values are folded or online already."""
+    def __init__(self, gm: GraphModule, config: AKVQConfig, weights):
+        """weights: real tensors behind placeholders, by position."""
         graph = torch.fx.Graph()
         graph.output(graph.graph_copy(gm.graph, {}))
         self.gm = GraphModule(gm, graph)
         self.graph = self.gm.graph
-        self.config, self.weights, self.history = config, weights, history
+        self.config, self.weights = config, weights
         self.sites: list[Site] = []
         self.refused: list[tuple[str, int, str, Node]] = []  # label, layer, reason, node
         self.dequantized: list[tuple[str, int, str, Node]] = []  # the same for packed caches read through a copy
@@ -296,10 +292,10 @@ class GraphState:
         layout, classes = self.made[write.whole].layout, self.classes[write.whole].name
         return Packed(layout, self.size(length), prompt, write.static, self.owner(site), classes)
 
-    def owner(self, site: Site) -> tuple[int | None, int | None]:
-        """Positions of the projections that make a site's keys and values."""
-        key, val = (self.position.get(w) if w is not None else None for w in site.weights)
-        return key, val
+    def owner(self, site: Site) -> tuple[int, ...]:
+        """Positions of the weights that make a site's keys and values; () where they come from somewhere else."""
+        found = {self.position[w] for w in site.owner if w in self.position}
+        return tuple(sorted(found))
 
     def capacity(self, write: CacheWrite):
         """Capacity of a new packed cache as a graph argument: the buffer's for a static one, else T rounded up to a step."""
@@ -321,7 +317,6 @@ __all__ = [
     "Fold",
     "GraphState",
     "Packed",
-    "PlainCache",
     "Program",
     "Size",
     "Split",

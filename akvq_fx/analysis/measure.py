@@ -136,12 +136,12 @@ def channel_magnitudes(seen: Seen, valid: Tensor) -> dict[str, tuple[Tensor, Ten
     """
     key, value = seen.new_key.float(), seen.new_value.float()
     affine = key_affine_reference(key, seen.query.float(), valid, True, True)
-    turned = transform(value)
     forms = (
         key,
         transform(key),
         keys_reference(key, affine),
-        *((turned, value) if seen.folded else (value, turned)),
+        value,
+        transform(value),
     )
     real = valid[:, None, :, None]
     found = {}

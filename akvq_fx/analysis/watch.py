@@ -32,7 +32,6 @@ class Seen:
     residual        [B, q, E] at the layer's input, None where the graph does not show it
     vision          [B, q] bool, None where the call has no image
     at              [q] slots that the tokens are written to
-    folded          new_value comes from weights that hold the value rotation already
     """
 
     layer: int
@@ -47,7 +46,6 @@ class Seen:
     residual: Tensor | None
     vision: Tensor | None
     at: Tensor
-    folded: bool
 
 
 class Watch:
@@ -132,7 +130,6 @@ class Walk(torch.fx.Interpreter):
                 residual=self.kept.get(self.residuals[node]),
                 vision=vision if vision is not None and tuple(vision.shape) == (len(new_key), count) else None,
                 at=self.kept[site.key.at] if site.key.at is not None else torch.arange(count, device=new_key.device),
-                folded=weights[1] is not None and self.state.history.is_folded(weights[1]),
             )
         )
         later = list(self.sites)[list(self.sites).index(node) + 1 :]

@@ -2,4 +2,4 @@
 
 from akvq_fx.recipes.recipe import Recipe
 
-AKVQ_VL = Recipe("akvq-vl", "arXiv 2501.15021", {"center_keys": False, "balance_keys": False})
+AKVQ_VL = Recipe("akvq-vl", "arXiv 2501.15021", {"center_keys": False, "balance_keys": False, "value_rotation": "fold"})

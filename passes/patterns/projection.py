@@ -40,6 +40,26 @@ def weight_behind(node: Node | None) -> Node | None:
     return next((w for w in map(weight_of, ancestors(node)) if w is not None), None)
 
 
+def weights_behind(node: Node, source: Node | None) -> list[Node]:
+    """What node is computed from, between a layer's input `source` and it: parameters and buffers, adapters and norms among them.
+
+    Where no source is known, the weights of the nearest linear ops.
+    """
+    found, seen, queue = [], {source}, [node]
+    while queue:
+        current = queue.pop(0)
+        if current in seen:
+            continue
+        seen.add(current)
+        if op(current) in ("placeholder", "get_attr"):
+            found.append(current)
+        elif source is None and weight_of(current) is not None:
+            queue.extend(n for n in (weight_of(current), argument(current, 2, "bias")) if isinstance(n, Node))
+        else:
+            queue.extend(current.all_input_nodes)
+    return found
+
+
 def chain_from_linear(node: Node) -> Chain:
     """v <- layout-only ops <- linear. Raises NoMatch naming the op in the way."""
     moves = []

@@ -32,6 +32,7 @@ class Site:
     value_rotation: str = "off"  # folded, online or off
     value_reason: str = ""
     weights: tuple[Node | None, Node | None] = (None, None)  # placeholders of the K and V projections
+    owner: tuple[Node, ...] = ()  # placeholders of all weights that make the keys and values
     notes: list[str] = field(default_factory=list)
 
     @property
