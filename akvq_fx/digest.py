@@ -80,7 +80,9 @@ class Digests:
         marks = [mark(weight) for weight in weights]
         with self.lock:
             known = [self.known.get(weight) for weight in weights]
-        texts = ["" if anew or seen is None or seen[0] != now else seen[1] for seen, now in zip(known, marks, strict=True)]
+        texts = [
+            "" if anew or seen is None or seen[0] != now else seen[1] for seen, now in zip(known, marks, strict=True)
+        ]
         missing = [i for i, text in enumerate(texts) if not text]
         if missing:
             with torch.no_grad():

@@ -1,9 +1,9 @@
 """Folded copies of projection weights: W_V' = H W_V, b_V' = H b_V and W_O' = W_O H per head, computed in float64.
 
-A graph whose values are folded gets the copies in place of the model's own weights, which stay as they are: whatever the model saves,
-copies, merges or prunes is the original. The copies of a weight are shared by all graphs that run it, keep their addresses, and are
-computed anew with every prompt and after every change that akvq_fx.digest.mark sees, so no change of the originals is missed that
-happens before a prompt. They cost the memory of the value and output projections once more.
+A graph whose values are folded gets the copies in place of the model's own weights, which stay as they are: whatever the
+model saves, copies, merges or prunes is the original. The copies of a weight are shared by all graphs that run it, keep their
+addresses, and are computed anew with every prompt and after every change that akvq_fx.digest.mark sees, so no change of the
+originals is missed that happens before a prompt. They cost the memory of the value and output projections once more.
 """
 
 from __future__ import annotations

@@ -61,7 +61,9 @@ _lock = threading.Lock()
 
 
 def add(state: GraphState, example_inputs: list) -> Record:
-    keys = [state.position.get(site.weights[0]) for site in state.sites] + [None] * (len(state.refused) + len(state.dequantized))
+    keys = [state.position.get(site.weights[0]) for site in state.sites] + [None] * (
+        len(state.refused) + len(state.dequantized)
+    )
     record = Record(graph_report(state), keys)
     record.add_weights(example_inputs)
     with _lock:

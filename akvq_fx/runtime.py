@@ -51,7 +51,9 @@ class Runtime:
         self.makes = bool(made)
         self.groups = {*program.owners.values(), *made}
         self.watched = sorted({i for group in self.groups for i in group})
-        self.weights: dict[int, Weights] = {}  # by the id of the first watched weight: models of one class share a graph
+        self.weights: dict[
+            int, Weights
+        ] = {}  # by the id of the first watched weight: models of one class share a graph
         # placeholders stand in this order: own arguments, the carried vision mask, the buffers of each packed tensor
         self.plain = [i for i in program.inputs if type(i) is int]
         self.bound = list(dict.fromkeys(i[0] for i in program.inputs if type(i) is not int))
@@ -90,7 +92,7 @@ class Runtime:
         return self.close(given, storages, results, owners)
 
     def owners_of(self, args, anew: bool) -> dict[tuple[int, ...], str | None]:
-        """Digests of what makes each cache's tokens. A prompt reads the weights' contents anew: a change through `.data` leaves no mark."""
+        """Digests of what makes each cache's tokens; `anew`: from the weights' contents, since `.data` changes leave no mark."""
         if not self.watched:
             return dict.fromkeys(self.groups)
         first = id(args[self.watched[0]])

@@ -48,7 +48,9 @@ def clean_up(state: GraphState) -> PassReport:
     for node in state.graph.nodes:
         if node.op == "placeholder" and str(node.target) != "vision_tokens":
             program.inputs.append(state.position[node] if node in state.position else bound[node])
-    program.step = bool(state.sites) and all(site.key.kind == "read" or is_single_token(site.key) for site in state.sites)
+    program.step = bool(state.sites) and all(
+        site.key.kind == "read" or is_single_token(site.key) for site in state.sites
+    )
     state.graph.lint()
     state.gm.recompile()
     return report

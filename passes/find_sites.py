@@ -21,9 +21,8 @@ from akvq_fx.passes.patterns.cache_write import (
     CacheWrite,
     cache_like,
     cache_write_of,
-    is_packed,
 )
-from akvq_fx.passes.patterns.nodes import NoMatch, op, outputs, same_size, shape, tensors_of_cat, value
+from akvq_fx.passes.patterns.nodes import NoMatch, op, same_size, shape, value
 from akvq_fx.passes.patterns.projection import weight_behind, weight_of, weights_behind
 from akvq_fx.passes.patterns.rope import rope_of
 from akvq_fx.passes.patterns.site import Site, layer_of

@@ -3,9 +3,9 @@
 Before   v = W_V x + b_V,  o = W_O concat_h(p v_h)      After   v' = H v,  o = (W_O H) concat_h(p v'_h)
 Needs    plan_layers                                    Leaves  the graph as it was; state.program.folds
 
-H H = I, so W_O W_V is unchanged: the graph computes the same function, and its cache holds rotated values either way. Legal only where
-the values reach the cache from a linear and the attention output reaches a linear through layout-only ops, nothing else reads the
-values, and both weights are dense parameters that nothing else uses. Each graph is proved for itself.
+H H = I, so W_O W_V is unchanged: the graph computes the same function, and its cache holds rotated values either way.
+Legal only where the values reach the cache from a linear and the attention output reaches a linear through layout-only ops,
+nothing else reads the values, and both weights are dense parameters that nothing else uses. Each graph is proved for itself.
 Which weight row is which (head, channel) is read off by pushing row numbers through the graph's own views.
 """
 

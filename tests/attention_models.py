@@ -15,7 +15,6 @@ from torch import Tensor, nn
 import akvq_fx
 from akvq_fx.backend import akvq, rewrite
 from akvq_fx.config import AKVQConfig
-from akvq_fx.explain import DryHistory
 
 VOCABULARY, WIDTH = 64, 32
 
@@ -453,6 +452,17 @@ class OutputUsedTwice(Attention):
         return super().output(y, x) + y.mean(dim=(1, 3))[..., None]
 
 
+class ValueResidual(Attention):
+    """The projection of the values has another reader (a residual of values): packed, the values turn online."""
+
+    def project(self, x):
+        q, k, self.values = super().project(x)
+        return q, k, self.values
+
+    def output(self, y, x):
+        return super().output(y, x) + (self.values * 0.5).sum((1, 3))[..., None]
+
+
 class FlatTokens(Attention):
     """Projections see [B * T, E]: packed, the values turn online."""
 
@@ -793,7 +803,7 @@ class Spy:
 
     def __call__(self, gm, example_inputs):
         before = str(gm.graph)
-        state = rewrite(gm, example_inputs, AKVQConfig.from_options(self.options), DryHistory())
+        state = rewrite(gm, example_inputs, AKVQConfig.from_options(self.options))
         compiled = akvq(gm, example_inputs, options=self.options)
         self.captures.append(Capture(gm, list(example_inputs), before, state, compiled))
         return compiled

@@ -5,7 +5,6 @@ import torch
 
 import akvq_fx
 from akvq_fx.config import AKVQConfig
-from akvq_fx.explain import DryHistory
 from akvq_fx.packed_kv import PackedKV
 from akvq_fx.passes.canonicalize import canonicalize
 from akvq_fx.passes.state import GraphState
@@ -102,7 +101,7 @@ def test_says_why_not_and_keeps_the_bits(spelling):
 
 def untouched(capture) -> bool:
     """What was compiled differs from the original in spelling only, and every output is returned as it comes."""
-    plain = GraphState(capture.gm, AKVQConfig(inner="eager"), {}, DryHistory())
+    plain = GraphState(capture.gm, AKVQConfig(inner="eager"), {})
     canonicalize(plain)
     inner = getattr(capture.compiled, "inner", capture.compiled)
     same_nodes = str(capture.state.graph) == str(plain.graph) and str(inner.graph) in (capture.before, str(plain.graph))
