@@ -8,10 +8,11 @@ import threading
 import weakref
 
 import torch
+from torch.fx import Node
 
 from akvq_fx.kernels.layout import Layout
 from akvq_fx.passes.patterns.cache_write import is_packed
-from akvq_fx.passes.patterns.nodes import shape
+from akvq_fx.passes.patterns.nodes import argument, dimension, op, outputs, shape, tensors_of_cat, value
 from akvq_fx.passes.patterns.site import Site
 from akvq_fx.passes.state import GraphState
 from akvq_fx.report import GraphReport, Report, SiteRow
@@ -80,17 +81,39 @@ def of(model: torch.nn.Module) -> Report:
 
 
 def graph_report(state: GraphState) -> GraphReport:
-    decode = state.program.packed or any(s.key.kind == "grow" for s in state.sites)
+    decode = state.program.packed or any(s.key.kind == "grow" for s in state.sites) or continues_a_cache(state.graph)
     kind = "decode" if decode else "prefill" if state.sites or state.refused else "no cache"
-    if not decode and any(not is_packed(n) and "past_key_values" in str(n.target) and len(shape(n)) == 4 and shape(n)[2]
-                          for n in state.placeholders):  # fmt: skip
-        kind = "decode"
     rows = [row_of(site, state) for site in state.sites]
     for label, layer, reason, node in state.refused:
         rows.append(SiteRow(layer, label, "16-bit", "", 0, "", "", "16", "as they are", f"{reason} [{node}]"))
     for label, layer, reason, node in state.dequantized:
         rows.append(SiteRow(layer, label, "dequantized", "", 0, "", "", "as packed", "as packed", f"{reason} [{node}]"))
     return GraphReport(kind, rows, list(state.reports), state.capture)
+
+
+def continues_a_cache(graph: torch.fx.Graph) -> bool:
+    """A 16-bit cache that came in filled goes on here: cat([past, new]) that is returned, whole or a slice of it, or one new token
+    written into a buffer. A prompt that writes into a buffer looks like a chunk of one, and counts as a prompt."""
+    returned = {n for n in outputs(graph) if isinstance(n, Node)}
+    for node in graph.nodes:
+        if op(node) == "cat" and isinstance(argument(node, 0, "tensors"), (tuple, list)) and len(shape(node)) == 4:
+            past, new = tensors_of_cat(node)[0], tensors_of_cat(node)[-1]
+            dim = dimension(node, 1, 4)
+            kept = node in returned or any(op(u) == "getitem" and u in returned for u in node.users)
+            if kept and filled(past) and dim and isinstance(new, Node) and len(shape(new)) == 4:
+                return True
+        elif op(node) in ("index_copy_", "setitem", "copy_") and node.args and filled(node.args[0]):
+            new = argument(node, 2 if op(node) != "copy_" else 1, "source")
+            if isinstance(new, Node) and len(shape(new)) == 4 and shape(new)[2] == 1:
+                return True
+    return False
+
+
+def filled(node) -> bool:
+    """A plain [B, H, T, D] tensor with tokens in it that the graph was called with, and no weight."""
+    if op(node) != "placeholder" or is_packed(node) or isinstance(value(node), torch.nn.Parameter):
+        return False
+    return len(shape(node)) == 4 and 0 not in shape(node)
 
 
 def row_of(site: Site, state: GraphState) -> SiteRow:

@@ -15,6 +15,7 @@ from transformers import DynamicCache
 
 import akvq_fx
 from akvq_fx import cost
+from akvq_fx.transformers_names import cache_argument, cache_of
 
 MEASURED_LAYERS = 3  # two that attend to text first (AKVQConfig.tsa_layers) and one of the others
 IMAGE_TOKENS = 576  # of one image in LLaVA-1.5
@@ -26,11 +27,11 @@ class WithImages(nn.Module):
 
     def __init__(self, model: nn.Module):
         super().__init__()
-        self.model = model
+        self.model, self.name = model, cache_argument(model)
 
     def forward(self, ids: Tensor, is_image: Tensor, cache):
         embeds = akvq_fx.mark_vision(self.model.get_input_embeddings()(ids), is_image)
-        return self.model(inputs_embeds=embeds, past_key_values=cache, use_cache=True, logits_to_keep=1).past_key_values
+        return cache_of(self.model(inputs_embeds=embeds, **{self.name: cache}, use_cache=True, logits_to_keep=1))
 
 
 def cache_sizes(decoder: Decoder, tokens: int) -> Table:
@@ -59,7 +60,8 @@ def cache_sizes(decoder: Decoder, tokens: int) -> Table:
             cache = run(ids, is_image, cache)
         else:
             run = torch.compile(cut.model, backend="akvq", options={"inner": "eager"})
-            cache = run(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).past_key_values
+            past = {cache_argument(run): cache}
+            cache = cache_of(run(input_ids=ids, **past, use_cache=True, logits_to_keep=1))
         add_rows(table, name, decoder, cache, tokens)
     torch._dynamo.reset()
     return table

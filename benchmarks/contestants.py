@@ -17,6 +17,7 @@ from transformers import DynamicCache, QuantizedCache, StaticCache
 
 import akvq_fx
 from akvq_fx import PackedKV
+from akvq_fx.transformers_names import cache_argument, cache_of
 
 
 class Contestant:
@@ -29,13 +30,14 @@ class Contestant:
     def __init__(self, decoder: Decoder, compiler: str):
         self.decoder, self.compiler = decoder, compiler
         self.prefill_call = self.step_call = decoder.model.forward
+        self.cache_name = cache_argument(decoder.model)
 
     def empty(self, batch: int, capacity: int):
         return DynamicCache(config=self.decoder.model.config)
 
     def call(self, forward, ids: Tensor, cache) -> tuple[Tensor, object]:
-        out = forward(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        return out.logits[:, -1], out.past_key_values
+        out = forward(input_ids=ids, **{self.cache_name: cache}, use_cache=True, logits_to_keep=1)
+        return out.logits[:, -1], cache_of(out)
 
     def prefill(self, ids: Tensor, capacity: int, rows: int) -> tuple[Tensor, object]:
         """ids [B, T] -> logits [B, V] after the last token, and the cache."""

@@ -21,6 +21,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from akvq_fx.runtime import Runtime
+from akvq_fx.transformers_names import cache_argument, cache_of
 
 
 def model_of(layers: int) -> LlamaForCausalLM:
@@ -34,13 +35,13 @@ def model_of(layers: int) -> LlamaForCausalLM:
 
 def decode(model, prompt, tokens: int) -> list[float]:
     """Seconds of every decode step after the third, when nothing compiles any more."""
-    times = []
+    times, name = [], cache_argument(model)
     with torch.no_grad():
         out = model(prompt, use_cache=True)
         for _ in range(tokens):
             token = out.logits[:, -1:].argmax(-1)
             begin = time.perf_counter()
-            out = model(token, past_key_values=out.past_key_values, use_cache=True)
+            out = model(token, **{name: cache_of(out)}, use_cache=True)
             times.append(time.perf_counter() - begin)
     return times[3:]
 

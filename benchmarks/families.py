@@ -26,6 +26,7 @@ from torch import nn
 from transformers.models.auto import configuration_auto, modeling_auto
 
 import akvq_fx
+from akvq_fx.transformers_names import cache_of
 
 KINDS = {
     "causal": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -104,9 +105,9 @@ def generate(family: str, kind: str, options: dict[str, Any] | None) -> tuple[to
     out = model.generate(input_ids=ids, attention_mask=mask, **asked)
     told = ""
     if options is not None:
-        layers = getattr(out.get("past_key_values"), "layers", [])
+        layers = getattr(cache_of(out), "layers", [])
         packed = [isinstance(getattr(layer, "keys", None), akvq_fx.PackedKV) for layer in layers]
-        reasons = sorted({row.reason.split(" [")[0] for row in akvq_fx.report(model).refused})
+        reasons = sorted({row.reason for row in akvq_fx.report(model).refused})
         told = "; ".join([f"{sum(packed)} of {len(packed)} layers packed", *reasons])
     return out.sequences, torch.stack(out.logits), told
 

@@ -25,6 +25,7 @@ from akvq_fx.evaluate.settings import bits_of, original, prefill, read, running
 from akvq_fx.evaluate.table import Column
 from akvq_fx.evaluate.vision_tasks import ImageTasks
 from akvq_fx.stats import tensors_of
+from akvq_fx.transformers_names import cache_of
 
 KEPT_BYTES = 2e9  # logits of the model's own cache that are kept for the next setting, a model
 
@@ -172,7 +173,7 @@ class Seen:
     def __call__(self, **inputs: Any) -> Any:
         out = self.run(**inputs)
         if self.cache is None:
-            self.cache = out.past_key_values
+            self.cache = cache_of(out)
         return out
 
     def __getattr__(self, name: str) -> Any:

@@ -26,6 +26,7 @@ logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
 import torch  # noqa: E402
 
 import akvq_fx  # noqa: E402
+from akvq_fx.transformers_names import cache_argument, cache_of  # noqa: E402
 
 torch._logging.set_logs(dynamo=logging.ERROR)  # transformers breaks a graph where it checks image sizes; dynamo says so
 
@@ -92,7 +93,7 @@ def text_demo(args) -> None:
     quote("akvq cache", tokenizer.decode(packed.sequences[0, prompt:], skip_special_tokens=True))
     agreement(own.sequences[0, prompt:], packed.sequences[0, prompt:])
     forced_agreement(model, inputs, own.sequences)
-    costs(packed.past_key_values)
+    costs(cache_of(packed))
     plan(model)
 
 
@@ -122,7 +123,7 @@ def vlm_demo(args) -> None:
         prompt = inputs["input_ids"].shape[1]
         said = [tokenizer.decode(x.sequences[0, prompt:], skip_special_tokens=True) for x in (before, after)]
         print(f"  {question}  right: {answer} | its own cache: {said[0]} | akvq cache: {said[1]}")
-    costs(packed[-1].past_key_values)
+    costs(cache_of(packed[-1]))
     plan(model)
 
 
@@ -162,7 +163,8 @@ def forced_agreement(model, inputs: dict, sequence: torch.Tensor) -> None:
     prompt = inputs["input_ids"].shape[1]
     with Phase("reference text, re-read"), torch.no_grad():
         begun = generate(model, inputs, 1)  # its cache holds the prompt, packed
-        rest = model(sequence[:, prompt:-1], past_key_values=begun.past_key_values, use_cache=True).logits.argmax(-1)
+        past = {cache_argument(model): cache_of(begun)}
+        rest = model(sequence[:, prompt:-1], **past, use_cache=True).logits.argmax(-1)
     chosen, wanted = torch.cat([begun.sequences[:, prompt:], rest], 1), sequence[:, prompt:]
     right = int((chosen == wanted).sum())
     fact("token agreement", f"{right} of {wanted.numel()}, each token after the reference's own text")

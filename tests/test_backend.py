@@ -13,6 +13,7 @@ from transformers import DynamicCache
 
 import akvq_fx
 from akvq_fx import AKVQConfig, PackedKV, backend
+from akvq_fx.transformers_names import cache_argument, cache_of
 from tests.zoo import ZOO
 
 SMALL = {"inner": "eager", "window": 8, "pivots": 3}
@@ -29,8 +30,8 @@ def greedy(model, inputs, tokens, cache=None):
     ids, logits = inputs["input_ids"][:1], []
     with torch.no_grad():
         for _ in range(tokens):
-            out = model(input_ids=ids, past_key_values=cache, use_cache=True)
-            cache, ids = out.past_key_values, out.logits[:, -1:].argmax(-1)
+            out = model(input_ids=ids, **{cache_argument(model): cache}, use_cache=True)
+            cache, ids = cache_of(out), out.logits[:, -1:].argmax(-1)
             logits.append(out.logits[:, -1])
     return logits, cache
 
@@ -92,9 +93,9 @@ def test_gradients_on_gives_a_packed_cache_and_refuses_a_backward_pass(llama, in
     compiled = torch.compile(model, backend="akvq", options={**SMALL, "inner": inner})
     out = compiled(**inputs, use_cache=True)
     torch.testing.assert_close(out.logits, expected, rtol=1e-4, atol=1e-4)
-    layer = out.past_key_values.layers[0]
+    layer = cache_of(out).layers[0]
     assert isinstance(layer.keys, PackedKV) and isinstance(layer.values, PackedKV)
-    step = compiled(input_ids=inputs["input_ids"][:, -1:], past_key_values=out.past_key_values, use_cache=True)
+    step = compiled(input_ids=inputs["input_ids"][:, -1:], **{cache_argument(model): cache_of(out)}, use_cache=True)
     for result in (out, step):
         with pytest.raises(RuntimeError, match="no gradient goes through a packed cache.*use_cache=False"):
             result.logits.sum().backward()
@@ -145,7 +146,7 @@ def test_batch_change_between_calls(llama):
     one = model.generate(**{k: v[1:] for k, v in inputs.items()}, max_new_tokens=3, return_dict_in_generate=True)
     assert both.sequences.shape[0] == 2 and one.sequences.shape[0] == 1
     with pytest.raises(Exception, match="Sizes of tensors must match|batch"), torch.no_grad():
-        model(input_ids=torch.ones(1, 1, dtype=torch.long), past_key_values=both.past_key_values)
+        model(input_ids=torch.ones(1, 1, dtype=torch.long), **{cache_argument(model): cache_of(both)})
 
 
 def test_recompiled_in_the_middle_of_a_generation(llama):
@@ -155,7 +156,9 @@ def test_recompiled_in_the_middle_of_a_generation(llama):
     _, cache = greedy(model, inputs, 4)
     torch._dynamo.reset()
     with torch.no_grad():
-        logits = model(input_ids=expected[3].argmax(-1)[:, None], past_key_values=cache, use_cache=True).logits[:, -1]
+        logits = model(
+            input_ids=expected[3].argmax(-1)[:, None], **{cache_argument(model): cache}, use_cache=True
+        ).logits[:, -1]
     torch.testing.assert_close(logits, expected[4], atol=1e-4, rtol=1e-4)
 
 
@@ -215,7 +218,7 @@ def test_a_long_generation_compiles_twice_and_leaks_nothing(llama):
     ids = torch.full((1, 1), 33)
     with torch.no_grad():
         for _ in range(200):
-            cache = model(input_ids=ids, past_key_values=cache, use_cache=True).past_key_values
+            cache = cache_of(model(input_ids=ids, **{cache_argument(model): cache}, use_cache=True))
     assert counters["stats"]["unique_graphs"] == graphs == 2
     gc.collect()
     assert tensors_alive() - alive <= 8
@@ -247,7 +250,7 @@ def test_static_cache_object_keeps_its_interface():
     model, inputs = ZOO["llama"]()
     model.compile(backend="akvq", options=SMALL)
     out = model.generate(**inputs, max_new_tokens=4, cache_implementation="static", return_dict_in_generate=True)
-    cache = out.past_key_values
+    cache = cache_of(out)
     assert int(cache.get_seq_length()) == inputs["input_ids"].shape[1] + 3
     stats = akvq_fx.cache_stats(cache)
     assert stats.packed_tensors == 6 and stats.plain_tensors == 0
@@ -258,7 +261,7 @@ def test_static_cache_object_keeps_its_interface():
 def test_cache_stats_of_a_plain_cache(llama):
     model, inputs = llama
     with torch.no_grad():
-        cache = model(**inputs, use_cache=True).past_key_values
+        cache = cache_of(model(**inputs, use_cache=True))
     stats = akvq_fx.cache_stats(cache)
     assert stats.packed_tensors == 0 and stats.plain_tensors == 6 and stats.ratio == 0.5  # float32 here, 16 bits there
     with pytest.raises(TypeError, match="no cache tensors"):
@@ -282,7 +285,7 @@ def test_inner_compilers_agree(llama, inner):
     model.compile(backend="akvq", options={**SMALL, "inner": inner, "window": 64})
     out = model.generate(**small, max_new_tokens=4, return_dict_in_generate=True)
     assert torch.equal(out.sequences, expected)
-    assert all(isinstance(layer.keys, PackedKV) for layer in out.past_key_values.layers)
+    assert all(isinstance(layer.keys, PackedKV) for layer in cache_of(out).layers)
 
 
 def test_no_gradient_is_lost_in_silence(llama):
@@ -290,9 +293,9 @@ def test_no_gradient_is_lost_in_silence(llama):
     model, inputs = llama
     model.compile(backend="akvq", options=SMALL)
     ids = inputs["input_ids"][1:, 6:]
-    cache = model(ids[:, :-1], use_cache=True).past_key_values
+    cache = cache_of(model(ids[:, :-1], use_cache=True))
     assert isinstance(cache.layers[0].keys, PackedKV)
-    loss = model(ids[:, -1:], past_key_values=cache).logits.sum() + model.lm_head.weight.square().sum()
+    loss = model(ids[:, -1:], **{cache_argument(model): cache}).logits.sum() + model.lm_head.weight.square().sum()
     with pytest.raises(RuntimeError, match="no gradient goes through a packed cache"):
         loss.backward()
 
@@ -323,6 +326,6 @@ def test_every_batch_size_is_packed(llama, dynamic):
         ids = inputs["input_ids"][:1, : 8 + batch].expand(batch, -1).contiguous()
         arguments = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "max_new_tokens": 5, "do_sample": False}
         out = model.generate(**arguments, return_dict_in_generate=True)
-        assert isinstance(out.past_key_values.layers[0].keys, PackedKV), batch
+        assert isinstance(cache_of(out).layers[0].keys, PackedKV), batch
         assert torch.equal(out.sequences, reference.generate(**arguments)), batch
     assert not akvq_fx.report(model).refused

@@ -10,6 +10,7 @@ import akvq_fx
 from akvq_fx import cost
 from akvq_fx.kernels.layout import Layout
 from akvq_fx.passes.plan_layers import layout_of
+from akvq_fx.transformers_names import cache_of
 from tests.kernel_cases import LAYOUTS
 from tests.zoo import ZOO
 
@@ -64,7 +65,7 @@ def test_cache_stats_agrees():
     torch._dynamo.reset()
     model, inputs = ZOO["llama"]()
     model.compile(backend="akvq", options={"inner": "eager", "window": 8, "pivots": 3})
-    cache = model.generate(**inputs, max_new_tokens=3, return_dict_in_generate=True).past_key_values
+    cache = cache_of(model.generate(**inputs, max_new_tokens=3, return_dict_in_generate=True))
     stats = akvq_fx.cache_stats(cache)
     sizes = {cost.B: 2, cost.H: 2, cost.C: 128, cost.CT: 0}
     expected = sum(

@@ -14,6 +14,7 @@ from akvq_fx.cuda_graph import KEPT, NO_CUDA, DecodeStep
 from akvq_fx.passes.split_decode import CAPTURED_MODE
 from akvq_fx.passes.state import Split
 from akvq_fx.report import Capture
+from akvq_fx.transformers_names import cache_of
 from tests.attention_models import Decoder, Spy, token_ids
 from tests.zoo import ZOO
 
@@ -302,7 +303,7 @@ def test_generate_replays_one_graph_a_capacity_step(recorder, cache, bits):
     for generation in (1, 2):
         out = run(model, inputs, **extra)
         assert torch.equal(out.sequences, expected)
-        assert all(isinstance(layer.keys, PackedKV) for layer in out.past_key_values.layers)
+        assert all(isinstance(layer.keys, PackedKV) for layer in cache_of(out).layers)
         # 23 tokens, then 23 steps: capacities 32 and 48, or one static cache, or the first one's again
         (counts,) = captures(model)
         sets = generation * (2 if cache == "growing" else 1)
@@ -317,7 +318,7 @@ def test_text_overlays_of_a_vision_prompt_are_replayed(recorder, cache):
     (plain, inputs), (model, _) = ZOO["llava"](), ZOO["llava"]()
     plain.compile(backend="akvq", options=PLAIN)
     expected = run(plain, inputs, **extra)
-    assert all(layer.keys.layout_of.text_bits for layer in expected.past_key_values.layers)
+    assert all(layer.keys.layout_of.text_bits for layer in cache_of(expected).layers)
     model.compile(backend="akvq", options=SMALL)
     assert torch.equal(run(model, inputs, **extra).sequences, expected.sequences)
     (counts,) = captures(model)

@@ -10,6 +10,7 @@ from transformers import CompileConfig
 
 import akvq_fx
 from akvq_fx import PackedKV
+from akvq_fx.transformers_names import cache_argument, cache_of
 from tests.zoo import ZOO
 
 SMALL = {"inner": "eager", "window": 8, "pivots": 3}
@@ -27,7 +28,9 @@ def run(model, inputs, **kwargs):
 def continued(model, out, mask, extra):
     ids = torch.cat([out.sequences, extra], 1)
     mask = torch.nn.functional.pad(mask, (0, ids.shape[1] - mask.shape[1]), value=1)
-    return run(model, {"input_ids": ids, "attention_mask": mask}, past_key_values=out.past_key_values, max_new_tokens=5)
+    return run(
+        model, {"input_ids": ids, "attention_mask": mask}, **{cache_argument(model): cache_of(out)}, max_new_tokens=5
+    )
 
 
 def turns(model, inputs):
@@ -39,10 +42,10 @@ def turns(model, inputs):
 def prefix(model, inputs):
     """A cache copied and continued twice: the copy does not see the first continuation."""
     out = run(model, inputs)
-    kept = copy.deepcopy(out.past_key_values)
+    kept = copy.deepcopy(cache_of(out))
     first = torch.full((inputs["input_ids"].shape[0], 3), 44)
     continued(model, out, inputs["attention_mask"], first)
-    out.past_key_values = kept
+    setattr(out, "cache" if hasattr(out, "cache") else "past_key_values", kept)
     return continued(model, out, inputs["attention_mask"], torch.full_like(first, 35))
 
 
@@ -85,7 +88,7 @@ def test_lossless_equals_uncompiled(family, mode):
         warnings.filterwarnings("ignore", module="transformers|torch")
         out = MODES[mode](model, inputs)
     assert torch.equal(out.sequences, expected)
-    assert all(isinstance(layer.keys, PackedKV) for layer in out.past_key_values.layers)
+    assert all(isinstance(layer.keys, PackedKV) for layer in cache_of(out).layers)
 
 
 @pytest.mark.parametrize("mode", list(MODES))
@@ -94,7 +97,7 @@ def test_two_bits_stay_codes(mode):
     model, inputs = ZOO["llava"]()
     model.compile(backend="akvq", options=SMALL)
     out = MODES[mode](model, inputs)
-    for layer in out.past_key_values.layers:
+    for layer in cache_of(out).layers:
         for tensor in (layer.keys, layer.values):
             assert isinstance(tensor, PackedKV) and tensor.codes.dtype == torch.int16
     assert all(row.status in ("packed", "prompt") for row in akvq_fx.report(model).packed)
@@ -132,11 +135,11 @@ def test_compiled_module_generate():
     compiled = torch.compile(model, backend="akvq", options=LOSSLESS)
     out = run(compiled, inputs)
     assert torch.equal(out.sequences, expected)
-    assert all(isinstance(layer.keys, PackedKV) for layer in out.past_key_values.layers)
+    assert all(isinstance(layer.keys, PackedKV) for layer in cache_of(out).layers)
     assert model._compiled_call_impl is None
-    assert not any(isinstance(layer.keys, PackedKV) for layer in run(model, inputs).past_key_values.layers)
+    assert not any(isinstance(layer.keys, PackedKV) for layer in cache_of(run(model, inputs)).layers)
     other = torch.compile(model, backend="eager")
-    assert not any(isinstance(layer.keys, PackedKV) for layer in run(other, inputs).past_key_values.layers)
+    assert not any(isinstance(layer.keys, PackedKV) for layer in cache_of(run(other, inputs)).layers)
 
 
 def test_compiled_module_without_generate():
@@ -166,8 +169,8 @@ def decode_after_eager_prompt(model, step, inputs):
         out = model(input_ids=ids, use_cache=True)
         for _ in range(6):
             ids = torch.cat([ids, out.logits[:, -1:].argmax(-1)], 1)
-            out = step(input_ids=ids[:, -1:], past_key_values=out.past_key_values, use_cache=True)
-    return ids, out.past_key_values
+            out = step(input_ids=ids[:, -1:], **{cache_argument(model): cache_of(out)}, use_cache=True)
+    return ids, cache_of(out)
 
 
 @pytest.mark.parametrize("bits", [16, 2])

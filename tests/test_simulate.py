@@ -14,6 +14,7 @@ from akvq_fx.kernels import attend as attend_module  # noqa: F401 - registers th
 from akvq_fx.kernels import cache as ops
 from akvq_fx.kernels.layout import CODES, PADDING, TEXT, VISION, Layout
 from akvq_fx.recipes import RECIPES, SIMULATORS, Context, Recipe, Simulation, Simulator
+from akvq_fx.transformers_names import cache_argument, cache_of
 from tests.kernel_cases import Case, assert_close, assert_same, poison, randn
 from tests.zoo import ZOO
 
@@ -186,7 +187,7 @@ def test_every_recipe_compiles_packs_and_generates(name):
     model, inputs = tiny(), prompt()
     model.compile(backend="akvq", options={"inner": "eager", "recipe": name})
     out = generate(model, inputs)
-    report, stats = akvq_fx.report(model), akvq_fx.cache_stats(out.past_key_values)
+    report, stats = akvq_fx.report(model), akvq_fx.cache_stats(cache_of(out))
     assert {row.status for row in report.packed} == {"prompt", "packed"} and not report.refused
     assert torch.stack(out.logits).isfinite().all() and stats.packed_tensors == 4
     assert sum(next(iter(stats.tokens.values())).values()) == 2 * (150 + 4)
@@ -206,17 +207,17 @@ def test_every_recipe_compiles_packs_and_generates(name):
 def test_decode_equals_the_plain_model_over_quantized_tokens(name):
     """An uncompiled step over a plain cache whose tokens went through the recipe's arithmetic by hand."""
     model, ids = tiny(), prompt(T=150, padding=0)["input_ids"]
-    cache = model(ids[:, :-1], use_cache=True).past_key_values
+    cache = cache_of(model(ids[:, :-1], use_cache=True))
     vision = torch.zeros(2, 149, dtype=torch.bool)
     for layer in cache.layers:
         for half, text in (("keys", RECIPES[name].keys), ("values", RECIPES[name].values)):
             setattr(layer, half, Simulation.parse(text).read(getattr(layer, half), Context(149, vision)))
-    due = model(ids[:, -1:], past_key_values=cache).logits
+    due = model(ids[:, -1:], **{cache_argument(model): cache}).logits
     plain = model(ids).logits[:, -1:]
     compiled = tiny()
     compiled.compile(backend="akvq", options={"inner": "eager", "recipe": name})
-    cache = compiled(ids[:, :-1], use_cache=True).past_key_values
-    got = compiled(ids[:, -1:], past_key_values=cache).logits
+    cache = cache_of(compiled(ids[:, :-1], use_cache=True))
+    got = compiled(ids[:, -1:], **{cache_argument(model): cache}).logits
     torch.testing.assert_close(got, due, rtol=1e-4, atol=1e-5)
     assert name == "calibquant" or (got - plain).abs().max() > 1e-3, "nothing was quantized"
 
@@ -227,8 +228,8 @@ def test_smoothquant_asks_the_same_of_smoothed_keys():
     model, inputs = tiny(), prompt()
     model.compile(backend="akvq", options={"inner": "eager", "recipe": "smoothquant"})
     inputs["position_ids"] = (inputs["attention_mask"].cumsum(1) - 1).clamp_min(0)
-    gains = model(**inputs).past_key_values.layers[1].keys._storage()["affine"]
-    alone = model(inputs["input_ids"][:1, 9:]).past_key_values.layers[1].keys._storage()["affine"]
+    gains = cache_of(model(**inputs)).layers[1].keys._storage()["affine"]
+    alone = cache_of(model(inputs["input_ids"][:1, 9:])).layers[1].keys._storage()["affine"]
     assert gains.shape == (2, 2, 2, 16) and (gains[:, 1:] > 0).all() and not gains[:, 0].any()
     torch.testing.assert_close(gains[:1], alone, rtol=2**-10, atol=0)
 
@@ -252,7 +253,7 @@ def test_a_simulation_of_nothing_changes_nothing(identity, kwargs):
     out = generate(model, inputs, **kwargs)
     assert torch.equal(due.sequences, out.sequences)
     torch.testing.assert_close(torch.stack(due.logits), torch.stack(out.logits), rtol=1e-4, atol=1e-5)
-    assert akvq_fx.cache_stats(out.past_key_values).simulated_tensors == 4
+    assert akvq_fx.cache_stats(cache_of(out)).simulated_tensors == 4
     assert [r.status for r in akvq_fx.report(model).packed].count("packed") >= 2
 
 
@@ -284,7 +285,7 @@ def test_prompt_attends_to_quantized_tokens_where_asked():
 def test_a_copied_cropped_saved_cache_reads_the_same(tmp_path):
     model, inputs = tiny(), prompt()
     model.compile(backend="akvq", options={"inner": "eager", "recipe": "smoothquant"})
-    keys = model(**inputs).past_key_values.layers[0].keys
+    keys = cache_of(model(**inputs)).layers[0].keys
     read = keys.dequantize()
     assert_same("copy", read, copy.deepcopy(keys).dequantize())
     assert_same("rows", read[[1, 0, 0]], keys[torch.tensor([1, 0, 0])].dequantize())
@@ -296,7 +297,7 @@ def test_a_copied_cropped_saved_cache_reads_the_same(tmp_path):
 def test_calibquant_takes_vision_tokens_only():
     model, inputs = ZOO["llava"]()
     model.compile(backend="akvq", options={"inner": "eager", "recipe": "calibquant"})
-    cache = model.generate(**inputs, max_new_tokens=3, return_dict_in_generate=True).past_key_values
+    cache = cache_of(model.generate(**inputs, max_new_tokens=3, return_dict_in_generate=True))
     for layer in cache.layers:
         for packed in (layer.keys, layer.values):
             changed = (packed.dequantize() != packed._storage().codes[:, :, : packed.shape[2]]).any(-1).any(1)

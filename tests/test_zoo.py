@@ -10,9 +10,12 @@ import warnings
 
 import pytest
 import torch
+import transformers
+from transformers.models.gptj.modeling_gptj import GPTJPreTrainedModel
 
 import akvq_fx
 from akvq_fx import PackedKV
+from akvq_fx.transformers_names import cache_of
 from tests.zoo import ZOO
 
 COMBINATIONS = [("dynamic", 2), ("static", 1)]
@@ -23,13 +26,16 @@ SMALL = {"inner": "eager", "window": 8, "pivots": 3}
 
 # generate() of these runs an inner module; compiling the outer one compiles nothing
 INNER = {"blip2_opt": "language_model", "instructblip_opt": "language_model", "kosmos2": "text_model"}
-# caches that a graph must leave at 16 bits: their attention is written out (softcap, sinks, ALiBi, GPT-J), or latent (MLA), or
-# reads its values through other ops (DiffLlama), or every layer is a sliding window
-ALL_16BIT = {"gemma2", "gpt_oss", "gptj", "bloom", "deepseek_v3", "diffllama"}
+# caches that a graph must leave at 16 bits: their attention is written out (softcap, sinks, ALiBi, GPT-J before transformers
+# 5.24), or latent (MLA), or reads its values through other ops (DiffLlama), or every layer is a sliding window
+ALL_16BIT = {"gemma2", "gpt_oss", "bloom", "deepseek_v3", "diffllama"}
+if not GPTJPreTrainedModel._supports_sdpa:
+    ALL_16BIT.add("gptj")
 SLIDING_ONLY = {"mistral_swa", "idefics2"}
 # stock torch.compile changes these too, so the uncompiled model is no reference: they are compared with backend="eager"
 COMPARE_COMPILED = {"phi4_multimodal"}
 NO_STATIC = {"kosmos2"}  # transformers fails before any compiler sees it
+MAY_FAIL = {"llama4"}  # the uncompiled model does not run in every version of transformers (5.24)
 
 
 def generate(family, cache, batch, compile_options=None, backend="akvq"):
@@ -44,7 +50,7 @@ def generate(family, cache, batch, compile_options=None, backend="akvq"):
         warnings.simplefilter("ignore")
         out = model.generate(**inputs, max_new_tokens=TOKENS, return_dict_in_generate=True, **extra)
     tensors = []
-    for part in (out.get("past_key_values"), *(getattr(out.get("past_key_values"), n, None) for n in
+    for part in (cache_of(out), *(getattr(cache_of(out), n, None) for n in
                  ("self_attention_cache", "cross_attention_cache"))):  # fmt: skip
         tensors += [layer.keys for layer in getattr(part, "layers", []) if getattr(layer, "keys", None) is not None]
     return out.sequences, tensors, akvq_fx.report(inner)
@@ -58,7 +64,12 @@ def test_family(family, cache, batch):
     if family in COMPARE_COMPILED:
         expected = generate(family, cache, batch, {}, backend="eager")[0]
     else:
-        expected = generate(family, cache, batch)[0]
+        try:
+            expected = generate(family, cache, batch)[0]
+        except Exception as error:
+            if family not in MAY_FAIL:
+                raise
+            pytest.skip(f"the uncompiled model fails in transformers {transformers.__version__}: {error}")
 
     lossless, tensors, report = generate(family, cache, batch, {"body_bits": 16, **SMALL})
     assert torch.equal(lossless, expected), f"lossless tokens differ\n{report}"

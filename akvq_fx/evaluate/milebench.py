@@ -23,6 +23,7 @@ import torch
 from akvq_fx.evaluate.milebench_score import kind_of, letter_of, score
 from akvq_fx.evaluate.settings import bits_of, running, to_model
 from akvq_fx.evaluate.table import Column
+from akvq_fx.transformers_names import cache_of
 
 # The AKVQ-VL paper's Table II measures 12 tasks, 200 samples each. Its text and what was written about it name object existence,
 # which stands first there, scene transition, webpage, textbook and document QA, the last; the other seven are our reading, in
@@ -214,7 +215,7 @@ def reply(run: Any, processor: Any, segments: Sequence[str | Path], new_tokens: 
     inputs = to_model(chat_inputs(processor, segments), run)
     out = run.generate(**inputs, max_new_tokens=new_tokens, do_sample=False, num_beams=1, return_dict_in_generate=True)
     told = out.sequences[0, inputs["input_ids"].shape[1] :]
-    return processor.decode(told, skip_special_tokens=True).strip(), bits_of(out.past_key_values, run)
+    return processor.decode(told, skip_special_tokens=True).strip(), bits_of(cache_of(out), run)
 
 
 def chat_inputs(processor: Any, segments: Sequence[str | Path]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 import akvq_fx
+from akvq_fx.transformers_names import cache_argument, cache_of
 
 OWN = "none"
 ALWAYS = {"inner": "eager", "value_rotation": "online"}  # unless the options say otherwise
@@ -87,15 +88,15 @@ def prefill(model: Any, inputs: Mapping[str, Any]) -> Any:
     """The cache of a prefix: input_ids [1, T] and whatever else the model takes (pixel_values, ...), in one call."""
     known = inspect.signature(original(model).forward).parameters
     spare = {"logits_to_keep": 1} if "logits_to_keep" in known else {}  # the prefix predicts nothing that is measured
-    return model(**to_model(inputs, model), use_cache=True, **spare).past_key_values
+    return cache_of(model(**to_model(inputs, model), use_cache=True, **spare))
 
 
 def read(model: Any, ids: Tensor, cache: Any, step: int | None = None) -> tuple[Tensor, Any]:
     """Logits [n, V] of ids [n] read over a cache, `step` a call (all in one unless told), and the cache after them."""
-    logits = []
+    logits, name = [], cache_argument(model)
     for part in ids.split(step or len(ids)):
-        out = model(**to_model({"input_ids": part[None]}, model), past_key_values=cache, use_cache=True)
-        cache = out.past_key_values
+        out = model(**to_model({"input_ids": part[None]}, model), **{name: cache}, use_cache=True)
+        cache = cache_of(out)
         logits.append(out.logits[0])
     return torch.cat(logits), cache
 
