@@ -37,7 +37,7 @@ struct Call {
   const void* mask;
   const int64_t* at;  // [fresh_count]
   int64_t q_dtype, mask_dtype, mask_stride[4];
-  int64_t batch, heads, query_heads, tokens, length, fresh_count, is_causal, threads;  // length < 0: read from state
+  int64_t batch, heads, query_heads, tokens, length, fresh_count, is_causal, restore, threads;  // length < 0: read from state
   double scale;
 };
 
@@ -145,6 +145,19 @@ inline void unpack_over(const uint16_t* words, int64_t head_dim, int64_t bits, i
   const int64_t count = head_dim * bits / 16;
   for (int64_t s = 0; s < 16 / bits; s++)
     for (int64_t w = 0; w < count; w++) out[s * count + w] |= (words[w] >> bits * s & ((1 << bits) - 1)) << up;
+}
+
+// H x in place: butterflies over blocks of the largest power of two that divides D, times its order^-0.5 (kernels/rotate.py).
+inline void hadamard(float* x, int64_t head_dim) {
+  const int64_t order = head_dim & -head_dim;
+  for (int64_t h = 1; h < order; h *= 2)
+    for (int64_t from = 0; from < head_dim; from += 2 * h)
+      for (int64_t j = from; j < from + h; j++) {
+        const float a = x[j], b = x[j + h];
+        x[j] = a + b, x[j + h] = a - b;
+      }
+  const float norm = 1.0f / std::sqrt(float(order));
+  for (int64_t j = 0; j < head_dim; j++) x[j] *= norm;
 }
 
 // One packed source of one head: the body, or text, whose codes have their lower bits in an overlay.
