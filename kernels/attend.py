@@ -14,9 +14,9 @@ turn, restore  queries come, and the output leaves, as the model made them rathe
              where the keys' or the values' layout is rotated or affine
 ->           [B, Hq, q, Dv]  q's dtype, in the values' stored space, or with restore=True as the model made them
 
-The meaning is torch's own SDPA on the dequantized cache and, with restore=True, akvq::hadamard after it: p (vH) H = p v. A kernel may
-apply H to its float32 sums, before they are rounded to q's dtype. A kernel's `itself` names what it does of turn and restore in its own
-launch; this op does the rest around it.
+The meaning is torch's own SDPA on the dequantized cache and, with restore=True, akvq::hadamard after it: p (vH) H = p v. A kernel
+may apply H to its float32 sums, before they are rounded to q's dtype. A kernel's `itself` names what it does of turn and restore in
+its own launch; this op does the rest around it.
 """
 
 from __future__ import annotations

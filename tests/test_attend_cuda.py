@@ -232,7 +232,7 @@ def test_restores_the_output_in_its_own_launch(dtype, text_bits, head_dim):
     fresh = (*torch.randn(2, 2, 2, 3, head_dim, device="cuda").to(dtype), at)
     mask = torch.rand(2, 1, 3, 300, device="cuda") > 0.3
     mask[..., 0] = True
-    for heads, given, new in (
+    for heads, seen, new in (
         (2, None, None),
         (6, mask, None),
         (14, None, fresh),
