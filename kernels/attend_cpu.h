@@ -147,18 +147,33 @@ inline void unpack_over(const uint16_t* words, int64_t head_dim, int64_t bits, i
     for (int64_t w = 0; w < count; w++) out[s * count + w] |= (words[w] >> bits * s & ((1 << bits) - 1)) << up;
 }
 
-// H x in place: butterflies over blocks of the largest power of two that divides D, times its order^-0.5 (kernels/rotate.py).
-inline void hadamard(float* x, int64_t head_dim) {
-  const int64_t order = head_dim & -head_dim;
-  for (int64_t h = 1; h < order; h *= 2)
-    for (int64_t from = 0; from < head_dim; from += 2 * h)
-      for (int64_t j = from; j < from + h; j++) {
-        const float a = x[j], b = x[j + h];
-        x[j] = a + b, x[j + h] = a - b;
-      }
-  const float norm = 1.0f / std::sqrt(float(order));
-  for (int64_t j = 0; j < head_dim; j++) x[j] *= norm;
-}
+// kernels/rotate.py's transform of a row: blocks of `order`, the largest power of two that divides the head dim. Channels of one vector
+// by a product with H's entries, vectors by butterflies. The row has zeros up to a whole number of vectors.
+struct Hadamard {
+  int64_t order;
+  float entries[LANES][LANES];  // of H; symmetric
+
+  explicit Hadamard(int64_t head_dim) : order(head_dim & -head_dim) {
+    const float norm = 1.0f / std::sqrt(float(order));
+    for (int i = 0; i < LANES; i++)
+      for (int j = 0; j < LANES; j++)
+        entries[i][j] = i / order != j / order ? 0.0f : __builtin_popcount(i & j) & 1 ? -norm : norm;
+  }
+
+  void apply(float* row, int64_t head_dim) const {
+    for (int64_t from = 0; from < head_dim; from += LANES) {
+      Floats sum = {};
+      for (int i = 0; i < LANES; i++) sum += load<Floats>(entries[i]) * row[from + i];
+      store(row + from, sum);
+    }
+    for (int64_t step = LANES; step < order; step *= 2)
+      for (int64_t from = 0; from < head_dim; from += 2 * step)
+        for (int64_t j = from; j < from + step; j += LANES) {
+          const Floats x = load<Floats>(row + j), y = load<Floats>(row + j + step);
+          store(row + j, x + y), store(row + j + step, x - y);
+        }
+  }
+};
 
 // One packed source of one head: the body, or text, whose codes have their lower bits in an overlay.
 struct Packed {
