@@ -10,9 +10,13 @@ fresh_key, fresh_value  [B, H, q, D] and at [q]: this step's tokens and the posi
 mask         None, or bool / float broadcastable to [B, Hq, q, T], as torch's scaled_dot_product_attention takes it; where
              length is None it may have more columns. Under a mask, positions that nothing was written to are not seen
 scale        None for 1/sqrt(D);  is_causal  as torch's (aligned to the top left)
-->           [B, Hq, q, Dv]  q's dtype, in the values' stored space
+turn, restore  queries come, and the output leaves, as the model made them rather than in the stored space: each has its effect
+             where the keys' or the values' layout is rotated or affine
+->           [B, Hq, q, Dv]  q's dtype, in the values' stored space, or with restore=True as the model made them
 
-The meaning is torch's own SDPA on the dequantized cache.
+The meaning is torch's own SDPA on the dequantized cache and, with restore=True, akvq::hadamard after it: p (vH) H = p v. A kernel
+may apply H to its float32 sums, before they are rounded to q's dtype. A kernel's `itself` names what it does of turn and restore in
+its own launch; this op does the rest around it.
 """
 
 from __future__ import annotations
@@ -28,7 +32,6 @@ from akvq_fx.kernels.rotate import turn_queries, turn_tokens
 from akvq_fx.kernels.simulate import squeezed
 
 FASTER = {"cuda": ("attend_cuda", "attend_triton"), "cpu": ("attend_cpu",)}  # before the reference, by device
-TURNS = "attend_cuda"  # turns queries in its own launch
 
 
 def reference(q, key, value, key_layout: Layout, value_layout: Layout, length, mask, scale, is_causal, fresh) -> Tensor:
@@ -83,21 +86,24 @@ def attend(
     key_layout: str,
     value_layout: str,
     turn: bool = False,
+    restore: bool = False,
 ) -> Tensor:
     layouts = Layout.parse(key_layout), Layout.parse(value_layout)
     check(q, key, value, *layouts)
     call = (q, key, value, length, mask, scale, is_causal, fresh_key, fresh_value, at, *layouts)
     kernel = choose("attend", FASTER.get(q.device.type, ()), *call)
-    if turn and kernel is not None and kernel.__module__.endswith(TURNS):
-        return kernel(*call, turn)
-    if turn:
+    itself = () if kernel is None else kernel.itself
+    wanted = {"turn": turn, "restore": restore and layouts[1].rotated}
+    if turn and "turn" not in itself:
         q = turn_query(q, key, layouts[0])
-        call = (q, *call[1:])
     if kernel is not None:
-        return kernel(*call)
-    fresh = (fresh_key, fresh_value, at) if at is not None and at.shape[0] else None
-    out = reference(q, key, value, *layouts, length, mask, scale, is_causal, fresh)
-    return out.clone(memory_format=torch.contiguous_format)
+        out = kernel(q, *call[1:], **{name: True for name in itself if wanted[name]})
+    else:
+        fresh = (fresh_key, fresh_value, at) if at is not None and at.shape[0] else None
+        out = reference(q, key, value, *layouts, length, mask, scale, is_causal, fresh)
+    if wanted["restore"] and "restore" not in itself:
+        return turn_tokens(out)
+    return out if kernel is not None else out.clone(memory_format=torch.contiguous_format)
 
 
 def turn_query(q: Tensor, key: list[Tensor], layout: Layout) -> Tensor:
@@ -108,7 +114,22 @@ def turn_query(q: Tensor, key: list[Tensor], layout: Layout) -> Tensor:
 
 
 @attend.register_fake
-def _(q, key, value, length, mask, scale, is_causal, fresh_key, fresh_value, at, key_layout, value_layout, turn=False):
+def _(
+    q,
+    key,
+    value,
+    length,
+    mask,
+    scale,
+    is_causal,
+    fresh_key,
+    fresh_value,
+    at,
+    key_layout,
+    value_layout,
+    turn=False,
+    restore=False,
+):
     layouts = Layout.parse(key_layout), Layout.parse(value_layout)
     check(q, key, value, *layouts)
     return q.new_empty((*q.shape[:3], layouts[1].head_dim))

@@ -37,7 +37,7 @@ struct Call {
   const void* mask;
   const int64_t* at;  // [fresh_count]
   int64_t q_dtype, mask_dtype, mask_stride[4];
-  int64_t batch, heads, query_heads, tokens, length, fresh_count, is_causal, threads;  // length < 0: read from state
+  int64_t batch, heads, query_heads, tokens, length, fresh_count, is_causal, restore, threads;  // length < 0: read from state
   double scale;
 };
 
@@ -146,6 +146,34 @@ inline void unpack_over(const uint16_t* words, int64_t head_dim, int64_t bits, i
   for (int64_t s = 0; s < 16 / bits; s++)
     for (int64_t w = 0; w < count; w++) out[s * count + w] |= (words[w] >> bits * s & ((1 << bits) - 1)) << up;
 }
+
+// kernels/rotate.py's transform of a row: blocks of `order`, the largest power of two that divides the head dim. Channels of one vector
+// by a product with H's entries, vectors by butterflies. The row has zeros up to a whole number of vectors.
+struct Hadamard {
+  int64_t order;
+  float entries[LANES][LANES];  // of H; symmetric
+
+  explicit Hadamard(int64_t head_dim) : order(head_dim & -head_dim) {
+    const float norm = 1.0f / std::sqrt(float(order));
+    for (int i = 0; i < LANES; i++)
+      for (int j = 0; j < LANES; j++)
+        entries[i][j] = i / order != j / order ? 0.0f : __builtin_popcount(i & j) & 1 ? -norm : norm;
+  }
+
+  void apply(float* row, int64_t head_dim) const {
+    for (int64_t from = 0; from < head_dim; from += LANES) {
+      Floats sum = {};
+      for (int i = 0; i < LANES; i++) sum += load<Floats>(entries[i]) * row[from + i];
+      store(row + from, sum);
+    }
+    for (int64_t step = LANES; step < order; step *= 2)
+      for (int64_t from = 0; from < head_dim; from += 2 * step)
+        for (int64_t j = from; j < from + step; j += LANES) {
+          const Floats x = load<Floats>(row + j), y = load<Floats>(row + j + step);
+          store(row + j, x + y), store(row + j + step, x - y);
+        }
+  }
+};
 
 // One packed source of one head: the body, or text, whose codes have their lower bits in an overlay.
 struct Packed {

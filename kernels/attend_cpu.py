@@ -41,7 +41,7 @@ class Call(ctypes.Structure):
 
     POINTERS = ("q", "out", "mask", "at")
     DTYPES_AND_STRIDES = ("q_dtype", "mask_dtype", "mask_batch", "mask_head", "mask_query", "mask_token")
-    SIZES = ("batch", "heads", "query_heads", "tokens", "length", "fresh_count", "is_causal", "threads")
+    SIZES = ("batch", "heads", "query_heads", "tokens", "length", "fresh_count", "is_causal", "restore", "threads")
     _fields_ = [(name, ctypes.c_void_p) for name in POINTERS]
     _fields_ += [(name, ctypes.c_int64) for name in DTYPES_AND_STRIDES + SIZES] + [("scale", ctypes.c_double)]
 
@@ -59,8 +59,9 @@ def attend(
     at: Tensor | None,
     key_layout: Layout,
     value_layout: Layout,
+    restore: bool = False,
 ) -> Tensor:
-    """[B, Hq, q, Dv] contiguous, for a call that refusal() has nothing against."""
+    """[B, Hq, q, Dv] contiguous, for a call that refusal() has nothing against; restore=True applies H to the float32 output."""
     B, query_heads, tokens, D = q.shape
     heads = key[CODES].shape[1]
     q = q.contiguous()
@@ -77,7 +78,7 @@ def attend(
         strides = [0] * (4 - len(steps)) + steps
     call = Call(
         *(q.data_ptr(), out.data_ptr(), address(mask), address(at), DTYPES[q.dtype], mask_dtype, *strides),
-        *(B, heads, query_heads, tokens, -1 if length is None else length, fresh_count, is_causal),
+        *(B, heads, query_heads, tokens, -1 if length is None else length, fresh_count, is_causal, restore),
         *(torch.get_num_threads(), D**-0.5 if scale is None else scale),
     )
     caches = pointers(key, key_layout, fresh_key), pointers(value, value_layout, fresh_value)
@@ -87,6 +88,9 @@ def attend(
     if status == BAD_POSITION:
         raise IndexError(f"akvq::attend: a fresh token's position is out of range, accepted: 0 to {length} (excluded)")
     return out
+
+
+attend.itself = ("restore",)  # of turn and restore
 
 
 def address(tensor: Tensor | None) -> int:

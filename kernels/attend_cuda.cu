@@ -33,6 +33,7 @@ constexpr bool PAIRED = W % 16 == 0;                 // a lane takes two words o
 constexpr int VR = PAIRED ? W / 16 : (W + 7) / 8;    // loads a lane makes of a value
 constexpr int OT = PAIRED ? 8 * VR : 4 * VR;         // output tiles of 16 channels
 constexpr int TILE = 16 * MT;
+constexpr int OWN = (D + 31) / 32;                   // channels lane, lane + 32, ... of a row that a lane holds where a warp takes one
 #if TEXT_BITS
 constexpr u8 TEXT = 1;  // the class of tokens that the text overlay is read for; a pivot is none of them
 #endif
@@ -69,6 +70,7 @@ struct Params {
     int mask_kind;             // 1 bool, 2 fp16, 3 bf16, 4 fp32
     int splits;
     int turn;                  // queries come as the model made them: H(q * s) is asked
+    int restore;               // the output leaves as the model made it: H is applied to it
 };
 
 __device__ __forceinline__ float half_to_float(u16 h) {
@@ -349,26 +351,44 @@ struct Sums {
     }
 };
 
-// H(x * gain) of a row whose channels lane, lane + 32, ... this lane holds, rounded to the queries' dtype.
-__device__ __forceinline__ void turn_query(float (&x)[(D + 31) / 32], const u16 *gain, int lane) {
-    constexpr int N = (D + 31) / 32, ORDER = D & -D;
-#pragma unroll
-    for (int i = 0; i < N; i++)
-        if (gain && lane + 32 * i < D) x[i] *= half_to_float(gain[lane + 32 * i]);
+// H x of a row that a warp holds.
+__device__ __forceinline__ void hadamard(float (&x)[OWN], int lane) {
+    constexpr int ORDER = D & -D;
 #pragma unroll
     for (int h = 1; h < ORDER; h *= 2)
 #pragma unroll
-        for (int i = 0; i < N; i++) {
+        for (int i = 0; i < OWN; i++) {
             if (h < 32) {
                 const float other = __shfl_xor_sync(ALL, x[i], h);
                 x[i] = lane & h ? other - x[i] : x[i] + other;
             } else if (!(i & h / 32)) {
-                const float a = x[i], b = x[(i | h / 32) % N];
-                x[i] = a + b, x[(i | h / 32) % N] = a - b;
+                const float a = x[i], b = x[(i | h / 32) % OWN];
+                x[i] = a + b, x[(i | h / 32) % OWN] = a - b;
             }
         }
 #pragma unroll
-    for (int i = 0; i < N; i++) x[i] = to_float((u16)pack_native(x[i] * NORM, 0.f));
+    for (int i = 0; i < OWN; i++) x[i] *= NORM;
+}
+
+// H(x * gain) of such a row, rounded to the queries' dtype.
+__device__ __forceinline__ void turn_query(float (&x)[OWN], const u16 *gain, int lane) {
+#pragma unroll
+    for (int i = 0; i < OWN; i++)
+        if (gain && lane + 32 * i < D) x[i] *= half_to_float(gain[lane + 32 * i]);
+    hadamard(x, lane);
+#pragma unroll
+    for (int i = 0; i < OWN; i++) x[i] = to_float((u16)pack_native(x[i], 0.f));
+}
+
+// A finished row in shared memory, as the model made it: one warp's work.
+__device__ __forceinline__ void write_restored(u16 *out, const float *row, int lane) {
+    float x[OWN];
+#pragma unroll
+    for (int i = 0; i < OWN; i++) x[i] = lane + 32 * i < D ? row[lane + 32 * i] : 0.f;
+    hadamard(x, lane);
+#pragma unroll
+    for (int i = 0; i < OWN; i++)
+        if (lane + 32 * i < D) out[lane + 32 * i] = (u16)pack_native(x[i], 0.f);
 }
 
 struct Query {
@@ -513,22 +533,22 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) attend(const __
 
     // The queries of this block: a power of two per row brings them into fp16's range and loses nothing.
     for (int row = warp; row < ROWS; row += WARPS) {
-        float x[(D + 31) / 32], top = 0.f, sum[NG] = {}, start[NG] = {};
+        float x[OWN], top = 0.f, sum[NG] = {}, start[NG] = {};
         const u16 *from = p.q + ((long long)bh * p.rows + row0 + row) * D;
 #pragma unroll
-        for (int i = 0; i < (D + 31) / 32; i++) {
+        for (int i = 0; i < OWN; i++) {
             int channel = lane + 32 * i;
             x[i] = row < rows && channel < D ? to_float(from[channel]) : 0.f;
         }
         if (p.turn) turn_query(x, p.affine ? p.affine + ((batch * 2LL + 1) * p.heads + bh % p.heads) * D : nullptr, lane);
 #pragma unroll
-        for (int i = 0; i < (D + 31) / 32; i++) top = fmaxf(top, fabsf(x[i]));
+        for (int i = 0; i < OWN; i++) top = fmaxf(top, fabsf(x[i]));
 #pragma unroll
         for (int i = 16; i; i /= 2) top = fmaxf(top, __shfl_xor_sync(ALL, top, i));
         const u32 exponent = __float_as_uint(top) >> 23;  // 0 for zero, 255 for inf
         const float unit = __uint_as_float(min(max(exponent, 1u), 253u) << 23), inverse = 1.f / unit;
 #pragma unroll
-        for (int i = 0; i < (D + 31) / 32; i++) {
+        for (int i = 0; i < OWN; i++) {
             int channel = lane + 32 * i;
             u16 h = (u16)pack_half(x[i] * inverse, 0.f);
             if (channel < D) {
@@ -883,11 +903,18 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) attend(const __
         }
         const long long place = (long long)bh * p.rows + row0 + row;
         if (p.splits == 1) {
-            p.out[place * D + channel] = (u16)pack_native(l == 0.f ? 0.f : o / l, 0.f);
+            o = l == 0.f ? 0.f : o / l;
+            if (p.restore) all_o[0][row][channel] = o;  // which this thread alone has read
+            else p.out[place * D + channel] = (u16)pack_native(o, 0.f);
         } else {
             p.part_o[(place * p.splits + split) * D + channel] = o;
             if (channel == 0) p.part_ml[(place * p.splits + split) * 2] = top, p.part_ml[(place * p.splits + split) * 2 + 1] = l;
         }
+    }
+    if (p.splits == 1 && p.restore) {
+        __syncthreads();
+        for (int row = warp; row < rows; row += WARPS)
+            write_restored(p.out + ((long long)bh * p.rows + row0 + row) * D, all_o[0][row], lane);
     }
 }
 
@@ -936,6 +963,12 @@ extern "C" __global__ void __launch_bounds__(256) combine(const __grid_constant_
         float out = 0.f;
 #pragma unroll
         for (int w = 0; w < 8; w++) out += ((const float *)all_o[w])[threadIdx.x];
-        p.out[row * D + threadIdx.x] = (u16)pack_native(l == 0.f ? 0.f : out / l, 0.f);
+        out = l == 0.f ? 0.f : out / l;
+        if (p.restore) ((float *)all_o[0])[threadIdx.x] = out;  // which this thread alone has read
+        else p.out[row * D + threadIdx.x] = (u16)pack_native(out, 0.f);
+    }
+    if (p.restore) {
+        __syncthreads();
+        if (warp == 0) write_restored(p.out + row * D, (const float *)all_o[0], lane);
     }
 }

@@ -56,7 +56,7 @@ class _Params(ctypes.Structure):
         ("scale", ctypes.c_float),
         *((name, ctypes.c_int) for name in ("heads", "capacity", "window", "pivots", "fresh_count", "text_capacity")),
         *((name, ctypes.c_int) for name in ("rows", "queries")),
-        *((name, ctypes.c_int) for name in ("length", "mask_kind", "splits", "turn")),
+        *((name, ctypes.c_int) for name in ("length", "mask_kind", "splits", "turn", "restore")),
     ]
 
 
@@ -110,9 +110,10 @@ def attend(
     key_layout: Layout,
     value_layout: Layout,
     turn: bool = False,
+    restore: bool = False,
     splits: int | None = None,
 ) -> Tensor:
-    """As kernels.attend.attend, for calls that `refusal` has nothing against; `splits` as splits_for where omitted."""
+    """As kernels.attend.attend, for calls that `refusal` has nothing against; restore: H; splits: as splits_for where omitted."""
     layout = key_layout
     k, v = named(key, key_layout), named(value, value_layout)
     fresh = None
@@ -132,7 +133,7 @@ def attend(
     params.state, params.scale = k["state"].data_ptr(), (layout.head_dim**-0.5 if scale is None else scale) * LOG2_E
     params.heads, params.capacity, params.rows, params.queries = heads, capacity, rows, queries
     params.window, params.pivots, params.length = layout.window, layout.pivots, -1 if length is None else length
-    params.splits, params.turn = splits, turn and layout.rotated
+    params.splits, params.turn, params.restore = splits, turn and layout.rotated, restore
     if turn and layout.affine:
         params.affine = k["affine"].data_ptr()
     if layout.pivots:
@@ -153,6 +154,9 @@ def attend(
         if splits > 1:
             nvrtc.launch(kernels["combine"], (blocks[0] * rows, 1, 1), 256, params)
     return out
+
+
+attend.itself = ("turn", "restore")
 
 
 @functools.lru_cache(4096)

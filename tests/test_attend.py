@@ -1,5 +1,9 @@
 """attend: registered right, and torch's own attention over what the packed cache reads as."""
 
+import dataclasses
+import importlib
+from unittest import mock
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from akvq_fx.kernels.attend import attend
 from akvq_fx.kernels.cache import append, read
 from akvq_fx.kernels.layout import Layout
+from akvq_fx.kernels.rotate import hadamard, matrix
 from tests.kernel_cases import (
     LAYOUTS,
     Case,
@@ -59,6 +64,14 @@ def test_registration(layout, with_fresh):
     torch.library.opcheck(attend, args)
 
 
+@pytest.mark.parametrize("name", ("2bit-f16-rotated", "lossless-rotated-affine"))
+def test_registration_of_what_turns_and_restores(name):
+    layout, cache = LAYOUTS[name], case_of(LAYOUTS[name]).pack()
+    q = randn(2, 6, 2, layout.head_dim, dtype=layout.dtype)
+    args = (q, cache, cache, 11, None, None, False, None, None, None, str(layout), str(layout), True, True)
+    torch.library.opcheck(attend, args)
+
+
 @pytest.mark.parametrize("dtype", (f32, f16, bf16), ids=str)
 def test_registration_with_two_layouts(dtype):
     key = case_of(Layout(24, dtype, body_bits=2, window=3, text_bits=4))
@@ -91,12 +104,12 @@ def masks(draw, B, Hq, q, T, dtype):
 
 
 @st.composite
-def calls(draw):
+def calls(draw, value_layouts=layouts):
     """Key and value caches of one prompt with their own layouts, queries, and the other arguments of attention."""
     dtype = draw(st.sampled_from((f32, f32, f16, bf16)))
     key = draw(cases(draw(layouts(dtypes=(dtype,), shares=(False,)))))
     B, H, T, _ = key.x.shape
-    value = draw(cases(draw(layouts(dtypes=(dtype,))), batch=B, heads=H, length=T))
+    value = draw(cases(draw(value_layouts(dtypes=(dtype,))), batch=B, heads=H, length=T))
     tokens, groups = draw(st.integers(1, 16)), draw(st.sampled_from((1, 2, 5)))
     q = randn(B, H * groups, tokens, key.layout.head_dim, seed=draw(seeds), dtype=dtype)
     mask = draw(masks(B, H * groups, tokens, T, dtype))
@@ -124,6 +137,57 @@ def test_fresh_tokens_are_read_at_full_precision(drawn, data):
     k[:, :, at], v[:, :, at] = fresh[0], fresh[1]
     out = call(q, key, value, mask=mask, scale=scale, is_causal=is_causal, fresh=fresh)
     assert_close("out", oracle(q, k, v, mask, scale, is_causal), out)
+
+
+def wide_layouts(dtypes):
+    return layouts((40, 64, 80, 96, 128, 256), dtypes).map(lambda layout: dataclasses.replace(layout, rotated=True))
+
+
+@st.composite
+def restored_calls(draw):
+    """Arguments of attend over values that are stored rotated, of every head dim; with fresh tokens or without."""
+    q, key, value, mask, scale, is_causal = draw(calls(wide_layouts))
+    count = draw(st.integers(0, key.length))
+    at = torch.arange(key.length - count, key.length)
+    fresh = (key.x[:, :, at], value.x[:, :, at], at) if count else (None, None, None)
+    return q, key.pack(), value.pack(), key.length, mask, scale, is_causal, *fresh, key.layout, value.layout
+
+
+@pytest.mark.parametrize("faster", ({}, {"cpu": ("attend_cpu",)}), ids=("reference", "fastest"))
+@given(restored_calls())
+@few
+def test_restore_turns_the_output_back(faster, args):
+    with mock.patch.object(importlib.import_module("akvq_fx.kernels.attend"), "FASTER", faster):
+        stored, out = (attend(*args[:10], *map(str, args[10:]), False, restore) for restore in (False, True))
+    assert (out.dtype, out.is_contiguous()) == (stored.dtype, True)
+    assert_close("out", stored.double() @ matrix(stored.shape[-1]), out)
+
+
+@pytest.mark.parametrize("restored", (False, True))
+def test_restore_has_no_effect_on_values_that_are_stored_as_they_came(restored):
+    key, value = case_of(LAYOUTS["2bit-f16-rotated"]), case_of(Layout(24, f16, body_bits=2, window=3, pivots=1), seed=1)
+    value.layout = dataclasses.replace(value.layout, rotated=restored)
+    args = (randn(2, 2, 1, 24, dtype=f16), key.pack(), value.pack(), 11, None, None, False, None, None, None)
+    texts = str(key.layout), str(value.layout)
+    assert torch.equal(attend(*args, *texts), attend(*args, *texts, False, True)) != restored
+
+
+@pytest.mark.parametrize("itself", ((), ("turn",), ("restore",), ("turn", "restore")), ids=" ".join)
+def test_what_a_kernel_does_not_do_itself_is_done_around_it(itself):
+    asked = {}
+
+    def kernel(q, *args, **options):
+        asked.update(options, q=q)
+        return q.clone()
+
+    kernel.itself, layout = itself, LAYOUTS["2bit-f16-rotated"]
+    cache, q = case_of(layout).pack(), randn(2, 2, 1, 24, dtype=f16)
+    with mock.patch.object(importlib.import_module("akvq_fx.kernels.attend"), "choose", lambda *_: kernel):
+        out = attend(q, cache, cache, 11, None, None, False, None, None, None, *[str(layout)] * 2, True, True)
+    asked_q = q if "turn" in itself else hadamard(q)
+    assert_same("queries", asked_q, asked.pop("q"))
+    assert asked == dict.fromkeys(itself, True)
+    assert_same("out", asked_q if "restore" in itself else hadamard(asked_q), out)
 
 
 def draw_chunk(draw, key: Case, value: Case, groups: int, tokens: int):

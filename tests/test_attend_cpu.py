@@ -16,6 +16,7 @@ from akvq_fx.kernels import attend_cpu, cpp
 from akvq_fx.kernels.attend import reference
 from akvq_fx.kernels.cache import append, read
 from akvq_fx.kernels.layout import Layout
+from akvq_fx.kernels.rotate import matrix
 from tests.kernel_cases import (
     LAYOUTS,
     assert_close,
@@ -29,7 +30,7 @@ from tests.kernel_cases import (
     randn,
     skip_without_a_compiler,
 )
-from tests.test_attend import assert_chunk, calls, chunk_calls, oracle
+from tests.test_attend import assert_chunk, calls, chunk_calls, oracle, restored_calls
 
 ROOT = Path(__file__).parent.parent
 PACKED = {name: layout for name, layout in LAYOUTS.items() if not layout.lossless}
@@ -110,6 +111,15 @@ def test_a_chunk_sees_the_cache_before_it_and_itself(drawn):
     assert_chunk(lambda q, key, value, layouts, length, **rest: run(q, key, value, length, layouts, **rest), drawn)
 
 
+@given(restored_calls().filter(lambda args: not args[-1].lossless and not args[-2].lossless))
+@few
+def test_restores_the_output_in_the_same_call(args):
+    assert attend_cpu.refusal(*args) == ""
+    with poisoned_outputs():
+        stored, out = attend_cpu.attend(*args), attend_cpu.attend(*args, restore=True)
+    assert_close("out", stored.double() @ matrix(stored.shape[-1]), out)
+
+
 @given(packed_calls, st.data())
 @few
 def test_sees_the_first_length_tokens_only(drawn, data):
@@ -179,6 +189,8 @@ def test_many_tokens_and_wide_heads(layout, rows, threads, monkeypatch):
     out = run(q, *caches, 1203, (layout, layout), mask=mask)
     assert_close("masked", oracle(q[1:], k[1:], v[1:], mask[1:]), out[1:])
     assert (out[0] == 0).all(), "nothing seen gives 0, as in torch"
+    restored = attend_cpu.attend(q, *caches, 1203, mask, None, False, None, None, None, layout, layout, restore=True)
+    assert_close("restored", out.double() @ matrix(layout.head_dim), restored)
 
 
 @pytest.mark.parametrize("mask_dtype", (torch.bool, f32, f16, bf16), ids=str)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from akvq_fx.kernels import attend_cuda
 from akvq_fx.kernels.cache import named, read
 from akvq_fx.kernels.layout import PIVOT, TEXT, Layout
-from akvq_fx.kernels.rotate import hadamard, rotate_queries
+from akvq_fx.kernels.rotate import hadamard, matrix, rotate_queries
 from tests.kernel_cases import case_of, few, random_affine
 
 bf16, f16 = torch.bfloat16, torch.float16
@@ -219,6 +219,46 @@ def test_turns_queries_in_its_own_launch(head_dim, affine):
     assert error <= RELATIVE[bf16]
     other = dataclasses.replace(key_layout, rotated=False, affine=False)
     assert ((torch.ops.akvq.attend(q, key, value, *args[2:], str(other), str(layout)) - out).norm() / out.norm()) > 0.1
+
+
+@gpu
+@pytest.mark.parametrize("head_dim", (48, 64, 80, 96, 128, 256))
+@pytest.mark.parametrize("text_bits", (0, 4), ids=("two bits", "text"))
+@pytest.mark.parametrize("dtype", (f16, bf16), ids=str)
+def test_restores_the_output_in_its_own_launch(dtype, text_bits, head_dim):
+    layout = Layout(head_dim, dtype, body_bits=2, text_bits=text_bits, window=16, pivots=3, rotated=True)
+    key, value = cache_pair(layout, 2, 2, 300, 320)
+    back, at = matrix(head_dim).cuda(), torch.arange(297, 300).cuda()
+    fresh = (*torch.randn(2, 2, 2, 3, head_dim, device="cuda").to(dtype), at)
+    mask = torch.rand(2, 1, 3, 300, device="cuda") > 0.3
+    mask[..., 0] = True
+    for heads, seen, new in (
+        (2, None, None),
+        (6, mask, None),
+        (14, None, fresh),
+        (2, mask, fresh),
+    ):  # 3 to 21 rows a KV head
+        q = torch.randn(2, heads, 3, head_dim, device="cuda").to(dtype)
+        due = expected(q, key, value, layout, 300, seen, new) @ back
+        for splits in (None, 1, 3):
+            args = (q, key, value, 300, seen, None, False, *(new or (None,) * 3), layout, layout)
+            assert attend_cuda.refusal(*args) == ""
+            out = attend_cuda.attend(*args, restore=True, splits=splits)
+            error = ((out.double() - due).norm() / due.norm()).item()
+            assert error <= RELATIVE[dtype], f"{heads} heads, {splits} splits: {error:.2g}"
+
+
+@gpu
+@pytest.mark.parametrize("bits", (2, 4, 16))
+def test_the_op_restores_whichever_kernel_answers(bits):
+    overlays = dict(window=16, pivots=3) if bits < 16 else {}
+    layout = Layout(128, bf16, body_bits=bits, rotated=True, **overlays)
+    key, value = cache_pair(layout, 2, 2, 300, 320)
+    q = torch.randn(2, 6, 1, 128, device="cuda", dtype=bf16)
+    args = (q, key, value, 300, None, None, False, None, None, None, str(layout), str(layout), True)
+    due = torch.ops.akvq.attend(*args).double() @ matrix(128).cuda()
+    error = ((torch.ops.akvq.attend(*args, True).double() - due).norm() / due.norm()).item()
+    assert error <= RELATIVE[bf16]
 
 
 @gpu

@@ -1,5 +1,7 @@
-"""fuse_rotations: pack and append turn what they store, where nothing else reads the turned tokens and the map is their own."""
+"""fuse_rotations: pack and append turn what they store, where nothing else reads the turned tokens and the map is their own; attend
+turns its queries and, back, its output."""
 
+import dataclasses
 import operator
 
 import pytest
@@ -25,8 +27,16 @@ def targets(state) -> list:
 def turned(state) -> list[bool]:
     """Of every pack, append and attend, whether it turns its tokens."""
     places = {akvq.pack.default: 7, akvq.append.default: 6, akvq.attend.default: 12}
-    found = [n for n in state.graph.nodes if n.target in places]
-    return [len(n.args) > places[n.target] and n.args[places[n.target]] for n in found]
+    return [flag(n, places[n.target]) for n in state.graph.nodes if n.target in places]
+
+
+def restored(state) -> list[bool]:
+    """Of every attend, whether it turns its output back."""
+    return [flag(n, 13) for n in state.graph.nodes if n.target is akvq.attend.default]
+
+
+def flag(node, place: int) -> bool:
+    return len(node.args) > place and node.args[place]
 
 
 @pytest.mark.parametrize("value_rotation, values", [("fold", False), ("online", True)])
@@ -36,6 +46,8 @@ def test_prompt_and_step_turn_while_they_store(value_rotation, values):
     for graph, reads in zip(graphs, ([], [True]), strict=True):
         assert turned(graph.state) == [True, values, *reads]
         assert akvq.rotate_keys.default not in targets(graph.state)
+        assert akvq.hadamard.default not in targets(graph.state)
+        assert restored(graph.state) == [values] * len(reads)
 
 
 def test_a_chunk_that_attention_also_reads_is_turned_once_by_a_node():
@@ -44,6 +56,43 @@ def test_a_chunk_that_attention_also_reads_is_turned_once_by_a_node():
     assert targets(chunk.state).count(akvq.rotate_keys.default) == 1
     reasons = [miss.reason for miss in chunk.report("fuse_rotations").missed]
     assert reasons == ["something else reads the turned tokens", "taken as it comes"]
+
+
+def attended(layout: Layout, others: int = 0, flags: tuple = (), times: int = 1) -> GraphState:
+    """A graph that attends to values of a layout and turns what comes out, which `others` read too."""
+    graph = torch.fx.Graph()
+    q = graph.placeholder("q")
+    buffers = [
+        [graph.placeholder(f"{which}_{name}") for name in kind.fields] for which, kind in (("k", KEYS), ("v", layout))
+    ]
+    args = (q, *buffers, 5, None, None, False, None, None, None, str(KEYS), str(layout), *flags)
+    out = stored = graph.call_function(akvq.attend.default, args)
+    for _ in range(times):
+        out = graph.call_function(akvq.hadamard.default, (out,))
+    graph.output((out, *[stored] * others))
+    return GraphState(torch.fx.GraphModule(torch.nn.Module(), graph), AKVQConfig(), {}, None)
+
+
+@pytest.mark.parametrize(
+    "layout, given, reason",
+    [
+        (VALUES, {}, ""),
+        (VALUES, {"flags": (True,)}, ""),
+        (dataclasses.replace(VALUES, rotated=False), {}, "not the rotation of its layout"),
+        (VALUES, {"others": 1}, "something else reads the output in the stored space"),
+        (VALUES, {"flags": (False, True)}, "the output is turned back already"),
+        (VALUES, {"times": 2}, "the output is turned back already"),
+    ],
+    ids=str,
+)
+def test_attend_turns_back_what_only_a_rotation_reads(layout, given, reason):
+    state = attended(layout, **given)
+    missed = {miss.node: miss.reason for miss in fuse_rotations(state).missed}
+    left = [n for n in state.graph.nodes if n.target is akvq.hadamard.default]
+    assert [missed.get(n.name) or missed.get(n) for n in left] == ([reason] if reason else [])
+    assert restored(state) == [not reason or "already" in reason]
+    assert turned(state) == [given.get("flags") == (True,)]
+    state.graph.lint()
 
 
 def appended(layout: Layout, rotation, own_map: bool = True) -> GraphState:
