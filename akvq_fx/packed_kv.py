@@ -65,10 +65,16 @@ class PackedKV(TorchAOBaseTensor):
         layout = storage.layout
         size = (*storage.rows, length, layout.head_dim)
         self = torch.Tensor._make_wrapper_subclass(cls, size, dtype=layout.dtype, device=storage.device)
-        self.codes, self.layout_text, self.storage, self.length = storage.codes, storage.text, storage, length
+        self.layout_text, self.storage, self.length = storage.text, storage, length
+        if not storage.borrowed:  # else __getattr__ finds them
+            self.codes = storage.codes
         self.traced, self.text_codes, self.static = ["codes"], None, storage.end is None
         if layout.text_bits:
-            self.traced, self.text_codes = ["codes", "text_codes"], storage["text_codes"]
+            self.traced = ["codes", "text_codes"]
+            if storage.borrowed:
+                del self.text_codes
+            else:
+                self.text_codes = storage["text_codes"]
         if len(storage.views) > 8:
             storage.views = [ref for ref in storage.views if ref() is not None]
         storage.views.append(weakref.ref(self))
@@ -76,6 +82,13 @@ class PackedKV(TorchAOBaseTensor):
             for name, marks in DYNAMIC_TOKENS.items():
                 setattr(self, name, set(marks) if isinstance(marks, set) else marks)
         return self
+
+    def __getattr__(self, name: str):
+        """Buffers of rows that are another cache's yet: asking for them, as tracing and guards do, makes the copy."""
+        if name in ("codes", "text_codes"):
+            setattr(self, name, self.storage[name])
+            return getattr(self, name)
+        raise AttributeError(f"PackedKV has no attribute {name!r}")
 
     def __tensor_flatten__(self):
         return self.traced, (self.layout_text, self.static)
@@ -108,7 +121,7 @@ class PackedKV(TorchAOBaseTensor):
     def dequantize(self) -> Tensor:
         """[B, H, T, D] as the model made it, rotation undone, quantization error in."""
         storage = self._storage()
-        return ops.dequantize(storage.buffers, self.shape[TOKENS], self.layout_text)
+        return ops.dequantize(storage.held, self.shape[TOKENS], self.layout_text)
 
     def unpack(self) -> Tensor:
         """Turn this cache back to 16 bits for good, and return its plain tensor [B, H, T, D], which later writes go to.
@@ -147,6 +160,8 @@ class PackedKV(TorchAOBaseTensor):
             storage.end = length
         if length + extra > storage.capacity:
             storage.grow(-(-(length + extra) // step) * step)
+        if storage.lent:
+            storage.keep_to_itself()
         return storage
 
     def append(self, x: Tensor, step: int = 128) -> PackedKV:

@@ -1,18 +1,20 @@
-"""What happens to a PackedKV outside a graph, on its codes: rows are gathered, lengths change, nothing is quantized again.
+"""What happens to a PackedKV outside a graph: rows and tokens are chosen, joined and padded on codes, none is quantized again.
 
 Handlers return NotImplemented for a case that codes do not cover; the op then reads the cache through `dequantize()`
-and says so once.
+and says so once, and what it gives is a plain tensor.
 """
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
 from akvq_fx.kernels import cache as ops
 from akvq_fx.packed_kv import PackedKV
+from akvq_fx.packed_tokens import Tokens, row_upon_row, tail_to_tail
 from akvq_fx.storage import TOKENS
 
 aten = torch.ops.aten
@@ -26,7 +28,8 @@ def plain_of(packed: PackedKV, op: str) -> Tensor:
         _said.add(op)
         warnings.warn(
             f"akvq: {op} is not defined on packed codes, the cache is read through dequantize() for it "
-            f"(a temporary {packed.dtype} copy of {list(packed.shape)})",
+            f"(a {packed.dtype} copy of {list(packed.shape)}); what it gives is plain, and its tokens are quantized anew "
+            "if a compiled step packs them",
             UserWarning,
             stacklevel=4,
         )
@@ -69,6 +72,33 @@ def rowwise(packed: PackedKV, index: Tensor) -> PackedKV:
     return PackedKV.view_of(storage, packed.shape[TOKENS])
 
 
+def is_growing(packed) -> bool:
+    """Its tokens can be chosen and joined on codes: the host knows how many there are. Not so while tracing."""
+    return isinstance(packed, PackedKV) and packed.storage is not None and packed.storage.end is not None
+
+
+def tokens_of(packed: PackedKV) -> Tokens:
+    return Tokens.of(packed.storage, packed.shape[TOKENS])
+
+
+def wrap(tokens: Tokens) -> PackedKV:
+    return PackedKV.view_of(tokens.stored(), tokens.count)
+
+
+def take(packed: PackedKV, positions: Iterable[int] | Tensor) -> PackedKV:
+    """The tokens at these positions of a growing cache, in their order, on codes: an int64 tensor [m], or ascending numbers."""
+    distinct = not isinstance(positions, Tensor)
+    index = torch.tensor(list(positions), dtype=torch.int64, device=packed.device) if distinct else positions
+    if not len(index):
+        return resized(packed, 0)
+    return wrap(tokens_of(packed).take(index.to(packed.device, torch.int64), distinct))
+
+
+def repeated(packed: PackedKV, count: int) -> PackedKV:
+    """`count` times the one row of a growing cache, copied when it is written."""
+    return PackedKV.view_of(packed.storage.expanded(count), packed.shape[TOKENS])
+
+
 implements = PackedKV.implements
 
 
@@ -106,11 +136,18 @@ def _(func, types, args, kwargs):
 def _(func, types, args, kwargs):
     tensors = [t for t in args[0] if t.numel() or isinstance(t, PackedKV)]
     dim = (args[1] if len(args) > 1 else kwargs.get("dim", 0)) % 4
-    first, rest = tensors[0], tensors[1:]
     if dim == 0 and all(isinstance(t, PackedKV) and t.storage is not None for t in tensors):
         return stack_rows(tensors)
-    if dim != TOKENS or not isinstance(first, PackedKV) or any(isinstance(t, PackedKV) for t in rest):
+    packed = next((i for i, t in enumerate(tensors) if not isinstance(t, PackedKV)), len(tensors))
+    if dim != TOKENS or not packed or any(isinstance(t, PackedKV) for t in tensors[packed:]):
         return NotImplemented
+    first, rest = tensors[0], tensors[packed:]
+    if any(t.dtype != first.dtype for t in tensors):
+        return NotImplemented  # as torch has it, the result is of the wider dtype
+    if packed > 1:
+        if not all(map(is_growing, tensors[:packed])) or not alike(tensors[:packed], "rows"):
+            return NotImplemented
+        first = wrap(tail_to_tail([tokens_of(t) for t in tensors[:packed]]))
     if first.storage is None:  # tracing; outside a graph the op itself checks
         for t in rest:
             require_same_rows(first, t)
@@ -118,6 +155,24 @@ def _(func, types, args, kwargs):
     for t in rest:
         first = first.append(t)
     return first
+
+
+def alike(tensors: list[PackedKV], same: str) -> bool:
+    """The codes of all mean the same. same: "rows", with one centre and gain, or "length"."""
+    first = tensors[0]
+    for t in tensors[1:]:
+        if (t.layout_text, t.storage.owner, t.shape[1]) != (first.layout_text, first.storage.owner, first.shape[1]):
+            return False
+        if (
+            t.device != first.device
+            or t.shape[TOKENS if same == "length" else 0] != first.shape[TOKENS if same == "length" else 0]
+        ):
+            return False
+        if same == "rows" and "affine" in first.storage.layout.fields:
+            mine, other = first.storage["affine"], t.storage["affine"]
+            if mine is not other and not torch.equal(mine, other):
+                return False
+    return True
 
 
 def require_same_rows(packed: PackedKV, new: Tensor) -> None:
@@ -131,31 +186,58 @@ def require_same_rows(packed: PackedKV, new: Tensor) -> None:
 
 def stack_rows(tensors: list[PackedKV]) -> PackedKV:
     """Batch concatenation of caches of one layout and length."""
-    layouts = {(t.layout_text, t.static, t.storage.owner) for t in tensors}
-    lengths = {t.shape[TOKENS] for t in tensors}
-    ends = {tuple(t.storage["state"].tolist()) for t in tensors}
-    if len(layouts) > 1 or len(lengths) > 1 or len(ends) > 1 or len({t.storage.capacity for t in tensors}) > 1:
+    if len({t.static for t in tensors}) > 1 or not alike(tensors, "length"):
         return NotImplemented
+    if not tensors[0].static:
+        return wrap(row_upon_row([tokens_of(t) for t in tensors]))
     stores = [t.storage for t in tensors]
-    width = {name: max(s[name].shape[-1 if name == "text_at" else 2] for s in stores) for name in
-             ("text_at", "text_codes") if name in stores[0].layout.fields}  # fmt: skip
-    if any(s[name].shape[-1 if name == "text_at" else 2] != width[name] for s in stores for name in width):
-        return NotImplemented
+    ends = {tuple(s["state"].tolist()) for s in stores}
+    if len(ends) > 1 or len({s["text_at"].shape for s in stores if s.layout.text_bits}) > 1:
+        return NotImplemented  # one end, which lies on the device, for all rows
     joined = stores[0].map(lambda name, b: b.clone() if name == "state" else torch.cat([s[name] for s in stores], 0))
-    joined.prompt = max(s.prompt for s in stores)  # text slots before it may be compacted in some row
-    return PackedKV.view_of(joined, lengths.pop())
+    return PackedKV.view_of(joined, tensors[0].shape[TOKENS])
+
+
+@implements([aten.expand.default])
+def _(func, types, args, kwargs):
+    packed, size = args[0], list(args[1])
+    same = len(size) == 4 and all(given in (-1, have) for given, have in zip(size[1:], packed.shape[1:], strict=True))
+    if not is_growing(packed) or not same:
+        return NotImplemented
+    if size[0] in (-1, packed.shape[0]):
+        return resized(packed, packed.shape[TOKENS])
+    return repeated(packed, size[0]) if packed.shape[0] == 1 and size[0] > 0 else NotImplemented
+
+
+@implements([aten.constant_pad_nd.default])
+def _(func, types, args, kwargs):
+    """Zeros before the first token are padding, which masks hide; fewer tokens at either end are a choice of them."""
+    packed, pad, fill = (*args, 0)[:3]
+    before, after = (*pad, 0, 0, 0, 0)[2:4]
+    others = [*pad[:2], *pad[4:]]
+    if not is_growing(packed) or any(others) or after > 0 or before > 0 and kwargs.get("value", fill):
+        return NotImplemented
+    length = packed.shape[TOKENS]
+    kept = range(length)[max(0, -before) : length + after]
+    if kept != range(length):
+        packed = packed[:, :, kept.start : kept.stop]
+    if before <= 0:
+        return packed
+    tokens = tokens_of(packed)
+    return wrap(tail_to_tail([tokens.padding(before), tokens]))
 
 
 @implements([aten.slice.Tensor])
 def _(func, types, args, kwargs):
     packed, dim, start, end, step = (*args, *(None,) * (5 - len(args)))
     dim, size = (dim or 0) % 4, packed.shape[(dim or 0) % 4]
-    if step not in (None, 1):
-        return NotImplemented
-    if dim == 0 and packed.storage is not None:
-        return rowwise(packed, torch.arange(size, device=packed.device)[start:end])
     begin = 0 if start is None else start
-    if not isinstance(begin, int) or begin != 0:
+    from_start = isinstance(begin, int) and begin == 0 and step in (None, 1)
+    if dim == 0 and packed.storage is not None:
+        return rowwise(packed, torch.arange(size, device=packed.device)[start:end:step])
+    if dim == TOKENS and is_growing(packed) and not from_start:
+        return take(packed, range(size)[start:end:step])
+    if not from_start:
         return NotImplemented
     stop = size if end is None else end
     if isinstance(stop, int) and stop >= 2**62:
@@ -176,19 +258,28 @@ def _(func, types, args, kwargs):
 @implements([aten.index_select.default])
 def _(func, types, args, kwargs):
     packed, dim, index = args
+    if dim % 4 == TOKENS and is_growing(packed):
+        return take(packed, index.reshape(-1))
     return rowwise(packed, index) if dim % 4 == 0 else NotImplemented
 
 
 @implements([aten.index.Tensor])
 def _(func, types, args, kwargs):
+    """One index of rows, or one of tokens for all rows: numbers or a mask."""
     packed, indices = args
-    rest = [i for i in indices[1:] if i is not None]
-    if rest or indices[0] is None or indices[0].dim() != 1 or indices[0].dtype == torch.uint8:
+    given = [(dim, index) for dim, index in enumerate(indices) if index is not None]
+    if len(given) != 1 or given[0][0] not in (0, TOKENS):
         return NotImplemented
-    if indices[0].dtype == torch.bool and len(indices[0]) != packed.shape[0]:
+    dim, index = given[0]
+    if index.dim() != 1 or index.dtype == torch.uint8 or dim == TOKENS and not is_growing(packed):
         return NotImplemented
-    index = indices[0].nonzero().flatten() if indices[0].dtype == torch.bool else indices[0]
-    return rowwise(packed, torch.where(index < 0, index + packed.shape[0], index))
+    if index.dtype == torch.bool:
+        if len(index) != packed.shape[dim]:
+            return NotImplemented
+        index = index.nonzero().flatten()
+        return rowwise(packed, index) if dim == 0 else take(packed, index.tolist())
+    index = torch.where(index < 0, index + packed.shape[dim], index)
+    return rowwise(packed, index) if dim == 0 else take(packed, index)
 
 
 @implements([aten.repeat.default])
@@ -196,6 +287,8 @@ def _(func, types, args, kwargs):
     packed, repeats = args
     if len(repeats) != 4 or any(r != 1 for r in repeats[1:]) or packed.storage is None:
         return NotImplemented
+    if is_growing(packed) and packed.shape[0] == 1 and repeats[0] > 0:
+        return repeated(packed, repeats[0])
     return rowwise(packed, torch.arange(packed.shape[0], device=packed.device).repeat(repeats[0]))
 
 
@@ -205,6 +298,8 @@ def _(func, types, args, kwargs):
         if dim not in (0, -4) or not isinstance(packed, PackedKV):
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
+        if isinstance(repeats, int) and packed.shape[0] == 1 and repeats > 0 and is_growing(packed):
+            return repeated(packed, repeats)
         return packed.index_select(0, torch.arange(packed.shape[0], device=packed.device).repeat_interleave(repeats))
 
     return rows(*args, **kwargs)
@@ -241,11 +336,13 @@ def _(func, types, args, kwargs):
 
 @implements([aten.split.Tensor, aten.split_with_sizes.default])
 def _(func, types, args, kwargs):
-    packed, size, dim = (*args, 0)[:3]
-    if dim % 4 or packed.storage is None:
+    packed, size, dim = (*args, kwargs.get("dim", 0))[:3]
+    if dim % 4 not in (0, TOKENS) or packed.storage is None or dim % 4 == TOKENS and not is_growing(packed):
         return NotImplemented
-    index = torch.arange(packed.shape[0], device=packed.device)
-    return [rowwise(packed, part) for part in index.split(size)]
+    parts = torch.arange(packed.shape[dim], device="cpu").split(size)
+    if dim % 4 == 0:
+        return [rowwise(packed, part.to(packed.device)) for part in parts]
+    return [take(packed, part.tolist()) for part in parts]
 
 
 @implements([aten.index_copy_.default])
@@ -284,6 +381,11 @@ def _(func, types, args, kwargs):
         return target
     if not same or [b.shape for b in source.storage.buffers] != [b.shape for b in target.storage.buffers]:
         return NotImplemented
+    target.storage.keep_to_itself()
+    if (
+        not target.static and "affine" in target.storage.layout.fields
+    ):  # what was taken of a growing cache shares its map
+        target.storage["affine"] = target.storage["affine"].clone()
     for into, out_of in zip(target.storage.buffers, source.storage.buffers, strict=True):
         into.copy_(out_of)
     for name in ("end", "prompt", "owner"):

@@ -41,15 +41,44 @@ class Storage:
     prompt  tokens of the prompt: text overlay slots before it are compacted, later ones follow the position
     owner   digests of the weights that made the tokens, None if unknown
     loaded  it comes from a file or a pickle: who continues it is looked at closely
+    lent    storages that read this one's memory until one of the two is written (`expanded`)
     """
 
-    __slots__ = ("layout", "text", "buffers", "rows", "device", "end", "prompt", "owner", "views", "loaded")
+    __slots__ = ("layout", "text", "held", "borrowed", "lent", "rows", "device", "end", "prompt", "owner", "views")
+    __slots__ += ("loaded", "__weakref__")
 
     def __init__(self, layout: Layout, buffers: list[Tensor], end: int | None, prompt: int, owner: str | None):
-        self.layout, self.buffers, self.end, self.prompt, self.owner = layout, buffers, end, prompt, owner
-        self.text, self.rows, self.device = str(layout), tuple(self.codes.shape[:2]), self.codes.device
+        self.layout, self.held, self.end, self.prompt, self.owner = layout, buffers, end, prompt, owner
+        self.borrowed, self.lent, self.loaded = False, [], False
+        self.text, self.rows, self.device = str(layout), tuple(buffers[CODES].shape[:2]), buffers[CODES].device
         self.views: list[weakref.ref] = []
-        self.loaded = False
+
+    @property
+    def buffers(self) -> list[Tensor]:
+        """Contiguous buffers of its own, in the order of the layout's fields. `held` may be rows of another storage yet."""
+        if self.borrowed:
+            self.held, self.borrowed = [buffer.contiguous() for buffer in self.held], False
+            self.mark_dynamic()
+        return self.held
+
+    def expanded(self, rows: int) -> Storage:
+        """`rows` times the one row of a growing cache, without a copy until either is written or a graph takes it."""
+        held = [b.clone() if name == "state" else b.expand(rows, *b.shape[1:]) for name, b in self.named()]
+        made = Storage(self.layout, held, self.end, self.prompt, self.owner)
+        made.borrowed, made.loaded = True, self.loaded
+        self.lent.append(weakref.ref(made))
+        return made
+
+    def named(self) -> list[tuple[str, Tensor]]:
+        return list(zip(self.layout.fields, self.buffers, strict=True))
+
+    def keep_to_itself(self) -> None:
+        """Before a write: who reads this memory takes a copy."""
+        for ref in self.lent:
+            other = ref()
+            if other is not None:
+                other.buffers  # noqa: B018 - the copy is made
+        self.lent = []
 
     def __getitem__(self, name: str) -> Tensor:
         return self.buffers[self.layout.fields.index(name)]
@@ -67,7 +96,7 @@ class Storage:
 
     def map(self, fn, end: int | None = -1) -> Storage:
         """A new storage with fn(name, buffer) in place of every buffer."""
-        buffers = [fn(name, buffer) for name, buffer in zip(self.layout.fields, self.buffers, strict=True)]
+        buffers = [fn(name, buffer) for name, buffer in self.named()]
         made = Storage(self.layout, buffers, self.end if end == -1 else end, self.prompt, self.owner)
         made.loaded = self.loaded
         made.mark_dynamic()
@@ -116,10 +145,14 @@ class Storage:
 
     def clear(self) -> None:
         """Forget every token, in place."""
+        self.keep_to_itself()
         B, H, C = self["codes"].shape[:3]
         empty = self.layout.allocate(B, H, C, C if self.layout.text_bits else 0, self["codes"].device)
         for name, fresh in zip(self.layout.fields, empty, strict=True):
-            if name.startswith("text") and self[name].shape != fresh.shape:  # compacted for a prompt that is gone
+            compacted = name.startswith("text") and self[name].shape != fresh.shape  # for a prompt that is gone
+            if (
+                compacted or name == "affine" and self.end is not None
+            ):  # what was taken of a growing cache shares its map
                 self[name] = fresh
             else:
                 self[name].copy_(fresh)
@@ -133,4 +166,5 @@ class Storage:
 
     @property
     def nbytes(self) -> int:
-        return sum(b.numel() * b.element_size() for b in self.buffers)
+        """Bytes of its own memory."""
+        return sum(b.numel() * b.element_size() for b in (self.held[:1] if self.borrowed else self.held))

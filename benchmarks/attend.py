@@ -96,7 +96,7 @@ def layouts(head_dim: int, dtype: torch.dtype) -> tuple[Layout, Layout]:
     chosen = akvq_fx.AKVQConfig()
     same = {name: getattr(chosen, name) for name in ("body_bits", "window", "pivots", "body_clip", "group")}
     key = Layout(head_dim, dtype, **same, rotated=True, affine=True)
-    return key, dataclasses.replace(key, affine=False, folded=True, shares_classes=True)
+    return key, dataclasses.replace(key, affine=False, rotated=True, shares_classes=True)
 
 
 @dataclasses.dataclass

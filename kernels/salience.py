@@ -151,15 +151,25 @@ def _(ctx, grad):
 
 
 @torch.library.custom_op("akvq::valid_tokens", mutates_args=())
-def valid_tokens(mask: Tensor, batch: int) -> Tensor:
-    """Attention mask [B or 1, 1 or H, q, T], bool or additive float -> [batch, T] bool: tokens that some query sees."""
+def valid_tokens(mask: Tensor, batch: int, tokens: int | None = None) -> Tensor:
+    """Attention mask, bool or additive float, as SDPA broadcasts it to [batch, heads, queries, T] -> [batch, T] bool.
+
+    True at tokens that some query sees. tokens: T, where the mask's last axis may be 1 for all of them.
+    Raises ValueError for a mask of more than four axes or of another batch.
+    """
+    if mask.dim() > 4 or mask.dim() == 4 and mask.shape[0] not in (1, batch):
+        raise ValueError(
+            f"akvq::valid_tokens: mask is {list(mask.shape)}, accepted: what broadcasts to [{batch}, heads, queries, tokens]"
+        )
     seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
-    return seen.flatten(1, 2).any(1).expand(batch, -1).contiguous()
+    seen = seen[(None,) * (4 - mask.dim())].flatten(1, 2).any(1)
+    return seen.expand(batch, seen.shape[1] if tokens is None else tokens).contiguous()
 
 
 @valid_tokens.register_fake
-def _(mask, batch):
-    return mask.new_empty((batch, mask.shape[3]), dtype=torch.bool)
+def _(mask, batch, tokens=None):
+    last = mask.shape[-1] if mask.dim() else 1
+    return mask.new_empty((batch, last if tokens is None else tokens), dtype=torch.bool)
 
 
 @torch.library.custom_op("akvq::token_classes", mutates_args=())

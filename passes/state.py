@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import math
+import operator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import sympy
 import torch
 from torch.fx import GraphModule, Node
+from torch.utils._sympy.interp import sympy_interp
+from torch.utils._sympy.printers import PythonPrinter
+from torch.utils._sympy.reference import PythonReferenceAnalysis
 
 from akvq_fx.config import AKVQConfig
 from akvq_fx.kernels.layout import Layout
@@ -143,7 +149,7 @@ class Size:
             else:
                 self.symbols = sorted(expr.free_symbols, key=str)
                 self.sources = [sources[s] for s in self.symbols]
-                self.function = sympy.lambdify(self.symbols, expr, modules="math")
+                self.function = compiled(expr, self.symbols)
                 self.argument = self.sources[0][0] if expr.is_Symbol and self.sources[0][1] is None else None
 
     def __call__(self, args) -> int:
@@ -151,6 +157,29 @@ class Size:
             return self.constant
         values = [args[i] if dim is None else args[i].shape[dim] for i, dim in self.sources]
         return int(self.function(*values))
+
+
+def compiled(expr: sympy.Expr, symbols: list[sympy.Symbol]) -> Callable[..., int | float]:
+    """A size expression as a Python function of its symbols, printed as dynamo prints its guards: all of torch's functions."""
+    names = [f"n{i}" for i in range(len(symbols))]
+    renamed = expr.xreplace({s: sympy.Symbol(n, **s.assumptions0) for s, n in zip(symbols, names, strict=True)})
+    namespace = {"math": math, "torch": torch, "Where": lambda condition, yes, no: yes if condition else no}
+    return eval(f"lambda {', '.join(names)}: {PythonPrinter().doprint(renamed)}", namespace)
+
+
+def traced(function: Callable) -> Callable:
+    """A function of numbers as a call in the graph that its proxies belong to; the last argument, a dtype, is left out."""
+    return staticmethod(lambda x, dtype: x.tracer.create_proxy("call_function", function, (x,), {}))
+
+
+class NodeAnalysis(PythonReferenceAnalysis):
+    """Size expressions as nodes: what torch's own analysis asks of numbers and proxies cannot answer."""
+
+    int_truediv = staticmethod(operator.truediv)
+    where = staticmethod(torch.sym_ite)
+    modular_indexing = staticmethod(lambda x, by, modulus: x // by % modulus)
+    trunc_to_int, floor_to_int = traced(math.trunc), traced(math.floor)
+    ceil_to_int, round_to_int = traced(math.ceil), traced(round)
 
 
 class GraphState:
@@ -230,9 +259,6 @@ class GraphState:
         return self.shared[key]
 
     def _size_nodes(self, expr):
-        from torch.utils._sympy.interp import sympy_interp
-        from torch.utils._sympy.reference import PythonReferenceAnalysis
-
         tracer = torch.fx.proxy.GraphAppendingTracer(self.graph)
         environment = {}
         last = self.placeholders[-1]
@@ -246,7 +272,7 @@ class GraphState:
                 if dim is not None:
                     node = self.graph.call_function(torch.ops.aten.sym_size.int, (node, dim))
                 environment[symbol] = torch.fx.Proxy(node, tracer)
-            return sympy_interp(PythonReferenceAnalysis, environment, expr).node
+            return sympy_interp(NodeAnalysis, environment, expr).node
 
     def bind(self, placeholder: Node) -> Buffers:
         """Placeholders for the buffers of a PackedKV input, added after the existing ones in field order."""

@@ -256,6 +256,35 @@ class PerHeadMask(Attention):
         return bias.masked_fill(~seen(at, total, padding), torch.finfo(dtype).min)
 
 
+class QueryMask(Attention):
+    """A bool mask [q, T], as hand-written models have it: packed."""
+
+    def mask(self, at, total, padding, past, dtype):
+        return seen(at, total, padding)[0, 0]
+
+
+class FloatQueryMask(FloatMask):
+    """An additive mask [q, T]: packed."""
+
+    def mask(self, at, total, padding, past, dtype):
+        return super().mask(at, total, padding, past, dtype)[0, 0]
+
+
+class HeadQueryMask(PerHeadMask):
+    """An additive mask [H, q, T]: packed."""
+
+    def mask(self, at, total, padding, past, dtype):
+        return super().mask(at, total, padding, past, dtype)[0]
+
+
+class TokenMask(Attention):
+    """A mask of tokens [1, T] in steps, [1, q, T] in the prompt: packed."""
+
+    def mask(self, at, total, padding, past, dtype):
+        mask = seen(at, total, padding)[0]
+        return mask if at.shape[0] > 1 else mask[0]
+
+
 # rotary embeddings
 
 

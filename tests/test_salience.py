@@ -307,6 +307,11 @@ MASKS = {
     "causal": torch.ones(3, 3).tril().bool()[None, None],
     "causal-f16": torch.full((1, 1, 3, 3), torch.finfo(f16).min, dtype=f16).triu(1),
     "per-head": left_padding(4, 4, 1, 2)[None, :, None] & torch.tensor([True, True, True, False]),
+    "heads": left_padding(4, 4, 1, 2)[:, None] & torch.tensor([True, True, True, False]),
+    "queries": torch.ones(3, 3).tril().bool(),
+    "queries-float": torch.full((2, 4), -torch.inf).triu(3),
+    "tokens": torch.tensor([True, False, True]),
+    "tokens-float": torch.tensor([[[0.0, -torch.inf, -3.0]]]),
 }
 SEEN = {
     "bool": [[False, False, True, True], [False, True, True, False]],
@@ -314,6 +319,11 @@ SEEN = {
     "causal": [[True] * 3] * 2,
     "causal-f16": [[True] * 3] * 2,
     "per-head": [[True, True, True, False]] * 2,
+    "heads": [[True, True, True, False]] * 2,
+    "queries": [[True] * 3] * 2,
+    "queries-float": [[True] * 4] * 2,
+    "tokens": [[True, False, True]] * 2,
+    "tokens-float": [[True, False, True]] * 2,
 }
 
 
@@ -321,6 +331,30 @@ SEEN = {
 def test_valid_tokens_are_those_that_some_query_sees(kind):
     torch.library.opcheck(valid_tokens, (MASKS[kind], 2))
     assert valid_tokens(MASKS[kind], 2).tolist() == SEEN[kind]
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (3, 1), (2, 1, 1, 1)], ids=str)
+def test_a_mask_may_be_one_for_all_tokens(shape):
+    """attention broadcasts the last axis too: the number of tokens says how wide."""
+    torch.library.opcheck(valid_tokens, (torch.ones(shape) > 0, 2, 5))
+    assert valid_tokens(torch.ones(shape) > 0, 2, 5).tolist() == [[True] * 5] * 2
+
+
+def test_masks_that_do_not_broadcast_are_refused():
+    with pytest.raises(ValueError, match=r"mask is \[3, 1, 1, 4\], accepted: what broadcasts to \[2, heads"):
+        valid_tokens(torch.ones(3, 1, 1, 4) > 0, 2)
+
+
+@pytest.mark.parametrize("kind", MASKS)
+def test_valid_tokens_of_any_batch(kind):
+    """The batch may be a symbol while a graph is traced."""
+    count = lambda x, mask: valid_tokens(
+        mask.expand(x.shape[0], *mask.shape[1:]) if mask.dim() == 4 else mask, x.shape[0]
+    )
+    run = torch.compile(count, backend="aot_eager", dynamic=True, fullgraph=True)
+    for batch in (2, 3):
+        mask = MASKS[kind][:1] if MASKS[kind].dim() == 4 else MASKS[kind]
+        assert_same("valid", valid_tokens(mask, batch), run(torch.ones(batch, 2), mask))
 
 
 @pytest.mark.parametrize("vision", (None, torch.tensor([[1, 1, 0], [0, 1, 0]]) > 0), ids=("text-only", "vision"))

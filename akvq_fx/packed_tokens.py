@@ -1,0 +1,202 @@
+"""Tokens: packed tokens apart from the slots that they lie in, to be chosen, joined and laid out again without quantizing any.
+
+    Tokens.of(storage, length)    its first tokens
+    .take(index)                  some of them;  tail_to_tail, row_upon_row  several of them as one
+    .stored()                     a storage of its own
+
+A token is its code and range, its class, and where it has them, its copies in the ring, among the pivots and in the text overlay.
+Positions in overlays become the new ones. Of the ring stays what is still among the last W tokens, up to the latest that the ring
+did not hold; pivots that find no slot are read from the body, where every token has a code. Nothing here asks the device.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from akvq_fx.kernels import cache as ops
+from akvq_fx.kernels.layout import PADDING, STATE_END, STATE_RING, STATE_TEXT, Layout
+from akvq_fx.storage import Storage
+
+ROOM = 128  # a storage has room for the next token, and is a multiple of this long
+
+
+@dataclass
+class Tokens:
+    """n tokens of B rows.
+
+    parts     by the name of the buffer that they come from: codes, range, classes of the n tokens; ring of the last min(W, n);
+              pivots and text_codes with positions in pivot_at and text_at, -1 for a free slot; affine
+    held      [min(W, n)] bool: the ring held this token
+    room      capacity of the storage that they came from
+    """
+
+    layout: Layout
+    parts: dict[str, Tensor]
+    held: Tensor
+    room: int
+    owner: object
+
+    @staticmethod
+    def of(storage: Storage, length: int) -> Tokens:
+        """The first `length` tokens of a growing cache's storage."""
+        layout, parts = storage.layout, dict(zip(storage.layout.fields, storage.buffers, strict=True))
+        state = parts.pop("state")
+        for name in parts.keys() & {"codes", "range"}:
+            parts[name] = parts[name][:, :, :length]
+        if "classes" in parts:
+            parts["classes"] = parts["classes"][:, :length]
+        at = torch.arange(max(0, length - layout.window), length, device=storage.device)
+        end = state[STATE_END]
+        held = (at >= state[STATE_RING]) & (at >= end - layout.window) & (at < end)
+        if layout.window:
+            parts["ring"] = parts["ring"].index_select(2, at % layout.window)
+        if layout.pivots:
+            parts["pivot_at"] = torch.where(parts["pivot_at"] < length, parts["pivot_at"], -1)
+        if layout.text_bits:
+            # a token after the prompt has slot position + (slots - capacity)
+            used = max(length, storage.prompt) + parts["text_at"].shape[1] - storage.capacity
+            at = parts["text_at"][:, :used]
+            parts["text_at"] = torch.where(at < length, at, -1)
+            parts["text_codes"] = parts["text_codes"][:, :, :used]
+            if used > length:
+                parts["text_at"], parts["text_codes"] = first_used(parts["text_at"], parts["text_codes"], length)
+        return Tokens(layout, parts, held, storage.capacity, storage.owner)
+
+    @property
+    def count(self) -> int:
+        return self.parts["codes"].shape[2]
+
+    def take(self, index: Tensor, distinct: bool) -> Tokens:
+        """Tokens at the positions `index` [m], in its order. distinct: no position comes twice, which needs fewer text slots.
+
+        Raises IndexError for a position that is not there.
+        """
+        n, m, parts = self.count, len(index), dict(self.parts)
+        for name in parts.keys() & {"codes", "range"}:
+            parts[name] = parts[name].index_select(2, index)
+        if "classes" in parts:
+            parts["classes"] = parts["classes"].index_select(1, index)
+        recent = index[max(0, m - self.layout.window) :] - (n - len(self.held))  # their places among those of the ring
+        held = recent >= 0
+        if self.layout.window:
+            held &= self.held[recent.clamp_min(0)]
+            parts["ring"] = parts["ring"].index_select(2, recent.clamp_min(0))
+        if self.layout.pivots:
+            moved_to = torch.full((n,), -1, dtype=torch.int32, device=index.device)
+            moved_to.scatter_reduce_(0, index, torch.arange(m, dtype=torch.int32, device=index.device), "amax")
+            at = parts["pivot_at"]
+            parts["pivot_at"] = torch.where(at >= 0, moved_to[at.clamp_min(0).long()], -1)
+        if self.layout.text_bits and parts["text_at"].shape[1]:
+            at, slots = parts["text_at"], parts["text_at"].shape[1]
+            slot_of = torch.full((at.shape[0], n + 1), -1, device=at.device)  # the last is for free slots
+            slot_of.scatter_(1, torch.where(at >= 0, at, n).long(), torch.arange(slots, device=at.device).expand_as(at))
+            slot = slot_of[:, :n].index_select(1, index)
+            first = torch.argsort(slot < 0, dim=1, stable=True)[:, : min(m, slots) if distinct else m]
+            slot = slot.gather(1, first)
+            parts["text_at"] = torch.where(slot >= 0, first, -1).to(torch.int32)
+            codes = parts["text_codes"]
+            chosen = slot.clamp_min(0)[:, None, :, None].expand(-1, codes.shape[1], -1, codes.shape[3])
+            parts["text_codes"] = codes.gather(2, chosen)
+        return replace(self, parts=parts, held=held)
+
+    def padding(self, count: int) -> Tokens:
+        """`count` padding tokens, zeros, to stand with these: masks hide them, so that the ring may be said to hold them."""
+        codes = self.parts["codes"]
+        B, H, device = *codes.shape[:2], codes.device
+        affine = self.parts.get("affine")
+        zero = torch.zeros(B, H, 1, self.layout.head_dim, dtype=self.layout.dtype, device=device)
+        empty = Storage(
+            self.layout, self.layout.allocate(B, H, 1, bool(self.layout.text_bits), device), 0, 0, self.owner
+        )
+        if affine is not None:
+            empty["affine"] = affine
+        classes = torch.full((B, 1), PADDING, dtype=torch.uint8, device=device)
+        at = torch.zeros(1, dtype=torch.int64, device=device)
+        ops.append(empty.buffers, empty.to_stored(zero), at, classes, None, str(self.layout))
+        one = Tokens.of(empty, 1)
+        parts = one.take(torch.zeros(count, dtype=torch.int64, device=device), distinct=False).parts
+        if self.layout.text_bits:
+            parts |= {"text_at": parts["text_at"][:, :0], "text_codes": parts["text_codes"][:, :, :0]}
+        if self.layout.window:
+            parts["ring"] = empty["ring"][:, :, :1].expand(-1, -1, min(self.layout.window, count), -1)
+        held = torch.ones(min(self.layout.window, count), dtype=torch.bool, device=device)
+        return replace(self, parts=parts, held=held)
+
+    def stored(self) -> Storage:
+        """New buffers of a growing cache that hold these tokens; the affine map is shared, as nothing writes it in place."""
+        layout, parts, n = self.layout, self.parts, self.count
+        capacity = max(n, min(self.room, -(-(n + 1) // ROOM) * ROOM))
+        width = parts["text_at"].shape[1] if layout.text_bits else 0
+        B, H, device = *parts["codes"].shape[:2], parts["codes"].device
+        buffers = layout.allocate(B, H, capacity, width + capacity - n if layout.text_bits else 0, device)
+        b = dict(zip(layout.fields, buffers, strict=True))
+        for name in parts.keys() & {"codes", "range"}:
+            b[name][:, :, :n] = parts[name]
+        for name in parts.keys() & {"text_codes", "pivots"}:
+            b[name][:, :, : parts[name].shape[2]] = parts[name]
+        for name in parts.keys() & {"classes", "text_at", "pivot_at"}:
+            b[name][:, : parts[name].shape[1]] = parts[name]
+        if layout.window:
+            b["ring"].index_copy_(2, torch.arange(n - len(self.held), n, device=device) % layout.window, parts["ring"])
+        b["state"].fill_(n)
+        b["state"][STATE_RING] -= self.held.flip(0).int().cumprod(0).sum()
+        b["state"][STATE_TEXT] = width - n if layout.text_bits else 0
+        if "affine" in parts:
+            b["affine"] = parts["affine"]
+        storage = Storage(layout, list(b.values()), n, n, self.owner)
+        storage.mark_dynamic()
+        return storage
+
+
+def first_used(at: Tensor, tokens: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The first `count` used slots, then free ones: at [B, n], -1 for a free slot, and tokens [B, H, n, .]."""
+    order = torch.argsort(at < 0, dim=1, stable=True)[:, :count]
+    return at.gather(1, order), tokens.gather(
+        2, order[:, None, :, None].expand(-1, tokens.shape[1], -1, tokens.shape[3])
+    )
+
+
+def tail_to_tail(runs: list[Tokens]) -> Tokens:
+    """Runs of the same rows, one after the other, as one; the affine map is the first one's."""
+    layout, parts, total = runs[0].layout, dict(runs[0].parts), sum(run.count for run in runs)
+    starts = [sum(run.count for run in runs[:i]) for i in range(len(runs))]
+    of_all = lambda name, dim: torch.cat([run.parts[name] for run in runs], dim)
+    moved = lambda name: torch.cat(
+        [torch.where(r.parts[name] >= 0, r.parts[name] + s, -1) for r, s in zip(runs, starts, strict=True)], 1
+    )
+    for name in parts.keys() & {"codes", "range", "text_codes"}:
+        parts[name] = of_all(name, 2)
+    if "classes" in parts:
+        parts["classes"] = of_all("classes", 1)
+    recent = min(layout.window, total)
+    held = torch.cat([run.held for run in runs])
+    held = held[len(held) - recent :]
+    if layout.window:
+        ring = of_all("ring", 2)
+        parts["ring"] = ring[:, :, ring.shape[2] - recent :]
+    if layout.text_bits:
+        parts["text_at"] = moved("text_at")
+    if layout.pivots:
+        parts["pivot_at"], parts["pivots"] = first_used(moved("pivot_at"), of_all("pivots", 2), layout.pivots)
+    return replace(runs[0], parts=parts, held=held, room=max(*(run.room for run in runs), total))
+
+
+def row_upon_row(rows: list[Tokens]) -> Tokens:
+    """Rows of one number of tokens as one batch. The ring holds what it held in every row."""
+    parts, held = {}, rows[0].held
+    for other in rows[1:]:
+        held = held & other.held
+    for name in rows[0].parts:
+        given = [row.parts[name] for row in rows]
+        if name.startswith("text"):
+            width, dim = max(t.shape[1 if name == "text_at" else 2] for t in given), 1 if name == "text_at" else 2
+            fill = -1 if name == "text_at" else 0
+            given = [
+                torch.nn.functional.pad(t, (*(0, 0) * (t.dim() - 1 - dim), 0, width - t.shape[dim]), value=fill)
+                for t in given
+            ]
+        parts[name] = torch.cat(given, 0)
+    return replace(rows[0], parts=parts, held=held, room=max(row.room for row in rows))
