@@ -8,6 +8,7 @@ SplitMix64's finalizers). A weight is read where it lies, at memory speed, and o
 from __future__ import annotations
 
 import hashlib
+import logging
 import sys
 import threading
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+log = logging.getLogger(__name__)
 CHUNK = {"cpu": 1 << 17}  # words mixed at a time: 1 MiB, so that a CPU's cache holds the temporaries
 CHUNK_ELSEWHERE = 1 << 24
 signed = lambda number: number - (1 << 64) if number >> 63 else number
@@ -50,12 +52,11 @@ def words_of(x: Tensor) -> Tensor:
     return flat.view(torch.int64)
 
 
-def sums(x: Tensor) -> Tensor:
-    """[2] int64 on x's device; equal wherever x lies, since 64-bit integer sums wrap around in any order."""
-    words = words_of(x)
-    size = CHUNK.get(x.device.type, CHUNK_ELSEWHERE)
-    found = torch.zeros(2, dtype=torch.int64, device=x.device)
-    steps = (torch.arange(min(size, len(words)), device=x.device) + 1) * STEP
+def sums(words: Tensor) -> Tensor:
+    """[2] int64 on the device of words [n] int64; equal wherever they lie, since 64-bit integer sums wrap around in any order."""
+    size = CHUNK.get(words.device.type, CHUNK_ELSEWHERE)
+    found = torch.zeros(2, dtype=torch.int64, device=words.device)
+    steps = (torch.arange(min(size, len(words)), device=words.device) + 1) * STEP
     for first in range(0, len(words), size):
         some = words[first : first + size]
         place = steps[: len(some)] + signed(first * STEP & (1 << 64) - 1)
@@ -99,13 +100,26 @@ def compute(weights: Sequence[Tensor]) -> list[str]:
     inside = [parts(weight) for weight in weights]
     by_device: dict[torch.device, list[Tensor]] = {}
     for part in (part for some in inside for part in some):
-        by_device.setdefault(part.device, []).append(sums(part))
-    numbers = {device: iter(torch.stack(found).tolist()) for device, found in by_device.items()}
+        by_device.setdefault(part.device, []).append(words_of(part))
+    numbers = {device: iter(sums_of(words).tolist()) for device, words in by_device.items()}
     texts = []
     for some in inside:
         content = [(str(part.dtype), tuple(part.shape), next(numbers[part.device])) for part in some]
         texts.append(sys.intern(hashlib.sha256(repr(content).encode()).hexdigest()[:32]))
     return texts
+
+
+def sums_of(words: list[Tensor]) -> Tensor:
+    """[n, 2] int64: the sums of tensors of one device; on a GPU by one launch where Triton is there."""
+    if words[0].device.type == "cuda":
+        try:
+            from akvq_fx.kernels import digest_triton
+        except ImportError as error:
+            log.info("weights are read by PyTorch's own ops: %s", error)
+        else:
+            with torch.cuda.device(words[0].device):
+                return digest_triton.sums(words, STEP, MIX)
+    return torch.stack([sums(some) for some in words])
 
 
 DIGESTS = Digests()
