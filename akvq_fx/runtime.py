@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import sys
 import weakref
+from collections.abc import Sequence
 
 import torch
 
 from akvq_fx import vision_carry
-from akvq_fx.digest import DIGESTS, mark
+from akvq_fx.cuda_graph import picker
+from akvq_fx.digest import DIGESTS
 from akvq_fx.folding import FOLDED
 from akvq_fx.packed_kv import PackedKV, Storage
 from akvq_fx.passes.state import Appended, Packed, Program
@@ -21,21 +23,32 @@ MODELS = 8  # of one class whose weights a graph remembers at a time; one more i
 
 
 class Weights:
-    """What is known of one model's weights in one graph: how they were when they were last looked at, and whose tokens they make.
+    """What is known of one model's weights in one graph: who they were when they were last looked at, and whose tokens they make.
 
     owners    positions of weights -> the digests of their contents, as one text; None where there are no weights
     """
 
-    def __init__(self, positions: list[int], args, owners: dict[tuple[int, ...], str | None]):
-        self.refs = [weakref.ref(args[i]) for i in positions]
-        self.marks = [mark(args[i]) for i in positions]
-        self.owners = owners
+    def __init__(self, weights: Sequence[torch.Tensor], owners: dict[tuple[int, ...], str | None]):
+        self.ids, self.versions, self.owners, self.gone = list(map(id, weights)), versions(weights), owners, False
+        me = weakref.ref(self)
 
-    def are_same(self, positions: list[int], args) -> bool:
-        for i, ref, known in zip(positions, self.refs, self.marks, strict=True):
-            if ref() is not args[i] or known != mark(args[i]):
-                return False
-        return True
+        def forget(_):
+            alive = me()
+            if alive is not None:
+                alive.gone = True
+
+        self.refs = [weakref.ref(weight, forget) for weight in weights]
+
+    def are_same(self, weights: Sequence[torch.Tensor]) -> bool:
+        """Some ten microseconds for a hundred weights: it is asked in every decode step."""
+        return not self.gone and list(map(id, weights)) == self.ids and versions(weights) == self.versions
+
+
+def versions(weights: Sequence[torch.Tensor]) -> list[int]:
+    try:
+        return [weight._version for weight in weights]
+    except RuntimeError:  # inference tensors count no versions
+        return [0 if weight.is_inference() else weight._version for weight in weights]
 
 
 class Runtime:
@@ -51,6 +64,7 @@ class Runtime:
         self.makes = bool(made)
         self.groups = {*program.owners.values(), *made}
         self.watched = sorted({i for group in self.groups for i in group})
+        self.watched_of = picker(self.watched)
         self.weights: dict[
             int, Weights
         ] = {}  # by the id of the first watched weight: models of one class share a graph
@@ -95,16 +109,17 @@ class Runtime:
         """Digests of what makes each cache's tokens; `anew`: from the weights' contents, since `.data` changes leave no mark."""
         if not self.watched:
             return dict.fromkeys(self.groups)
-        first = id(args[self.watched[0]])
+        weights = self.watched_of(args)
+        first = id(weights[0])
         known = self.weights.get(first)
-        if known is not None and not anew and known.are_same(self.watched, args):
+        if known is not None and not anew and known.are_same(weights):
             return known.owners
-        texts = dict(zip(self.watched, DIGESTS.of([args[i] for i in self.watched], anew), strict=True))
+        texts = dict(zip(self.watched, DIGESTS.of(weights, anew), strict=True))
         owners = {group: sys.intern(" ".join(sorted({texts[i] for i in group}))) or None for group in self.groups}
         if known is None and self.on_weights is not None:
             self.on_weights(args)
         kept = list(self.weights.items())[1 - MODELS :]
-        self.weights = {**dict(kept), first: Weights(self.watched, args, owners)}
+        self.weights = {**dict(kept), first: Weights(weights, owners)}
         return owners
 
     on_weights = None  # called with the arguments whenever other weights run this graph; the report listens
