@@ -15,12 +15,21 @@ from torch import Tensor
 from akvq_fx.kernels import cpp
 from akvq_fx.kernels.attend_cpu import buffers_refusal
 from akvq_fx.kernels.cache import check_call, keep_pivots, named
-from akvq_fx.kernels.layout import Layout
+from akvq_fx.kernels.layout import CODE_BITS, Layout
 from akvq_fx.kernels.rotate import turn_as_stored
+from akvq_fx.kernels.supports import ANY, NOT_SIMULATED, Supports
 
 LONGEST = 16  # tokens; more are a prompt, for which the reference's few large operations are right
-LARGEST_HEAD = 512
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+SUPPORTS = Supports(
+    simulate=NOT_SIMULATED,
+    body_bits=(*CODE_BITS, 16),
+    text_bits=(0, 4, 8),
+    dtype=tuple(DTYPES),
+    head_dim=range(8, 513, 8),
+    **dict.fromkeys(("group", "window", "pivots", "body_clip", "text_clip"), ANY),
+    **dict.fromkeys(("rotated", "affine", "folded", "shares_classes"), ANY),
+)
 BAD_POSITION = 1  # what the kernel answers, 0 for done
 SOURCES = ("append_cpu.cpp", "numbers_cpu.h")
 
@@ -39,12 +48,11 @@ class Append(ctypes.Structure):
 
 def refusal(x: Tensor, layout: Layout) -> str:
     """Why this kernel cannot write x to a cache of this layout; "" where it can."""
-    if layout.simulate:
-        return f"the cache is simulated: {layout.simulate}"
-    if layout.dtype not in DTYPES or x.dtype != layout.dtype:
-        return f"x is {x.dtype} and the cache {layout.dtype}, accepted: both of one of {list(DTYPES)}"
-    if layout.head_dim > LARGEST_HEAD:
-        return f"head dim {layout.head_dim}, accepted: up to {LARGEST_HEAD}"
+    reason = SUPPORTS.refusal(layout)
+    if reason:
+        return reason
+    if x.dtype != layout.dtype:
+        return f"x is {x.dtype} and the cache {layout.dtype}, accepted: one dtype"
     if x.dim() != 4 or not 0 < x.shape[2] <= LONGEST or not x.is_cpu:
         return f"x is {list(x.shape)} on {x.device}, accepted: [B, H, 1..{LONGEST}, D] on the cpu"
     return library()[1]

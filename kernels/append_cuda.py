@@ -13,12 +13,21 @@ from torch import Tensor
 
 from akvq_fx.kernels import cache_triton, nvrtc
 from akvq_fx.kernels.cache import check_fits, keep_pivots, named
-from akvq_fx.kernels.layout import Layout
+from akvq_fx.kernels.layout import CODE_BITS, Layout
 from akvq_fx.kernels.rotate import order_of
+from akvq_fx.kernels.supports import ANY, NOT_SIMULATED, Supports
 
 DTYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
-HEAD_DIM_MAX = 512  # 16 channels a lane
-GROUPS_MAX = 4  # each costs a reduction over the warp
+SUPPORTS = Supports(
+    simulate=NOT_SIMULATED,
+    body_bits=(*CODE_BITS, 16),
+    text_bits=(0, 4, 8),
+    dtype=tuple(DTYPES),
+    head_dim=range(8, 513, 8),  # 16 channels a lane
+    groups=range(1, 5),  # each costs a reduction over the warp
+    **dict.fromkeys(("group", "window", "pivots", "body_clip", "text_clip"), ANY),
+    **dict.fromkeys(("rotated", "affine", "folded", "shares_classes"), ANY),
+)
 WARPS = 4
 SHARE = 8  # tokens a warp (in pack: every four lanes of it) takes where there are many, so that it reads the affine map once
 PACKED_DIMS = (64, 128)  # of pack: four lanes hold a token, and its centre and gains, in registers
@@ -41,15 +50,14 @@ class Params(ctypes.Structure):
 
 def refusal(x: Tensor, layout: Layout) -> str:
     """Why this kernel cannot write x to a cache of this layout; "" where it can."""
-    if layout.simulate:
-        return f"the cache is simulated: {layout.simulate}"
-    if layout.dtype not in DTYPES or x.dtype != layout.dtype:
-        return f"x is {x.dtype} and the cache {layout.dtype}, accepted: both float16, bfloat16 or float32"
-    if layout.head_dim > HEAD_DIM_MAX or layout.groups > GROUPS_MAX:
-        return f"head dim {layout.head_dim} in {layout.groups} groups, accepted: up to {HEAD_DIM_MAX} in {GROUPS_MAX}"
+    reason = SUPPORTS.refusal(layout)
+    if reason:
+        return reason
+    if x.dtype != layout.dtype:
+        return f"x is {x.dtype} and the cache {layout.dtype}, accepted: one dtype"
     if x.stride(-1) != 1:
         return f"the channels of x are {x.stride(-1)} numbers apart, accepted: side by side"
-    return nvrtc.device_refusal(x.device.index)
+    return nvrtc.refusal(x.device.index, "append_cuda")
 
 
 def append(cache, x, at, classes, pivots, layout: Layout, turn: bool = False) -> None:
@@ -113,19 +121,20 @@ def launch(
         pivots = pivots.to(torch.int32).contiguous()
         params.chosen, params.chosen_count = pivots.data_ptr(), pivots.shape[1]
         parts += -(-layout.pivots // PACK_ROWS)
-    run("pack" if fast else "append", params, B * H * parts, x.device, macros(layout, form, fast))
+    launches = [("pack" if fast else "append", B * H * parts, macros(layout, form, fast))]
     if fast and layout.text_bits:
-        workers = B * H * -(-q // params.share)
-        run("append", params, workers, x.device, macros(layout, form, False, text_only=True))
+        launches.append(("append", B * H * -(-q // params.share), macros(layout, form, False, text_only=True)))
+    run(launches, params, x.device)
     if keep and not fast:
         keep_pivots(b, x, at, classes, pivots, affine, layout, turn)
 
 
-def run(name: str, params: Params, workers: int, device: torch.device, macros: tuple) -> None:
-    """Launch one kernel with a warp for each worker."""
-    kernel = nvrtc.compiled(device.index, "append_cuda", (name,), macros)[name]
+def run(launches: list[tuple[str, int, tuple]], params: Params, device: torch.device) -> None:
+    """Launch kernels, each with a warp for every worker; all are compiled before the first writes anything."""
+    kernels = [nvrtc.compiled(device.index, "append_cuda", (name,), macros)[name] for name, _, macros in launches]
     with torch.cuda.device(device):
-        nvrtc.launch(kernel, (-(-workers // WARPS), 1, 1), 32 * WARPS, params)
+        for kernel, (_, workers, _) in zip(kernels, launches, strict=True):
+            nvrtc.launch(kernel, (-(-workers // WARPS), 1, 1), 32 * WARPS, params)
 
 
 def packs(x: Tensor, layout: Layout) -> bool:

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from akvq_fx.kernels.cache import named, read
-from akvq_fx.kernels.choose import choose
+from akvq_fx.kernels.choose import answer
 from akvq_fx.kernels.layout import STATE_END, Layout
 from akvq_fx.kernels.rotate import turn_queries, turn_tokens
 from akvq_fx.kernels.simulate import squeezed
@@ -91,19 +91,21 @@ def attend(
     layouts = Layout.parse(key_layout), Layout.parse(value_layout)
     check(q, key, value, *layouts)
     call = (q, key, value, length, mask, scale, is_causal, fresh_key, fresh_value, at, *layouts)
-    kernel = choose("attend", FASTER.get(q.device.type, ()), *call)
-    itself = () if kernel is None else kernel.itself
     wanted = {"turn": turn, "restore": restore and layouts[1].rotated}
-    if turn and "turn" not in itself:
-        q = turn_query(q, key, layouts[0])
-    if kernel is not None:
-        out = kernel(q, *call[1:], **{name: True for name in itself if wanted[name]})
-    else:
-        fresh = (fresh_key, fresh_value, at) if at is not None and at.shape[0] else None
-        out = reference(q, key, value, *layouts, length, mask, scale, is_causal, fresh)
-    if wanted["restore"] and "restore" not in itself:
-        return turn_tokens(out)
-    return out if kernel is not None else out.clone(memory_format=torch.contiguous_format)
+
+    def run(kernel) -> Tensor:
+        itself = () if kernel is None else kernel.itself
+        asked = turn_query(q, key, layouts[0]) if turn and "turn" not in itself else q
+        if kernel is not None:
+            out = kernel(asked, *call[1:], **{name: True for name in itself if wanted[name]})
+        else:
+            fresh = (fresh_key, fresh_value, at) if at is not None and at.shape[0] else None
+            out = reference(asked, key, value, *layouts, length, mask, scale, is_causal, fresh)
+        if wanted["restore"] and "restore" not in itself:
+            return turn_tokens(out)
+        return out if kernel is not None else out.clone(memory_format=torch.contiguous_format)
+
+    return answer(run, "attend", FASTER.get(q.device.type, ()), *call)
 
 
 def turn_query(q: Tensor, key: list[Tensor], layout: Layout) -> Tensor:

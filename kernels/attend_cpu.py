@@ -17,12 +17,22 @@ import torch
 from torch import Tensor
 
 from akvq_fx.kernels import cpp
-from akvq_fx.kernels.layout import CODES, STATE_END, Layout
+from akvq_fx.kernels.layout import CODE_BITS, CODES, STATE_END, Layout
+from akvq_fx.kernels.supports import ANY, NOT_SIMULATED, Supports
 
 LONGEST_QUERY = 16  # tokens; for more the reference is right: it reads the cache once for all of them
-LARGEST_HEAD = 256
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 MASK_DTYPES = DTYPES | {torch.bool: 3}
+SUPPORTS = Supports(
+    simulate=NOT_SIMULATED,
+    body_bits=CODE_BITS,
+    text_bits=(0, 4, 8),
+    dtype=tuple(DTYPES),
+    head_dim=range(8, 257, 8),
+    **dict.fromkeys(("group", "window", "pivots"), ANY),
+    **dict.fromkeys(("body_clip", "text_clip"), ANY),  # of who writes
+    **dict.fromkeys(("rotated", "affine", "folded", "shares_classes"), ANY),
+)
 OUT_OF_MEMORY, BAD_POSITION = 1, 2  # what the kernel answers, 0 for done
 SOURCES = ("attend_cpu.cpp", "attend_cpu.h", "numbers_cpu.h")
 
@@ -139,7 +149,7 @@ def refusal(
     ):  # tokens would have to be rounded to the cache's dtype first
         return f"q is {q.dtype} over {key_layout.dtype} keys and {value_layout.dtype} values, accepted: one dtype"
     for name, cache, layout in (("key", key, key_layout), ("value", value, value_layout)):
-        reason = layout_refusal(layout) or buffers_refusal(cache, layout, B, heads)
+        reason = SUPPORTS.refusal(layout) or buffers_refusal(cache, layout, B, heads)
         if reason:
             return f"{name} cache: {reason}"
     reason = fresh_refusal(q, fresh_key, fresh_value, at, heads, value_layout.head_dim)
@@ -150,17 +160,6 @@ def refusal(
     if tokens > min(key[CODES].shape[2], value[CODES].shape[2]) or tokens < 0:
         return f"length is {tokens}, accepted: 0 to the capacity {min(key[CODES].shape[2], value[CODES].shape[2])}"
     return ("" if mask is None else mask_refusal(q, mask, tokens, is_causal)) or library()[1]
-
-
-@functools.cache
-def layout_refusal(layout: Layout) -> str:
-    if layout.lossless:
-        return "it is lossless, accepted: 2, 4 or 8 bits"
-    if layout.simulate:
-        return f"it is simulated, {layout.simulate}, accepted: 2, 4 or 8 bits"
-    if layout.head_dim > LARGEST_HEAD:
-        return f"its head dim is {layout.head_dim}, accepted: up to {LARGEST_HEAD}"
-    return ""
 
 
 def buffers_refusal(cache: list[Tensor], layout: Layout, batch: int, heads: int) -> str:

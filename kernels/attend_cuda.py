@@ -19,11 +19,22 @@ from akvq_fx.kernels import nvrtc
 from akvq_fx.kernels.cache import named
 from akvq_fx.kernels.layout import CODES, Layout
 from akvq_fx.kernels.rotate import order_of
+from akvq_fx.kernels.supports import ANY, NOT_SIMULATED, Supports
 
-HEAD_DIM_MAX = 256
-GROUPS = (1, 2, 4)  # a pair of codes of one word must share a group
-PIVOTS_MAX = 32  # one lane holds one position
-TEXT_BITS = (0, 4)  # of the text overlay; 0: there is none
+SUPPORTS = Supports(
+    simulate=NOT_SIMULATED,
+    body_bits=(2,),
+    text_bits=(0, 4),
+    dtype=(torch.float16, torch.bfloat16),
+    head_dim=range(16, 257, 16),
+    groups=(1, 2, 4),  # a pair of codes of one word must share a group
+    group=ANY,
+    window=ANY,
+    pivots=range(33),  # one lane holds one position
+    **dict.fromkeys(("body_clip", "text_clip"), ANY),  # of who writes
+    **dict.fromkeys(("rotated", "affine", "folded", "shares_classes"), ANY),
+)
+ALIKE = ("head_dim", "dtype", "window", "pivots", "groups")  # of keys and values
 LOG2_E = math.log2(math.e)
 ROWS_MAX = 64  # query rows per KV head; with more, re-reading the codes per 16 rows costs more than it saves
 WARPS = 4
@@ -62,24 +73,11 @@ class _Params(ctypes.Structure):
 
 def refusal(q, key, value, length, mask, scale, is_causal, fresh_key, fresh_value, at, key_layout, value_layout) -> str:
     """Why this path does not take the call of kernels.attend.attend; "" where it does."""
-    k, v = key_layout, value_layout
-    if k.simulate or v.simulate:
-        return f"the cache is simulated: {k.simulate} {v.simulate}"
-    alike = ("head_dim", "dtype", "body_bits", "window", "pivots", "groups")
-    different = [name for name in alike if getattr(k, name) != getattr(v, name)]
-    if different:
-        return f"keys and values differ in {', '.join(different)}"
-    if k.body_bits != 2 or k.text_bits not in TEXT_BITS or v.text_bits not in (0, k.text_bits):
-        return (
-            f"the body has {k.body_bits} bits, the text overlay of keys {k.text_bits} and of values {v.text_bits}, accepted: 2, "
-            f"one of {TEXT_BITS}, and as the keys or 0"
-        )
-    if k.dtype != q.dtype or k.dtype not in (torch.float16, torch.bfloat16):
-        return f"queries are {q.dtype} and the cache {k.dtype}, accepted: both float16 or both bfloat16"
-    if k.head_dim % 16 or k.head_dim > HEAD_DIM_MAX or k.groups not in GROUPS:
-        return f"head dim {k.head_dim} in {k.groups} groups, accepted: a multiple of 16 up to {HEAD_DIM_MAX} in {GROUPS} groups"
-    if k.pivots > PIVOTS_MAX:
-        return f"{k.pivots} pivots, accepted: up to {PIVOTS_MAX}"
+    reason = layouts_refusal(key_layout, value_layout)
+    if reason:
+        return reason
+    if key_layout.dtype != q.dtype:
+        return f"queries are {q.dtype} and the cache {key_layout.dtype}, accepted: both float16 or both bfloat16"
     if is_causal:
         return "is_causal: a decode step's queries see the whole cache"
     rows = q.shape[1] // key[CODES].shape[1] * q.shape[2]
@@ -93,7 +91,20 @@ def refusal(q, key, value, length, mask, scale, is_causal, fresh_key, fresh_valu
         return f"a capacity of {key[CODES].shape[2]} tokens, accepted: from {16 * DEPTH}"
     if not all(b.is_contiguous() for b in (*key, *value)):
         return "a buffer is not contiguous"
-    return nvrtc.device_refusal(q.device.index)
+    return nvrtc.refusal(q.device.index, "attend_cuda")
+
+
+@functools.cache
+def layouts_refusal(k: Layout, v: Layout) -> str:
+    reason = SUPPORTS.pair_refusal(k, v)
+    if reason:
+        return reason
+    different = [name for name in ALIKE if getattr(k, name) != getattr(v, name)]
+    if different:
+        return f"keys and values differ in {', '.join(different)}"
+    if v.text_bits not in (0, k.text_bits):
+        return f"text_bits of values is {v.text_bits} and of keys {k.text_bits}, accepted: as the keys or 0"
+    return ""
 
 
 def attend(

@@ -21,10 +21,20 @@ from torch import Tensor
 
 from akvq_fx.kernels.attend_tiles_triton import BOOL_MASK, FLOAT_MASK, NO_MASK, attend_tiles, combine
 from akvq_fx.kernels.cache import named
-from akvq_fx.kernels.layout import Layout
+from akvq_fx.kernels.layout import CODE_BITS, Layout
+from akvq_fx.kernels.supports import ANY, NOT_SIMULATED, Supports
 
 TL_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
-MAX_HEAD_DIM = 256  # a program keeps rows of queries and of the output in registers
+SUPPORTS = Supports(
+    simulate=NOT_SIMULATED,
+    body_bits=CODE_BITS,  # a 16-bit body has nothing to unpack
+    text_bits=(0, 4, 8),
+    dtype=tuple(TL_DTYPES),
+    head_dim=range(8, 257, 8),  # a program keeps rows of queries and of the output in registers
+    **dict.fromkeys(("group", "window", "pivots"), ANY),
+    **dict.fromkeys(("body_clip", "text_clip"), ANY),  # of who writes
+    **dict.fromkeys(("rotated", "affine", "folded", "shares_classes"), ANY),
+)
 SPLIT_TOKENS = 256  # fewer tokens than this are not worth a program of their own
 MAX_SPLITS = 64  # combine holds one row of every split in registers
 PROGRAMS_A_PROCESSOR = 2  # resident together, so that one unpacks while the other waits for memory
@@ -33,23 +43,25 @@ ANY_COLUMNS = 2**31 - 1
 
 def refusal(q, key, value, length, mask, scale, is_causal, fresh_key, fresh_value, at, key_layout, value_layout) -> str:
     """Why this kernel cannot take the call of kernels.attend.attend; "" where it can."""
-    layouts = (key_layout, value_layout)
-    overlays = [(t.body_bits, t.window, t.pivots) for t in layouts]
-    if any(t.simulate for t in layouts):
-        return f"layouts {key_layout} and {value_layout}: the cache is simulated, accepted: 2, 4 or 8 bits"
-    if any(t.lossless for t in layouts):
-        return f"layouts {key_layout} and {value_layout}: a 16-bit body has nothing to unpack, accepted: 2, 4 or 8 bits"
-    if overlays[0] != overlays[1]:
-        return f"layouts {key_layout} and {value_layout}, accepted: equal body bits, window and pivots"
-    if value_layout.text_bits not in (0, key_layout.text_bits):
-        return f"layouts {key_layout} and {value_layout}, accepted: values with the text bits of the keys, or without text overlay"
-    if q.dtype not in TL_DTYPES or any(t.dtype not in TL_DTYPES for t in layouts):
-        given = [q.dtype, *(t.dtype for t in layouts)]
-        return f"queries, keys and values are {given}, accepted: {named_dtypes()}"
-    if max(t.head_dim for t in layouts) > MAX_HEAD_DIM:
-        return f"head dims are {[t.head_dim for t in layouts]}, accepted: up to {MAX_HEAD_DIM}"
+    reason = layouts_refusal(key_layout, value_layout)
+    if reason:
+        return reason
+    if q.dtype not in TL_DTYPES:
+        return f"queries are {q.dtype}, accepted: {named_dtypes()}"
     if mask is not None and mask.dtype != torch.bool and mask.dtype not in TL_DTYPES:
         return f"the mask is {mask.dtype}, accepted: torch.bool, {named_dtypes()}"
+    return ""
+
+
+@functools.cache
+def layouts_refusal(k: Layout, v: Layout) -> str:
+    reason = SUPPORTS.pair_refusal(k, v)
+    if reason:
+        return reason
+    if (k.body_bits, k.window, k.pivots) != (v.body_bits, v.window, v.pivots):
+        return f"layouts {k} and {v}, accepted: equal body bits, window and pivots"
+    if v.text_bits not in (0, k.text_bits):
+        return f"layouts {k} and {v}, accepted: values with the text bits of the keys, or without text overlay"
     return ""
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from akvq_fx.kernels import quantizer
-from akvq_fx.kernels.choose import choose
+from akvq_fx.kernels.choose import answer
 from akvq_fx.kernels.in_place import in_place
 from akvq_fx.kernels.layout import (
     PADDING,
@@ -226,11 +226,14 @@ def pack(
 ) -> list[Tensor]:
     """x [B, H, q, D] -> new buffers of `capacity` tokens; pivots [B, P] int32 index the q tokens, -1 for none."""
     parsed = Layout.parse(layout)
-    kernel = choose("pack", FASTER.get(x.device.type, ()), x, parsed)
-    if kernel is not None:
-        return kernel(x, at, classes, pivots, affine, capacity, parsed, turn)
-    x = turn_as_stored(x, affine, parsed.rotated) if turn else x
-    return create(x, at, classes, pivots, affine, capacity, parsed)
+
+    def run(kernel) -> list[Tensor]:
+        if kernel is not None:
+            return kernel(x, at, classes, pivots, affine, capacity, parsed, turn)
+        stored = turn_as_stored(x, affine, parsed.rotated) if turn else x
+        return create(stored, at, classes, pivots, affine, capacity, parsed)
+
+    return answer(run, "pack", FASTER.get(x.device.type, ()), x, parsed)
 
 
 @pack.register_fake
@@ -257,12 +260,15 @@ def append(
     pivots [B, P] int32 index the q tokens; they count only where the tokens start the cache (a static cache used again).
     """
     parsed = Layout.parse(layout)
-    kernel = choose("append", FASTER_APPEND.get(x.device.type, ()), x, parsed)
-    if kernel is not None:
-        kernel(cache, x, at, classes, pivots, parsed, turn)
-        return
-    x = turn_as_stored(x, named(cache, parsed).get("affine"), parsed.rotated) if turn else x
-    write(cache, x, at, classes, pivots, parsed)
+
+    def run(kernel) -> None:
+        if kernel is not None:
+            kernel(cache, x, at, classes, pivots, parsed, turn)
+            return
+        stored = turn_as_stored(x, named(cache, parsed).get("affine"), parsed.rotated) if turn else x
+        write(cache, stored, at, classes, pivots, parsed)
+
+    answer(run, "append", FASTER_APPEND.get(x.device.type, ()), x, parsed)
 
 
 @torch.library.register_fake("akvq::append")

@@ -22,9 +22,19 @@ from torch import Tensor
 
 from akvq_fx.kernels import quantizer, rotate_triton
 from akvq_fx.kernels.cache import check_fits, keep_pivots, named
-from akvq_fx.kernels.layout import DTYPE_NAMES, STATE_END, STATE_RING, STATE_TEXT, TEXT, Layout
+from akvq_fx.kernels.layout import CODE_BITS, STATE_END, STATE_RING, STATE_TEXT, TEXT, Layout
 from akvq_fx.kernels.rotate_triton import KEYS, affine_rows, head_rows, turned
+from akvq_fx.kernels.supports import ANY, NOT_SIMULATED, Supports
 
+SUPPORTS = Supports(
+    simulate=NOT_SIMULATED,
+    body_bits=(*CODE_BITS, 16),
+    text_bits=(0, 4, 8),
+    dtype=rotate_triton.DTYPES,
+    head_dim=range(8, rotate_triton.MAX_DIM + 1, 8),
+    **dict.fromkeys(("group", "window", "pivots", "body_clip", "text_clip"), ANY),
+    **dict.fromkeys(("rotated", "affine", "folded", "shares_classes"), ANY),
+)
 SCALE_FLOOR = tl.constexpr(quantizer.SCALE_FLOOR)
 FP16_MAX = tl.constexpr(quantizer.FP16_MAX)
 ROUND = tl.constexpr(1.5 * 2**23)  # x + ROUND - ROUND rounds half to even where |x| < 2**22
@@ -34,11 +44,7 @@ END, RING, SHIFT = tl.constexpr(STATE_END), tl.constexpr(STATE_RING), tl.constex
 
 def refusal(x: Tensor, layout: Layout) -> str:
     """Why the kernel cannot write x to a cache of this layout; "" where it can."""
-    if layout.simulate:
-        return f"the cache is simulated: {layout.simulate}"
-    if layout.dtype not in rotate_triton.DTYPES:
-        return f"the cache is {DTYPE_NAMES[layout.dtype]}, accepted: f16, bf16, f32"
-    return rotate_triton.refusal(x)
+    return SUPPORTS.refusal(layout) or rotate_triton.refusal(x)
 
 
 @triton.jit

@@ -14,15 +14,27 @@ from collections.abc import Callable
 log = logging.getLogger(__name__)
 
 
+class Unavailable(Exception):
+    """A kernel turned out not to run here. It has written nothing, and its refusal gives the reason from now on."""
+
+
 def choose(op: str, names: tuple[str, ...], *about) -> Callable | None:
     """The op's function in the first of these modules whose refusal(*about) is empty; None where the reference is left."""
+    return answer(lambda kernel: kernel, op, names, *about)
+
+
+def answer(run: Callable, op: str, names: tuple[str, ...], *about):
+    """run(kernel), with what choose gives, or with the next in line where that one raises Unavailable."""
     for name in names:
         module = _module(name)
         reason = module if isinstance(module, str) else module.refusal(*about)
         if not reason:
-            return getattr(module, op)
+            try:
+                return run(getattr(module, op))
+            except Unavailable as error:
+                reason = str(error)
         _say(op, name, reason)
-    return None
+    return run(None)
 
 
 @functools.cache

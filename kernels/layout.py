@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import zlib
 
 import torch
 from torch import Tensor
@@ -87,6 +88,14 @@ class Layout:
                 refuse("simulate", self.simulate, "none unless body_bits is 16 and nothing is rotated or affine")
             if self.shares_classes:
                 refuse("shares_classes", True, "False when simulate is given: what is read depends on the classes")
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @functools.cached_property
+    def _hash(self) -> int:
+        """Kept, as every call of an op looks up several things by layout; the same in every process, since pickles keep it too."""
+        return zlib.crc32(str(self).encode())
 
     @property
     def plain(self) -> bool:

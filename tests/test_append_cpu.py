@@ -165,11 +165,15 @@ def test_refuses_with_a_reason():
     layout = LAYOUTS["2bit"]
     x = randn(1, 1, 1, 16)
     for token, where, reason in (
-        (x.double(), layout, "x is torch.float64 and the cache torch.float32, accepted: both"),
-        (x.double(), Layout(16, torch.float64, body_bits=2), "accepted: both of one of"),
-        (randn(1, 1, 1, 520), Layout(520, f32, body_bits=2), "head dim 520, accepted: up to 512"),
+        (x.double(), layout, "x is torch.float64 and the cache torch.float32, accepted: one dtype"),
+        (
+            x.double(),
+            Layout(16, torch.float64, body_bits=2),
+            "dtype is torch.float64, accepted: torch.float32, torch.bfloat16 or torch.float16",
+        ),
+        (randn(1, 1, 1, 520), Layout(520, f32, body_bits=2), "head_dim is 520, accepted: 8 to 512"),
         (randn(1, 1, 17, 16), layout, r"x is [1, 1, 17, 16] on cpu, accepted: [B, H, 1..16, D] on the cpu"),
-        (x, Layout(16, f32, simulate="fp8()"), "the cache is simulated: fp8()"),
+        (x, Layout(16, f32, simulate="fp8()"), "simulate is fp8(), accepted: none"),
     ):
         assert reason in append_cpu.refusal(token, where)
 

@@ -18,9 +18,13 @@ def test_the_structs_here_and_there_have_the_same_members():
     "x, layout, reason",
     [
         (torch.zeros(1, 1, 1, 16), Layout(16, bf16, body_bits=2), "x is torch.float32 and the cache torch.bfloat16"),
-        (torch.zeros(1, 1, 1, 16).double(), Layout(16, torch.float64), "accepted: both float16, bfloat16 or float32"),
-        (torch.zeros(1, 1, 1, 520), Layout(520, torch.float32), "head dim 520 in 1 groups, accepted: up to 512 in 4"),
-        (torch.zeros(1, 1, 1, 64), Layout(64, torch.float32, group=8), "head dim 64 in 8 groups"),
+        (
+            torch.zeros(1, 1, 1, 16).double(),
+            Layout(16, torch.float64),
+            "dtype is torch.float64, accepted: torch.float16, torch.bfloat16 or torch.float32",
+        ),
+        (torch.zeros(1, 1, 1, 520), Layout(520, torch.float32), "head_dim is 520, accepted: 8 to 512 in steps of 8"),
+        (torch.zeros(1, 1, 1, 64), Layout(64, torch.float32, group=8), "groups is 8, accepted: 1 to 4"),
         (torch.zeros(1, 1, 16, 2).mT, Layout(16, torch.float32), "the channels of x are 2 numbers apart"),
     ],
     ids=str,
@@ -44,7 +48,7 @@ def test_a_layout_is_compiled_with_its_own_numbers():
 def test_what_only_the_triton_kernel_refuses_is_written_by_this_one():
     layout, launched = Layout(512, torch.float32, body_bits=2), []
     x, at = torch.zeros(1, 1, 1, 512), torch.tensor([0])
-    assert "head dim is 512" in cache_triton.refusal(x, layout)
+    assert "head_dim is 512" in cache_triton.refusal(x, layout)
     cache_triton.append(layout.allocate(1, 1, 4), x, at, None, None, layout, run=lambda *call: launched.append(call))
     assert len(launched) == 1
 

@@ -33,6 +33,7 @@ from tests.kernel_cases import (
     seeds,
 )
 
+attend_module = importlib.import_module("akvq_fx.kernels.attend")  # its name in the package may be the op's
 every_layout = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 TEXT_BF16, PLAIN_F16 = LAYOUTS["2bit-text4-bf16"], LAYOUTS["2bit-f16-rotated"]
 
@@ -157,7 +158,7 @@ def restored_calls(draw):
 @given(restored_calls())
 @few
 def test_restore_turns_the_output_back(faster, args):
-    with mock.patch.object(importlib.import_module("akvq_fx.kernels.attend"), "FASTER", faster):
+    with mock.patch.object(attend_module, "FASTER", faster):
         stored, out = (attend(*args[:10], *map(str, args[10:]), False, restore) for restore in (False, True))
     assert (out.dtype, out.is_contiguous()) == (stored.dtype, True)
     assert_close("out", stored.double() @ matrix(stored.shape[-1]), out)
@@ -182,7 +183,7 @@ def test_what_a_kernel_does_not_do_itself_is_done_around_it(itself):
 
     kernel.itself, layout = itself, LAYOUTS["2bit-f16-rotated"]
     cache, q = case_of(layout).pack(), randn(2, 2, 1, 24, dtype=f16)
-    with mock.patch.object(importlib.import_module("akvq_fx.kernels.attend"), "choose", lambda *_: kernel):
+    with mock.patch.object(attend_module, "answer", lambda run, *_: run(kernel)):
         out = attend(q, cache, cache, 11, None, None, False, None, None, None, *[str(layout)] * 2, True, True)
     asked_q = q if "turn" in itself else hadamard(q)
     assert_same("queries", asked_q, asked.pop("q"))

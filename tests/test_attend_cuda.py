@@ -60,20 +60,20 @@ def refusal(q=None, layout=None, values=None, mask=None, is_causal=False, capaci
 @pytest.mark.parametrize(
     "given, reason",
     [
-        ({"layout": Layout(64, bf16, body_bits=4)}, "the body has 4 bits, the text overlay of keys 0 and of values 0"),
+        ({"layout": Layout(64, bf16, body_bits=4)}, "keys: body_bits is 4, accepted: 2"),
         (
             {"layout": Layout(64, bf16, body_bits=2, text_bits=8)},
-            "of keys 8 and of values 8, accepted: 2, one of (0, 4)",
+            "keys: text_bits is 8, accepted: 0 or 4",
         ),
         (
             {"layout": Layout(64, bf16, body_bits=2), "values": Layout(64, bf16, body_bits=2, text_bits=4)},
-            "of keys 0 and of values 4, accepted: 2, one of (0, 4), and as the keys or 0",
+            "text_bits of values is 4 and of keys 0, accepted: as the keys or 0",
         ),
-        ({"layout": Layout(64, torch.float32, body_bits=2)}, "accepted: both float16 or both bfloat16"),
+        ({"layout": Layout(64, torch.float32, body_bits=2)}, "dtype is torch.float32, accepted: torch.float16 or"),
         ({"q": torch.zeros(1, 4, 1, 64, dtype=f16)}, "queries are torch.float16 and the cache torch.bfloat16"),
-        ({"layout": Layout(72, bf16, body_bits=2)}, "head dim 72 in 1 groups, accepted: a multiple of 16"),
-        ({"layout": Layout(64, bf16, body_bits=2, group=8)}, "head dim 64 in 8 groups"),
-        ({"layout": Layout(64, bf16, body_bits=2, pivots=33)}, "33 pivots, accepted: up to 32"),
+        ({"layout": Layout(72, bf16, body_bits=2)}, "head_dim is 72, accepted: 16 to 256 in steps of 16"),
+        ({"layout": Layout(64, bf16, body_bits=2, group=8)}, "groups is 8, accepted: 1, 2 or 4"),
+        ({"layout": Layout(64, bf16, body_bits=2, pivots=33)}, "pivots is 33, accepted: 0 to 32"),
         ({"values": Layout(64, bf16, body_bits=2, window=4)}, "keys and values differ in window, pivots"),
         ({"is_causal": True}, "is_causal"),
         ({"q": torch.zeros(1, 4, 40, 64, dtype=bf16)}, "80 query rows per KV head, accepted: up to 64"),

@@ -415,7 +415,13 @@ def test_splits_fill_the_processors(programs, bound, splits):
 
 
 REFUSALS = {
-    "lossless": (LAYOUTS["lossless-f16"], LAYOUTS["lossless-f16"], f16, None, "a 16-bit body has nothing to unpack"),
+    "lossless": (
+        LAYOUTS["lossless-f16"],
+        LAYOUTS["lossless-f16"],
+        f16,
+        None,
+        "keys: body_bits is 16, accepted: 2, 4 or 8",
+    ),
     "overlays": (GROUPED, dataclasses.replace(GROUPED, window=4), f32, None, "accepted: equal body bits, window"),
     "body": (GROUPED, dataclasses.replace(GROUPED, body_bits=4), f32, None, "accepted: equal body bits, window"),
     "text": (NO_TEXT, ALL_OVERLAYS, f32, None, "accepted: values with the text bits of the keys, or without"),
@@ -424,10 +430,10 @@ REFUSALS = {
         GROUPED,
         torch.float64,
         None,
-        r"are \[torch.float64, .*accepted: torch.float32, torch.float16",
+        "queries are torch.float64, accepted: torch.float32, torch.float16",
     ),
-    "cache": (*(Layout(16, torch.float64, body_bits=2),) * 2, f32, None, r"are \[torch.float32, torch.float64"),
-    "head_dim": (*(Layout(264, f32, body_bits=2),) * 2, f32, None, r"head dims are \[264, 264\], accepted: up to 256"),
+    "cache": (*(Layout(16, torch.float64, body_bits=2),) * 2, f32, None, "keys: dtype is torch.float64"),
+    "head_dim": (*(Layout(264, f32, body_bits=2),) * 2, f32, None, "head_dim is 264, accepted: 8 to 256"),
     "mask": (GROUPED, GROUPED, f32, torch.int64, "the mask is torch.int64, accepted: torch.bool, torch.float32"),
 }
 

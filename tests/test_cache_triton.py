@@ -295,7 +295,7 @@ def test_takes_any_strides(make, turn):
 def test_refuses_what_it_cannot_write():
     assert cache_triton.refusal(randn(1, 1, 1, 16), LAYOUTS["2bit"]) == ""
     double, long = Layout(16, torch.float64), Layout(264, f32)
-    for layout, reason in ((double, "the cache is f64"), (long, "the head dim is 264")):
+    for layout, reason in ((double, "dtype is torch.float64"), (long, "head_dim is 264")):
         x = randn(1, 1, 1, layout.head_dim)
         assert reason in cache_triton.refusal(x, layout)
         with pytest.raises(ValueError, match=f"akvq::append: {reason}"):

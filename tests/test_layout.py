@@ -1,6 +1,10 @@
 """Layout and bit packing: text and words give back what went in, and nothing else is accepted."""
 
 import dataclasses
+import pickle
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +14,7 @@ from hypothesis import strategies as st
 from akvq_fx.kernels.layout import DTYPES, PADDING, Layout, pack_bits, unpack_bits
 from tests.kernel_cases import LAYOUTS, assert_same, few, layouts, seeds
 
+ROOT = Path(__file__).parent.parent
 clips = st.floats(0, 1, exclude_min=True, allow_subnormal=False)
 
 
@@ -42,6 +47,15 @@ def test_parse_inverts_str(layout, body_clip, text_clip, group):
     layout = dataclasses.replace(layout, body_clip=body_clip, text_clip=text_clip, group=group)
     assert Layout.parse(str(layout)) == layout
     assert hash(Layout.parse(str(layout))) == hash(layout)
+
+
+def test_a_layout_from_another_process_is_found_among_ours():
+    """A pickle keeps the hash, so it must not be one that Python salts."""
+    code = "import pickle, sys; from akvq_fx.kernels.layout import Layout; x = Layout.parse(sys.argv[1]); hash(x); "
+    code += "sys.stdout.buffer.write(pickle.dumps(x))"
+    layout = LAYOUTS["4bit-affine"]
+    pickled = subprocess.run([sys.executable, "-c", code, str(layout)], capture_output=True, check=True, cwd=ROOT).stdout
+    assert pickle.loads(pickled) in {layout}
 
 
 def test_different_layouts_have_different_texts():
