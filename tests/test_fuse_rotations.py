@@ -70,7 +70,7 @@ def attended(layout: Layout, others: int = 0, flags: tuple = (), times: int = 1)
     for _ in range(times):
         out = graph.call_function(akvq.hadamard.default, (out,))
     graph.output((out, *[stored] * others))
-    return GraphState(torch.fx.GraphModule(torch.nn.Module(), graph), AKVQConfig(), {}, None)
+    return GraphState(torch.fx.GraphModule(torch.nn.Module(), graph), AKVQConfig(), {})
 
 
 @pytest.mark.parametrize(
@@ -104,7 +104,7 @@ def appended(layout: Layout, rotation, own_map: bool = True) -> GraphState:
     x = graph.call_function(rotation, (x, affine) if rotation is akvq.rotate_keys.default else (x,))
     graph.call_function(akvq.append.default, (buffers, x, at, None, None, str(layout)))
     graph.output((graph.call_function(operator.add, (at, 1)),))
-    return GraphState(torch.fx.GraphModule(torch.nn.Module(), graph), AKVQConfig(), {}, None)
+    return GraphState(torch.fx.GraphModule(torch.nn.Module(), graph), AKVQConfig(), {})
 
 
 @pytest.mark.parametrize(
