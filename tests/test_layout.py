@@ -54,7 +54,9 @@ def test_a_layout_from_another_process_is_found_among_ours():
     code = "import pickle, sys; from akvq_fx.kernels.layout import Layout; x = Layout.parse(sys.argv[1]); hash(x); "
     code += "sys.stdout.buffer.write(pickle.dumps(x))"
     layout = LAYOUTS["4bit-affine"]
-    pickled = subprocess.run([sys.executable, "-c", code, str(layout)], capture_output=True, check=True, cwd=ROOT).stdout
+    pickled = subprocess.run(
+        [sys.executable, "-c", code, str(layout)], capture_output=True, check=True, cwd=ROOT
+    ).stdout
     assert pickle.loads(pickled) in {layout}
 
 
