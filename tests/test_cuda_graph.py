@@ -7,6 +7,7 @@ import weakref
 import pytest
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 
 import akvq_fx
 from akvq_fx import PackedKV, cuda_graph
@@ -310,6 +311,37 @@ def test_generate_replays_one_graph_a_capacity_step(recorder, cache, bits):
         assert counts.captured <= sets and counts.ran <= sets and counts.captured + counts.replayed >= 23
         assert counts.replayed + counts.ran == 23 * generation
     assert "CUDA graphs captured" in str(akvq_fx.report(model))
+
+
+MASKS = {
+    "padding": lambda seen: seen[:, 0, 0].long(),
+    "bool": lambda seen: seen,
+    "float": lambda seen: torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min),
+    "one row": lambda seen: seen[:1],
+}
+
+
+@pytest.mark.parametrize("kind", MASKS)
+def test_a_prompt_without_a_mask_and_steps_with_one(recorder, kind):
+    """The first step's mask tells dynamo the cache's length as a number: its graph is of that length, and the next is of all."""
+    (plain, inputs), (model, _) = ZOO["llama"](), ZOO["llama"]()
+    model.compile(backend="akvq", options={**SMALL, "body_bits": 16})
+
+    @torch.no_grad()
+    def steps(model):
+        cache, token = DynamicCache(), inputs["input_ids"][:, :1]
+        found = [model(inputs["input_ids"], past_key_values=cache, use_cache=True).logits]
+        for _ in range(5):
+            seen = torch.ones(token.shape[0], 1, 1, cache.get_seq_length() + 1, dtype=torch.bool)
+            seen[..., 2] = False
+            out = model(token, past_key_values=cache, use_cache=True, attention_mask=MASKS[kind](seen))
+            found.append(out.logits)
+        return found
+
+    for expected, got in zip(steps(plain), steps(model), strict=True):
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
+    assert not any(c.reason for c in captures(model))
+    assert captures(model)[-1].captured and captures(model)[-1].replayed
 
 
 @pytest.mark.parametrize("cache", ["growing", "static"])

@@ -77,6 +77,7 @@ def assert_body_stands_still(state) -> None:
 
 GROWING = (Attention, mixed(models.FloatMask, models.Direct), mixed(models.EnableGqa, models.PerHeadMask, models.Mqa))
 STATIC = (models.StaticIndexCopy, models.StaticSetItem)
+RANKS = (models.QueryMask, models.FloatQueryMask, models.HeadQueryMask, models.TokenMask)
 
 
 def assert_split(seen) -> None:
@@ -93,6 +94,14 @@ def assert_split(seen) -> None:
 @pytest.mark.parametrize("spelling", GROWING + STATIC, ids=name)
 def test_same_numbers_as_the_whole_graph(spelling):
     seen, plain = both_modes(lambda: Decoder(spelling), prompt=6, steps=4, pad=2)
+    assert_same(seen, plain)
+    assert_split(seen)
+
+
+@pytest.mark.parametrize("spelling", RANKS, ids=name)
+def test_masks_of_every_rank_are_filled_up(spelling):
+    """Columns past the cached tokens are added wherever the last axis is."""
+    seen, plain = both_modes(lambda: Decoder(spelling), prompt=6, steps=3)
     assert_same(seen, plain)
     assert_split(seen)
 

@@ -30,8 +30,10 @@ def values_of(graph: Graph, fake_mode) -> dict[Node, object]:
 def is_safe(node: Node, values: dict) -> bool:
     """A call that can be run on fakes: an op or arithmetic on numbers, nothing that enters a mode or leaves one."""
     inputs = [values[i] for i in node.all_input_nodes]
-    if node.op != "call_function" or not inputs or any(i is None for i in inputs):
+    if node.op != "call_function" or any(i is None for i in inputs):
         return False
+    if not inputs:  # positions where dynamo knows the length as a number
+        return node.target is torch.arange
     if isinstance(node.target, torch._ops.OpOverload) or node.target in PLAIN:
         return True
     arithmetic = getattr(node.target, "__module__", "") in ("_operator", "math", "torch")
