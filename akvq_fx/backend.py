@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
-import importlib.metadata
 import logging
 import time
 from collections.abc import Mapping
@@ -19,7 +18,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
-from akvq_fx import compiled_generate, kernels, policy, records, vision_carry
+from akvq_fx import compiled_generate, gave_up, kernels, policy, records, torch_internals, versions, vision_carry
 from akvq_fx.config import AKVQConfig
 from akvq_fx.cuda_graph import DecodeStep, recorder_for
 from akvq_fx.passes import PIPELINE
@@ -38,7 +37,13 @@ def akvq(gm: GraphModule, example_inputs: list, *, mode: str | None = None, opti
 
     Raises ValueError for options that AKVQConfig does not accept.
     """
-    config = AKVQConfig.from_options(options, mode)
+    versions.warn_of_untried()
+    with gave_up.noticed(akvq):
+        return compile_graph(gm, example_inputs, AKVQConfig.from_options(options, mode))
+
+
+def compile_graph(gm: GraphModule, example_inputs: list, config: AKVQConfig):
+    """One graph, rewritten where it holds a cache, ready to be called."""
     state = rewrite(gm, example_inputs, config)
     record = records.add(state, example_inputs)
     program = state.program
@@ -53,13 +58,13 @@ def akvq(gm: GraphModule, example_inputs: list, *, mode: str | None = None, opti
     return runtime
 
 
+akvq.dynamo_gave_up = gave_up.tell
+gave_up.listen()
+
+
 def _register_checkout() -> None:
     """Make the name "akvq" known where no entry point does: a checkout that is imported but not installed."""
-    from torch._dynamo.backends import registry
-
-    installed = importlib.metadata.entry_points(group="torch_dynamo_backends")
-    if "akvq" not in {point.name for point in installed} and "akvq" not in registry._COMPILER_FNS:
-        registry.register_backend(akvq, name="akvq")
+    torch_internals.register("akvq", akvq)
 
 
 class Passthrough:
@@ -152,16 +157,10 @@ def compile_inner(gm: GraphModule, example_inputs: list, config: AKVQConfig, mod
     if config.inner == "eager":
         return gm
     if config.inner == "aot_eager":
-        from torch._dynamo.backends.debugging import aot_eager
-
-        return aot_eager(gm, example_inputs)
-    from torch._inductor import list_mode_options
-    from torch._inductor.compile_fx import compile_fx
-
-    patches = list_mode_options(mode) if mode else None
+        return torch_internals.aot_eager(gm, example_inputs)
     # Inductor's disk cache knows an op by its name: graphs of another version of the ops would be taken for this one's
     with torch.compiler.config.patch(cache_key_tag=f"{torch.compiler.config.cache_key_tag} akvq_fx {ops_digest()}"):
-        return compile_fx(gm, example_inputs, config_patches=patches)
+        return torch_internals.inductor(gm, example_inputs, mode)
 
 
 @functools.cache

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from akvq_fx import policy
+from akvq_fx import policy, torch_internals
 from akvq_fx.analysis import measure
 from akvq_fx.analysis.calibration import Calibration, LayerStatistics, Massive, Prompt
 from akvq_fx.analysis.watch import Seen, Watch
@@ -56,7 +56,7 @@ def calibrate(
     collector = Collector(config, queries)
     names = {id(p): name for name, p in original.named_parameters()} if is_module else {}
     watch = Watch(config, names, collector.look)
-    run = torch.compile(original._call_impl if is_module else original, backend=watch.backend)
+    run = torch_internals.apart(original._call_impl if is_module else original, watch.backend)
     with torch._dynamo.config.patch(recompile_limit=GRAPHS, accumulated_recompile_limit=GRAPHS):
         for number, prompt in enumerate(prompts):
             watch.vision = None

@@ -12,8 +12,9 @@ import functools
 import threading
 import weakref
 
-from torch._dynamo.eval_frame import OptimizedModule
+from akvq_fx import torch_internals
 
+OptimizedModule = torch_internals.optimized_module()
 _calls: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # OptimizedModule -> its compiled _call_impl
 _depth: weakref.WeakKeyDictionary = (
     weakref.WeakKeyDictionary()
@@ -25,14 +26,7 @@ def uses_akvq(module: OptimizedModule) -> bool:
     """The module was compiled with backend="akvq" (or the backend function itself)."""
     from akvq_fx.backend import akvq
 
-    fn = getattr(module.dynamo_ctx, "callback", None)
-    for link in (
-        "_torchdynamo_orig_backend",
-        "_torchdynamo_orig_callable",
-    ):  # the chain's name differs between torch versions
-        while hasattr(fn, link):
-            fn = getattr(fn, link)
-    return getattr(fn, "compiler_fn", fn) is akvq
+    return torch_internals.backend_of(module) is akvq
 
 
 @contextlib.contextmanager
@@ -41,10 +35,10 @@ def compiled_forward(module: OptimizedModule):
     original = module._orig_mod
     with _lock:
         if module not in _calls:
-            _calls[module] = module.dynamo_ctx(original._call_impl)
-        count, before = _depth.get(original, (0, original._compiled_call_impl))
+            _calls[module] = torch_internals.compiled_call(module)
+        count, before = _depth.get(original, (0, torch_internals.own_call(original)))
         _depth[original] = count + 1, before
-        original._compiled_call_impl = _calls[module]
+        torch_internals.set_own_call(original, _calls[module])
     try:
         yield
     finally:
@@ -53,7 +47,7 @@ def compiled_forward(module: OptimizedModule):
             if count > 1:
                 _depth[original] = count - 1, before
             else:
-                original._compiled_call_impl = before
+                torch_internals.set_own_call(original, before)
 
 
 class Generate:

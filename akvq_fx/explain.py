@@ -7,30 +7,43 @@ from typing import Any
 import torch
 from torch import nn
 
-from akvq_fx import records
+from akvq_fx import gave_up, records, torch_internals, which_kernel
 from akvq_fx.config import AKVQConfig
 from akvq_fx.report import Report
+
+
+class Look:
+    """A backend that plans as the real one would, for a report, and runs the graph as it is."""
+
+    def __init__(self, config: AKVQConfig):
+        self.config, self.found = config, Report()
+
+    def __call__(self, gm, example_inputs):
+        from akvq_fx.backend import rewrite
+
+        graph = records.graph_report(rewrite(gm, example_inputs, self.config))
+        self.found.graphs.append(graph)
+        return gm.forward
+
+    def dynamo_gave_up(self, event: gave_up.Event) -> None:
+        self.found.gave_up.append(event.told)
 
 
 def explain(model: nn.Module, *args: Any, akvq_options: dict | None = None, **kwargs: Any) -> Report:
     """Run model(*args, **kwargs) once, uncompiled in effect, and tell per attention site what the backend would do and why.
 
-    The model, its weights and its cache stay as they are. akvq_options: the `options` of torch.compile(backend="akvq").
+    The model, its weights, its cache and what is compiled of it stay as they are, however often this is called. akvq_options: the
+    `options` of torch.compile(backend="akvq"). What dynamo gave up on before is in the report too: compiling would not pack it.
     """
-    from akvq_fx.backend import rewrite
-
-    config = AKVQConfig.from_options(akvq_options)
-    found = Report()
-
-    def look(gm, example_inputs):
-        state = rewrite(gm, example_inputs, config)
-        found.graphs.append(records.graph_report(state))
-        return gm.forward
-
+    look = Look(AKVQConfig.from_options(akvq_options))
+    found = look.found
     original = getattr(model, "_orig_mod", model)
-    call = original._call_impl if isinstance(original, nn.Module) else original
+    is_module = isinstance(original, nn.Module)
+    gave_up.listen()
     with torch.no_grad():
-        torch.compile(call, backend=look)(*args, **kwargs)
+        torch_internals.apart(original._call_impl if is_module else original, look)(*args, **kwargs)
+    found.gave_up += [told for told in (records.of(original).gave_up if is_module else ()) if told not in found.gave_up]
+    settle(found)
     if not found.rows:
         found.hints.append(
             "no attention over a cache was seen; is the cache on (use_cache=True), and does this module hold the decoder?"
@@ -38,10 +51,17 @@ def explain(model: nn.Module, *args: Any, akvq_options: dict | None = None, **kw
     return found
 
 
+def settle(found: Report) -> None:
+    """Ask, now that nothing is being traced, which kernels answer."""
+    for graph in found.graphs:
+        graph.kernels = which_kernel.answers(graph.kernels)
+
+
 def report(model: nn.Module) -> Report:
     """What was compiled for a model so far: one row per attention site and graph, packed or why not."""
     original = getattr(model, "_orig_mod", model)
     found = records.of(original)
+    settle(found)
     if not found.graphs:
         inner = [name for name, part in original.named_modules() if name and callable(getattr(part, "generate", None))]
         found.hints.append("nothing was compiled for this model yet: call it, or its generate, after compiling it")

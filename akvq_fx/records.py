@@ -4,57 +4,81 @@ takes them along."""
 from __future__ import annotations
 
 import dataclasses
+import re
 import threading
 import weakref
+from collections.abc import Iterable
+from pathlib import Path
 
 import torch
+from torch import nn
 from torch.fx import Node
 
+from akvq_fx import gave_up, torch_internals, which_kernel
 from akvq_fx.kernels.layout import Layout
 from akvq_fx.passes.patterns.cache_write import is_packed
 from akvq_fx.passes.patterns.nodes import argument, dimension, op, outputs, shape, tensors_of_cat, value
 from akvq_fx.passes.patterns.site import Site
 from akvq_fx.passes.state import GraphState
-from akvq_fx.report import GraphReport, Report, SiteRow
+from akvq_fx.report import GaveUp, GraphReport, Report, SiteRow
 
+TORCH = str(Path(torch.__file__).parent)  # where no line of a user's stands
 LIMIT = 4096  # graphs remembered; a process that compiles more has other worries
 
 
 class Record:
-    """One compiled graph, the weights it ran with, and per row the key projections: layers and models may share a graph."""
+    """One compiled graph, the weights and modules that it ran with, and per row the key projections: layers may share a graph.
 
-    def __init__(self, report: GraphReport, key_weights: list[int | None]):
-        self.report, self.key_weights = report, key_weights
+    Where weights are moved in and out (offloading), a parameter lives for one call; the module that the function belongs to stays.
+    """
+
+    def __init__(
+        self, report: GraphReport, key_weights: list[int | None], code=None, modules: Iterable[nn.Module] = ()
+    ):
+        self.report, self.key_weights, self.code = report, key_weights, code
+        self.modules = [weakref.ref(module) for module in modules]
         self.weights: list[weakref.ref] = []
         self.keys: list[list[weakref.ref]] = [[] for _ in report.rows]
 
     def add_weights(self, args) -> None:
-        remember(self.weights, [a for a in args if isinstance(a, torch.nn.Parameter)])
+        remember(self.weights, [a for a in args if isinstance(a, nn.Parameter)])
         for refs, position in zip(self.keys, self.key_weights, strict=True):
             if position is not None:
                 remember(refs, [args[position]])
 
-    def concerns(self, ids: set[int]) -> bool:
-        return any(id(w) in ids for w in (ref() for ref in self.weights) if w is not None)
+    @property
+    def alive(self) -> bool:
+        return any(ref() is not None for ref in (*self.weights, *self.modules))
 
-    def rows(self, names: dict[int, str]) -> list[SiteRow]:
-        """The rows, one for each of the model's layers that ran them; names: id of a parameter -> its name."""
-        found = []
+    def concerns(self, parameters: set[int], modules: set[int]) -> bool:
+        """Of a model: ids of its parameters and of its modules."""
+        known = ((self.weights, parameters), (self.modules, modules))
+        return any(ref() is not None and id(ref()) in ids for refs, ids in known for ref in refs)
+
+    def rows(self, names: dict[int, str], modules: dict[int, str]) -> list[SiteRow]:
+        """The rows, one for each of the model's layers that ran them; id of a parameter, or of a module -> its name."""
+        found, prefix = [], next((modules[id(ref())] for ref in self.modules if id(ref()) in modules), "")
         for row, refs in zip(self.report.rows, self.keys, strict=True):
             labels = [names[id(ref())] for ref in refs if id(ref()) in names]
-            found += [renamed(row, label) for label in labels] or [row]
+            found += [renamed(row, label.rsplit(".", 2)[0]) for label in labels] or [inside(row, prefix)]
         return found
 
 
 def remember(refs: list[weakref.ref], weights: list) -> None:
+    refs[:] = [ref for ref in refs if ref() is not None]
     known = {id(ref()) for ref in refs}
     refs += [weakref.ref(w) for w in weights if id(w) not in known]
 
 
-def renamed(row: SiteRow, parameter: str) -> SiteRow:
-    """The row under the name of the module that owns its key projection."""
-    numbers = [int(part) for part in parameter.split(".") if part.isdigit()]
-    return dataclasses.replace(row, layer=numbers[0] if numbers else row.layer, label=parameter.rsplit(".", 2)[0])
+def renamed(row: SiteRow, label: str) -> SiteRow:
+    """The row under a module's name, and of the layer that the name counts."""
+    numbers = [int(part) for part in label.split(".") if part.isdigit()]
+    return dataclasses.replace(row, layer=numbers[0] if numbers else row.layer, label=label)
+
+
+def inside(row: SiteRow, prefix: str) -> SiteRow:
+    """The row of a graph that belongs to the module of this name."""
+    return renamed(row, row.label if row.label.startswith(prefix) else f"{prefix}.{row.label}") if prefix else row
 
 
 RECORDS: list[Record] = []
@@ -62,22 +86,54 @@ _lock = threading.Lock()
 
 
 def add(state: GraphState, example_inputs: list) -> Record:
-    keys = [state.position.get(site.weights[0]) for site in state.sites] + [None] * (
-        len(state.refused) + len(state.dequantized)
-    )
-    record = Record(graph_report(state), keys)
+    weights = [state.position.get(site.weights[0]) for site in state.sites]
+    keys = weights + [None] * (len(state.refused) + len(state.dequantized))
+    seen, report = torch_internals.compiling(), graph_report(state)
+    if seen is not None:
+        report.function, report.recompiled = seen.code.co_name, torch_internals.guard_of(seen.reason)
+    record = Record(report, keys, seen and seen.code, gave_up.modules_among(seen.locals) if seen else ())
     record.add_weights(example_inputs)
     with _lock:
-        RECORDS[:] = [r for r in RECORDS if any(ref() is not None for ref in r.weights)][-LIMIT:]
+        RECORDS[:] = [r for r in RECORDS if r.alive][-LIMIT:]
         RECORDS.append(record)
     return record
 
 
-def of(model: torch.nn.Module) -> Report:
-    """Reports of the graphs compiled for a model, oldest first."""
+def of(model: nn.Module) -> Report:
+    """Reports of the graphs compiled for a model, oldest first, and what dynamo gave up on."""
     names = {id(p): name for name, p in model.named_parameters()}
-    mine = [record for record in RECORDS if record.concerns(names.keys())]
-    return Report([GraphReport(r.report.kind, r.rows(names), r.report.passes, r.report.capture) for r in mine])
+    modules = {id(part): name for name, part in model.named_modules()}
+    mine = [record for record in RECORDS if record.concerns(names.keys(), modules.keys())]
+    codes = {id(record.code) for record in mine if record.code is not None}
+    return Report(
+        [dataclasses.replace(r.report, rows=r.rows(names, modules)) for r in mine],
+        gave_up=[told_of(event, model) for event in gave_up.EVENTS if event.concerns(modules.keys(), codes)],
+    )
+
+
+def told_of(event: gave_up.Event, model: nn.Module) -> GaveUp:
+    """What happened, and where it is one layer's function, how many of the model's layers have a graph."""
+    kind = type(next((ref() for ref in event.modules if ref() is not None), None))
+    parts = [part for part in model.modules() if type(part) is kind]
+    served = {id(ref()) for record in RECORDS if record.code is event.code for ref in record.modules}
+    compiled = sum(id(part) in served for part in parts)
+    return dataclasses.replace(
+        event.told, reached=f"{compiled} of {len(parts)} {kind.__name__}" if len(parts) > 1 else ""
+    )
+
+
+def layers_packed(code) -> int:
+    """Attention calls, told apart by the weights of their keys or by the module, whose prompt's cache graphs of this code pack."""
+    found = set()
+    for record in RECORDS:
+        if record.code is code:
+            for row, refs in zip(record.report.rows, record.keys, strict=True):
+                if row.status in ("packed", "prompt"):
+                    alive = [id(ref()) for ref in refs if ref() is not None] or [
+                        id(ref()) for ref in record.modules[:1]
+                    ]
+                    found.update((row.label, i) for i in alive)
+    return len(found)
 
 
 def graph_report(state: GraphState) -> GraphReport:
@@ -85,10 +141,28 @@ def graph_report(state: GraphState) -> GraphReport:
     kind = "decode" if decode else "prefill" if state.sites or state.refused else "no cache"
     rows = [row_of(site, state) for site in state.sites]
     for label, layer, reason, node in state.refused:
-        rows.append(SiteRow(layer, label, "16-bit", "", 0, "", "", "16", "as they are", f"{reason} [{node}]"))
+        rows.append(left_alone(layer, label, "16-bit", "16", "as they are", reason, node))
     for label, layer, reason, node in state.dequantized:
-        rows.append(SiteRow(layer, label, "dequantized", "", 0, "", "", "as packed", "as packed", f"{reason} [{node}]"))
-    return GraphReport(kind, rows, list(state.reports), state.capture)
+        rows.append(left_alone(layer, label, "dequantized", "as packed", "as packed", reason, node))
+    return GraphReport(kind, rows, list(state.reports), state.capture, kernels=which_kernel.calls_of(state))
+
+
+def left_alone(layer: int, label: str, status: str, bits: str, values: str, reason: str, node) -> SiteRow:
+    return SiteRow(layer, label, status, "", 0, "", "", bits, values, reason, str(node), source_of(node))
+
+
+def source_of(node) -> str:
+    """'file:line: code' of the user's line that made a node, or the first that uses a graph's input; "" where dynamo kept none."""
+    if not isinstance(node, Node):
+        return ""
+    for made in (node, *node.users):
+        lines = [line.strip() for line in (made.meta.get("stack_trace") or "").splitlines()]
+        places = [i for i, line in enumerate(lines) if line.startswith('File "') and TORCH not in line]
+        if places:
+            file, line = re.match(r'File "(.*)", line (\d+)', lines[places[-1]]).groups()
+            code = lines[places[-1] + 1] if places[-1] + 1 < len(lines) else ""
+            return f"{file}:{line}: {code}"
+    return ""
 
 
 def continues_a_cache(graph: torch.fx.Graph) -> bool:

@@ -41,6 +41,7 @@ class SiteRow:
     status  "packed" (attention reads codes), "prompt" (the prompt's cache is packed, attention reads its own 16-bit tokens),
             "dequantized" (packed cache, read through a temporary 16-bit copy) or "16-bit" (left alone)
     bits    bits per element of each token class
+    reason  why it was left alone, or notes; node and source: the graph's node that says so, and the line of code that made it
     """
 
     layer: int
@@ -53,6 +54,8 @@ class SiteRow:
     bits: str
     values: str
     reason: str
+    node: str = field(default="", compare=False)  # graphs of one function name their nodes each in its own way
+    source: str = field(default="", compare=False)
 
 
 @dataclass
@@ -81,6 +84,56 @@ class Capture:
         )
 
 
+@dataclass(frozen=True)
+class KernelAnswer:
+    """Which implementation answers an op of a graph on its device.
+
+    kernel       a module of akvq_fx.kernels, "" for the plain PyTorch reference
+    passed_over  faster ones that do not take the call, each with its reason
+    """
+
+    op: str
+    device: str
+    kernel: str
+    passed_over: tuple[tuple[str, str], ...] = ()
+
+    def __str__(self) -> str:
+        why = "; ".join(f"not {name}: {reason}" for name, reason in self.passed_over)
+        return f"{self.op} on {self.device}: {self.kernel or 'the reference'}{f' ({why})' if why else ''}"
+
+
+@dataclass(frozen=True)
+class GaveUp:
+    """A function that dynamo compiles no more.
+
+    function  its name, the class of the module that it was called with, and where it stands
+    option    of torch._dynamo.config, because of which: "torch._dynamo.config.recompile_limit"
+    value     of that option
+    reason    why the function was to be compiled once more
+    reached   where the function is a layer's: how many of a model's layers have a graph, "8 of 12 DecoderLayer"
+    """
+
+    function: str
+    option: str
+    value: int | bool
+    reason: str
+    reached: str = ""
+
+    def __str__(self) -> str:
+        last = f" (it was called anew because of: {self.reason})" if self.reason else ""
+        reached = f" {self.reached} have a graph." if self.reached else ""
+        if isinstance(self.value, bool):
+            return (
+                f"dynamo gave up on {self.function}: the backend failed{last}, and {self.option} is on, so it runs uncompiled, "
+                "its cache at 16 bits. Turn that option off to see the error."
+            )
+        return (
+            f"dynamo gave up on {self.function}: {self.option} = {self.value} is reached. Calls that none of its graphs fits run "
+            f"uncompiled from now on, any cache of theirs at 16 bits{last}.{reached} Raise it before the first call, e.g. {self.option} = "
+            f"{8 * self.value}; torch._dynamo.reset() starts anew."
+        )
+
+
 @dataclass
 class GraphReport:
     """One compiled graph: its rows and the pass reports behind them."""
@@ -89,8 +142,12 @@ class GraphReport:
     rows: list[SiteRow] = field(default_factory=list)
     passes: list[PassReport] = field(default_factory=list)
     capture: Capture | None = None  # None in other modes than "reduce-overhead"
+    function: str = ""  # whose graph it is
+    recompiled: str = ""  # why the function's graphs before this one did not do, "" for a first one
+    kernels: list = field(default_factory=list)  # KernelAnswer of every op; what explain and report are given
 
 
+PLACES = 3  # lines of code shown for one reason
 COLUMNS = ("layer", "graph", "status", "pattern", "head dim", "q:kv heads", "policy", "bits", "values", "why")
 
 
@@ -100,6 +157,7 @@ class Report:
 
     graphs: list[GraphReport] = field(default_factory=list)
     hints: list[str] = field(default_factory=list)
+    gave_up: list[GaveUp] = field(default_factory=list)
 
     @property
     def rows(self) -> list[tuple[GraphReport, SiteRow]]:
@@ -122,20 +180,35 @@ class Report:
         return [row for _, row in self.rows if row.status == "16-bit"]
 
     def __str__(self) -> str:
-        lines, reasons = [COLUMNS], []
+        lines, reasons = [COLUMNS], {}
         for graph, r in self.rows:
             why = ""
             if r.reason:
-                text = r.reason.split(" [")[0]
-                if text not in reasons:
-                    reasons.append(text)
-                why = f"({reasons.index(text) + 1})"
+                reasons.setdefault(r.reason, [])
+                place = " at ".join(part for part in (r.node and f"node {r.node}", r.source) if part)
+                if place and place not in reasons[r.reason]:
+                    reasons[r.reason].append(place)
+                why = f"({list(reasons).index(r.reason) + 1})"
             lines.append((str(r.layer), graph.kind, r.status, r.pattern, str(r.head_dim or ""), r.heads, r.policy, r.bits,
                           r.values, why))  # fmt: skip
         body = _table(lines) if len(lines) > 1 else "no attention over a cache was compiled"
-        footnotes = [f"({i}) {text}" for i, text in enumerate(reasons, 1)]
+        footnotes = []
+        for i, (text, places) in enumerate(reasons.items(), 1):
+            footnotes += [f"({i}) {text}", *(f"    {place}" for place in places[:PLACES])]
+            footnotes += [f"    and {len(places) - PLACES} more"] if len(places) > PLACES else []
+        kernels = dict.fromkeys(f"{graph.kind}: {answer}" for graph in self.graphs for answer in graph.kernels)
         captures = dict.fromkeys(f"{graph.kind}: {graph.capture}" for graph in self.graphs if graph.capture is not None)
-        return "\n".join([body, *footnotes, *captures, *(f"note: {hint}" for hint in self.hints)])
+        hints = (f"note: {hint}" for hint in self.hints)
+        return "\n".join([body, *footnotes, *self._counts(), *kernels, *captures, *map(str, self.gave_up), *hints])
+
+    def _counts(self) -> list[str]:
+        """How many graphs there are of each kind, and why there is more than one of a function."""
+        if not self.graphs:
+            return []
+        kinds = [graph.kind for graph in self.graphs]
+        told = ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds))
+        again = [graph.recompiled for graph in self.graphs if graph.recompiled]
+        return [f"graphs: {told}; {len(again)} of them recompiled" + (f", last because {again[-1]}" if again else "")]
 
     def to_dict(self) -> dict:
         """Plain data, for JSON."""

@@ -41,7 +41,14 @@ def test_every_bit_counts(size, dtype, at, bit):
 
 def test_order_shape_and_dtype_count():
     x = torch.randn(16, 8)
-    others = [x[torch.randperm(15).tolist() + [15]].roll(1, 0), x.T.contiguous(), -x, x.flatten(), x.view(torch.int32), x[:8]]
+    others = [
+        x[torch.randperm(15).tolist() + [15]].roll(1, 0),
+        x.T.contiguous(),
+        -x,
+        x.flatten(),
+        x.view(torch.int32),
+        x[:8],
+    ]
     assert len({digest(y) for y in (x, *others)}) == 1 + len(others)
     assert digest(x.T) == digest(x.T.contiguous())
     odd = torch.randn(9, dtype=torch.float64).half()[1:8]  # neither aligned to 8 bytes nor a multiple of them
@@ -50,7 +57,9 @@ def test_order_shape_and_dtype_count():
 
 def test_another_process_sees_the_same():
     runs = [subprocess.run([sys.executable, "-c", PRINT], capture_output=True, text=True, check=True) for _ in range(2)]
-    here = compute([torch.arange(n).to(t) for n, t in ((1, torch.float16), (77, torch.float64), (300_000, torch.bfloat16))])
+    here = compute(
+        [torch.arange(n).to(t) for n, t in ((1, torch.float16), (77, torch.float64), (300_000, torch.bfloat16))]
+    )
     assert runs[0].stdout == runs[1].stdout == " ".join(here) + "\n"
 
 

@@ -1,0 +1,102 @@
+"""Where dynamo gives up: functions that run uncompiled from then on, though this backend was asked for.
+
+Dynamo makes eight graphs of a function (torch._dynamo.config.recompile_limit) and 256 in all (accumulated_recompile_limit). After
+that it runs what it has, and everything that no graph fits uncompiled. It logs that once and calls no backend any more, so a backend
+would not know. Here dynamo's own hook before every compilation looks whether a limit is reached for a function that this backend is
+to compile. The backends of other people are left alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import types
+import warnings
+import weakref
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import nn
+
+from akvq_fx import torch_internals
+from akvq_fx.report import GaveUp
+
+LIMIT = 256  # kept at a time
+EVENTS: list[Event] = []
+_wrappers: list[weakref.ref] = []  # functions of the user's that call this backend, given to torch.compile in its place
+
+
+class Event:
+    """A function that dynamo gave up on, and the modules that it was called with."""
+
+    def __init__(self, told: GaveUp, code: types.CodeType, modules: list[nn.Module]):
+        self.told, self.code = told, code
+        self.modules = [weakref.ref(module) for module in modules]
+
+    def concerns(self, modules: set[int], codes: set[int]) -> bool:
+        """Of a model: ids of its modules, and of the code that its graphs were compiled from."""
+        return id(self.code) in codes or any(id(ref()) in modules for ref in self.modules if ref() is not None)
+
+
+def listen() -> None:
+    """Hear of every compilation that dynamo begins."""
+    torch_internals.before_compiling(_before_compiling)
+
+
+def _before_compiling() -> str:
+    seen = torch_internals.compiling()
+    if seen is None or not seen.limit or seen.hard:
+        return ""
+    tell = getattr(seen.backend, "dynamo_gave_up", None)
+    if tell is None and any(ref() is seen.backend for ref in _wrappers):
+        tell = globals()["tell"]
+    if tell is not None:
+        value = getattr(torch._dynamo.config, seen.limit)
+        tell(event_of(seen, f"torch._dynamo.config.{seen.limit}", value, seen.reason))
+    return ""
+
+
+def event_of(seen: torch_internals.Compiling, option: str, value, reason: str) -> Event:
+    modules = modules_among(seen.locals)
+    owner = f" of {type(modules[0]).__name__}" if modules else ""
+    function = f"'{seen.code.co_name}'{owner} ({seen.code.co_filename}:{seen.code.co_firstlineno})"
+    return Event(GaveUp(function, option, value, torch_internals.guard_of(reason)), seen.code, modules)
+
+
+def tell(event: Event) -> None:
+    """Keep it for report(model), and warn."""
+    from akvq_fx import records
+
+    EVENTS[:] = [other for other in EVENTS if other.code is not event.code][-LIMIT:]
+    EVENTS.append(event)
+    packed = records.layers_packed(event.code)
+    warnings.warn(f"akvq: {event.told} So far {packed} attention layers in it are packed; further ones stay as they are.", UserWarning,
+                  stacklevel=2)  # fmt: skip
+
+
+@contextlib.contextmanager
+def noticed(backend: Callable) -> Iterator[None]:
+    """While the backend works on a graph: what called it is known as its own, and errors that dynamo will swallow are told."""
+    listen()  # dynamo's hooks may have been cleared
+    seen = torch_internals.compiling()
+    if seen is not None and seen.backend is not backend and not any(ref() is seen.backend for ref in _wrappers):
+        with contextlib.suppress(TypeError):  # what cannot be referred to weakly
+            _wrappers[:] = [ref for ref in _wrappers if ref() is not None] + [weakref.ref(seen.backend)]
+    if seen is not None:  # it compiles again: after torch._dynamo.reset(), or under a raised limit
+        EVENTS[:] = [event for event in EVENTS if event.code is not seen.code]
+    try:
+        yield
+    except Exception as error:
+        if seen is not None and torch._dynamo.config.suppress_errors:
+            tell(event_of(seen, "torch._dynamo.config.suppress_errors", True, f"{type(error).__name__}: {error}"))
+        raise
+
+
+def modules_among(values: dict) -> list[nn.Module]:
+    """Modules that a function was called with: itself where it is a method, arguments, what a wrapper calls."""
+    found: list[nn.Module] = []
+    for name, value in values.items():
+        for part in value if isinstance(value, (tuple, list)) else (value,):
+            part = getattr(part, "__self__", part) if isinstance(part, types.MethodType) else part
+            if isinstance(part, nn.Module) and not any(part is other for other in found):
+                found.insert(0 if name == "self" else len(found), part)
+    return found

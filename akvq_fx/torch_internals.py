@@ -1,0 +1,217 @@
+"""Every private name of PyTorch and torchao that akvq_fx leans on, in one place.
+
+tests/test_internals.py has a test for each, which says what stopped working. Where a name may be missing and something can be done
+without it, the function here does that and says so; where nothing can, the error names the PyTorch that was found.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import inspect
+import itertools
+import sys
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+OLDEST, NEWEST = (2, 11), (2, 15)  # the tests ran with these and with versions between them
+_numbers = itertools.count()
+
+
+def version() -> tuple[int, ...]:
+    """(major, minor) of the PyTorch that runs."""
+    return tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
+
+
+# ---- torch.compile's wrapper of a module ----------------------------------------------------------------------------------------
+
+
+def optimized_module() -> type:
+    """The class of what torch.compile(module) returns. Raises ImportError where PyTorch has moved it."""
+    from torch._dynamo.eval_frame import OptimizedModule
+
+    return OptimizedModule
+
+
+def backend_of(module) -> Any:
+    """The backend function that an OptimizedModule was compiled with."""
+    return innermost(getattr(module.dynamo_ctx, "callback", None))
+
+
+def compiled_call(module) -> Callable:
+    """The compiled `__call__` of the module inside an OptimizedModule."""
+    return module.dynamo_ctx(module._orig_mod._call_impl)
+
+
+def own_call(module: torch.nn.Module) -> Callable | None:
+    """What module(...) runs in place of its forward since module.compile(), None before."""
+    return module._compiled_call_impl
+
+
+def set_own_call(module: torch.nn.Module, call: Callable | None) -> None:
+    module._compiled_call_impl = call
+
+
+# ---- backends -------------------------------------------------------------------------------------------------------------------
+
+
+def innermost(backend) -> Any:
+    """The function that somebody gave as a backend, without the wrappers that dynamo and torch.compile put around it."""
+    links = ("_torchdynamo_orig_backend", "_torchdynamo_orig_callable", "compiler_fn")  # they differ between versions
+    found = True
+    while found:
+        found = next((link for link in links if getattr(backend, link, None) is not None), None)
+        backend = getattr(backend, found) if found else backend
+    return backend
+
+
+def register(name: str, backend: Callable, group: str = "torch_dynamo_backends") -> None:
+    """Make a backend's name known where no installed package's entry point does and nobody registered it yet."""
+    from torch._dynamo.backends import registry
+
+    installed = {point.name for point in importlib.metadata.entry_points(group=group)}
+    if name not in installed and name not in registry._COMPILER_FNS:
+        registry.register_backend(backend, name=name)
+
+
+def inductor(gm: torch.fx.GraphModule, example_inputs: list, mode: str | None) -> Callable:
+    """A graph through Inductor in one of its modes."""
+    from torch._inductor import list_mode_options
+    from torch._inductor.compile_fx import compile_fx
+
+    return compile_fx(gm, example_inputs, config_patches=list_mode_options(mode) if mode else None)
+
+
+def aot_eager(gm: torch.fx.GraphModule, example_inputs: list) -> Callable:
+    """A graph through AOTAutograd and no further."""
+    from torch._dynamo.backends.debugging import aot_eager
+
+    return aot_eager(gm, example_inputs)
+
+
+# ---- what dynamo is doing -------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Compiling:
+    """A frame that dynamo is about to compile, or is compiling, on this thread.
+
+    code     the function's
+    locals   its arguments (do not keep: they hold tensors)
+    backend  as the user gave it
+    limit    name of the option of torch._dynamo.config because of which it will not be compiled, "" where it will be
+    reason   why it is compiled again, "" the first time
+    hard     dynamo raises at a limit (fullgraph=True), so that nobody needs to be told
+    """
+
+    code: types.CodeType
+    locals: dict[str, Any]
+    backend: Any
+    limit: str
+    reason: str
+    hard: bool
+
+
+def compiling() -> Compiling | None:
+    """The innermost frame that dynamo compiles on this thread; None outside of dynamo, or where it works otherwise than is known.
+
+    Dynamo passes a backend neither the function nor why it was called, so both are read off its own frame on the stack.
+    """
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name == "_compile" and frame.f_globals.get("__name__") == "torch._dynamo.convert_frame":
+            seen = frame.f_locals
+            if not {"code", "locals", "compiler_fn"} <= seen.keys():
+                return None
+            hard = bool(seen.get("one_graph")) or torch._dynamo.config.fail_on_recompile_limit_hit
+            return Compiling(seen["code"], seen["locals"], innermost(seen["compiler_fn"]), _limit(seen),
+                             seen.get("recompile_reason") or "", hard)  # fmt: skip
+        frame = frame.f_back
+    return None
+
+
+def _limit(seen: dict) -> str:
+    from torch._dynamo.cache_size import exceeds_recompile_limit
+
+    if "cache_size" not in seen or "compile_id" not in seen:
+        return ""
+    exceeded, name = exceeds_recompile_limit(seen["cache_size"], seen["compile_id"])
+    return name if exceeded else ""
+
+
+def guard_of(reason: str) -> str:
+    """The guard that failed, out of dynamo's reason for a recompile, which goes on with the line of code and a stack trace."""
+    return " ".join(reason.split("User stack trace")[0].split("  #")[0].split())
+
+
+def before_compiling(listener: Callable[[], str]) -> None:
+    """Have the listener called before dynamo compiles any frame, in time to see that it will not. Once, however often it is asked.
+
+    It is what PyTorch offers for notes about recompiles; the listener's answer, "" for nothing to note, goes into its logs.
+    """
+    from torch._dynamo.utils import get_hook_for_recompile_user_context
+
+    if listener not in (get_hook_for_recompile_user_context() or ()):
+        torch._dynamo.register_hook_for_recompile_user_context(listener)
+
+
+def apart(function: Callable, backend: Callable) -> Callable:
+    """torch.compile(function, backend), with nothing of it left in what other torch.compile calls find.
+
+    Dynamo keeps what it compiled by code object, and eight graphs of one are its limit, whoever asked for them. So the function is
+    called by a frame whose code is new, and what dynamo compiles beside it (after a graph break) goes to a region of its own.
+    """
+
+    def call(*args, **kwargs):
+        return function(*args, **kwargs)
+
+    # what dynamo learnt of sizes it keeps by the name of the code, so that is new too
+    code = call.__code__.replace(co_name=f"apart_{next(_numbers)}")
+    fresh = types.FunctionType(code, call.__globals__, code.co_name, None, call.__closure__)
+    known = inspect.signature(torch.compile).parameters
+    isolated = {"isolate_recompiles": True} if "isolate_recompiles" in known else {}  # from torch 2.13 on
+    return torch.compile(fresh, backend=backend, **isolated)
+
+
+def dynamic_marks(rank: int, dim: int) -> dict[str, Any]:
+    """What torch._dynamo.maybe_mark_dynamic(x, dim) leaves on a tensor; to copy it is 50 times quicker than to call that."""
+    probe = torch.empty((1,) * rank)
+    torch._dynamo.maybe_mark_dynamic(probe, dim)
+    return dict(vars(probe))
+
+
+def hint(size) -> int:
+    """The number that dynamo saw for a size when it traced, 2 where it kept none; asks without adding a guard."""
+    if isinstance(size, int):
+        return size
+    known = getattr(size.node, "hint", None)
+    return int(known) if known is not None else 2
+
+
+# ---- CUDA -----------------------------------------------------------------------------------------------------------------------
+
+
+def nvrtc() -> tuple[Callable, Callable] | str:
+    """(compile a source text, load the result) of PyTorch's own NVRTC, or why they cannot be had."""
+    utils = getattr(torch.cuda, "_utils", None)
+    missing = [name for name in ("_nvrtc_compile", "_cuda_load_module") if not hasattr(utils, name)]
+    if missing:
+        return f"PyTorch {torch.__version__} has no torch.cuda._utils.{missing[0]}"
+    return utils._nvrtc_compile, utils._cuda_load_module
+
+
+# ---- torchao --------------------------------------------------------------------------------------------------------------------
+
+
+def tensor_base() -> type:
+    """torchao's base class of tensor subclasses. Raises ImportError that says which torchao is needed."""
+    try:
+        from torchao.utils import TorchAOBaseTensor
+    except ImportError as error:
+        raise ImportError(
+            f"akvq_fx needs torchao 0.15 or later, for torchao.utils.TorchAOBaseTensor: {error}"
+        ) from error
+    return TorchAOBaseTensor
