@@ -69,8 +69,8 @@ def tell(event: Event) -> None:
     EVENTS[:] = [other for other in EVENTS if other.code is not event.code][-LIMIT:]
     EVENTS.append(event)
     packed = records.layers_packed(event.code)
-    warnings.warn(f"akvq: {event.told} So far {packed} attention layers in it are packed; further ones stay as they are.", UserWarning,
-                  stacklevel=2)  # fmt: skip
+    said = f"akvq: {event.told} So far {packed} attention layers in it are packed; further ones stay as they are."
+    warnings.warn(said, UserWarning, stacklevel=2)
 
 
 @contextlib.contextmanager

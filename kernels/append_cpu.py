@@ -28,7 +28,7 @@ SUPPORTS = Supports(
     dtype=tuple(DTYPES),
     head_dim=range(8, 513, 8),
     **dict.fromkeys(("group", "window", "pivots", "body_clip", "text_clip"), ANY),
-    **dict.fromkeys(("rotated", "affine", "folded", "shares_classes"), ANY),
+    **dict.fromkeys(("rotated", "affine", "shares_classes"), ANY),
 )
 BAD_POSITION = 1  # what the kernel answers, 0 for done
 SOURCES = ("append_cpu.cpp", "numbers_cpu.h")

@@ -26,7 +26,7 @@ SUPPORTS = Supports(
     head_dim=range(8, 513, 8),  # 16 channels a lane
     groups=range(1, 5),  # each costs a reduction over the warp
     **dict.fromkeys(("group", "window", "pivots", "body_clip", "text_clip"), ANY),
-    **dict.fromkeys(("rotated", "affine", "folded", "shares_classes"), ANY),
+    **dict.fromkeys(("rotated", "affine", "shares_classes"), ANY),
 )
 WARPS = 4
 SHARE = 8  # tokens a warp (in pack: every four lanes of it) takes where there are many, so that it reads the affine map once

@@ -31,7 +31,7 @@ SUPPORTS = Supports(
     head_dim=range(8, 257, 8),
     **dict.fromkeys(("group", "window", "pivots"), ANY),
     **dict.fromkeys(("body_clip", "text_clip"), ANY),  # of who writes
-    **dict.fromkeys(("rotated", "affine", "folded", "shares_classes"), ANY),
+    **dict.fromkeys(("rotated", "affine", "shares_classes"), ANY),
 )
 OUT_OF_MEMORY, BAD_POSITION = 1, 2  # what the kernel answers, 0 for done
 SOURCES = ("attend_cpu.cpp", "attend_cpu.h", "numbers_cpu.h")

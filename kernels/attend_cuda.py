@@ -32,7 +32,7 @@ SUPPORTS = Supports(
     window=ANY,
     pivots=range(33),  # one lane holds one position
     **dict.fromkeys(("body_clip", "text_clip"), ANY),  # of who writes
-    **dict.fromkeys(("rotated", "affine", "folded", "shares_classes"), ANY),
+    **dict.fromkeys(("rotated", "affine", "shares_classes"), ANY),
 )
 ALIKE = ("head_dim", "dtype", "window", "pivots", "groups")  # of keys and values
 LOG2_E = math.log2(math.e)

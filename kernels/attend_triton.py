@@ -33,7 +33,7 @@ SUPPORTS = Supports(
     head_dim=range(8, 257, 8),  # a program keeps rows of queries and of the output in registers
     **dict.fromkeys(("group", "window", "pivots"), ANY),
     **dict.fromkeys(("body_clip", "text_clip"), ANY),  # of who writes
-    **dict.fromkeys(("rotated", "affine", "folded", "shares_classes"), ANY),
+    **dict.fromkeys(("rotated", "affine", "shares_classes"), ANY),
 )
 SPLIT_TOKENS = 256  # fewer tokens than this are not worth a program of their own
 MAX_SPLITS = 64  # combine holds one row of every split in registers

@@ -33,7 +33,7 @@ SUPPORTS = Supports(
     dtype=rotate_triton.DTYPES,
     head_dim=range(8, rotate_triton.MAX_DIM + 1, 8),
     **dict.fromkeys(("group", "window", "pivots", "body_clip", "text_clip"), ANY),
-    **dict.fromkeys(("rotated", "affine", "folded", "shares_classes"), ANY),
+    **dict.fromkeys(("rotated", "affine", "shares_classes"), ANY),
 )
 SCALE_FLOOR = tl.constexpr(quantizer.SCALE_FLOOR)
 FP16_MAX = tl.constexpr(quantizer.FP16_MAX)
