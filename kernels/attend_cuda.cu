@@ -303,10 +303,10 @@ struct Sums {
         }
     }
 
-    // Take the scores' maximum into m and scale what was summed so far; scores come out as probabilities.
+    // Take the scores' maximum into m and scale what was summed so far; scores come out as weights, exp(score - m).
     // s[tile][query tile][half][column]: tokens of rows g and g + 8
     template <int COUNT>
-    __device__ __forceinline__ void soften(float (&s)[COUNT][NT][2][CC]) {
+    __device__ __forceinline__ void to_weights(float (&s)[COUNT][NT][2][CC]) {
 #pragma unroll
         for (int n = 0; n < NT; n++) {
             float top[CC], shift[CC], alpha[CC];
@@ -520,7 +520,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) attend(const __
         int position = position_ahead;
         position_ahead = text_position(tile + 1);
         if (position >= stored || (position >= ring_start && position < ring_end)) position = -1;
-        for (int i = 0; i < min(p.pivots, 32); i++)
+        for (int i = 0; i < p.pivots; i++)
             if (position == __shfl_sync(ALL, pivot, i)) position = -1;  // a pivot is read from its overlay
         if (MASK == 1 && position >= 0 && !((const u8 *)p.mask)[mask_base + position * p.mask_t]) position = -1;
         stream.gather(stage, p, bh, text_slot(tile) - lane, position);
@@ -671,7 +671,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) attend(const __
                             s[0][n][half][x] += load_mask(p, mask_base + row / p.queries * p.mask_h + row % p.queries * p.mask_q + at * p.mask_t);
                     }
                 }
-        sums.soften(s);
+        sums.to_weights(s);
         u32 b[NT][2];
 #pragma unroll
         for (int n = 0; n < NT; n++) {
@@ -825,7 +825,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) attend(const __
                         for (int a = 0; a < NG; a++) scales[m][half][a] = lows[m][half][a] = 0.f;
                     }
         }
-        sums.soften(s);
+        sums.to_weights(s);
         const bool whole = VALUE_TEXT_BITS && is_text;  // values have lower bits too
 #pragma unroll
         for (int m = 0; m < MT; m++) {

@@ -86,10 +86,11 @@ def code_tile(codes, range_, slot, valid, D: tl.constexpr, DP: tl.constexpr, BIT
 
 @triton.jit
 def text_tile(codes, range_, lower, position, slot, valid, D: tl.constexpr, DP: tl.constexpr, BITS: tl.constexpr,
-              LOW: tl.constexpr, GROUPS: tl.constexpr, ROUND: tl.constexpr, DOT: tl.constexpr):  # fmt: skip
-    """Text tokens at `position` [N] of the body, LOW bits more of which are in `slot` [N] of the overlay."""
+              LOW: tl.constexpr, LOW_WIDTH: tl.constexpr, GROUPS: tl.constexpr, ROUND: tl.constexpr,
+              DOT: tl.constexpr):  # fmt: skip
+    """Text tokens at `position` [N] of the body, LOW bits more of which, LOW_WIDTH wide, are in `slot` [N] of the overlay."""
     code = codes_at(codes, position, valid, D, DP, BITS) << LOW
-    code += codes_at(lower, slot, valid, D, DP, 8 if LOW == 6 else LOW)
+    code += codes_at(lower, slot, valid, D, DP, LOW_WIDTH)
     return numbers_of(code, range_, position, valid, D, DP, GROUPS, ROUND, DOT)
 
 
@@ -139,7 +140,8 @@ def attend_tiles(
     capacity, value_capacity, text_capacity, value_text_capacity, tiles, splits,
     q_b, q_h, q_t, fk_b, fk_h, fk_t, fv_b, fv_h, fv_t, mask_b, mask_h, mask_q, mask_t,
     SHARE: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr,
-    BITS: tl.constexpr, LOW: tl.constexpr, VALUE_TEXT: tl.constexpr, WINDOW: tl.constexpr, PIVOTS: tl.constexpr,
+    BITS: tl.constexpr, LOW: tl.constexpr, LOW_WIDTH: tl.constexpr, VALUE_TEXT: tl.constexpr,
+    WINDOW: tl.constexpr, PIVOTS: tl.constexpr,
     KEY_GROUPS: tl.constexpr, VALUE_GROUPS: tl.constexpr, KEY_ROUND: tl.constexpr, VALUE_ROUND: tl.constexpr,
     DOT: tl.constexpr, FRESH: tl.constexpr, MASK: tl.constexpr, HAS_LENGTH: tl.constexpr, IS_CAUSAL: tl.constexpr,
     SPLIT: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
@@ -225,10 +227,9 @@ def attend_tiles(
 
     if LOW > 0:
         start, stop = start - body_tiles, stop - body_tiles
-        WIDTH: tl.constexpr = 8 if LOW == 6 else LOW
-        key_text += pair * text_capacity * (D * WIDTH // WORD_BITS)
+        key_text += pair * text_capacity * (D * LOW_WIDTH // WORD_BITS)
         if VALUE_TEXT:
-            value_text += pair * value_text_capacity * (DV * WIDTH // WORD_BITS)
+            value_text += pair * value_text_capacity * (DV * LOW_WIDTH // WORD_BITS)
         text_at += b * text_capacity
         for i in range(tl.maximum(start, 0), tl.minimum(stop, text_tiles)):
             slot = i * N + tile_n
@@ -236,10 +237,10 @@ def attend_tiles(
             valid = (position >= 0) & (position < stored) & ((position < held) | (position >= end))
             valid = valid & (tl.load(classes + position, mask=valid, other=0) == TEXT)
             k = text_tile(key_codes, key_range, key_text, position, slot, valid,
-                          D, DP, BITS, LOW, KEY_GROUPS, KEY_ROUND, DOT)  # fmt: skip
+                          D, DP, BITS, LOW, LOW_WIDTH, KEY_GROUPS, KEY_ROUND, DOT)  # fmt: skip
             if VALUE_TEXT:
                 v = text_tile(value_codes, value_range, value_text, position, slot, valid,
-                              DV, DVP, BITS, LOW, VALUE_GROUPS, VALUE_ROUND, DOT)  # fmt: skip
+                              DV, DVP, BITS, LOW, LOW_WIDTH, VALUE_GROUPS, VALUE_ROUND, DOT)  # fmt: skip
             else:
                 v = code_tile(value_codes, value_range, position, valid, DV, DVP, BITS, VALUE_GROUPS, VALUE_ROUND, DOT)
             top, total, acc = step(queries, k, v, position, valid, token, mask_row, row_valid, mask_t, scale,

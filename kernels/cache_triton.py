@@ -87,11 +87,13 @@ def codes_of(x, scale, low, BITS: tl.constexpr):
 def store_codes(
     x, codes, ranges, slots, live, lower, texts, text, fits,
     D: tl.constexpr, DP: tl.constexpr, BITS: tl.constexpr, CLIP: tl.constexpr,
-    TEXT_BITS: tl.constexpr, TEXT_CLIP: tl.constexpr, GROUPS: tl.constexpr, TERM: tl.constexpr, ROWS: tl.constexpr,
+    TEXT_BITS: tl.constexpr, LOW_WIDTH: tl.constexpr, TEXT_CLIP: tl.constexpr, GROUPS: tl.constexpr, TERM: tl.constexpr,
+    ROWS: tl.constexpr,
 ):  # fmt: skip
     """Quantize x [ROWS, DP] and write codes and ranges to slots [ROWS] of [slots, D * BITS / 16] and [slots, 2 * GROUPS].
 
-    With TEXT_BITS the rows that are `text` have so many: what is below the body's goes to rows `texts` of `lower` where it `fits`.
+    With TEXT_BITS the rows that are `text` have so many: what is below the body's, LOW_WIDTH wide, goes to rows `texts` of `lower`
+    where it `fits`.
     """
     channel = tl.arange(0, DP)
     scales, lows = tl.zeros([ROWS, 1], tl.float32), tl.zeros([ROWS, 1], tl.float32)
@@ -114,7 +116,7 @@ def store_codes(
         whole = codes_of(x, scales, lows, TEXT_BITS)
         upper = tl.floor(whole / (1 << LOW))
         rest = tl.where(text[:, None], whole - upper * (1 << LOW), 0.0)
-        store_words(rest, lower, texts, fits, D, DP, 8 if LOW == 6 else LOW, TERM)
+        store_words(rest, lower, texts, fits, D, DP, LOW_WIDTH, TERM)
         values = tl.where(text[:, None], upper, values)
     store_words(values, codes, slots, live, D, DP, BITS, TERM)
 
@@ -153,7 +155,8 @@ def write_kernel(
     stride_b, stride_h, stride_t, stride_d, kinds_b, kinds_t,
     D: tl.constexpr, DP: tl.constexpr, ORDER: tl.constexpr, DEPTH: tl.constexpr,
     TURN: tl.constexpr, MAP: tl.constexpr, TERMS: tl.constexpr, TERM: tl.constexpr, NORM: tl.constexpr,
-    BITS: tl.constexpr, CLIP: tl.constexpr, TEXT_BITS: tl.constexpr, TEXT_CLIP: tl.constexpr, GROUPS: tl.constexpr,
+    BITS: tl.constexpr, CLIP: tl.constexpr, TEXT_BITS: tl.constexpr, LOW_WIDTH: tl.constexpr, TEXT_CLIP: tl.constexpr,
+    GROUPS: tl.constexpr,
     WINDOW: tl.constexpr, PIVOTS: tl.constexpr, PIVOTS_P: tl.constexpr, PACK_TERM: tl.constexpr,
     SHARE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
@@ -211,7 +214,7 @@ def write_kernel(
             body = wide_lead * capacity + slot
             store_codes(
                 tile, codes, ranges, body, kept, text_codes, texts, text, fits,
-                D, DP, BITS, CLIP, TEXT_BITS, TEXT_CLIP, GROUPS, PACK_TERM, ROWS,
+                D, DP, BITS, CLIP, TEXT_BITS, LOW_WIDTH, TEXT_CLIP, GROUPS, PACK_TERM, ROWS,
             )  # fmt: skip
 
     if tl.program_id(1) == 0:
@@ -246,7 +249,8 @@ def launch(b: dict[str, Tensor], x: Tensor, at: Tensor, classes, pivots, affine,
             H, affine.shape[2] if kind else H, B * H, q, plan.steps, b["codes"].shape[2], text_capacity,
             *x.stride(), *kinds_strides,
             **constants, TURN=bool(kind) or (turn and layout.rotated),
-            BITS=layout.body_bits, CLIP=layout.body_clip, TEXT_BITS=layout.text_bits, TEXT_CLIP=layout.text_clip,
+            BITS=layout.body_bits, CLIP=layout.body_clip, TEXT_BITS=layout.text_bits, LOW_WIDTH=layout.low_width,
+            TEXT_CLIP=layout.text_clip,
             GROUPS=layout.groups, WINDOW=layout.window, PIVOTS=layout.pivots,
             PIVOTS_P=triton.next_power_of_2(max(1, layout.pivots)), PACK_TERM=rotate_triton.product_type(),
             SHARE=plan.share, TILE=plan.tile, num_warps=plan.warps, num_stages=1,
