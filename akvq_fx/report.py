@@ -128,9 +128,9 @@ class GaveUp:
                 "its cache at 16 bits. Turn that option off to see the error."
             )
         return (
-            f"dynamo gave up on {self.function}: {self.option} = {self.value} is reached. Calls that none of its graphs fits run "
-            f"uncompiled from now on, any cache of theirs at 16 bits{last}.{reached} Raise it before the first call, e.g. {self.option} = "
-            f"{8 * self.value}; torch._dynamo.reset() starts anew."
+            f"dynamo gave up on {self.function}: {self.option} = {self.value} is reached. Calls that none of its graphs fits "
+            f"run uncompiled from now on, any cache of theirs at 16 bits{last}.{reached} Raise it before the first call, e.g. "
+            f"{self.option} = {8 * self.value}; torch._dynamo.reset() starts anew."
         )
 
 
