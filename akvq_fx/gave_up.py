@@ -1,9 +1,9 @@
 """Where dynamo gives up: functions that run uncompiled from then on, though this backend was asked for.
 
 Dynamo makes eight graphs of a function (torch._dynamo.config.recompile_limit) and 256 in all (accumulated_recompile_limit). After
-that it runs what it has, and everything that no graph fits uncompiled. It logs that once and calls no backend any more, so one would not
-know. Here dynamo's own hook before every compilation looks whether a limit is reached for a function that this backend is
-to compile. The backends of other people are left alone.
+that it runs what it has, and everything that no graph fits uncompiled. It logs that once and calls no backend any more, so none
+would know. Here dynamo's own hook before every compilation looks whether a limit is reached for a function that this backend is to
+compile. The backends of other people are left alone.
 """
 
 from __future__ import annotations

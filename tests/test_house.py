@@ -178,7 +178,7 @@ def test_bare_imports_register_no_op_twice():
 
 
 IMPORTING = """
-import copy, json, logging, os, sys, warnings
+import json, logging, os, sys, types, warnings
 import torch, torch._dynamo, torch._inductor.config, torch._functorch.config, torchao.utils, safetensors
 from torch._dynamo.eval_frame import OptimizedModule
 import torch.nn.functional as F
@@ -188,7 +188,7 @@ def plain(config):
 
 def names(*owners):
     return {f"{o.__module__ if isinstance(o, type) else ''}.{o.__name__}.{k}": id(v) for o in owners for k, v in vars(o).items()
-            if callable(v)}
+            if not isinstance(v, types.ModuleType)}
 
 def state():
     found = {"filters": repr(warnings.filters), "environment": dict(os.environ), "hook": repr(sys.excepthook)}

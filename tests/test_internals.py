@@ -95,13 +95,19 @@ def test_what_is_compiled_apart_leaves_nothing_behind():
     assert calls == [0, 1, 2, "user"]
 
 
+def sizes_of(gm):
+    """Sizes of a graph's tensor inputs as dynamo traced them."""
+    values = [node.meta["example_value"] for node in gm.graph.nodes if node.op == "placeholder"]
+    return [size for value in values if isinstance(value, torch.Tensor) for size in value.shape]
+
+
 def test_marks_of_dynamic_sizes_can_be_copied():
     marks = torch_internals.dynamic_marks(4, 2)
     assert marks, "maybe_mark_dynamic no longer leaves attributes"
     shapes = []
 
     def backend(gm, inputs):
-        shapes.append([type(s) for x in inputs if isinstance(x, torch.Tensor) for s in x.shape])
+        shapes.append([type(size) for size in sizes_of(gm)])
         return gm.forward
 
     x = torch.ones(1, 2, 5, 4)
@@ -114,7 +120,7 @@ def test_sizes_have_hints():
     found = []
 
     def backend(gm, inputs):
-        found.extend(torch_internals.hint(s) for x in inputs if isinstance(x, torch.Tensor) for s in x.shape)
+        found.extend(torch_internals.hint(size) for size in sizes_of(gm))
         return gm.forward
 
     torch.compile(lambda x: x + 1, backend=backend, dynamic=True)(torch.ones(7, 5))
