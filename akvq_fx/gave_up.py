@@ -1,9 +1,9 @@
 """Where dynamo gives up: functions that run uncompiled from then on, though this backend was asked for.
 
 Dynamo makes eight graphs of a function (torch._dynamo.config.recompile_limit) and 256 in all (accumulated_recompile_limit). After
-that it runs what it has, and everything that no graph fits uncompiled. It logs that once and calls no backend any more, so a backend
-would not know. Here dynamo's own hook before every compilation looks whether a limit is reached for a function that this backend is
-to compile. The backends of other people are left alone.
+that it runs what it has, and everything that no graph fits uncompiled. It logs that once and calls no backend any more, so none
+would know. Here dynamo's own hook before every compilation looks whether a limit is reached for a function that this backend is to
+compile. The backends of other people are left alone.
 """
 
 from __future__ import annotations
@@ -69,8 +69,8 @@ def tell(event: Event) -> None:
     EVENTS[:] = [other for other in EVENTS if other.code is not event.code][-LIMIT:]
     EVENTS.append(event)
     packed = records.layers_packed(event.code)
-    said = f"akvq: {event.told} So far {packed} attention layers in it are packed; further ones stay as they are."
-    warnings.warn(said, UserWarning, stacklevel=2)
+    told = f"akvq: {event.told} So far {packed} attention layers in it are packed; further ones stay as they are."
+    warnings.warn(told, UserWarning, stacklevel=2)
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import akvq_fx
 from akvq_fx import PackedKV, gave_up
 from akvq_fx.transformers_names import cache_of
-from tests.attention_models import Decoder, token_ids
+from tests.attention_models import token_ids
 
 SMALL = {"inner": "eager", "window": 8, "pivots": 3}
 
@@ -146,9 +146,6 @@ def test_explain_promises_nothing_that_dynamo_gave_up_on():
 
 
 def test_reasons_are_whole_and_have_their_line():
-    class Written(Decoder):
-        """Its attention has a dropout, so it stays as it is."""
-
     model = llama()
     model.config._attn_implementation = "eager"
     found = akvq_fx.explain(model, input_ids=token_ids(1, 12), akvq_options=SMALL)

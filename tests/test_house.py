@@ -2,13 +2,13 @@
 
 import ast
 import dataclasses
+import json
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-import torch
 
-import akvq_fx.passes
 from akvq_fx.config import AKVQConfig
 from akvq_fx.passes import PIPELINE, check_order
 from akvq_fx.report import PassReport
@@ -17,6 +17,12 @@ from tests.attention_models import Decoder, captured, token_ids
 ROOT = Path(__file__).parent.parent
 # each may import itself and what stands before it
 LAYERS = ("recipes", "config", "kernels", "passes.patterns", "passes", "akvq_fx")
+BASE = (
+    "config",
+    "report",
+    "torch_internals",
+    "transformers_names",
+)  # modules of akvq_fx that import only PyTorch and config
 FAMILIES = (
     *(
         "llava",
@@ -47,7 +53,7 @@ def place(path: Path) -> int:
     if parts[:2] == ("akvq_fx", "recipes"):
         return 0
     if parts[0] == "akvq_fx":
-        return 1 if path.stem in ("config", "report") else 5
+        return 1 if path.stem in BASE else 5
     return 2
 
 
@@ -55,7 +61,7 @@ def target(module: str) -> int | None:
     """Index into LAYERS of an imported module; None for one that is not ours."""
     if module.split(".")[0] != "akvq_fx":
         return None
-    if module in ("akvq_fx.config", "akvq_fx.report"):
+    if module in {f"akvq_fx.{name}" for name in BASE}:
         return 1
     folders = ("akvq_fx.recipes", 0), ("akvq_fx.kernels", 2), ("akvq_fx.passes.patterns", 3), ("akvq_fx.passes", 4)
     for name, index in folders:
@@ -171,9 +177,59 @@ def test_bare_imports_register_no_op_twice():
     assert bare["__path__"] == [], "nothing below a bare kernels package can be imported"
 
 
+IMPORTING = """
+import json, logging, os, sys, types, warnings
+import torch, torch._dynamo, torch._inductor.config, torch._functorch.config, torchao.utils, safetensors
+from torch._dynamo.eval_frame import OptimizedModule
+import torch.nn.functional as F
+
+def plain(config):
+    return {k: repr(v) for k, v in config.get_config_copy().items()} if hasattr(config, "get_config_copy") else dict(vars(config))
+
+def names(*owners):
+    return {f"{o.__module__ if isinstance(o, type) else ''}.{o.__name__}.{k}": id(v) for o in owners for k, v in vars(o).items()
+            if not isinstance(v, types.ModuleType)}
+
+def state():
+    found = {"filters": repr(warnings.filters), "environment": dict(os.environ), "hook": repr(sys.excepthook)}
+    found["levels"] = {n: (logging.getLogger(n).level, len(logging.getLogger(n).handlers), logging.getLogger(n).propagate)
+                       for n in before} | {"": (logging.root.level, len(logging.root.handlers))}
+    for config in (torch._dynamo.config, torch._inductor.config, torch._functorch.config, torch.compiler.config):
+        found[config.__name__] = plain(config)
+    found["torch"] = [str(torch.get_default_dtype()), torch.get_num_threads(), torch.is_grad_enabled(),
+                      torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled(),
+                      torch.backends.cuda.matmul.allow_tf32, torch.initial_seed()]
+    found["functions"] = names(F, torch, torch._dynamo, torch.nn.Module, torch.Tensor, OptimizedModule)
+    hooks = torch._dynamo.utils.get_hook_for_recompile_user_context() or ()
+    found["dynamo_listeners"] = [f"{hook.__module__}.{hook.__name__}" for hook in hooks]
+    callbacks = torch._dynamo.callback_handler
+    found["dynamo_callbacks"] = [len(callbacks.start_callbacks), len(callbacks.end_callbacks)]
+    return json.loads(json.dumps(found, default=repr))
+
+before = [n for n in logging.root.manager.loggerDict]
+first = state()
+import akvq_fx
+second = state()
+changed = {}
+for key in first:
+    if first[key] != second[key]:
+        if isinstance(first[key], dict):
+            keys = {k for k in first[key].keys() | second[key].keys() if first[key].get(k) != second[key].get(k)}
+            changed[key] = sorted(keys)
+        else:
+            changed[key] = second[key]
+print(json.dumps(changed))
+"""
+
+
 def test_importing_changes_nothing_global():
-    assert torch.nn.functional.scaled_dot_product_attention is torch._C._nn.scaled_dot_product_attention
-    assert akvq_fx.passes.PIPELINE is PIPELINE
+    """But what README says: OptimizedModule gets a generate, and dynamo has one listener more."""
+    done = subprocess.run([sys.executable, "-c", IMPORTING], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1]) == {
+        "functions": ["torch._dynamo.eval_frame.OptimizedModule.generate"],
+        "dynamo_listeners": ["akvq_fx.gave_up._before_compiling"],
+    }
 
 
 def test_readme_lists_every_option():

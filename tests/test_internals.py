@@ -1,0 +1,182 @@
+"""Every private name of PyTorch, torchao and transformers that we lean on: a test for each says what broke in a new version."""
+
+import types
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+import akvq_fx
+from akvq_fx import torch_internals, transformers_names, versions
+from akvq_fx.cuda_graph import compared_one_by_one
+
+
+def test_optimized_module_has_what_generate_needs():
+    module = torch.compile(nn.Linear(2, 2), backend="akvq", options={"inner": "eager"})
+    assert type(module) is torch_internals.optimized_module(), "torch.compile(module) is no OptimizedModule"
+    assert torch_internals.backend_of(module) is akvq_fx.akvq, "the chain of wrappers to the backend is another"
+    assert torch_internals.backend_of(torch.compile(nn.Linear(2, 2), backend="eager")) is not akvq_fx.akvq
+    assert torch_internals.compiled_call(module)(torch.ones(1, 2)).shape == (1, 2), (
+        "dynamo_ctx no longer wraps a function"
+    )
+
+
+def test_a_module_calls_what_is_put_in_its_place():
+    module = nn.Linear(2, 2)
+    assert torch_internals.own_call(module) is None
+    torch_internals.set_own_call(module, lambda x: x + 1)
+    assert module(torch.zeros(1)) == 1, "nn.Module.__call__ no longer asks _compiled_call_impl"
+
+
+def test_backends_are_registered_by_name():
+    fn = lambda gm, inputs: gm
+    torch_internals.register("akvq_test_name", fn)
+    torch_internals.register("akvq_test_name", None)  # known already
+    from torch._dynamo.backends.registry import lookup_backend
+
+    assert lookup_backend("akvq_test_name") is fn
+
+
+@pytest.mark.parametrize(
+    "compile_graph", [torch_internals.aot_eager, lambda g, x: torch_internals.inductor(g, x, "default")]
+)
+def test_inner_compilers_take_a_graph(compile_graph):
+    found = []
+
+    def backend(gm, inputs):
+        found.append(compile_graph(gm, inputs))
+        return found[-1]
+
+    torch.testing.assert_close(
+        torch.compile(lambda x: x.sin() + 1, backend=backend)(torch.ones(4)), torch.ones(4).sin() + 1
+    )
+    assert found
+
+
+def test_dynamo_says_what_it_compiles():
+    """The names of dynamo's own frame, and that the hook runs before its limits are checked."""
+    seen, heard = [], []
+
+    def backend(gm, inputs):
+        seen.append(torch_internals.compiling())
+        return gm.forward
+
+    def listener():
+        heard.append(torch_internals.compiling())
+        return ""
+
+    module = nn.Linear(2, 2)
+    torch_internals.before_compiling(listener)
+    torch_internals.before_compiling(listener)
+    try:
+        with torch._dynamo.config.patch(recompile_limit=1, automatic_dynamic_shapes=False):
+            run = torch.compile(module, backend=backend)
+            run(torch.ones(1, 2)), run(torch.ones(3, 2))
+    finally:
+        torch._dynamo.utils.get_hook_for_recompile_user_context().remove(listener)
+    assert torch_internals.compiling() is None
+    assert len(seen) == 1 and seen[0].backend is backend and isinstance(seen[0].code, types.CodeType)
+    assert any(value is module for value in seen[0].locals.values()), (
+        "dynamo's frame no longer holds the function's arguments"
+    )
+    assert [h.limit for h in heard] == ["", "recompile_limit"] and "size mismatch" in torch_internals.guard_of(
+        heard[1].reason
+    )
+
+
+@torch._dynamo.config.patch(recompile_limit=1)
+def test_what_is_compiled_apart_leaves_nothing_behind():
+    module, calls = nn.Linear(2, 2), []
+    look = lambda n: lambda gm, inputs: calls.append(n) or gm.forward
+    for n in range(3):
+        torch_internals.apart(module._call_impl, look(n))(torch.ones(1, 2))
+    torch.compile(module, backend=look("user"))(torch.ones(1, 2))
+    assert calls == [0, 1, 2, "user"]
+
+
+def sizes_of(gm):
+    """Sizes of a graph's tensor inputs as dynamo traced them."""
+    values = [node.meta["example_value"] for node in gm.graph.nodes if node.op == "placeholder"]
+    return [size for value in values if isinstance(value, torch.Tensor) for size in value.shape]
+
+
+def test_marks_of_dynamic_sizes_can_be_copied():
+    marks = torch_internals.dynamic_marks(4, 2)
+    assert marks, "maybe_mark_dynamic no longer leaves attributes"
+    shapes = []
+
+    def backend(gm, inputs):
+        shapes.append([type(size) for size in sizes_of(gm)])
+        return gm.forward
+
+    x = torch.ones(1, 2, 5, 4)
+    x.__dict__.update(marks)
+    torch.compile(lambda x: x + 1, backend=backend)(x)
+    assert torch.SymInt in shapes[0], "copied marks mean nothing to dynamo"
+
+
+def test_sizes_have_hints():
+    found = []
+
+    def backend(gm, inputs):
+        found.extend(torch_internals.hint(size) for size in sizes_of(gm))
+        return gm.forward
+
+    torch.compile(lambda x: x + 1, backend=backend, dynamic=True)(torch.ones(7, 5))
+    assert found == [7, 5]
+
+
+def test_nvrtc_is_there_or_named_as_missing(monkeypatch):
+    found = torch_internals.nvrtc()
+    assert isinstance(found, tuple) and all(map(callable, found)), found
+    monkeypatch.setattr(torch.cuda, "_utils", object())
+    assert "torch.cuda._utils._nvrtc_compile" in torch_internals.nvrtc()
+
+
+def test_addresses_are_compared_as_plain_python_would():
+    from akvq_fx.cuda_graph import same_addresses
+
+    tensors = [torch.ones(2), torch.ones(2)]
+    addresses = [x.data_ptr() for x in tensors]
+    for compare in (same_addresses, compared_one_by_one):
+        assert compare(tensors, addresses, [0, 1]) and not compare(tensors, [0, 0], [0, 1])
+
+
+def test_torchao_has_the_base_class():
+    base = torch_internals.tensor_base()
+    assert issubclass(akvq_fx.PackedKV, base) and hasattr(base, "implements")
+
+
+def test_the_name_of_the_cache_is_found():
+    class Old(nn.Module):
+        def forward(self, input_ids=None, past_key_values=None): ...
+
+    class New(nn.Module):
+        def forward(self, input_ids=None, cache=None, **kwargs): ...
+
+    class Adapter(nn.Module):
+        def forward(self, *args, **kwargs): ...
+
+        def get_base_model(self):
+            return New()
+
+    names = [transformers_names.cache_argument(model()) for model in (Old, New, Adapter)]
+    assert names == ["past_key_values", "cache", "cache"]
+    assert transformers_names.cache_argument(torch.compile(New(), backend="eager")) == "cache"
+    out = types.SimpleNamespace
+    assert [transformers_names.cache_of(o) for o in (out(cache=1), out(past_key_values=2), out())] == [1, 2, None]
+
+
+def test_a_version_never_tried_is_told_once(monkeypatch):
+    monkeypatch.setattr(torch_internals, "version", lambda: (2, 99))
+    monkeypatch.setattr(transformers_names, "version", lambda: None)
+    versions.warn_of_untried.cache_clear()
+    try:
+        with pytest.warns(UserWarning, match=r"PyTorch 2.99 was never tried; 2.11 to 2.15 were"):
+            versions.warn_of_untried()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            versions.warn_of_untried()
+    finally:
+        versions.warn_of_untried.cache_clear()
