@@ -12,6 +12,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from akvq_fx.kernels import autocast  # noqa: F401 - says what it means for the ops
 from akvq_fx.kernels import cache as ops
 from akvq_fx.packed_kv import PackedKV
 from akvq_fx.packed_tokens import Tokens, row_upon_row, tail_to_tail
