@@ -47,15 +47,15 @@ def mapped(cache, op):
 
 
 def padded_and_joined(x):
-    other = x[:, :, :17]
-    return torch.cat([x, F.pad(other, (0, 0, x.shape[2] - 17, 0))])
+    other = x[:, :, : x.shape[2] // 2]
+    return torch.cat([x, F.pad(other, (0, 0, x.shape[2] - other.shape[2], 0))])
 
 
 ON_CODES = {
     "recent": lambda x: x[:, :, -9:],
     "sinks and recent": lambda x: torch.cat([x[:, :, :4], x[:, :, -9:]], 2),
-    "index": lambda x: x[:, :, torch.tensor([0, 3, 8, 9, 20, 22])],
-    "index_select": lambda x: x.index_select(2, torch.arange(1, 23, 2)),
+    "index": lambda x: x[:, :, torch.tensor([0, 3, 5, -2, -1])],
+    "index_select": lambda x: x.index_select(2, torch.arange(1, x.shape[2], 2)),
     "mask": lambda x: x[:, :, torch.arange(x.shape[2]) % 3 != 1],
     "without one": lambda x: torch.cat([x[:, :, :5], x[:, :, 6:]], 2),
     "pad": lambda x: F.pad(x, (0, 0, 3, 0)),
@@ -66,7 +66,7 @@ PLAIN = {
     "times one": lambda x: x * 1.0,
     "dequantize": lambda x: x.dequantize() if isinstance(x, PackedKV) else x,
     "a plain row": lambda x: torch.cat([x, x * 1.0]),
-    "other tokens in each row": lambda x: torch.stack([x[0, :, :12], x[1, :, 5:17]]),
+    "other tokens in each row": lambda x: torch.stack([x[0, :, :-5], x[1, :, 5:]]),
 }
 
 
