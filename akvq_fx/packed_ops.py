@@ -12,6 +12,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from akvq_fx.kernels import autocast  # noqa: F401 - says what it means for the ops
 from akvq_fx.kernels import cache as ops
 from akvq_fx.packed_kv import PackedKV
 from akvq_fx.packed_tokens import Tokens, row_upon_row, tail_to_tail
@@ -299,7 +300,7 @@ def _(func, types, args, kwargs):
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         if isinstance(repeats, int) and packed.shape[0] == 1 and repeats > 0 and is_growing(packed):
-            return repeated(packed, repeats)
+            return packed.expand(repeats, -1, -1, -1)
         return packed.index_select(0, torch.arange(packed.shape[0], device=packed.device).repeat_interleave(repeats))
 
     return rows(*args, **kwargs)
@@ -312,10 +313,12 @@ def _(func, types, args, kwargs):
 
 @PackedKV.implements_torch_function([
     torch.Tensor.__getitem__, torch.Tensor.detach, torch.detach, torch.Tensor.narrow, torch.narrow,
-    torch.Tensor.split, torch.split, torch.Tensor.chunk, torch.chunk,
+    torch.Tensor.split, torch.split, torch.Tensor.chunk, torch.chunk, torch.Tensor.expand,
+    torch.Tensor.expand_as, torch.Tensor.broadcast_to, torch.broadcast_to,
 ])  # fmt: skip
 def _(func, types, args, kwargs):
-    """Not as autograd's view, whose `_base` would keep the longer view alive: a crop would be copied, rows would stay."""
+    """Not as autograd's view, whose `_base` would keep the longer view alive: a crop would be copied, rows
+    would stay, and dynamo would trace how the view was made."""
     with torch._C.DisableTorchFunctionSubclass():
         if torch.compiler.is_compiling():
             return func(*args, **kwargs)

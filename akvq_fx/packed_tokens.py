@@ -102,6 +102,15 @@ class Tokens:
             parts["text_codes"] = codes.gather(2, chosen)
         return replace(self, parts=parts, held=held)
 
+    def with_whole_ring(self) -> Tokens:
+        """The same, all of the last tokens in the ring: what it did not hold is put there as it is read, at 16 bits."""
+        recent = len(self.held)
+        if not recent:
+            return self
+        last = self.take(torch.arange(self.count - recent, self.count, device=self.held.device), distinct=True)
+        ring = ops.read(last.stored().buffers, recent, self.layout)
+        return replace(self, parts=self.parts | {"ring": ring}, held=torch.ones_like(self.held))
+
     def padding(self, count: int) -> Tokens:
         """`count` padding tokens, zeros, to stand with these: masks hide them, so that the ring may be said to hold them."""
         codes = self.parts["codes"]
@@ -185,10 +194,8 @@ def tail_to_tail(runs: list[Tokens]) -> Tokens:
 
 
 def row_upon_row(rows: list[Tokens]) -> Tokens:
-    """Rows of one number of tokens as one batch. The ring holds what it held in every row."""
-    parts, held = {}, rows[0].held
-    for other in rows[1:]:
-        held = held & other.held
+    """Rows of one number of tokens as one batch: one ring for all, which holds what each of the last tokens is read as."""
+    rows, parts = [row.with_whole_ring() for row in rows], {}
     for name in rows[0].parts:
         given = [row.parts[name] for row in rows]
         if name.startswith("text"):
@@ -199,4 +206,4 @@ def row_upon_row(rows: list[Tokens]) -> Tokens:
                 for t in given
             ]
         parts[name] = torch.cat(given, 0)
-    return replace(rows[0], parts=parts, held=held, room=max(row.room for row in rows))
+    return replace(rows[0], parts=parts, room=max(row.room for row in rows))

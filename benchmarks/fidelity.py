@@ -197,6 +197,7 @@ def text_suites(args, part: Part, model: LanguageModel, texts: Sequence[Text]) -
 
 def vision_tasks(args, source: Source, path: Path, every: bool) -> VisionTasks:
     kinds = {"images": args.images, "samples": args.samples, "dtype": getattr(torch, args.dtype), "device": args.device}
+    kinds["trust_remote_code"] = True  # the folder that --vlm names is run, as its help says
     return VisionTasks(source, path, args.task or (None if every else ASKED), **kinds)
 
 

@@ -42,7 +42,8 @@ def dequantize(codes: Tensor, range_: Tensor, bits: int, dtype: torch.dtype) -> 
 
 def decode(codes: Tensor, range_: Tensor, dtype: torch.dtype) -> Tensor:
     """The inverse of encode: codes [..., D] int32, range [..., 2*groups] -> [..., D] in dtype."""
-    limit = torch.finfo(dtype).max  # the rounded scale may lead a step past fp16; a broken group is NaN and stays so
+    # the rounded scale may lead a step past fp16; a broken group is NaN and stays so
+    limit = min(torch.finfo(dtype).max, torch.finfo(torch.float32).max)
     scale, lo = range_.float().chunk(2, -1)
     grouped = codes.float().unflatten(-1, (scale.shape[-1], -1))
     return (grouped * scale[..., None] + lo[..., None]).flatten(-2).clamp(-limit, limit).to(dtype)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import torch
 
-from akvq_fx.passes.patterns.cache_write import is_mutation, is_packed
+from akvq_fx.passes.patterns.cache_write import is_mutation, is_packed, keeps_numbers
 from akvq_fx.passes.patterns.nodes import dimension, op, outputs, shape, tensors_of_cat, value
 from akvq_fx.passes.patterns.projection import weight_behind
 from akvq_fx.passes.patterns.site import layer_of
@@ -55,7 +55,10 @@ def is_growth(user, past) -> bool:
     if op(user) != "cat" or len(shape(user)) != 4 or dimension(user, 1, 4) != 2:
         return False
     parts = tensors_of_cat(user)
-    return len(parts) == 2 and parts[0] is past
+    if len(parts) != 2 or parts[0] is not past:
+        return False
+    # tokens of a wider dtype widen the whole cache, which codes keep theirs against and numbers follow: then it is read, and plain
+    return value(user).dtype == value(past).dtype or not keeps_numbers(past)
 
 
 def append(state: GraphState, past, whole) -> None:

@@ -176,7 +176,8 @@ def test_the_command_reads_prompts_with_images(tmp_path, capsys):
         ("fidelity --model m --text nowhere.txt", "nowhere.txt"),
         ("fidelity --model m --text {text} --setting best", "recipe"),
         ("fidelity --model m --text {text} --json {text}", "name another file"),
-        ("images --folder nowhere", "no tasks.py in nowhere"),
+        ("images --folder nowhere --trust-remote-code", "no tasks.py in nowhere"),
+        ("images --folder nowhere", "if you trust them, say --trust-remote-code"),
         ("milebench --root nowhere --model m", "nowhere"),
     ],
 )

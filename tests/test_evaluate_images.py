@@ -1,5 +1,6 @@
 """Images: one packed prefix, questions asked over copies of it; teacher-forced exact match is greedy exact match."""
 
+import functools
 import math
 import textwrap
 
@@ -11,6 +12,8 @@ from akvq_fx.evaluate.settings import running
 from akvq_fx.evaluate.table import cell_of
 from akvq_fx.evaluate.vision_tasks import answer_ids, ask, split
 from tests.zoo import IMG, ZOO
+
+trusted = functools.partial(ImageTasks, trust_remote_code=True)
 
 SMALL = {"recipe": "akvq", "window": 4, "pivots": 1, "psa_text_key_bits": 2}  # an overlay is larger than these prompts
 
@@ -79,7 +82,7 @@ def split_inputs(inputs):
 
 
 def test_at_16_bits_rotary_frequencies_stay_float32(folder):
-    model = ImageTasks(folder, dtype=torch.float16)._loaded[0]
+    model = trusted(folder, dtype=torch.float16)._loaded[0]
     assert {weight.dtype for weight in model.parameters()} == {torch.float16}
     frequencies = [buffer for name, buffer in model.named_buffers() if "inv_freq" in name]
     assert frequencies and all(buffer.dtype == torch.float32 for buffer in frequencies)
@@ -125,7 +128,7 @@ def test_questions_do_not_see_each_other(llava):
 
 
 def test_lossless_is_the_own_cache(folder):
-    suite = ImageTasks(folder, ["first"], images=2, samples=2, questions=2)
+    suite = trusted(folder, ["first"], images=2, samples=2, questions=2)
     none, lossless = fill(suite, {"none": None, "exact": {"body_bits": 16}}, Store())
     assert lossless["measures"]["nll"] == pytest.approx(none["measures"]["nll"], abs=1e-4)
     assert none["measures"]["bits"][0] == 32 and lossless["measures"]["bits"][0] != 32, "the backend did run"
@@ -139,14 +142,14 @@ def test_the_prefix_is_run_once_a_sample(folder, monkeypatch):
     counted = lambda name, f: lambda *args: calls.append(name) or f(*args)
     for name in ("prefill", "read"):
         monkeypatch.setattr(vision_tasks, name, counted(name, getattr(vision_tasks, name)))
-    fill(ImageTasks(folder, ["first"], images=3, samples=2, questions=2), {"none": None}, Store())
+    fill(trusted(folder, ["first"], images=3, samples=2, questions=2), {"none": None}, Store())
     assert calls == ["prefill", "read", "read"] * 2
 
 
 def test_samples_depend_on_nothing_but_what_is_said(folder):
     rows = []
     for questions, images in ((1, 2), (1, 2), (2, 2), (1, 3)):
-        suite, store = ImageTasks(folder, ["first"], images=images, samples=2, questions=questions), Store()
+        suite, store = trusted(folder, ["first"], images=images, samples=2, questions=questions), Store()
         fill(suite, {"none": None}, store)
         rows.append(store.rows(cell_of(suite, "first", None)))
         rows.append(suite.what("first"))
@@ -156,16 +159,16 @@ def test_samples_depend_on_nothing_but_what_is_said(folder):
 
 
 def test_says_what_it_accepts(folder, tmp_path_factory):
-    assert ImageTasks(folder, images=2).tasks == ("first", "pair")
-    assert ImageTasks(folder, images=3).tasks == ("first",)
+    assert trusted(folder, images=2).tasks == ("first", "pair")
+    assert trusted(folder, images=3).tasks == ("first",)
     with pytest.raises(ValueError, match="'pair' does not occur with 3 images"):
-        ImageTasks(folder, ["pair"], images=3)
+        trusted(folder, ["pair"], images=3)
     with pytest.raises(ValueError, match="no task 'frist'.*first, pair, never"):
-        ImageTasks(folder, ["frist"])
+        trusted(folder, ["frist"])
     with pytest.raises(ValueError, match="images=1"):
-        ImageTasks(folder, images=1)
+        trusted(folder, images=1)
     with pytest.raises(FileNotFoundError, match="no tasks.py in"):
-        ImageTasks(tmp_path_factory.mktemp("empty"))
+        trusted(tmp_path_factory.mktemp("empty"))
     with pytest.raises(ValueError, match="no image token 999"):
         split({"input_ids": torch.ones(1, 4, dtype=torch.long)}, 999)
 
@@ -179,3 +182,17 @@ def test_answers_end_with_the_end_token():
             return {"input_ids": [len(word) for word in text.split()]}
 
     assert answer_ids(Tokenizer(), "red car").tolist() == [3, 3, 2]
+
+
+def test_the_folders_code_is_run_only_where_told(tmp_path):
+    """Nothing of the folder is opened: not its Python files, not its pickle."""
+    for name in ("tasks.py", "load.py", "sprites.pkl"):
+        (tmp_path / name).write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    with pytest.raises(
+        PermissionError, match=r"say --trust-remote-code \(ImageTasks\(\.\.\., trust_remote_code=True\)\)"
+    ):
+        ImageTasks(tmp_path)
+    assert not (tmp_path / "ran").exists()
+    with pytest.raises(AttributeError):
+        trusted(tmp_path)
+    assert (tmp_path / "ran").exists()

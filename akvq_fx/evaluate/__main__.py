@@ -2,11 +2,11 @@
 
     python -m akvq_fx.evaluate fidelity  --model HuggingFaceTB/SmolLM2-135M --text book.txt --setting akvq --setting akvq-vl
     python -m akvq_fx.evaluate fidelity  --model llava-hf/llava-1.5-7b-hf --prompts prompts.jsonl --setting akvq
-    python -m akvq_fx.evaluate images    --folder my-vlm --task match --task retrieval --setting none --setting akvq:window=128
+    python -m akvq_fx.evaluate images    --folder my-vlm --trust-remote-code --task match --setting none --setting akvq:window=128
     python -m akvq_fx.evaluate milebench --root MileBench --model llava-hf/llava-1.5-7b-hf --setting none --setting akvq-vl
 
 fidelity    how far predictions move against the model's own cache: dNLL, KL, top-1 agreement, 1 - total variation
-images      accuracy and loss on multi-image questions of a folder that holds a model and its task generator
+images      accuracy and loss on multi-image questions of a folder that holds a model and its task generator, whose code is run
 milebench   accuracy on a local copy of MileBench, scored as its released evaluator does, unanswered apart
 
 A setting is a recipe, or a recipe and options after a colon; "none" is the model's own cache. Each is measured by compiling the
@@ -95,6 +95,11 @@ def parser() -> argparse.ArgumentParser:
 
     two = commands.add_parser("images", parents=[shared], help="multi-image questions of a folder with its own model")
     two.add_argument("--folder", required=True, type=Path, help="holds load.py, tasks.py, sprites.pkl")
+    two.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="run the folder's Python files and unpickle its sprites.pkl: needed",
+    )
     two.add_argument("--task", action="append", help="repeatable; all that occur with so many images unless told")
     two.add_argument("--images", type=int, default=14, help="images a sample")
     two.add_argument("--samples", type=int, default=32, help="samples a task")
@@ -154,7 +159,8 @@ def image_suites(args) -> Iterator:
     from akvq_fx.evaluate.vision_tasks import ImageTasks
 
     kinds = {"images": args.images, "samples": args.samples, "questions": args.questions, "split": args.split}
-    yield ImageTasks(args.folder, args.task, **kinds, dtype=getattr(torch, args.dtype), device=args.device)
+    kinds |= {"dtype": getattr(torch, args.dtype), "device": args.device, "trust_remote_code": args.trust_remote_code}
+    yield ImageTasks(args.folder, args.task, **kinds)
 
 
 def milebench_suites(args) -> Iterator:

@@ -36,8 +36,10 @@ class ImageTasks:
     images      images a sample;  samples   samples a task
     questions   questions a sample, of the task's own kind; fewer where a sample has fewer
     split       as tasks.example takes it
-    Raises ValueError for a task that the folder does not have or that does not occur with so many images, OSError for a folder
-    without the files.
+    trust_remote_code   the folder's Python files are run and its sprites.pkl is unpickled, which can do anything: nothing is opened
+                        without it
+    Raises PermissionError without trust_remote_code, ValueError for a task that the folder does not have or that does not occur
+    with so many images, OSError for a folder without the files.
     """
 
     columns = (
@@ -58,7 +60,13 @@ class ImageTasks:
         split: str = "test",
         dtype: torch.dtype = torch.float32,
         device: str = "cpu",
+        trust_remote_code: bool = False,
     ):
+        if not trust_remote_code:
+            raise PermissionError(
+                f"{folder}: its load.py and tasks.py would be run and its sprites.pkl unpickled, which can do anything on this "
+                "machine; if you trust them, say --trust-remote-code (ImageTasks(..., trust_remote_code=True))"
+            )
         if images < 2 or samples < 1 or questions < 1:
             raise ValueError(f"got {images=}, {samples=}, {questions=}; accepted: 2, 1 and 1, or more")
         self._folder = Path(folder)

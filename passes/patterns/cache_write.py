@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from torch.fx import Graph, Node
 
+from akvq_fx.kernels.layout import Layout
 from akvq_fx.passes.patterns.nodes import (
     NoMatch,
     argument,
@@ -62,6 +63,11 @@ class CacheWrite:
 def is_packed(node) -> bool:
     """The node is a placeholder that dynamo saw as a PackedKV."""
     return op(node) == "placeholder" and type(value(node)).__name__ == "PackedKV"
+
+
+def keeps_numbers(past: Node) -> bool:
+    """A packed cache without codes: rounding new tokens to its dtype would be all that is lost."""
+    return Layout.parse(value(past).layout_text).plain
 
 
 def is_empty(node) -> bool:
@@ -123,6 +129,12 @@ def grown(whole: Node, returned: list[Node]) -> CacheWrite | None:
         return None
     if is_empty(past):
         return CacheWrite("first", None, new, whole)
+    if is_packed(past) and keeps_numbers(past) and value(whole).dtype != value(past).dtype:
+        raise NoMatch(
+            f"the cache holds {value(past).dtype} and this step brings {value(new).dtype}: in lossless mode it becomes a plain "
+            f"{value(whole).dtype} tensor, as without packing",
+            whole,
+        )
     return CacheWrite("grow", past, new, whole, packed=is_packed(past))
 
 
