@@ -42,7 +42,7 @@ class Folded:
         marks = [None if x is None else mark(x) for x in sources]
         if marks == self.marks and not anew:
             return
-        with torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad():  # an inference tensor could not be renewed outside that mode
             for i, source in enumerate(sources):
                 if source is not None:
                     self.copies[i] = into(self.copies[i], self.turned(i, source))

@@ -102,7 +102,7 @@ class Runtime:
         if program.vision == "make":
             vision_carry.put(results.pop().detach())
         if program.inference and torch.is_grad_enabled():
-            results = refuse_backward(results, inputs)
+            results = refuse_backward(results, args)
         return self.close(given, storages, results, owners)
 
     def owners_of(self, args, anew: bool) -> dict[tuple[int, ...], str | None]:
@@ -147,6 +147,9 @@ class Runtime:
                 count = tokens.constant if tokens.constant is not None else tokens(args)
                 storage = packed.writable(count, self.step)
                 storage.end = packed.length + count
+            if storage.held[0].is_inference() and not torch.is_inference_mode_enabled():
+                storage.held = [buffer.clone() for buffer in storage.buffers]  # torch forbids to write to the old ones
+                storage.mark_dynamic()
             storages[position] = storage
         return storages
 
@@ -222,7 +225,7 @@ class NoBackward(torch.autograd.Function):
         )
 
 
-def refuse_backward(results: list, inputs: list) -> list:
+def refuse_backward(results: list, inputs) -> list:
     """The results as if they had a gradient wherever the uncompiled graph's would, so that losing it is an error and no silence."""
     anchor = next((x for x in inputs if isinstance(x, torch.Tensor) and x.requires_grad), None)
     places = [i for i, x in enumerate(results) if isinstance(x, torch.Tensor) and x.is_floating_point()]
