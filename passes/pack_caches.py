@@ -97,7 +97,9 @@ def valid_tokens(state: GraphState, site: Site, write: CacheWrite, at: Node) -> 
     if mask is None:
         return None
     batch = shape(write.whole)[0]
-    make = lambda: state.call(akvq.valid_tokens.default, mask, state.size_node(batch))
+    one_for_all = shape(mask)[-1:] in ((), (1,))
+    tokens = (state.size_node(site.length),) if one_for_all else ()
+    make = lambda: state.call(akvq.valid_tokens.default, mask, state.size_node(batch), *tokens)
     seen = state.share(("valid", mask, str(batch)), make)
     whole = not write.static and not write.packed
     if whole:
