@@ -14,8 +14,8 @@ from tests import attention_models as models
 from tests.attention_models import LOSSLESS, Decoder, captured, evidence, lossless, mixed, roll, token_ids
 from tests.test_find_sites import MUST_FIRE
 
-ROTATED = {"body_bits": 16, "rotate": True}
-ONLINE = {**ROTATED, "value_rotation": "online"}
+ONLINE = {"body_bits": 16, "rotate": True}
+ROTATED = {**ONLINE, "value_rotation": "fold"}
 TWO_BITS = {"tsa_layers": ()}
 TURNED = (  # where the rotation or the fold takes another way; test_properties mixes the others in
     models.Direct,
