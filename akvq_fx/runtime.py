@@ -13,7 +13,7 @@ import torch
 
 from akvq_fx import vision_carry
 from akvq_fx.cuda_graph import picker
-from akvq_fx.digest import DIGESTS
+from akvq_fx.digest import DIGESTS, compute
 from akvq_fx.folding import FOLDED
 from akvq_fx.packed_kv import PackedKV, Storage
 from akvq_fx.passes.state import Appended, Packed, Program
@@ -159,13 +159,20 @@ class Runtime:
             return
         if not alike(storage.owner, expected) or storage.loaded:
             expected = self.owners_of(args, anew=True)[group]
-        if not alike(storage.owner, expected):
+        if not alike(storage.owner, expected) and not self.is_a_cast(storage, group, args):
             raise ValueError(
                 f"akvq: the packed cache of shape {list(packed.shape)} was made by other weights than the ones that "
                 "continue it (another model or layer, or weights changed since); start with an empty cache, or pass "
                 "cache.dequantize() to go on with these tokens as plain numbers"
             )
         storage.owner, storage.loaded = expected, False
+
+    def is_a_cast(self, storage: Storage, group: tuple[int, ...], args) -> bool:
+        """The weights are those of the cache but for a wider dtype, which holds the same numbers."""
+        narrow, weights = storage.layout.dtype, [args[i] for i in group]
+        if all(weight.dtype == narrow or not weight.is_floating_point() for weight in weights):
+            return False
+        return alike(storage.owner, " ".join(compute([weight.detach().to(narrow) for weight in weights])))
 
     def close(self, args, storages, results, owners) -> tuple:
         out, views, slots, i = [], {}, {}, 0

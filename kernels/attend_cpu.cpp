@@ -247,7 +247,7 @@ struct Plan {
         for (int64_t j = 0; j < D; j++) out[j] = (s ? out[j] : 0.0f) + from[j] * share;
       }
       for (int64_t j = 0; j < D; j++) out[j] = all == 0 ? 0.0f : out[j] / all;
-      if (back) back->apply(out, D);
+      if (back) std::fill(out + D, out + out_stride, 0.0f), back->apply(out, D);
       store_row(call.out, call.q_dtype, (head * R + r) * D, D, out);
     }
   }

@@ -157,7 +157,7 @@ struct Hadamard {
     const float norm = 1.0f / std::sqrt(float(order));
     for (int i = 0; i < LANES; i++)
       for (int j = 0; j < LANES; j++)
-        entries[i][j] = i / order != j / order ? 0.0f : __builtin_popcount(i & j) & 1 ? -norm : norm;
+        entries[i][j] = i / order != j / order ? 0.0f : __builtin_popcount(i & j & (order - 1)) & 1 ? -norm : norm;
   }
 
   void apply(float* row, int64_t head_dim) const {

@@ -6,6 +6,7 @@ Needs    everything before it                Leaves  a linted graph of plain ten
 
 from __future__ import annotations
 
+import torch
 from torch.fx import Node
 
 from akvq_fx.passes.patterns.cache_write import is_packed
@@ -37,6 +38,8 @@ def clean_up(state: GraphState) -> PassReport:
         program.vision = "make"
         results.append(state.vision)
     state.graph.output_node().args = (tuple(results),)
+    if program.inference:
+        drop_grad_modes(state)
     state.graph.eliminate_dead_code(lambda n: n in state.effects or n.is_impure())
     for node in state.placeholders:
         if is_packed(node) and state.position[node] not in program.unpacked:
@@ -54,6 +57,13 @@ def clean_up(state: GraphState) -> PassReport:
     state.graph.lint()
     state.gm.recompile()
     return report
+
+
+def drop_grad_modes(state: GraphState) -> None:
+    """Codes have no gradient: the runtime runs the graph without, and a mode that it enters by itself would bring one back."""
+    for node in list(state.graph.nodes):
+        if node.target is torch._C._set_grad_enabled:
+            state.graph.erase_node(node)
 
 
 clean_up.needs = ("read_unmatched",)

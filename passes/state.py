@@ -164,7 +164,16 @@ def compiled(expr: sympy.Expr, symbols: list[sympy.Symbol]) -> Callable[..., int
     names = [f"n{i}" for i in range(len(symbols))]
     renamed = expr.xreplace({s: sympy.Symbol(n, **s.assumptions0) for s, n in zip(symbols, names, strict=True)})
     namespace = {"math": math, "torch": torch, "Where": lambda condition, yes, no: yes if condition else no}
-    return eval(f"lambda {', '.join(names)}: {PythonPrinter().doprint(renamed)}", namespace)
+    return eval(f"lambda {', '.join(names)}: {SizePrinter().doprint(renamed)}", namespace)
+
+
+class SizePrinter(PythonPrinter):
+    """As dynamo prints its guards; torch 2.11 takes every exponent for a number."""
+
+    def _print_Pow(self, expr: sympy.Pow) -> str:
+        if expr.exp.is_number:
+            return super()._print_Pow(expr)
+        return f"(({self._print(expr.base)}) ** ({self._print(expr.exp)}))"
 
 
 def traced(function: Callable) -> Callable:

@@ -92,7 +92,7 @@ def test_shares_are_sums_of_the_softmax(data):
         "float": torch.where(mask, 0.0, -torch.inf).expand(B, 1, q, q),
     }[kind]
     at = torch.arange(q)
-    seen = Seen(0, "", query, key, given_mask, kind == "causal", None, key, key, None, None, at, False)
+    seen = Seen(0, "", query, key, given_mask, kind == "causal", None, key, key, None, None, at)
     row, vision, valid = draw(0, B - 1), random(q) > 0, torch.ones(q, dtype=torch.bool)
     pivots = torch.tensor([draw(0, q - 1), -1], dtype=torch.int32)
     asked = torch.tensor(sorted(data.draw(st.sets(st.integers(0, q - 1), min_size=1))))

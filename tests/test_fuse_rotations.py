@@ -54,8 +54,9 @@ def test_a_chunk_that_attention_also_reads_is_turned_once_by_a_node():
     chunk = evidence(Decoder(models.Direct), steps=1, chunk=3).captures[-1]
     assert turned(chunk.state) == [True, False, False]  # attended, then appended
     assert targets(chunk.state).count(akvq.rotate_keys.default) == 1
+    assert targets(chunk.state).count(akvq.hadamard.default) == 1
     reasons = [miss.reason for miss in chunk.report("fuse_rotations").missed]
-    assert reasons == ["something else reads the turned tokens", "taken as it comes"]
+    assert reasons == ["something else reads the turned tokens"] * 2
 
 
 def attended(layout: Layout, others: int = 0, flags: tuple = (), times: int = 1) -> GraphState:

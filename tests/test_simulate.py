@@ -157,7 +157,7 @@ def test_faster_kernels_refuse():
 
     for module, about in ((attend_cpu, call), (attend_cuda, call), (attend_triton, call), (append_cuda, (q, layout)),
                           (cache_triton, (q, layout))):  # fmt: skip
-        assert "simulated" in module.refusal(*about), module.__name__
+        assert "simulate" in module.refusal(*about), module.__name__
 
 
 def tiny(layers=2) -> LlamaForCausalLM:
