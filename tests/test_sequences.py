@@ -192,7 +192,7 @@ def lossless(request):
     return compiled(model_at_first(), {**LOSSLESS, "value_rotation": request.param})
 
 
-@pytest.fixture(scope="module", params=["online", "fold"])
+@pytest.fixture(scope="module", params=["online", "fold"] if EXAMPLES else ["online"])
 def two_bits(request):
     options = {**TWO_BITS, "value_rotation": request.param}
     return compiled(model_at_first(1, torch.float32), options), options

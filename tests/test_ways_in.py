@@ -27,9 +27,9 @@ def llama():
         return finish(transformers.LlamaForCausalLM(transformers.LlamaConfig(**T(num_hidden_layers=2))))
 
 
-def prompt(batch: int) -> dict:
-    """Another length for each batch size."""
-    ids = token_ids(batch, 6 + batch % 5, seed=batch) + 10
+def prompt(batch: int, static: bool = False) -> dict:
+    """Another length for each batch size; not so with a static cache, whose capacity follows from it."""
+    ids = token_ids(batch, 8 if static else 6 + batch % 5, seed=batch) + 10
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
@@ -47,7 +47,7 @@ def decoded(step, model, inputs, static: bool):
 
 
 def generated(model, inputs, static: bool, **more):
-    kind = {"cache_implementation": "static", "max_length": 24, "max_new_tokens": TOKENS} if static else {}
+    kind = {"cache_implementation": "static"} if static else {}
     arguments = {"max_new_tokens": TOKENS, "do_sample": False, **kind, **more}
     out = model.generate(**inputs, **arguments, return_dict_in_generate=True)
     return out.sequences, cache_of(out)
@@ -102,7 +102,7 @@ def plain():
 def right(run, plain, static: bool, batches=BATCHES) -> None:
     """Tokens as the uncompiled model's, and every tensor of the cache packed."""
     for batch in batches:
-        inputs = prompt(batch)
+        inputs = prompt(batch, static)
         want, _ = generated(plain, inputs, static=False)
         tokens, cache = run(inputs, static)
         assert torch.equal(tokens, want), batch
@@ -171,7 +171,8 @@ SEARCHES = {
         (2, {"do_sample": True, "num_return_sequences": 2}),
         (3, {"do_sample": True, "num_return_sequences": 2}),
     ],
-    "shrinking": [(batch, {}) for batch in (8, 5, 3, 2, 1, 4)],
+    "shrinking": [(batch, {}) for batch in (8, 5, 3, 2, 4)],
+    "down to one": [(batch, {}) for batch in (8, 3, 1, 2, 1)],
     "all": [
         (1, {"num_beams": 3}),
         (2, {"num_beams": 3}),
@@ -198,12 +199,13 @@ def test_rows_that_multiply_and_shrink(plain, static, dynamic, searches):
     model.compile(backend="akvq", dynamic=dynamic, options={**LOSSLESS, "inner": "eager"})
     counters.clear()
     for batch, how in SEARCHES[searches]:
-        want, _ = several(plain, prompt(batch), static=static, **how)
-        tokens, cache = several(model, prompt(batch), static=static, **how)
+        want, _ = several(plain, prompt(batch, static), static=static, **how)
+        tokens, cache = several(model, prompt(batch, static), static=static, **how)
         assert torch.equal(tokens, want), (batch, how)
         assert akvq_fx.cache_stats(cache).plain_tensors == 0, (batch, how)
     assert not akvq_fx.report(model).refused
-    assert counters["stats"]["unique_graphs"] <= 4
+    # dynamo has a graph of its own for one row, and for the sizes that it saw first
+    assert counters["stats"]["unique_graphs"] <= (6 if searches == "down to one" else 4)
 
 
 @torch.no_grad()
