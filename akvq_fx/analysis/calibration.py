@@ -25,6 +25,7 @@ from akvq_fx.analysis.measure import FORMS, SHARES
 from akvq_fx.policy import FORMAT
 from akvq_fx.report import _table
 
+FLOAT32 = 1e-6  # what a softmax in float32 may miss of a sum of 1
 COLUMNS = ("layer", "policy", "text", "vision", "sink", "recent", "far pivots", "far text", "far vision", "text:vision",
            "massive", "top |h|", "at", "median", *FORMS)  # fmt: skip
 
@@ -139,7 +140,7 @@ class Calibration:
         found = [f"{label} was not measured: {reason}" for label, reason in self.refused.items()]
         if not any(prompt.vision for prompt in self.prompts):
             found.append("no vision tokens were seen: TSA does not apply, every layer is PSA")
-        if all(layer.share("recent") > 1 - 1e-9 for layer in self.layers):
+        if all(layer.share("recent") > 1 - FLOAT32 for layer in self.layers):
             found.append(
                 f"everything lies in the recent window of {self.settings['window']} tokens: measure on longer prompts"
             )
