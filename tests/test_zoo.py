@@ -11,6 +11,7 @@ import warnings
 import pytest
 import torch
 import transformers
+from transformers.models.gemma2.modeling_gemma2 import Gemma2PreTrainedModel
 from transformers.models.gptj.modeling_gptj import GPTJPreTrainedModel
 
 import akvq_fx
@@ -26,16 +27,18 @@ SMALL = {"inner": "eager", "window": 8, "pivots": 3}
 
 # generate() of these runs an inner module; compiling the outer one compiles nothing
 INNER = {"blip2_opt": "language_model", "instructblip_opt": "language_model", "kosmos2": "text_model"}
-# caches that a graph must leave at 16 bits: their attention is written out (softcap, sinks, ALiBi, GPT-J before transformers
-# 5.24), or latent (MLA), or reads its values through other ops (DiffLlama), or every layer is a sliding window
-ALL_16BIT = {"gemma2", "gpt_oss", "bloom", "deepseek_v3", "diffllama"}
-if not GPTJPreTrainedModel._supports_sdpa:
-    ALL_16BIT.add("gptj")
+# caches that a graph must leave at 16 bits: their attention is written out (softcap, sinks, ALiBi), or latent (MLA), or reads its
+# values through other ops (DiffLlama), or every layer is a sliding window
+ALL_16BIT = {"gpt_oss", "bloom", "deepseek_v3", "diffllama"}
+# written out in some versions of transformers: GPT-J before 5.24, Gemma-2 in it
+BY_VERSION = {"gptj": GPTJPreTrainedModel, "gemma2": Gemma2PreTrainedModel}
+ALL_16BIT |= {family for family, model in BY_VERSION.items() if not model._supports_sdpa}
 SLIDING_ONLY = {"mistral_swa", "idefics2"}
 # stock torch.compile changes these too, so the uncompiled model is no reference: they are compared with backend="eager"
 COMPARE_COMPILED = {"phi4_multimodal"}
 NO_STATIC = {"kosmos2"}  # transformers fails before any compiler sees it
-MAY_FAIL = {"llama4"}  # the uncompiled model does not run in every version of transformers (5.24)
+# the uncompiled model does not run in every version of transformers: Llama-4 in 5.24, the others in 5.17
+MAY_FAIL = {"llama4", "mllama", "molmo2"}
 
 
 def generate(family, cache, batch, compile_options=None, backend="akvq"):
