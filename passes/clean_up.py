@@ -38,8 +38,6 @@ def clean_up(state: GraphState) -> PassReport:
         program.vision = "make"
         results.append(state.vision)
     state.graph.output_node().args = (tuple(results),)
-    if program.inference:
-        drop_grad_modes(state)
     state.graph.eliminate_dead_code(lambda n: n in state.effects or n.is_impure())
     for node in state.placeholders:
         if is_packed(node) and state.position[node] not in program.unpacked:
@@ -51,6 +49,8 @@ def clean_up(state: GraphState) -> PassReport:
     for node in state.graph.nodes:
         if node.op == "placeholder" and str(node.target) != "vision_tokens":
             program.inputs.append(state.position[node] if node in state.position else bound[node])
+    if program.inference:
+        drop_grad_modes(state)
     program.step = bool(state.sites) and all(
         site.key.kind == "read" or is_single_token(site.key) for site in state.sites
     )

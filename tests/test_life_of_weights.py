@@ -355,6 +355,9 @@ def test_parametrized(fresh):
     fresh.live(change)
 
 
+@pytest.mark.skipif(
+    torch.__version__ < "2.12", reason="dynamo of torch 2.11 keeps a graph when model.to() changes the weights' dtype"
+)
 def test_dtypes_there_and_back(fresh):
     """float64 to float16 and back: other graphs, then the first ones with their weights in other memory."""
     ids = token_ids(2, 7)
