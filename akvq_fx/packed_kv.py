@@ -17,6 +17,7 @@ import weakref
 import torch
 from torch import Tensor
 
+from akvq_fx import torch_internals
 from akvq_fx.kernels import cache as ops
 from akvq_fx.kernels.layout import CLASS_NAMES, PADDING, STATE_END, Layout
 from akvq_fx.storage import DYNAMIC_TOKENS, TOKENS, Storage
@@ -35,10 +36,10 @@ def _quiet(*names: str):
 
 
 with _quiet("torchao", "torch.utils._pytree"):
-    from torchao.utils import TorchAOBaseTensor
+    TensorBase = torch_internals.tensor_base()
 
 
-class PackedKV(TorchAOBaseTensor):
+class PackedKV(TensorBase):
     """A packed cache tensor of logical shape [B, H, T, D] and 16- or 32-bit dtype.
 
     Made by the backend; `dequantize()` gives the plain tensor, `layout` says how it is packed, `nbytes_packed` what it costs.

@@ -7,20 +7,14 @@ import weakref
 import torch
 from torch import Tensor
 
+from akvq_fx import torch_internals
 from akvq_fx.kernels.layout import CODES, GAIN, PADDING, STATE_TEXT, Layout
 from akvq_fx.kernels.rotate import turn_as_stored
 
 TOKENS = 2  # the token axis of [B, H, T, D]
 
 
-def _dynamic_tokens() -> dict:
-    """What torch._dynamo.maybe_mark_dynamic leaves on a tensor; copying it is 50 times quicker than calling it for every view."""
-    probe = torch.empty(1, 1, 1)
-    torch._dynamo.maybe_mark_dynamic(probe, TOKENS)
-    return dict(vars(probe))
-
-
-DYNAMIC_TOKENS = _dynamic_tokens()
+DYNAMIC_TOKENS = torch_internals.dynamic_marks(3, TOKENS)
 
 
 def text_slots(at: Tensor, length: int) -> tuple[Tensor, Tensor]:
