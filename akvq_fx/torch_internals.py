@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-OLDEST, NEWEST = (2, 11), (2, 15)  # the tests ran with these and with versions between them
+OLDEST, NEWEST = (2, 11), (2, 15)  # seen to run; docs/versions.md says what was run with which
 _numbers = itertools.count()
 
 
