@@ -11,7 +11,7 @@ import importlib.metadata
 import inspect
 from typing import Any
 
-OLDEST, NEWEST = (5, 17), (5, 24)  # the tests ran with these and with versions between them
+OLDEST, NEWEST = (5, 17), (5, 24)  # seen to run; docs/versions.md says what was run with which
 CACHE_NAMES = ("cache", "past_key_values")  # of an argument and of an output's field, the newest first
 
 
