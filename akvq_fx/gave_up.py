@@ -4,6 +4,10 @@ Dynamo makes eight graphs of a function (torch._dynamo.config.recompile_limit) a
 that it runs what it has, and everything that no graph fits uncompiled. It logs that once and calls no backend any more, so none
 would know. Here dynamo's own hook before every compilation looks whether a limit is reached for a function that this backend is to
 compile. The backends of other people are left alone.
+
+Eight are too few for a cache, which would then lie there at 16 bits. All models of transformers share one decorator's function, a
+prompt's images come as a list of any length, a model of many layers may be compiled layer by layer: each is another graph of one
+function. So unless somebody chose a limit, this backend's functions have GRAPHS, and then the user is told.
 """
 
 from __future__ import annotations
@@ -20,7 +24,8 @@ from torch import nn
 from akvq_fx import torch_internals
 from akvq_fx.report import GaveUp
 
-LIMIT = 256  # kept at a time
+GRAPHS = 64  # of a function that this backend compiles, where nobody chose torch._dynamo.config.recompile_limit
+LIMIT = 256  # events kept at a time
 EVENTS: list[Event] = []
 _wrappers: list[weakref.ref] = []  # functions of the user's that call this backend, given to torch.compile in its place
 
@@ -44,13 +49,13 @@ def listen() -> None:
 
 def _before_compiling() -> str:
     seen = torch_internals.compiling()
-    if seen is None or not seen.limit or seen.hard:
+    if seen is None or not seen.limit:
         return ""
     tell = getattr(seen.backend, "dynamo_gave_up", None)
     if tell is None and any(ref() is seen.backend for ref in _wrappers):
         tell = globals()["tell"]
-    if tell is not None:
-        value = getattr(torch._dynamo.config, seen.limit)
+    if tell is not None and not seen.let_pass(GRAPHS) and not seen.hard:
+        value = GRAPHS if seen.limit_is_default() else getattr(torch._dynamo.config, seen.limit)
         tell(event_of(seen, f"torch._dynamo.config.{seen.limit}", value, seen.reason))
     return ""
 

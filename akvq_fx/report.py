@@ -108,7 +108,7 @@ class GaveUp:
 
     function  its name, the class of the module that it was called with, and where it stands
     option    of torch._dynamo.config, because of which: "torch._dynamo.config.recompile_limit"
-    value     of that option
+    value     of that option, or graphs that this backend allows a function where nobody chose one
     reason    why the function was to be compiled once more
     reached   where the function is a layer's: how many of a model's layers have a graph, "8 of 12 DecoderLayer"
     """
@@ -128,8 +128,8 @@ class GaveUp:
                 "its cache at 16 bits. Turn that option off to see the error."
             )
         return (
-            f"dynamo gave up on {self.function}: {self.option} = {self.value} is reached. Calls that none of its graphs fits "
-            f"run uncompiled from now on, any cache of theirs at 16 bits{last}.{reached} Raise it before the first call, e.g. "
+            f"dynamo gave up on {self.function}: it has {self.value} graphs, which is the limit. Calls that none of them fits run "
+            f"uncompiled from now on, any cache of theirs at 16 bits{last}.{reached} Raise the limit before the first call, e.g. "
             f"{self.option} = {8 * self.value}; torch._dynamo.reset() starts anew."
         )
 

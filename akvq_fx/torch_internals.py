@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 OLDEST, NEWEST = (2, 11), (2, 15)  # seen to run; docs/versions.md says what was run with which
+COUNT = "num_cache_entries_with_same_id_matched_objs"  # what dynamo compares with recompile_limit
 _numbers = itertools.count()
 
 
@@ -105,6 +106,7 @@ class Compiling:
     limit    name of the option of torch._dynamo.config because of which it will not be compiled, "" where it will be
     reason   why it is compiled again, "" the first time
     hard     dynamo raises at a limit (fullgraph=True), so that nobody needs to be told
+    count    dynamo's own count of the graphs that the function has
     """
 
     code: types.CodeType
@@ -113,6 +115,24 @@ class Compiling:
     limit: str
     reason: str
     hard: bool
+    count: Any = None
+
+    def limit_is_default(self) -> bool:
+        """Whether it is recompile_limit that is reached, and nobody chose another number than PyTorch's: neither by
+        torch._dynamo.config on this thread nor by torch.compile(recompile_limit=...)."""
+        config = torch._dynamo.config
+        return self.limit == "recompile_limit" and config.recompile_limit == config._config["recompile_limit"].default
+
+    def let_pass(self, most: int) -> bool:
+        """Have dynamo compile the function this once although it has recompile_limit graphs, where it has fewer than `most`.
+
+        Nothing but dynamo's count for this one compilation changes. False, and nothing done, where `limit_is_default` is False.
+        """
+        has = getattr(self.count, COUNT, most)
+        if has >= most or not self.limit_is_default():
+            return False
+        setattr(self.count, COUNT, 0)
+        return True
 
 
 def compiling() -> Compiling | None:
@@ -128,7 +148,7 @@ def compiling() -> Compiling | None:
                 return None
             hard = bool(seen.get("one_graph")) or torch._dynamo.config.fail_on_recompile_limit_hit
             return Compiling(seen["code"], seen["locals"], innermost(seen["compiler_fn"]), _limit(seen),
-                             seen.get("recompile_reason") or "", hard)  # fmt: skip
+                             seen.get("recompile_reason") or "", hard, seen.get("cache_size"))  # fmt: skip
         frame = frame.f_back
     return None
 

@@ -54,7 +54,7 @@ def test_a_limit_is_told_at_once_and_only_for_this_backend():
     run = torch.compile(ours, backend="akvq", options={"inner": "eager"})
     assert told(widths(run, 2, 3)) == []
     (text,) = told(widths(run, 4, 5, 6))
-    assert "'forward' of Double" in text and __file__ in text and "recompile_limit = 2" in text
+    assert "'forward' of Double" in text and __file__ in text and "it has 2 graphs" in text
     assert "size mismatch at index 0" in text and "torch._dynamo.config.recompile_limit = 16" in text
     (event,) = akvq_fx.report(ours).gave_up
     assert event.option == "torch._dynamo.config.recompile_limit" and str(event) in str(akvq_fx.report(ours))
@@ -72,7 +72,7 @@ def test_a_function_around_the_backend_is_this_backend():
 def test_the_accumulated_limit_is_named():
     run = torch.compile(lambda x: x + 1, backend="akvq", options={"inner": "eager"})
     (text,) = told(widths(run, 2, 3, 4))
-    assert "torch._dynamo.config.accumulated_recompile_limit = 2" in text
+    assert "it has 2 graphs" in text and "torch._dynamo.config.accumulated_recompile_limit = 16" in text
 
 
 @torch._dynamo.config.patch(suppress_errors=True)
@@ -108,13 +108,36 @@ def test_layers_compiled_one_by_one():
     assert "2 of 4 LlamaDecoderLayer have a graph" in str(report)
 
 
+def test_where_nobody_chose_a_limit_many_layers_are_one_function():
+    """Dynamo's own limit of eight, which stays what it is, would leave four of twelve layers at 16 bits."""
+    model = llama(12)
+    for layer in model.model.layers:
+        layer.compile(backend="akvq", options=SMALL)
+    found = []
+    assert told(lambda: found.append(cache_of(model(input_ids=token_ids(1, 12), use_cache=True)))) == []
+    assert [isinstance(layer.keys, PackedKV) for layer in found[0].layers] == [True] * 12
+    assert torch._dynamo.config.recompile_limit == 8
+
+
+@torch._dynamo.config.patch(automatic_dynamic_shapes=False)
+def test_functions_of_others_keep_dynamos_limit_and_ours_have_one(monkeypatch):
+    monkeypatch.setattr(gave_up, "GRAPHS", 10)
+    compiled = []
+    backend = lambda gm, inputs: compiled.append(1) or gm.forward
+    assert told(widths(torch.compile(lambda x: 3 * x, backend=backend), *range(2, 16))) == [] and len(compiled) == 8
+    run = torch.compile(lambda x: x + 1, backend="akvq", options={"inner": "eager"})
+    assert told(widths(run, *range(2, 12))) == []
+    (text,) = told(widths(run, 12, 13))
+    assert "it has 10 graphs" in text and "torch._dynamo.config.recompile_limit = 80" in text
+
+
 def test_offloaded_weights_are_reported():
     """accelerate puts other parameters into the modules for every call."""
     accelerate = pytest.importorskip("accelerate")
     model = llama(1)
     accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
     model.compile(backend="akvq", options=SMALL)
-    with torch._dynamo.config.patch(recompile_limit=64), torch.no_grad():
+    with torch.no_grad():
         cache = cache_of(model(input_ids=token_ids(1, 12), use_cache=True))
     assert isinstance(cache.layers[0].keys, PackedKV)
     (row,) = akvq_fx.report(model).packed

@@ -85,6 +85,27 @@ def test_dynamo_says_what_it_compiles():
     )
 
 
+@torch._dynamo.config.patch(automatic_dynamic_shapes=False)
+def test_a_limit_that_nobody_chose_can_be_passed():
+    compiled, passed = [], []
+
+    def listener():
+        passed.append(torch_internals.compiling().let_pass(10))
+        return ""
+
+    torch_internals.before_compiling(listener)
+    try:
+        run = torch.compile(lambda x: x + 1, backend=lambda gm, inputs: compiled.append(1) or gm.forward)
+        [run(torch.ones(n)) for n in range(2, 14)]
+        assert len(compiled) == 10 and passed == 8 * [False] + [True, True] + passed[10:] and not any(passed[10:])
+        with torch._dynamo.config.patch(recompile_limit=3):
+            run = torch.compile(lambda x: x + 2, backend=lambda gm, inputs: compiled.append(1) or gm.forward)
+            [run(torch.ones(n)) for n in range(2, 14)]
+        assert len(compiled) == 13, "a chosen limit is kept"
+    finally:
+        torch._dynamo.utils.get_hook_for_recompile_user_context().remove(listener)
+
+
 @torch._dynamo.config.patch(recompile_limit=1)
 def test_what_is_compiled_apart_leaves_nothing_behind():
     module, calls = nn.Linear(2, 2), []

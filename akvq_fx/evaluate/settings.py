@@ -17,9 +17,6 @@ from akvq_fx.transformers_names import cache_argument, cache_of
 
 OWN = "none"
 ALWAYS = {"inner": "eager", "value_rotation": "online"}  # unless the options say otherwise
-# prompts differ in their images' number and size, each of which may compile anew; dynamo gives up after 8 unless told otherwise,
-# and what it gave up on would run unpacked
-RECOMPILES = 64
 
 
 class NothingPacked(RuntimeError):
@@ -61,8 +58,7 @@ def running(model: torch.nn.Module, options: Mapping[str, Any] | None) -> Iterat
         return
     torch._dynamo.reset()
     try:
-        with torch._dynamo.config.patch(recompile_limit=RECOMPILES):
-            yield torch.compile(model, backend="akvq", options={**ALWAYS, **options})
+        yield torch.compile(model, backend="akvq", options={**ALWAYS, **options})
     finally:
         torch._dynamo.reset()
 
