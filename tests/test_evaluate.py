@@ -182,7 +182,7 @@ def test_the_command_reads_prompts_with_images(tmp_path, capsys):
     ],
 )
 def test_the_command_says_what_is_missing(arguments, message, tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # the environment was read at its import
     (tmp_path / "text.txt").write_text("words")
     (tmp_path / "p.jsonl").write_text('{"prompt": "a", "following": "b c"}')
     assert main(arguments.format(text=tmp_path / "text.txt", prompts=tmp_path / "p.jsonl").split()) == 1

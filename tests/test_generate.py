@@ -76,30 +76,27 @@ MODES = {
 }
 
 
-@pytest.mark.parametrize("mode", list(MODES))
 @pytest.mark.parametrize("family", ["llama", "llava"])
-def test_lossless_equals_uncompiled(family, mode):
-    torch._dynamo.reset()
-    model, inputs = ZOO[family]()
-    expected = MODES[mode](model, inputs).sequences
+def test_lossless_equals_uncompiled(family):
+    """One model through all modes, as a program would have it; and graphs are made once."""
+    (model, inputs), (plain, _) = ZOO[family](), ZOO[family]()
     model.compile(backend="akvq", options=LOSSLESS)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)
-        warnings.filterwarnings("ignore", module="transformers|torch")
-        out = MODES[mode](model, inputs)
-    assert torch.equal(out.sequences, expected)
-    assert all(isinstance(layer.keys, PackedKV) for layer in cache_of(out).layers)
+    for name, mode in MODES.items():
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)
+            warnings.filterwarnings("ignore", module="transformers|torch")
+            out = mode(model, inputs)
+        assert torch.equal(out.sequences, mode(plain, inputs).sequences), name
+        assert all(isinstance(layer.keys, PackedKV) for layer in cache_of(out).layers), name
 
 
-@pytest.mark.parametrize("mode", list(MODES))
-def test_two_bits_stay_codes(mode):
-    torch._dynamo.reset()
+def test_two_bits_stay_codes():
     model, inputs = ZOO["llava"]()
     model.compile(backend="akvq", options=SMALL)
-    out = MODES[mode](model, inputs)
-    for layer in cache_of(out).layers:
-        for tensor in (layer.keys, layer.values):
-            assert isinstance(tensor, PackedKV) and tensor.codes.dtype == torch.int16
+    for name, mode in MODES.items():
+        for layer in cache_of(mode(model, inputs)).layers:
+            for tensor in (layer.keys, layer.values):
+                assert isinstance(tensor, PackedKV) and tensor.codes.dtype == torch.int16, name
     assert all(row.status in ("packed", "prompt") for row in akvq_fx.report(model).packed)
 
 
@@ -212,8 +209,7 @@ STATIC = {"cache_implementation": "static"}
 BEFORE = {"growing": {}, "another_capacity": {**STATIC, "max_new_tokens": 4}}  # what runs first
 
 
-@pytest.mark.parametrize("before", list(BEFORE))
-@pytest.mark.parametrize("seed", [0, 1], ids=["same_model", "another_model"])
+@pytest.mark.parametrize("seed, before", [(0, "growing"), (0, "another_capacity"), (1, "growing")])
 def test_static_cache_is_packed_after_a_cache_of_other_length(seed, before):
     """Dynamo remembers lengths by code and argument: now keys and values have a symbol each for one capacity."""
     torch._dynamo.reset()

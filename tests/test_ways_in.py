@@ -185,13 +185,15 @@ SEARCHES = {
         (1, {}),
     ],
 }
-# Dynamo has a pair of graphs of its own for one row. Of a prompt it guards on the tensor that position_ids is a view of, [B, beams, T]:
-# another graph for the first number of beams or samples, for others, for one prompt, and for none.
+# Dynamo has a pair of graphs of its own for one row. Of a prompt it guards on the tensor that position_ids is a view of, [B, beams,
+# T]: another graph for the first number of beams or samples, for others, for one prompt, and for none.
 GRAPHS = {"down to one": 6, "all": 9}
 
 
-@pytest.mark.parametrize("searches", SEARCHES)
-@pytest.mark.parametrize("static, dynamic", [(False, None), (False, True), (True, None)])
+@pytest.mark.parametrize(
+    "searches, static, dynamic",
+    [(s, False, None) for s in SEARCHES] + [("shrinking", False, True), ("all", False, True), ("all", True, None)],
+)
 def test_rows_that_multiply_and_shrink(plain, static, dynamic, searches):
     """Beams, several samples of a prompt under one seed, shrinking batches: few graphs, and every cache packed."""
     model = llama()
@@ -234,7 +236,12 @@ def test_images(static):
     model, _ = ZOO["llava"]()
     model.compile(backend="akvq", options={**LOSSLESS, "inner": "eager"})
     kind = {"cache_implementation": "static"} if static else {}
-    for batch in (1, 3, 2, 4):  # images come as a list: each number of them is another graph of functions that all modules share
+    for batch in (
+        1,
+        3,
+        2,
+        4,
+    ):  # images come as a list: each number of them is another graph of functions that all modules share
         _, inputs = ZOO["llava"](batch=batch)
         arguments = {**inputs, **kind, "max_new_tokens": TOKENS, "return_dict_in_generate": True}
         out = model.generate(**arguments)

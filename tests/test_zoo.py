@@ -1,8 +1,8 @@
 """Model families of transformers, built tiny from config: lossless generation is token-identical, 2-bit generation runs on codes.
 
-Every family runs with a growing cache and a left-padded batch of two, and with a static cache and one row.
-AKVQ_ZOO=full adds the other
-two combinations. A family whose report says that every cache stays at 16 bits must be exact at 2 bits too.
+Every family runs lossless with a growing cache and a left-padded batch of two, and with a static cache and one row; with a growing
+cache at 2 bits too, where a family whose report says that every cache stays at 16 bits must be exact. AKVQ_ZOO=full adds the other
+two combinations, and 2 bits with static caches.
 """
 
 import os
@@ -20,7 +20,8 @@ from akvq_fx.transformers_names import cache_of
 from tests.zoo import ZOO
 
 COMBINATIONS = [("dynamic", 2), ("static", 1)]
-if os.environ.get("AKVQ_ZOO") == "full":
+FULL = os.environ.get("AKVQ_ZOO") == "full"
+if FULL:
     COMBINATIONS += [("dynamic", 1), ("static", 2)]
 TOKENS = 8
 SMALL = {"inner": "eager", "window": 8, "pivots": 3}
@@ -80,6 +81,8 @@ def test_family(family, cache, batch):
     assert any(isinstance(t, PackedKV) for t in tensors) or family in ALL_16BIT | SLIDING_ONLY | set(INNER), str(report)
     assert all(row.reason for row in report.refused)
 
+    if cache == "static" and not FULL:
+        return
     two_bits, tensors, report = generate(family, cache, batch, SMALL)
     assert two_bits.shape == expected.shape
     if untouched:
