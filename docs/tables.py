@@ -1,0 +1,167 @@
+"""Write the tables of docs/options.md and docs/recipes.md: defaults, accepted values and bits come from the code, words from here.
+
+python docs/tables.py            rewrites both pages between their markers
+python docs/tables.py --check    exits with 1 where a page is not what would be written
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+
+from akvq_fx.config import CHOICES, AKVQConfig
+from akvq_fx.cost import recipe_table
+from akvq_fx.recipes import RECIPES
+
+DOCS = Path(__file__).parent
+BEGIN, END = "<!-- table: begin, written by docs/tables.py -->", "<!-- table: end -->"
+PAPER, OURS = "arXiv 2501.15021", "ours"
+
+# option: (meaning, source)
+OPTIONS = {
+    "recipe": ("the method; see [recipes.md](recipes.md)", ""),
+    "body_bits": (
+        "bits of every token that is not kept at more bits; 16 is lossless mode: the cache is carried, nothing is quantized",
+        PAPER,
+    ),
+    "window": ("most recent tokens, kept at 16 bits in every layer", f"{PAPER}, section IV-A"),
+    "pivots": ("pivot tokens, kept at 16 bits in PSA layers", f"{PAPER}, figure 8"),
+    "tsa_layers": (
+        'layers that attend to text first; `"auto"`: as `akvq_fx.calibrate` measured, else the paper\'s table for models that it '
+        "names, else an error",
+        f"{PAPER}, table I",
+    ),
+    "text_bits": (
+        "bits of text tokens in TSA layers; 16 leaves these layers unpacked, no more than `body_bits` makes them like the others",
+        f"{PAPER}, section III-B",
+    ),
+    "psa_text_key_bits": (
+        "bits of the keys of text tokens in PSA layers, where vision tokens are known; 2 takes that back",
+        OURS,
+    ),
+    "value_rotation": (
+        '`"online"`: values are rotated when they are written, and attention rotates its output back; `"fold"`: by copies of the '
+        'projection weights where the graph proves it exact, else online; `"off"`',
+        f"{PAPER}, section III",
+    ),
+    "rotate": (
+        "Walsh-Hadamard transform of keys and values; without it nothing is centred or balanced either",
+        f"{PAPER}, section III",
+    ),
+    "center_keys": ("subtract each head's mean key, which softmax does not notice", OURS),
+    "balance_keys": ("divide key channels and multiply query channels by one gain: an exact identity", OURS),
+    "body_clip": ("factor by which the range of a group is shrunk before it is quantized", f"{PAPER}, section IV-A"),
+    "text_clip": ("the same for text tokens", f"{PAPER}, section IV-A"),
+    "group": (
+        "channels that share a scale and a minimum; a head dim that is no multiple of it is one group",
+        f"{PAPER}, section IV-A",
+    ),
+    "prefill": (
+        '`"exact"`: the prompt attends to its own unpacked tokens; `"quantized"`: to its packed ones, as the paper evaluates',
+        OURS,
+    ),
+    "pivot_mode": (
+        '`"topk"`: every slot goes to the largest activations; `"massive"`: only to tokens above both limits below',
+        OURS,
+    ),
+    "massive_floor": ("smallest activation that is called massive", "arXiv 2402.17762"),
+    "massive_ratio": ("the same, as a multiple of the layer's median", "arXiv 2402.17762"),
+    "capacity_step": ("tokens by which a growing cache is enlarged", OURS),
+    "inner": ("compiler of the rewritten graph", ""),
+    "mode": (
+        '`"reduce-overhead"`: CUDA graphs of decode steps; other modes are Inductor\'s. `mode=` of `torch.compile` lands here',
+        "",
+    ),
+}
+
+# recipe: what it does
+RECIPE_WORDS = {
+    "akvq": "AKVQ-VL with centred and balanced keys, 4-bit keys of text in every layer and half the window",
+    "akvq-vl": "the paper to the letter: text first in early layers, pivots in late ones, Walsh-Hadamard, 2 bits, folded values",
+    "rtn2": "round to nearest per token, groups of 128; the baseline of every paper here",
+    "rtn4": "the same at 4 bits",
+    "smoothquant": "keys divided and queries multiplied per channel, then round to nearest at 2 bits",
+    "kivi": "keys per channel in blocks of 128 tokens, values per token, groups of 32, recent tokens at 16 bits",
+    "kivi-g128": "the same with groups of 128",
+    "skvq": "channels reordered by clustering, clipped groups with fp8 ranges, recent and first tokens at 16 bits",
+    "quarot": "Walsh-Hadamard of keys and values, then round to nearest; no token at 16 bits",
+    "turboquant": "rotated unit vectors, each coordinate at the best levels of a normal distribution; without the QJL residual",
+    "calibquant": "vision tokens at 1 bit per channel with calibrated scores, text at 16 bits",
+    "fp8": "every number as e4m3 without a scale",
+}
+
+
+def code(value) -> str:
+    return f'`"{value}"`' if isinstance(value, str) else f"`{value}`"
+
+
+def default_of(name: str) -> str:
+    """What AKVQConfig() has, and what recipe="akvq-vl" has where that differs."""
+    if name == "mode":
+        return "none"
+    own, paper = (getattr(AKVQConfig(recipe=recipe), name) for recipe in ("akvq", "akvq-vl"))
+    if name in ("recipe",) or own == paper:
+        return code(own)
+    return f"{code(own)}; with `akvq-vl` {code(paper)}"
+
+
+def accepted(name: str) -> str:
+    return ", ".join(map(code, CHOICES[name])) if name in CHOICES else ""
+
+
+def options_table() -> str:
+    fields = [field.name for field in dataclasses.fields(AKVQConfig)]
+    missing = sorted(set(fields) ^ OPTIONS.keys())
+    if missing:
+        raise SystemExit(f"docs/tables.py: fields of AKVQConfig and OPTIONS differ in {', '.join(missing)}")
+    rows = [("option", "default", "accepted", "meaning", "source"), ("---",) * 5]
+    rows += [(f"`{name}`", default_of(name), accepted(name), *OPTIONS[name]) for name in OPTIONS]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def paper_of(source: str) -> str:
+    """A recipe's source with its arXiv number as a link."""
+    words = source.replace(",", " ,").split()
+    linked = [f"[{w}](https://arxiv.org/abs/{w})" if w[:4].isdigit() and "." in w else w for w in words]
+    return " ".join(linked).replace(" ,", ",")
+
+
+def recipes_table() -> str:
+    missing = sorted(set(RECIPES) ^ RECIPE_WORDS.keys())
+    if missing:
+        raise SystemExit(f"docs/tables.py: recipes and RECIPE_WORDS differ in {', '.join(missing)}")
+    table = recipe_table()
+    rows = [("recipe", "what it does", "cache", *(f"bits at {count:,} tokens" for count in table.tokens), "source")]
+    rows += [("---",) * len(rows[0])]
+    for row in table.rows:
+        bits = (f"{b:.2f}" for b in row.bits)
+        rows.append((f"`{row.name}`", RECIPE_WORDS[row.name], row.how, *bits, paper_of(row.source)))
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows) + f"\n\n{table.about}"
+
+
+TABLES = {"options.md": options_table, "recipes.md": recipes_table}
+
+
+def written(page: str, table: str) -> str:
+    before, rest = page.split(BEGIN)
+    return f"{before}{BEGIN}\n{table}\n{END}{rest.split(END)[1]}"
+
+
+def main() -> int:
+    differ = []
+    for name, table in TABLES.items():
+        path = DOCS / name
+        now = path.read_text()
+        if (new := written(now, table())) != now:
+            differ.append(name)
+            if "--check" not in sys.argv:
+                path.write_text(new)
+    if differ and "--check" in sys.argv:
+        print(f"not as docs/tables.py writes them: {', '.join(differ)}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

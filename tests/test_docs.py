@@ -1,0 +1,112 @@
+"""README.md and docs/ are true: links lead somewhere, tables and outputs are what the code gives, the program runs."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import transformers
+
+import akvq_fx
+from akvq_fx import torch_internals
+from tests.zoo import ZOO
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", ROOT / "benchmarks" / "README.md"]
+PAGES += sorted((ROOT / "docs").glob("*.md"))
+README = (ROOT / "README.md").read_text()
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+WORDS, LINES, WIDTH = 950, 15, 120
+
+
+def block(marker: str) -> str:
+    """The fenced block after a marker comment of README."""
+    return re.search(rf"<!-- {marker} -->\n```\w*\n(.*?)```", README, re.DOTALL)[1]
+
+
+def slug(heading: str) -> str:
+    """A heading's anchor, as GitHub makes it."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    for link in LINK.findall(page.read_text()):
+        if link.startswith("http"):
+            continue
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        assert target.exists(), link
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", target.read_text(), re.MULTILINE)
+            assert anchor in map(slug, headings), link
+
+
+def test_tables_are_the_codes():
+    script = [sys.executable, str(ROOT / "docs" / "tables.py"), "--check"]
+    done = subprocess.run(script, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if page.name not in ("fidelity.md", "versions.md")], ids=lambda page: page.name
+)
+def test_prose_ends_at_120(page):
+    inside = False
+    for line in page.read_text().splitlines():
+        inside ^= line.startswith("```")
+        free = inside or line.startswith(("|", "!", "[!")) or "](" in line
+        assert free or len(line) <= WIDTH, line
+
+
+def test_readme_is_short():
+    prose = re.sub(r"```.*?```", "", README, flags=re.DOTALL)
+    words = [word for word in re.sub(r"\]\([^)]*\)|!\[[^\]]*|<!--.*?-->", "", prose).split() if re.search(r"\w", word)]
+    assert len(words) <= WORDS
+
+
+def test_badges_are_true():
+    (oldest, newest), setup = (torch_internals.OLDEST, torch_internals.NEWEST), (ROOT / "setup.cfg").read_text()
+    assert f"PyTorch-{oldest[0]}.{oldest[1]}_to_{newest[0]}.{newest[1]}-" in README
+    assert f"torch >={oldest[0]}.{oldest[1]}\n" in setup and "python_requires = >=3.10" in setup
+    assert "license = Apache-2.0" in setup and "Apache License" in (ROOT / "LICENSE").read_text()
+
+
+def test_explain_prints_that():
+    model, inputs = ZOO["llava"]()
+    lines = [line.rstrip() for line in str(akvq_fx.explain(model, **inputs)).splitlines()]
+    assert block("explain").splitlines() == [
+        line for line in lines if line[:1].isdigit() or line[:5] in ("layer", "-----")
+    ]
+
+
+def test_the_program_runs(monkeypatch, capsys):
+    """As it stands, but for the hub: a tiny model of the same family, and a processor that has its inputs ready."""
+    model, inputs = ZOO["smolvlm"](batch=1)
+
+    class Processor:
+        def apply_chat_template(self, messages, **options):
+            assert messages[0]["role"] == "user" and options["return_dict"]
+            return inputs
+
+        def decode(self, tokens):
+            return f"{len(tokens)} tokens"
+
+    monkeypatch.setattr(transformers.AutoProcessor, "from_pretrained", lambda name: Processor())
+    monkeypatch.setattr(transformers.AutoModelForImageTextToText, "from_pretrained", lambda name: model)
+    program = block("program")
+    assert len(program.splitlines()) <= LINES
+    exec(compile(program, "README.md", "exec"), {})
+    printed = capsys.readouterr().out
+    assert "tokens" in printed and re.search(r"packed tensors [1-9].*\nplain tensors 0,", printed)
+
+
+def test_options_of_readme_are_the_defaults():
+    config = akvq_fx.AKVQConfig()
+    for name, default in re.findall(r"^\| `(\w+)` \| (\S+) \| ", README, re.MULTILINE):
+        value = getattr(config, name)
+        assert default == ("none" if value is None else f'`"{value}"`' if isinstance(value, str) else f"`{value}`"), (
+            name
+        )
