@@ -1,8 +1,8 @@
 """Whole decoders: akvq beside transformers' own caches on the same weights, in one process.
 
-    python benchmarks/end_to_end.py --do speed,equal-batch,largest-batch,cache-bytes [--shape llava-1.5-7b] [--layers N]
+    python benchmarks/speed/end_to_end.py --do speed,equal-batch,largest-batch,cache-bytes [--shape llava-1.5-7b] [--layers N]
         [--contestants static,akvq-graphs,...] [--budget-gb 24,63] [--tokens-in 512,4096] [--markdown FILE]
-    python benchmarks/end_to_end.py --device cpu --small
+    python benchmarks/speed/end_to_end.py --device cpu --small
 
 speed          B=1, 512 tokens in, 128 out           equal-batch  B=40, the same: peak memory above the weights
 largest-batch  the largest batch whose weights, cache and activations fit a budget, and its speed there

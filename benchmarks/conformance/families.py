@@ -1,6 +1,6 @@
 """Every family of the installed transformers that generates text, tiny, with random weights: does the rewritten model say the same?
 
-    python benchmarks/families.py [--kind image-text] [--only llama,qwen3] [--part 0 --parts 2]
+    python benchmarks/conformance/families.py [--kind image-text] [--only llama,qwen3] [--part 0 --parts 2]
 
 Each family is built from its default configuration with small sizes put in, and generates from two text prompts, one of them
 padded: uncompiled, in lossless mode, and at 2 bits. A line says `same` or `DIFFERENT` (lossless tokens against uncompiled ones),

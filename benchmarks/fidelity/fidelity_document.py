@@ -15,7 +15,7 @@ from akvq_fx.evaluate.table import head, line, text, wide
 
 BEGIN, END = "<!-- findings: written by hand, kept by a re-run -->", "<!-- end of findings -->"
 EMPTY = "Nothing written yet."
-COMMAND = "python benchmarks/fidelity.py"
+COMMAND = "python benchmarks/fidelity/fidelity.py"
 MEASURES = """\
 - Of text, per predicted token, p from the model's own cache and p' from the packed one, natural logarithms: dNLL is
   log p(next) - log p'(next), KL is sum p log(p / p'), top-1 agreement is argmax p = argmax p', TV is sum |p - p'| / 2. Own NLL is

@@ -1,7 +1,7 @@
 """Writing the cache: one decode token, and a whole prompt, beside the same writes at 16 bits.
 
-    python benchmarks/append.py [--markdown FILE]
-    python benchmarks/append.py --device cpu --small
+    python benchmarks/speed/append.py [--markdown FILE]
+    python benchmarks/speed/append.py --device cpu --small
 
 Decode: akvq::append of one token's keys (centred, balanced, rotated, quantized and packed in the op) and values (their
 rotation is folded into the weights), beside index_copy_ of the same token into 16-bit buffers. Launches rotate over layers

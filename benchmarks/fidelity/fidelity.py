@@ -1,8 +1,8 @@
 """What a packed cache changes about the predictions of trained models: measures, and writes docs/fidelity.md and .json.
 
-    python benchmarks/fidelity.py [--part models,ablation,...] [--model smollm2,qwen,...] [--seconds 3600]
-    python benchmarks/fidelity.py --windows 2 --samples 2 --task match        a quick look
-    python benchmarks/fidelity.py --seconds 0                                 only write the document again
+    python benchmarks/fidelity/fidelity.py [--part models,ablation,...] [--model smollm2,qwen,...] [--seconds 3600]
+    python benchmarks/fidelity/fidelity.py --windows 2 --samples 2 --task match        a quick look
+    python benchmarks/fidelity/fidelity.py --seconds 0                                 only write the document again
 
 models   every recipe on text, language models       images     every recipe on multi-image questions
 ablation one thing more, one thing less              context    prefixes of 1,024 to 8,000 tokens
@@ -42,7 +42,7 @@ import akvq_fx
 from akvq_fx.evaluate import Store, fill
 from akvq_fx.evaluate.table import Suite, cell_of, mean
 
-DOCS = Path(__file__).resolve().parent.parent / "docs"
+DOCS = Path(__file__).resolve().parents[2] / "docs"
 
 
 class OutOfTime(Exception):
