@@ -4,8 +4,9 @@
     python docs/pictures/draw.py --folder F --png     writes them to F, and a PNG of each on a light and on a dark page
 
 Needs matplotlib (pip install "akvq_fx[figures]"). Every number comes from numbers.json, which says where it was
-measured. Each picture has a light panel of its own, so that it reads the same on a light and on a dark page. The same version of
-matplotlib draws the same bytes; tests/test_pictures.py checks that the stored files are what this script draws.
+measured. Each picture has a light panel of its own, so that it reads the same on a light and on a dark page. The same
+version of matplotlib draws the same bytes; tests/test_pictures.py checks that the stored files are what this script
+draws.
 """
 
 from __future__ import annotations
