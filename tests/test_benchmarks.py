@@ -1,4 +1,4 @@
-"""benchmarks/: README names every script and none that is not there, neighbours find each other, missing things are told."""
+"""benchmarks/: README names what is there, neighbours find each other, a missing Python is told."""
 
 import ast
 import importlib.util

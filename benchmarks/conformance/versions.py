@@ -4,9 +4,9 @@
     python benchmarks/conformance/versions.py --torch 2.14.1 --transformers 5.24 -- tests/test_backend.py -k explain
     python benchmarks/conformance/versions.py --env folder --torch 2.14.1     an environment that is there already
 
-Each pair gets a virtual environment of its own in a temporary folder, so this takes a download of PyTorch for each and as
-long as the suite; its Python must be on PATH. With --env nothing is installed. What follows -- goes to pytest. A row is
-replaced by a later run of the same versions and tests.
+Each pair gets a virtual environment of its own in a temporary folder, so this takes a download of PyTorch for each and
+as long as the suite; its Python must be on PATH. With --env nothing is installed. What follows -- goes to pytest. A row
+is replaced by a later run of the same versions and tests.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 TABLE = ROOT / "docs" / "versions.md"
-# (python, torch, transformers, torchao): the oldest and the newest of everything, and the newest Python with the newest of all
+# (python, torch, transformers, torchao): the oldest of everything, a pair between, and the newest of everything
 PAIRS = (
     ("3.10", "2.11.*", "5.17.*", "0.15.*"),
     ("3.11", "2.13.*", "5.23.*", "0.18.*"),
@@ -68,8 +68,8 @@ def interpreter(python: str) -> str:
     found = shutil.which(f"python{python}")
     if found is None:
         sys.exit(
-            f"versions: python{python} is not on PATH. Install it (your system's packages, pyenv, or `uv python install "
-            f"{python}`), choose another with --python and --torch, or give an environment of your own with --env."
+            f"versions: python{python} is not on PATH. Install it (your system's packages, pyenv, or `uv python "
+            f"install {python}`), choose another with --python and --torch, or name an environment with --env."
         )
     return found
 

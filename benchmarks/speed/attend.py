@@ -3,11 +3,11 @@
     python benchmarks/speed/attend.py [--shapes 1/32/32/32768 16/32/32/4096/64/padded] [--markdown FILE] [--kernels]
     python benchmarks/speed/attend.py --device cpu            # T=8192, float32 and bfloat16, one thread and all
 
-A shape is B/Hq/Hkv/T[/D][/padded]. The bf16 peer is the fastest of cuDNN, flash and memory-efficient attention, each asked
-in every form that it accepts: enable_gqa, a group's query heads as query tokens (what transformers does), repeated keys. The
-packed cache has the backend's default layout. Both are CUDA graph replays that rotate over caches larger than the L2.
-"akvq" takes queries and leaves its output in the space in which the cache is stored; "with restore" is the same call that also
-rotates its output back, as the default value_rotation="online" has it.
+A shape is B/Hq/Hkv/T[/D][/padded]. The bf16 peer is the fastest of cuDNN, flash and memory-efficient attention, each
+asked in every form that it accepts: enable_gqa, a group's query heads as query tokens (what transformers does),
+repeated keys. The packed cache has the backend's default layout. Both are CUDA graph replays that rotate over caches
+larger than the L2. "akvq" takes queries and leaves its output in the space in which the cache is stored; "with restore"
+is the same call that also rotates its output back, as the default value_rotation="online" has it.
 
 Two limits stand behind every row. Bytes: what must be read at least (both halves; the ring instead of the body where it
 holds a token; q and out), over the bandwidth of a large copy in the same run. Operations: lane operations to unpack one
@@ -46,8 +46,8 @@ import akvq_fx
 from akvq_fx.kernels.attend import reference
 from akvq_fx.kernels.layout import PADDING, TEXT, Layout
 
-# Counted by ncu in the loop of attend_cuda.cu (D = 128, one query row a head): 397 instructions of a warp for 32 tokens of
-# 256 numbers. Unpacking alone is 0.66 of it; products run on tensor cores.
+# Counted by ncu in the loop of attend_cuda.cu (D = 128, one query row a head): 397 instructions of a warp for 32 tokens
+# of 256 numbers. Unpacking alone is 0.66 of it; products run on tensor cores.
 LANE_OPS = 1.55
 ERROR_LIMIT = (
     2e-2  # relative, bf16: probabilities, products and result each rounded at 2**-8; a larger one counts as wrong
@@ -117,7 +117,7 @@ class Problem:
 
 
 def problem_of(shape: Shape, device: torch.device, dtype: torch.dtype, seed: int) -> Problem:
-    """Random tokens, every 37th channel of the keys with a bias and eight times the spread, as biased projections give."""
+    """Random tokens; every 37th channel of the keys has a bias and eight times the spread, as of biased projections."""
     draw = torch.Generator(device).manual_seed(seed)
     randn = lambda *size: torch.randn(*size, generator=draw, device=device, dtype=dtype)
     B, H, T, D = shape.batch, shape.heads, shape.tokens, shape.head_dim
@@ -206,8 +206,8 @@ def least_bytes(shape: Shape, key: Layout, value: Layout) -> tuple[int, int]:
     return 2 * B * H * T * D * 2 + ends, packed + ends
 
 
-COLUMNS = ["shape", "SDPA bf16 us", "backend", "akvq us", "with restore us", "SDPA / akvq", "SDPA MB", "SDPA of copy", "akvq MB",
-           "akvq GB/s", "akvq of copy", "byte limit us", "operation limit us", "relative error"]  # fmt: skip
+COLUMNS = ["shape", "SDPA bf16 us", "backend", "akvq us", "with restore us", "SDPA / akvq", "SDPA MB", "SDPA of copy",
+           "akvq MB", "akvq GB/s", "akvq of copy", "byte limit us", "operation limit us", "relative error"]  # fmt: skip
 
 
 def cuda_row(args, table: Table, shape: Shape, device: torch.device, bandwidth: float, rate: float) -> float | None:

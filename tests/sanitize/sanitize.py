@@ -1,13 +1,15 @@
 """Every GPU kernel over small cases, to be run under NVIDIA's compute-sanitizer; a speed is not measured here.
 
-    PYTHONPATH=. compute-sanitizer --tool memcheck python3 tests/sanitize/sanitize.py [--part 0 --parts 4] [--seconds 500]
-    PYTHONPATH=. compute-sanitizer --tool racecheck python3 tests/sanitize/sanitize.py --only attend_cuda
+    export PYTHONPATH=.
+    compute-sanitizer --tool memcheck python3 tests/sanitize/sanitize.py [--part 0 --parts 4] [--seconds 500]
+    compute-sanitizer --tool racecheck python3 tests/sanitize/sanitize.py --only attend_cuda
     python3 tests/sanitize/sanitize.py --list                                # names of the cases; needs no GPU
 
-The sanitizer makes a kernel 10 to 100 times slower, so inputs, caches and what is due are made on the CPU, and little but the
-kernels runs on the GPU. Each tensor has an allocation of its own (no caching allocator), so that memcheck sees a byte past its
-end. A case prints `ok NAME`, `refused NAME: reason` or `failed NAME: error` as it ends; the exit status is 0 if all were ok. Its
-result must be finite and about what the CPU's reference gives: a kernel that did nothing fails. What is exact, the tests say.
+The sanitizer makes a kernel 10 to 100 times slower, so inputs, caches and what is due are made on the CPU, and little
+but the kernels runs on the GPU. Each tensor has an allocation of its own (no caching allocator), so that memcheck sees
+a byte past its end. A case prints `ok NAME`, `refused NAME: reason` or `failed NAME: error` as it ends; the exit status
+is 0 if all were ok. Its result must be finite and about what the CPU's reference gives: a kernel that did nothing
+fails. What is exact, the tests say.
 """
 
 from __future__ import annotations

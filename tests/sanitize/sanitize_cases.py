@@ -1,4 +1,4 @@
-"""The cases of sanitize.py: attention, writes to a cache and transforms, small but of every form that a kernel is compiled for."""
+"""The cases of sanitize.py: attention, cache writes and rotations, small but in every form that kernels have."""
 
 from __future__ import annotations
 
