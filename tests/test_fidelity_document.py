@@ -1,4 +1,4 @@
-"""benchmarks/fidelity.py on tiny models: the document, going on after a stop, findings kept, weights that are not there."""
+"""benchmarks/fidelity on tiny models: the document, going on after a stop, findings kept, weights that are not there."""
 
 import importlib
 import json
@@ -14,7 +14,7 @@ from tests.test_evaluate_images import LOAD, TASKS
 from tests.test_evaluate_milebench import tiny_processor
 from tests.zoo import ZOO
 
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks" / "fidelity"
 MODULES = ("fidelity", "fidelity_document", "fidelity_parts", "suites", "texts", "weights")
 
 

@@ -1,15 +1,15 @@
 """Writing the cache: one decode token, and a whole prompt, beside the same writes at 16 bits.
 
-    python benchmarks/append.py [--markdown FILE]
-    python benchmarks/append.py --device cpu --small
+    python benchmarks/speed/append.py [--markdown FILE]
+    python benchmarks/speed/append.py --device cpu --small
 
 Decode: akvq::append of one token's keys (centred, balanced, rotated, quantized and packed in the op) and values (their
-rotation is folded into the weights), beside index_copy_ of the same token into 16-bit buffers. Launches rotate over layers
-and positions, so that what is written does not lie in the L2 cache already; each is a CUDA graph replay. Keys and values
-come as models make them, as [B, 1, H, D] seen as [B, H, 1, D].
+rotation is folded into the weights), beside index_copy_ of the same token into 16-bit buffers. Launches rotate over
+layers and positions, so that what is written does not lie in the L2 cache already; each is a CUDA graph replay. Keys
+and values come as models make them, as [B, 1, H, D] seen as [B, H, 1, D].
 
-Prompt: akvq::pack of K and of V, key_affine over K and its queries, find_pivots over the residual stream. The limit is the
-time of a bf16 copy of the same tensor; a pack reads as much and writes a seventh, so it can be quicker than that.
+Prompt: akvq::pack of K and of V, key_affine over K and its queries, find_pivots over the residual stream. The limit is
+the time of a bf16 copy of the same tensor; a pack reads as much and writes a seventh, so it can be quicker than that.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Ways to hold a key-value cache while one decoder generates: akvq's, and transformers' own.
 
-Each runs the same weights. `prefill` takes a prompt, whole or a few rows at a time (the rows' caches are joined on the batch
-axis: prompts served in parts), `step` one token a row. Nothing in a step asks the device anything.
+Each runs the same weights. `prefill` takes a prompt, whole or a few rows at a time (the rows' caches are joined on the
+batch axis: prompts served in parts), `step` one token a row. Nothing in a step asks the device anything.
 """
 
 from __future__ import annotations
@@ -75,9 +75,10 @@ class Contestant:
 
 
 def put_rows(whole, cache, begin: int, batch: int):
-    """A growing cache of `batch` rows with the rows of `cache` from `begin` on; the first call (whole is None) makes it of cache.
+    """A growing cache of `batch` rows with the rows of `cache` from `begin` on; made where `whole` is None.
 
-    All its memory is taken then, in pieces that stay: joining parts at the end would want their memory twice and leave it in holes.
+    All its memory is taken then, in pieces that stay: joining parts at the end would want their memory twice and leave
+    it in holes.
     """
     made = cache if whole is None else whole
     for mine, theirs in zip(made.layers, cache.layers, strict=True):
@@ -225,7 +226,7 @@ def quantized(library: str, bits: int, axis: int) -> type[Quantized]:
 
 
 def unpack_with_torch() -> None:
-    """quanto compiles extensions for minutes to get one unpacking kernel: give it the PyTorch version that it also has."""
+    """quanto compiles extensions for minutes for one unpacking kernel: give it the PyTorch version that it has too."""
     from optimum.quanto.library.extensions import get_extension, is_extension_available
 
     def unpack(packed: Tensor, bits: int) -> Tensor:

@@ -1,11 +1,13 @@
 """akvq::attend for one decode token beside torch's best scaled_dot_product_attention, in one run.
 
-    python benchmarks/attend.py [--shapes 1/32/32/32768 16/32/32/4096/64/padded] [--markdown FILE] [--kernels]
-    python benchmarks/attend.py --device cpu            # T=8192, float32 and bfloat16, one thread and all
+    python benchmarks/speed/attend.py [--shapes 1/32/32/32768 16/32/32/4096/64/padded] [--markdown FILE] [--kernels]
+    python benchmarks/speed/attend.py --device cpu            # T=8192, float32 and bfloat16, one thread and all
 
-A shape is B/Hq/Hkv/T[/D][/padded]. The bf16 peer is the fastest of cuDNN, flash and memory-efficient attention, each asked
-in every form that it accepts: enable_gqa, a group's query heads as query tokens (what transformers does), repeated keys. The
-packed cache has the backend's default layout. Both are CUDA graph replays that rotate over caches larger than the L2.
+A shape is B/Hq/Hkv/T[/D][/padded]. The bf16 peer is the fastest of cuDNN, flash and memory-efficient attention, each
+asked in every form that it accepts: enable_gqa, a group's query heads as query tokens (what transformers does),
+repeated keys. The packed cache has the backend's default layout. Both are CUDA graph replays that rotate over caches
+larger than the L2. "akvq" takes queries and leaves its output in the space in which the cache is stored; "with restore"
+is the same call that also rotates its output back, as the default value_rotation="online" has it.
 
 Two limits stand behind every row. Bytes: what must be read at least (both halves; the ring instead of the body where it
 holds a token; q and out), over the bandwidth of a large copy in the same run. Operations: lane operations to unpack one
@@ -44,8 +46,8 @@ import akvq_fx
 from akvq_fx.kernels.attend import reference
 from akvq_fx.kernels.layout import PADDING, TEXT, Layout
 
-# Counted by ncu in the loop of attend_cuda.cu (D = 128, one query row a head): 397 instructions of a warp for 32 tokens of
-# 256 numbers. Unpacking alone is 0.66 of it; products run on tensor cores.
+# Counted by ncu in the loop of attend_cuda.cu (D = 128, one query row a head): 397 instructions of a warp for 32 tokens
+# of 256 numbers. Unpacking alone is 0.66 of it; products run on tensor cores.
 LANE_OPS = 1.55
 ERROR_LIMIT = (
     2e-2  # relative, bf16: probabilities, products and result each rounded at 2**-8; a larger one counts as wrong
@@ -92,7 +94,7 @@ CPU_SHAPES = [Shape(1, 32, 32, 8192), Shape(1, 32, 8, 8192)]
 
 
 def layouts(head_dim: int, dtype: torch.dtype) -> tuple[Layout, Layout]:
-    """The backend's defaults for a PSA layer whose value rotation is folded."""
+    """The backend's defaults for a PSA layer; what is packed as values stands for values that are rotated already."""
     chosen = akvq_fx.AKVQConfig()
     same = {name: getattr(chosen, name) for name in ("body_bits", "window", "pivots", "body_clip", "group")}
     key = Layout(head_dim, dtype, **same, rotated=True, affine=True)
@@ -115,7 +117,7 @@ class Problem:
 
 
 def problem_of(shape: Shape, device: torch.device, dtype: torch.dtype, seed: int) -> Problem:
-    """Random tokens, every 37th channel of the keys with a bias and eight times the spread, as biased projections give."""
+    """Random tokens; every 37th channel of the keys has a bias and eight times the spread, as of biased projections."""
     draw = torch.Generator(device).manual_seed(seed)
     randn = lambda *size: torch.randn(*size, generator=draw, device=device, dtype=dtype)
     B, H, T, D = shape.batch, shape.heads, shape.tokens, shape.head_dim
@@ -140,19 +142,20 @@ def problem_of(shape: Shape, device: torch.device, dtype: torch.dtype, seed: int
     return Problem(shape, q, k, v, mask, stored_q, key, value, (key_layout, value_layout))
 
 
-def attend_call(p: Problem, key: list[Tensor], value: list[Tensor], length: int | None):
-    texts = tuple(map(str, p.layouts))
-    return lambda: torch.ops.akvq.attend(p.stored_q, key, value, length, p.mask, None, False, None, None, None, *texts)
+def attend_call(p: Problem, key: list[Tensor], value: list[Tensor], length: int | None, restore: bool = False):
+    given = (length, p.mask, None, False, None, None, None, *map(str, p.layouts), False, restore)
+    return lambda: torch.ops.akvq.attend(p.stored_q, key, value, *given)
 
 
-def error_of(p: Problem, length: int | None) -> float:
+def error_of(p: Problem, length: int | None, restore: bool = False) -> float:
     """|out - reference| / |reference| over the first and the last row, the reference in float32 on the same codes."""
     rows = sorted({0, p.shape.batch - 1})
     pick = lambda cache: [b if n == 0 else b[rows] for n, b in enumerate(cache)]  # state, first, has no batch
-    out = attend_call(p, p.key, p.value, length)()[rows].float()
+    out = attend_call(p, p.key, p.value, length, restore)()[rows].float()
     mask = None if p.mask is None else p.mask[rows]
     q = p.stored_q[rows].float()
     expected = reference(q, pick(p.key), pick(p.value), *p.layouts, p.shape.tokens, mask, None, False, None)
+    expected = torch.ops.akvq.hadamard(expected) if restore else expected
     return ((out - expected).norm() / expected.norm()).item()
 
 
@@ -203,8 +206,8 @@ def least_bytes(shape: Shape, key: Layout, value: Layout) -> tuple[int, int]:
     return 2 * B * H * T * D * 2 + ends, packed + ends
 
 
-COLUMNS = ["shape", "SDPA bf16 us", "backend", "akvq us", "SDPA / akvq", "SDPA MB", "SDPA of copy", "akvq MB", "akvq GB/s",
-           "akvq of copy", "byte limit us", "operation limit us", "relative error"]  # fmt: skip
+COLUMNS = ["shape", "SDPA bf16 us", "backend", "akvq us", "with restore us", "SDPA / akvq", "SDPA MB", "SDPA of copy",
+           "akvq MB", "akvq GB/s", "akvq of copy", "byte limit us", "operation limit us", "relative error"]  # fmt: skip
 
 
 def cuda_row(args, table: Table, shape: Shape, device: torch.device, bandwidth: float, rate: float) -> float | None:
@@ -219,10 +222,12 @@ def cuda_row(args, table: Table, shape: Shape, device: torch.device, bandwidth: 
     def ours():
         halves = clones(p.key + p.value, sets_needed(packed_bytes, device))
         n = len(p.key)
-        return measure([attend_call(p, h[:n], h[n:], length) for h in halves], device), error_of(p, length)
+        forms = (False, True)
+        timings = [measure([attend_call(p, h[:n], h[n:], length, form) for h in halves], device) for form in forms]
+        return *timings, max(error_of(p, length, form) for form in forms)
 
     measured, why = attempt(args.budget, ours)
-    timing, error = measured or (None, None)
+    timing, restored, error = measured or (None, None, None)
     wrong = error is not None and not error <= ERROR_LIMIT
     ratio = sdpa[0].seconds / timing.seconds if sdpa is not None and timing is not None else None
     share = lambda count, t: f"{count / t.seconds / bandwidth:.2f}" if t is not None else ""
@@ -232,6 +237,7 @@ def cuda_row(args, table: Table, shape: Shape, device: torch.device, bandwidth: 
         sdpa[0] if sdpa is not None else why_not,
         sdpa[1] if sdpa is not None else "",
         timing if timing is not None else why,
+        restored if restored is not None else "",
         f"{ratio:.2f}" if ratio is not None else "",
         f"{plain_bytes / 1e6:.1f}",
         share(plain_bytes, sdpa[0] if sdpa is not None else None),
@@ -279,6 +285,7 @@ def on_cpu(args, device: torch.device) -> list[Table]:
         "SDPA us",
         "SDPA heads as tokens us",
         "akvq us",
+        "with restore us",
         "best SDPA / akvq",
         "relative error",
     ]
@@ -290,7 +297,7 @@ def on_cpu(args, device: torch.device) -> list[Table]:
             for threads in sorted({1, every}):
                 name = str(dtype).removeprefix("torch.")
                 row, reason = attempt(args.budget, cpu_row, args, shape, dtype, device, threads)
-                table.add(shape, name, threads, *(row or [reason, "", "", "", ""]))
+                table.add(shape, name, threads, *(row or [reason, "", "", "", "", ""]))
     torch.set_num_threads(every)
     return [table]
 
@@ -298,16 +305,18 @@ def on_cpu(args, device: torch.device) -> list[Table]:
 def cpu_row(args, shape: Shape, dtype: torch.dtype, device: torch.device, threads: int) -> list[str]:
     torch.set_num_threads(threads)
     p = problem_of(shape, device, dtype, args.seed)
-    named = {"akvq": [attend_call(p, p.key, p.value, shape.tokens)]}
+    forms = {"akvq": False, "restored": True}
+    named = {name: [attend_call(p, p.key, p.value, shape.tokens, form)] for name, form in forms.items()}
     for form, q, k, v, kwargs in sdpa_forms(p):
         if "repeated" not in form:
             named["tokens" if "tokens" in form else "sdpa"] = [
                 functools.partial(scaled_dot_product_attention, q, k, v, **kwargs)
             ]
     times = measure_in_turns(named, 0.3 if args.small else 4.0)
-    best = min(t.seconds for name, t in times.items() if name != "akvq")
-    cells = [str(times[name]) if name in times else "" for name in ("sdpa", "tokens", "akvq")]
-    return [*cells, f"{best / times['akvq'].seconds:.2f}", f"{error_of(p, shape.tokens):.1e}"]
+    best = min(t.seconds for name, t in times.items() if name not in forms)
+    cells = [str(times[name]) if name in times else "" for name in ("sdpa", "tokens", *forms)]
+    error = max(error_of(p, shape.tokens, form) for form in forms.values())
+    return [*cells, f"{best / times['akvq'].seconds:.2f}", f"{error:.1e}"]
 
 
 def main() -> None:

@@ -56,7 +56,7 @@ def added(vision: bool) -> dict[str, tuple[Any, Any]]:
 
 
 def ablation(vision: bool) -> Settings:
-    """From plain rounding to the default recipe, one thing more in each row; then the default with one thing taken away.
+    """From plain rounding to the default recipe, one thing more a row; then the default with one thing taken away.
 
     Token classes of text and vision are only there for a vision model.
     """
@@ -111,28 +111,29 @@ def settings_of(part: str, vision: bool) -> Settings:
 PARTS = {
     "models": Part(
         "Recipes on language models",
-        "Every recipe at its own options. A window of text is a prefix that is packed and the tokens after it, read in one call: "
-        "they see each other unpacked, and the prefix as it was packed, its most recent tokens as the recipe keeps them.",
+        "Every recipe at its own options. A window of text is a prefix that is packed and the tokens after it, read "
+        "in one call: they see each other unpacked, and the prefix as it was packed, its most recent tokens as the "
+        "recipe keeps them.",
         ("smollm2", "qwen", "gemma"),
         every_text=True,
     ),
     "images": Part(
         "Recipes on a vision-language model",
-        "The prompt up to its last image token is packed, then a question is read over it. Accuracy is exact match of the greedy "
-        "answer. `none` is the model's own cache.",
+        "The prompt up to its last image token is packed, then a question is read over it. Accuracy is exact match of"
+        " the greedy answer. `none` is the model's own cache.",
         ("vlm",),
         every_task=True,
     ),
     "ablation": Part(
         "Ablation",
-        "As Table III of the paper: one thing more in each row, up to the default recipe; then the default recipe with one thing "
-        "taken away. TSA needs vision tokens and is measured on the vision-language model only.",
+        "As Table III of the paper: one thing more in each row, up to the default recipe; then the default recipe "
+        "with one thing taken away. TSA needs vision tokens and is measured on the vision-language model only.",
         ("smollm2", "qwen", "vlm"),
     ),
     "context": Part(
         "Length of the context",
-        "The same predicted tokens after prefixes of different length. The longest and the tokens read over it make 8,192, "
-        "which is SmolLM2's limit.",
+        "The same predicted tokens after prefixes of different length. The longest and the tokens read over it make "
+        "8,192, which is SmolLM2's limit.",
         ("smollm2",),
         prefixes=(1024, 4096, 8000),
     ),
@@ -143,16 +144,15 @@ PARTS = {
     ),
     "window": Part(
         "Recent window",
-        "The most recent tokens at 16 bits: 128 as in the paper, fewer, or none. The tokens after the prefix are read 16 at a "
-        "time, so that they leave the window one after the other, as generated tokens do.",
+        "The most recent tokens at 16 bits: 128 as in the paper, fewer, or none. The tokens after the prefix are read"
+        " 16 at a time, so that they leave the window one after the other, as generated tokens do.",
         ("smollm2", "qwen", "vlm"),
         step=16,
     ),
     "text-bits": Part(
         "Text tokens in TSA layers",
-        "tsa_layers=(0, 1): text tokens of layers 0 and 1 at 4 bits, no pivots there. tsa_layers=(): these layers are as the later "
-        "ones. psa_text_key_bits=2: keys of text at 2 bits in all other "
-        "layers, as in the paper.",
+        "tsa_layers=(0, 1): text tokens of layers 0 and 1 at 4 bits, no pivots there. tsa_layers=(): these layers are"
+        " as the later ones. psa_text_key_bits=2: keys of text at 2 bits in all other layers, as in the paper.",
         ("vlm",),
     ),
 }

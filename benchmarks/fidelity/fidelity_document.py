@@ -1,4 +1,4 @@
-"""docs/fidelity.md from what a store shows: tables and how they came about. What people wrote between the marks is kept."""
+"""docs/fidelity.md from what a store shows: tables and how they were made. What stands between the marks is kept."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ from akvq_fx.evaluate.table import head, line, text, wide
 
 BEGIN, END = "<!-- findings: written by hand, kept by a re-run -->", "<!-- end of findings -->"
 EMPTY = "Nothing written yet."
-COMMAND = "python benchmarks/fidelity.py"
+COMMAND = "python benchmarks/fidelity/fidelity.py"
 MEASURES = """\
 - Of text, per predicted token, p from the model's own cache and p' from the packed one, natural logarithms: dNLL is
-  log p(next) - log p'(next), KL is sum p log(p / p'), top-1 agreement is argmax p = argmax p', TV is sum |p - p'| / 2. Own NLL is
-  of the model's own cache. The mean over a window's tokens is one sample.
-- bits: per cached number after the last call, every overhead and spare capacity counted, as a model of 16 bits would have them;
-  layers that stay unpacked count with 16. For recipes that are simulated: what a real cache of the method would take.
+  log p(next) - log p'(next), KL is sum p log(p / p'), top-1 agreement is argmax p = argmax p', TV is sum |p - p'| / 2.
+  Own NLL is of the model's own cache. The mean over a window's tokens is one sample.
+- bits: per cached number after the last call, every overhead and spare capacity counted, as a model of 16 bits would
+  have them; layers that stay unpacked count with 16. For recipes that are simulated: what a real cache of the method
+  would take.
 - ± is the standard error of the mean over windows or samples, s / sqrt(n). "-": not measured.
 - The model is compiled with the backend (`inner="eager"`, `value_rotation="online"`): the product is measured."""
 
@@ -36,8 +37,8 @@ def findings_of(path: Path) -> str:
     content = path.read_text(encoding="utf-8")
     begin, end = content.find(BEGIN), content.find(END)
     if content.count(BEGIN) != 1 or content.count(END) != 1 or end < begin:
-        raise ValueError(f"{path} has not both marks around its findings, once each: {BEGIN!r} and {END!r}. Put them back, or "
-                         "name another file with --markdown")  # fmt: skip
+        raise ValueError(f"{path} has not both marks around its findings, once each: {BEGIN!r} and {END!r}. Put them "
+                         "back, or name another file with --markdown")  # fmt: skip
     return content[begin + len(BEGIN) : end].strip("\n")
 
 

@@ -1,8 +1,8 @@
-"""Bytes of a long packed cache: computed by the cost model, and as a compiled prompt allocates them, one layer of each kind.
+"""Bytes of a long packed cache: by the cost model, and as a compiled prompt allocates them, a layer of each kind.
 
-Measured on the same decoder cut to MEASURED_LAYERS layers (layers of one kind are alike) through dynamo and the passes, without
-Inductor; the whole model is that many layers of each kind. "images": a share of the tokens is marked as vision tokens, so
-that layers 0 and 1 hold their text at 4 bits.
+Measured on the same decoder cut to MEASURED_LAYERS layers (layers of one kind are alike) through dynamo and the passes,
+without Inductor; the whole model is that many layers of each kind. "images": a share of the tokens is marked as vision
+tokens, so that layers 0 and 1 hold their text at 4 bits.
 """
 
 from __future__ import annotations

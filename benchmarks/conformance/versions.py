@@ -1,11 +1,12 @@
 """Run the tests with other versions of PyTorch and transformers, and keep the results as a table in docs/versions.md.
 
-    python benchmarks/versions.py                                     the pairs of PAIRS, the whole suite
-    python benchmarks/versions.py --torch 2.14.1 --transformers 5.24 -- tests/test_backend.py -k explain
-    python benchmarks/versions.py --env folder --torch 2.14.1 ...     an environment that is there already; nothing is installed
+    python benchmarks/conformance/versions.py                         the pairs of PAIRS, the whole suite
+    python benchmarks/conformance/versions.py --torch 2.14.1 --transformers 5.24 -- tests/test_backend.py -k explain
+    python benchmarks/conformance/versions.py --env folder --torch 2.14.1     an environment that is there already
 
-Each pair gets a virtual environment of its own, in a temporary folder unless --env names one, so this takes a download of PyTorch
-for each and as long as the suite. What follows -- goes to pytest. A row is replaced by a later run of the same versions and tests.
+Each pair gets a virtual environment of its own in a temporary folder, so this takes a download of PyTorch for each and
+as long as the suite; its Python must be on PATH. With --env nothing is installed. What follows -- goes to pytest. A row
+is replaced by a later run of the same versions and tests.
 """
 
 from __future__ import annotations
@@ -13,14 +14,15 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 TABLE = ROOT / "docs" / "versions.md"
-# (python, torch, transformers, torchao): the oldest and the newest of everything, and the newest Python with the newest of all
+# (python, torch, transformers, torchao): the oldest of everything, a pair between, and the newest of everything
 PAIRS = (
     ("3.10", "2.11.*", "5.17.*", "0.15.*"),
     ("3.11", "2.13.*", "5.23.*", "0.18.*"),
@@ -29,8 +31,9 @@ PAIRS = (
 COLUMNS = ("Python", "torch", "transformers", "torchao", "tests", "result")
 HEAD = """# Versions that the tests ran with
 
-Written by `python benchmarks/versions.py`, which runs the suite in an environment of given versions. "all" is the whole suite; any
-other entry names the tests. A version that is not here, or newer, is not refused: the backend warns once.
+Written by `python benchmarks/conformance/versions.py`, which runs the suite in an environment of given versions. "all"
+is the whole suite; any other entry names the tests. A version that is not here, or newer, is not refused: the backend
+warns once.
 
 """
 
@@ -47,6 +50,8 @@ def main() -> int:
         own, tests = own[: own.index("--")], own[own.index("--") + 1 :]
     args = parser.parse_args(own)
     pairs = [(args.python, args.torch, args.transformers, args.torchao)] if args.torch or args.env else PAIRS
+    for python, *_ in [] if args.env else pairs:
+        interpreter(python)  # a missing one is told before hours of tests
     failed = 0
     for pair in pairs:
         with tempfile.TemporaryDirectory() as folder:
@@ -58,9 +63,20 @@ def main() -> int:
     return failed
 
 
+def interpreter(python: str) -> str:
+    """The path of python<version>. Exits with what to do where it is missing."""
+    found = shutil.which(f"python{python}")
+    if found is None:
+        sys.exit(
+            f"versions: python{python} is not on PATH. Install it (your system's packages, pyenv, or `uv python "
+            f"install {python}`), choose another with --python and --torch, or name an environment with --env."
+        )
+    return found
+
+
 def made(folder: Path, python: str, torch: str, transformers: str, torchao: str) -> Path:
     """A virtual environment with these versions and the package's test extra."""
-    subprocess.run([f"python{python}", "-m", "venv", folder], check=True)
+    subprocess.run([interpreter(python), "-m", "venv", folder], check=True)
     pip = [folder / "bin" / "python", "-m", "pip", "install", "--quiet"]
     exact = lambda name, version: f"{name}=={version}"
     subprocess.run([*pip, exact("torch", torch)], check=True)

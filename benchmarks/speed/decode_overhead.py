@@ -1,6 +1,6 @@
 """Host cost of a decode step: the akvq wrapper beside plain dynamo, same model, same run.
 
-    python benchmarks/decode_overhead.py [--layers 32] [--tokens 40] [--inner eager]
+    python benchmarks/speed/decode_overhead.py [--layers 32] [--tokens 40] [--inner eager]
 
 Three models with the same random weights decode greedily from the same prompt: uncompiled, compiled with a backend
 that returns dynamo's

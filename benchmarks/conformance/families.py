@@ -1,13 +1,13 @@
-"""Every family of the installed transformers that generates text, tiny, with random weights: does the rewritten model say the same?
+"""Every family of the installed transformers that generates text, tiny, with random weights: are the tokens the same?
 
-    python benchmarks/families.py [--kind image-text] [--only llama,qwen3] [--part 0 --parts 2]
+    python benchmarks/conformance/families.py [--kind image-text] [--only llama,qwen3] [--part 0 --parts 2]
 
-Each family is built from its default configuration with small sizes put in, and generates from two text prompts, one of them
-padded: uncompiled, in lossless mode, and at 2 bits. A line says `same` or `DIFFERENT` (lossless tokens against uncompiled ones),
-`FAILED` (compiled only), or `not run` with what transformers says where the family cannot be built or run so; then the packed
-layers, the logits' largest change at 2 bits, and why other caches stay at 16 bits. The exit status is 0 if none was DIFFERENT or
-FAILED.
-tests/zoo.py has fewer families, with images, and asks more of them. Runs on a CPU, a process a family.
+Each family is built from its default configuration with small sizes put in, and generates from two text prompts, one of
+them padded: uncompiled, in lossless mode, and at 2 bits. A line says `same` or `DIFFERENT` (lossless tokens against
+uncompiled ones), `FAILED` (compiled only), or `not run` with what transformers says where the family cannot be built or
+run so; then the packed layers, the logits' largest change at 2 bits, and why other caches stay at 16 bits. The exit
+status is 0 if none was DIFFERENT or FAILED. tests/zoo.py has fewer families, with images, and asks more of them. Runs
+on a CPU, a process a family.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The cases of sanitize.py: attention, writes to a cache and transforms, small but of every form that a kernel is compiled for."""
+"""The cases of sanitize.py: attention, cache writes and rotations, small but in every form that kernels have."""
 
 from __future__ import annotations
 
@@ -23,10 +23,14 @@ class Call(NamedTuple):
     splits: int = 1
     turn: str = ""  # "rotated" or "affine": the kernel turns the queries
     causal: bool = False
+    restore: bool = False  # the kernel rotates its output back
 
     def __str__(self) -> str:
         given = [f"{self.mask} mask"] * bool(self.mask) + [f"{self.fresh} fresh"] * bool(self.fresh)
-        return "+".join(given + ["turn"] * bool(self.turn) + ["causal"] * self.causal) or "plain"
+        return (
+            "+".join(given + ["turn"] * bool(self.turn) + ["causal"] * self.causal + ["restore"] * self.restore)
+            or "plain"
+        )
 
 
 COMMON = {  # every head dim
@@ -38,6 +42,8 @@ COMMON = {  # every head dim
     "two tokens": Call((2, 1, 8, 2, 300, 320), 64, 32, mask="own", fresh="cropped", splits=3),
     "sixteen tokens": Call((1, 2, 1, 16, 130, 256), 16, mask="bool each", fresh="ahead", turn="rotated"),
     "forty rows": Call((1, 1, 8, 5, 333, 333), 64, 15, "bool", "appended", "whole", splits=3, turn="affine"),
+    "the default": Call((1, 2, 4, 1, 300, 384), 64, 15, length="whole", turn="affine", restore=True),
+    "the default in parts": Call((2, 1, 8, 1, 700, 768), 64, 15, length="whole", splits=3, turn="affine", restore=True),
 }
 RARE = {  # every other head dim
     "less than a tile": Call((1, 2, 1, 1, 20, 64), 5, 15, mask="f32", length="whole"),

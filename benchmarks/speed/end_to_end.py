@@ -1,8 +1,9 @@
 """Whole decoders: akvq beside transformers' own caches on the same weights, in one process.
 
-    python benchmarks/end_to_end.py --do speed,equal-batch,largest-batch,cache-bytes [--shape llava-1.5-7b] [--layers N]
+    python benchmarks/speed/end_to_end.py --do speed,equal-batch,largest-batch,cache-bytes [--shape llava-1.5-7b]
+                                          [--layers N]
         [--contestants static,akvq-graphs,...] [--budget-gb 24,63] [--tokens-in 512,4096] [--markdown FILE]
-    python benchmarks/end_to_end.py --device cpu --small
+    python benchmarks/speed/end_to_end.py --device cpu --small
 
 speed          B=1, 512 tokens in, 128 out           equal-batch  B=40, the same: peak memory above the weights
 largest-batch  the largest batch whose weights, cache and activations fit a budget, and its speed there
@@ -10,7 +11,8 @@ cache-bytes    bytes of a cache of 4096 tokens, as the cost model computes and a
 
 The first WARM of the tokens out compile and warm up; the rest are timed apart from the prompt. Memory is what PyTorch's
 allocator hands out; a budget is held by torch.cuda.set_per_process_memory_fraction. GB is 1e9 bytes. In largest-batch a
-prompt is taken a few rows at a time by everyone (--rows), so that its activations do not decide; elsewhere it is taken whole.
+prompt is taken a few rows at a time by everyone (--rows), so that its activations do not decide; elsewhere it is taken
+whole.
 """
 
 from __future__ import annotations
@@ -43,7 +45,7 @@ DEFAULTS = {
 
 
 class Meter:
-    """Device memory above the weights, and a limit on all of it. On a CPU the limit is only held against the cache's size."""
+    """Device memory above the weights, and a limit on all of it. On a CPU only the cache is held against the limit."""
 
     def __init__(self, decoder: Decoder):
         self.decoder, self.limit_bytes = decoder, None
@@ -139,8 +141,8 @@ def between(a, b) -> float:
     return b - a if isinstance(a, float) else a.elapsed_time(b) / 1e3
 
 
-COLUMNS = ["cache", "batch", "prompt s", "tokens/s", "/ StaticCache", "ms a step", "peak above weights GB", "StaticCache /",
-           "cache GB", "compiling s", "note"]  # fmt: skip
+COLUMNS = ["cache", "batch", "prompt s", "tokens/s", "/ StaticCache", "ms a step", "peak above weights GB",
+           "StaticCache /", "cache GB", "compiling s", "note"]  # fmt: skip
 
 
 def add_row(table: Table, title: str, result: Result | None, base: Result | None, reason: str, extra: str = "") -> None:
@@ -226,7 +228,7 @@ def largest_batch(args, decoder: Decoder, budget: float, tokens: int, names) -> 
 
 
 def search(args, contestant: Contestant, decoder: Decoder, meter: Meter, budget: float, tokens: int, rows: int):
-    """(largest batch that fits, smallest one seen not to fit, None if none was): doubled until one fails, then halved between."""
+    """(largest batch that fits, smallest seen not to fit or None): doubled until one fails, then halved between."""
     granule, capacity = rows if contestant.whole_rows else 1, tokens + args.tokens_out
 
     def fits(batch: int) -> bool:

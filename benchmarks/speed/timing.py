@@ -1,9 +1,9 @@
 """Shared by the benchmarks: how a call is timed, what the machine is, how a table is kept, when a run ends.
 
-A CUDA call is timed as replays of one CUDA graph that holds many launches, between events, over input sets that together
-exceed the L2 cache several times, so that every launch reads device memory. What cannot be captured is launched one by one
-and the cell says so. CPU calls take turns, so that what else the machine does falls on all of them alike. All figures are
-medians. No figure is meant to be compared between runs: the ratios of one run are.
+A CUDA call is timed as replays of one CUDA graph that holds many launches, between events, over input sets that
+together exceed the L2 cache several times, so that every launch reads device memory. What cannot be captured is
+launched one by one and the cell says so. CPU calls take turns, so that what else the machine does falls on all of them
+alike. All figures are medians. No figure is meant to be compared between runs: the ratios of one run are.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ def l2_bytes(device: torch.device) -> int:
 
 
 def sets_needed(bytes_of_one: int, device: torch.device) -> int:
-    """Input sets to rotate over: together several times the L2 cache; two at least, so that none is read twice in a row."""
+    """Input sets to take in turns: several times the L2 cache; at least two, so that none is read twice in a row."""
     return max(2, math.ceil(L2_TIMES * l2_bytes(device) / max(bytes_of_one, 1))) if device.type == "cuda" else 1
 
 
@@ -233,7 +233,8 @@ def machine(device: torch.device) -> str:
         versions += f", transformers {transformers.__version__}"
     if device.type == "cuda":
         of = torch.cuda.get_device_properties(device)
-        size = f"{of.total_memory / 2**30:.0f} GiB, {of.multi_processor_count} multiprocessors, L2 {l2_bytes(device) >> 20} MiB"
+        size = f"{of.total_memory / 2**30:.0f} GiB, {of.multi_processor_count} multiprocessors"
+        size += f", L2 {l2_bytes(device) >> 20} MiB"
         return f"{of.name} ({size}), CUDA {torch.version.cuda}, {versions}"
     return f"CPU {platform.machine()}, {torch.get_num_threads()} threads, {versions}"
 

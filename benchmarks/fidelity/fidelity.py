@@ -1,19 +1,19 @@
 """What a packed cache changes about the predictions of trained models: measures, and writes docs/fidelity.md and .json.
 
-    python benchmarks/fidelity.py [--part models,ablation,...] [--model smollm2,qwen,...] [--seconds 3600]
-    python benchmarks/fidelity.py --windows 2 --samples 2 --task match        a quick look
-    python benchmarks/fidelity.py --seconds 0                                 only write the document again
+    python benchmarks/fidelity/fidelity.py [--part models,ablation,...] [--model smollm2,qwen,...] [--seconds 3600]
+    python benchmarks/fidelity/fidelity.py --windows 2 --samples 2 --task match        a quick look
+    python benchmarks/fidelity/fidelity.py --seconds 0                                 only write the document again
 
 models   every recipe on text, language models       images     every recipe on multi-image questions
 ablation one thing more, one thing less              context    prefixes of 1,024 to 8,000 tokens
 pivots   with and without                            window     recent window of 0 to 128
 text-bits  text at 4 bits in the first layers, or not
 
-The JSON file holds every sample: a run that was stopped in any way goes on at its sample, more windows or samples add to those that
-it has, and parts that are not asked for stay in the document as they are. Weights and texts are found where their packages are
-installed or at the paths given; what is not found is left out, and the document says how to get it. Nothing is downloaded.
-Findings are written by hand, between the two marks in the document, and are kept. Code that changes within one version of the
-package does not show: remove the JSON file to measure anew.
+The JSON file holds every sample: a run that was stopped in any way goes on at its sample, more windows or samples add
+to those that it has, and parts that are not asked for stay in the document as they are. Weights and texts are found
+where their packages are installed or at the paths given; what is not found is left out, and the document says how to
+get it. Nothing is downloaded. Findings are written by hand, between the two marks in the document, and are kept. Code
+that changes within one version of the package does not show: remove the JSON file to measure anew.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ import akvq_fx
 from akvq_fx.evaluate import Store, fill
 from akvq_fx.evaluate.table import Suite, cell_of, mean
 
-DOCS = Path(__file__).resolve().parent.parent / "docs"
+DOCS = Path(__file__).resolve().parents[2] / "docs"
 
 
 class OutOfTime(Exception):
@@ -50,7 +50,7 @@ class OutOfTime(Exception):
 
 
 class Results(Store):
-    """A Store that ends the run after the sample in which its seconds are used up; `shown` is what the document is made of."""
+    """A Store that ends the run after the sample in which its seconds are used up. The document is made of `shown`."""
 
     def __init__(self, path: Path, seconds: float | None):
         super().__init__(path)
@@ -162,7 +162,7 @@ def measure(suite: Suite, settings: Mapping[str, Any], results: Results, entry: 
 
 
 def rows_held(suite: Suite, settings: Mapping[str, Any], results: Results, at: str) -> list[dict]:
-    """A row for every task and setting that has a sample, over all samples held, as fill returns them; `at` tells runs apart."""
+    """A row, as fill returns it, for every task and setting that has a sample; `at` tells runs apart."""
     table = []
     for task in suite.tasks:
         for name, options in settings.items():

@@ -65,12 +65,12 @@ def file_text(path: Path) -> Text:
 
 
 def spread(count: int) -> list[int]:
-    """A permutation of range(count) whose beginnings are spread evenly, so that more windows add to those measured before."""
+    """A permutation of range(count) whose beginnings are spread evenly: more windows add to those measured before."""
     return sorted(range(count), key=lambda i: i * GOLDEN % 1)
 
 
 def piece_of(ids: Tensor, length: int, index: int) -> Tensor:
-    """[length]: the index-th piece measured of a text's ids [T], of pieces side by side. Raises ValueError past the last."""
+    """[length]: the index-th piece measured of ids [T], of pieces side by side. Raises ValueError past the last."""
     count = len(ids) // length
     if index >= count:
         raise ValueError(f"the text has {count} pieces of {length} tokens, asked for: {index + 1}; use fewer --windows")
