@@ -29,7 +29,6 @@ from akvq_fx.passes.state import GraphState
 from akvq_fx.runtime import Runtime
 
 log = logging.getLogger(__name__)
-compiled_generate.install()
 
 
 def akvq(gm: GraphModule, example_inputs: list, *, mode: str | None = None, options: Mapping[str, Any] | None = None):
@@ -60,6 +59,7 @@ def compile_graph(gm: GraphModule, example_inputs: list, config: AKVQConfig):
 
 akvq.dynamo_gave_up = gave_up.tell
 gave_up.listen()
+compiled_generate.install(akvq)
 
 
 def _register_checkout() -> None:

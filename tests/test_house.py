@@ -237,3 +237,53 @@ def test_readme_lists_every_option():
     rows = [line.split("|")[1] for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("| `")]
     named = {name.strip("` ") for row in rows for name in row.split(",")}
     assert {field.name for field in dataclasses.fields(AKVQConfig)} <= named
+
+
+def modules() -> dict[str, Path]:
+    """Every module of the library by its name."""
+    found = {}
+    for path in LIBRARY:
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        parts = parts if parts[0] == "akvq_fx" else ("akvq_fx", *parts)
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+def imported(tree: ast.AST, known) -> set[str]:
+    """Modules of ours that a file imports anywhere, in functions too: the module itself, not the packages that it lies in."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            inside = names & set(known)
+            found |= inside | ({node.module} if names - inside else set())
+    return found & set(known)
+
+
+def circles(edges: dict[str, set[str]]) -> list[list[str]]:
+    """Modules that reach each other by imports, one list for each group."""
+    reach = {name: set(targets) for name, targets in edges.items()}
+    for middle in edges:
+        for name in edges:
+            if middle in reach[name]:
+                reach[name] |= reach[middle]
+    groups = {
+        tuple(sorted(other for other in edges if other in reach[name] and name in reach[other])) for name in edges
+    }
+    return sorted(list(group) for group in groups if group)
+
+
+def test_no_import_leads_back():
+    known = modules()
+    edges = {name: imported(ast.parse(path.read_text()), known) for name, path in known.items()}
+    assert circles(edges) == []
+
+
+def test_a_circle_would_be_seen():
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}) == [["a", "b", "c"]]
+    inside_a_function = ast.parse(
+        "def f():\n    from akvq_fx import cache_file\n    from akvq_fx.config import AKVQConfig\n"
+    )
+    assert imported(inside_a_function, modules()) == {"akvq_fx.cache_file", "akvq_fx.config"}
