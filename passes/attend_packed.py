@@ -14,13 +14,14 @@ import torch
 from torch.fx import Node
 
 from akvq_fx.kernels import attend  # noqa: F401 - registers the op
+from akvq_fx.passes.patterns.arguments import place_of
 from akvq_fx.passes.patterns.nodes import value
 from akvq_fx.passes.patterns.site import Site
 from akvq_fx.passes.state import GraphState, is_single_token
 from akvq_fx.report import PassReport
 
 akvq = torch.ops.akvq
-FRESH_KEY, FRESH_VALUE = 7, 8  # arguments of attend, by position
+FRESH_KEY, FRESH_VALUE = (place_of(akvq.attend.default, name) for name in ("fresh_key", "fresh_value"))
 
 
 def attend_packed(state: GraphState) -> PassReport:

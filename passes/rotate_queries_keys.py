@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 
 from akvq_fx.kernels import rotate  # noqa: F401 - registers the ops
+from akvq_fx.passes.patterns.arguments import argument_of, place_of
 from akvq_fx.passes.state import GraphState
 from akvq_fx.report import PassReport
 
@@ -49,10 +50,10 @@ def turn_keys(state: GraphState, whole) -> None:
 
 
 def turn_query(state: GraphState, site, node) -> None:
-    affine, q = state.affine[site.key.whole], node.args[0]
+    affine, q = state.affine[site.key.whole], argument_of(node, "q")
     with state.before(node):
         call = (akvq.rotate_queries.default, q, affine) if affine is not None else (akvq.hadamard.default, q)
-        node.update_arg(0, state.call(*call))
+        node.update_arg(place_of(node.target, "q"), state.call(*call))
 
 
 rotate_queries_keys.needs = ("attend_packed",)

@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from akvq_fx.kernels import attend, cache  # noqa: F401 - registers the ops
 from akvq_fx.kernels.layout import CODES
+from akvq_fx.passes.patterns.arguments import argument_of, place_of
 from akvq_fx.passes.patterns.nodes import NoMatch, op, outputs, shape, value
 from akvq_fx.passes.patterns.values import (
     expression,
@@ -35,8 +36,8 @@ from akvq_fx.report import Capture, PassReport
 
 CAPTURED_MODE = "reduce-overhead"
 APPEND, ATTEND = torch.ops.akvq.append.default, torch.ops.akvq.attend.default
-APPEND_AT = 2  # arguments of the two ops, by position
-ATTEND_KEY, ATTEND_LENGTH, ATTEND_MASK, ATTEND_AT = 1, 3, 4, 9
+APPEND_AT = place_of(APPEND, "at")
+ATTEND_LENGTH, ATTEND_MASK, ATTEND_AT = (place_of(ATTEND, name) for name in ("length", "mask", "at"))
 ALIGNED = (
     2  # rows of positions lie a multiple of 16 bytes apart: kernels are compiled for how their arguments are aligned
 )
@@ -114,7 +115,7 @@ class Cut:
         for node in self.nodes:
             if node.target is APPEND and self.is_row(node.args[APPEND_AT]):
                 at = node.args[APPEND_AT]
-                ends[node.args[0][CODES]] = self.end_of(at)
+                ends[argument_of(node, "cache")[CODES]] = self.end_of(at)
                 cuts[node] = {APPEND_AT: at}
             elif node.target is ATTEND:
                 cuts[node] = self.cuts_of_attend(node, ends)
@@ -140,7 +141,7 @@ class Cut:
 
     def cuts_of_attend(self, node: Node, ends: dict[Node, object]) -> dict[int, Node | None]:
         cuts: dict[int, Node | None] = {}
-        codes, length, mask = node.args[ATTEND_KEY][CODES], node.args[ATTEND_LENGTH], node.args[ATTEND_MASK]
+        codes, length, mask = argument_of(node, "key")[CODES], node.args[ATTEND_LENGTH], node.args[ATTEND_MASK]
         at = node.args[ATTEND_AT]
         row = self.is_row(at)
         if isinstance(length, Node) and self.moves(length):

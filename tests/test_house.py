@@ -8,9 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from akvq_fx.config import AKVQConfig
 from akvq_fx.passes import PIPELINE, check_order
+from akvq_fx.passes.patterns.arguments import argument_of, place_of
 from akvq_fx.report import PassReport
 from tests.attention_models import Decoder, captured, token_ids
 
@@ -287,3 +289,12 @@ def test_a_circle_would_be_seen():
         "def f():\n    from akvq_fx import cache_file\n    from akvq_fx.config import AKVQConfig\n"
     )
     assert imported(inside_a_function, modules()) == {"akvq_fx.cache_file", "akvq_fx.config"}
+
+
+def test_arguments_stand_where_the_schema_says():
+    node = torch.fx.Graph().call_function(torch.ops.akvq.append.default, ("cache", "x", "at", None, None, "layout"))
+    names = [argument.name for argument in node.target._schema.arguments]
+    assert [place_of(node.target, name) for name in names] == list(range(len(names)))
+    assert (argument_of(node, "x"), argument_of(node, "layout"), argument_of(node, "turn")) == ("x", "layout", False)
+    with pytest.raises(KeyError, match="restore"):
+        place_of(node.target, "restore")
