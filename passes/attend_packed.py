@@ -1,7 +1,8 @@
 """Let attention read packed codes where its cache came in packed.
 
 Before   sdpa(q, expand(whole_k), expand(whole_v), mask)    After   attend(q, key buffers, value buffers, T, mask)
-Needs    pack_caches                                        Leaves  the output's shape and dtype
+Needs    sites, buffers, made, stored_uses                  Gives    stored_uses, query_uses
+Follows  pack_caches                                        Leaves   the output's shape and dtype
 
 A prompt reads its own 16-bit tokens (with prefill="quantized": the packed ones). More than one new token is passed along at full
 precision, so that a long chunk does not see itself through two bits. The appends then go behind the last attention that reads the
@@ -83,4 +84,7 @@ def append_after(state: GraphState, reader: Node, whole: Node, position: int) ->
     state.stored_uses[whole] = [*attends, (reader, position), *appends]
 
 
-attend_packed.needs = ("pack_caches",)
+attend_packed.needs = ("sites", "buffers", "made", "stored_uses")
+attend_packed.gives = ("stored_uses", "query_uses")
+attend_packed.follows = ("pack_caches",)
+attend_packed.required = "folded values would be read as if they were not; without find_sites nothing is packed"

@@ -4,7 +4,8 @@ Before   append(buffers, rotate_keys(k, affine))        After   append(buffers, 
          pack(hadamard(v))                                      pack(v, turn=True)
          attend(rotate_queries(q, affine), buffers)             attend(q, buffers, turn=True)
          hadamard(attend(q, buffers))                           attend(q, buffers, restore=True)
-Needs    rotate_queries_keys, rotate_values             Leaves  every rotation that anything else reads
+Needs    none                                           Gives    none
+Follows  rotate_queries_keys, rotate_values             Leaves   every rotation that anything else reads
 
 The ops turn by their own layout and affine map, so only a rotation by the very same map may go.
 """
@@ -96,4 +97,6 @@ def restore_refusal(attention: Node) -> str:
     return "" if Layout.parse(argument_of(attention, "value_layout")).rotated else "not the rotation of its layout"
 
 
-fuse_rotations.needs = ("rotate_queries_keys", "rotate_values")
+fuse_rotations.needs = ()
+fuse_rotations.gives = ()
+fuse_rotations.follows = ("rotate_queries_keys", "rotate_values")

@@ -2,7 +2,8 @@
 
 Before   whole = cat([past, new], 2); return whole      After   append(buffers, new, at); return the same cache, longer
          whole = cat([empty, new], 2); return whole             buffers = pack(new, at, classes, pivots); return them
-Needs    plan_layers, fold_values                       Leaves  what attention reads, and several tokens' place: attend_packed's
+Needs    sites, vision, program   Gives    buffers, made, classes, affine, stored_uses, program
+Follows  fold_values              Leaves   what attention reads, and several tokens' place: attend_packed's
 
 A prompt's own attention keeps its 16-bit tokens, which die with the layer. A plain cache met with new tokens is packed whole, once.
 """
@@ -134,4 +135,7 @@ def pivot_tokens(state: GraphState, site: Site, x: Node, valid: Node | None) -> 
     return state.share(("pivots", "first", valid, str(shape(x)[2])), make)
 
 
-pack_caches.needs = ("plan_layers", "fold_values")
+pack_caches.needs = ("sites", "vision", "program")
+pack_caches.gives = ("buffers", "made", "classes", "affine", "stored_uses", "program")
+pack_caches.follows = ("fold_values",)
+pack_caches.required = "attention would read codes that nobody wrote; without find_sites nothing is packed"

@@ -1,7 +1,8 @@
 """Turn keys before they are packed, and the queries that meet packed keys, by the Walsh-Hadamard transform.
 
 Before   pack(k), append(buffers, k), attend(q, ...)    After   pack(hadamard(k)), append(.., hadamard(k)), attend(hadamard(q), ..)
-Needs    attend_packed                                  Leaves  scores as they were: (qH)(kH)^T = q k^T because H H^T = I
+Needs    sites, affine, stored_uses, query_uses   Gives    none
+Follows  attend_packed                            Leaves   scores as they were: (qH)(kH)^T = q k^T because H H^T = I
 
 Outlier channels make 2-bit keys useless; H spreads them over the head. Where keys are centred and balanced, the same node does it:
 H((k - c)/s) and H(q s), equal scores up to a constant per query that softmax does not see.
@@ -56,4 +57,7 @@ def turn_query(state: GraphState, site, node) -> None:
         node.update_arg(place_of(node.target, "q"), state.call(*call))
 
 
-rotate_queries_keys.needs = ("attend_packed",)
+rotate_queries_keys.needs = ("sites", "affine", "stored_uses", "query_uses")
+rotate_queries_keys.gives = ()
+rotate_queries_keys.follows = ("attend_packed",)
+rotate_queries_keys.required = "the layout says that the cache holds rotated keys; rotate=False leaves them as they are"

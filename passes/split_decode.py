@@ -2,7 +2,8 @@
 
 Before   mask = f(T), at = arange(T, T + q), append(.., at), attend(q, key, value, T + q, mask), ...
 After    prologue: mask = f(T)          body: append(.., positions[i]), attend(q, key, value, None, mask to the capacity), ...
-Needs    clean_up                       Leaves  the graph as it was, and state.split; only for mode="reduce-overhead"
+Needs    sites, buffers, made, program   Gives    split, capture
+Follows  clean_up                        Leaves   the graph as it was, and state.split; only for mode="reduce-overhead"
 
 A CUDA graph has fixed shapes and no arguments, but the number T of tokens in a growing cache changes in every step. Sizes of
 the cache's buffers do not: they change when it grows. So whatever has T in a size or among its arguments goes into a prologue,
@@ -31,7 +32,8 @@ from akvq_fx.passes.patterns.values import (
     values_of,
     written,
 )
-from akvq_fx.passes.state import GraphState, Size, Split
+from akvq_fx.passes.state import GraphState
+from akvq_fx.program import Size, Split
 from akvq_fx.report import Capture, PassReport
 
 CAPTURED_MODE = "reduce-overhead"
@@ -373,4 +375,6 @@ class Cut:
         return list(found.values())
 
 
-split_decode.needs = ("clean_up",)
+split_decode.needs = ("sites", "buffers", "made", "program")
+split_decode.gives = ("split", "capture")
+split_decode.follows = ("clean_up",)
