@@ -10,6 +10,7 @@ import contextlib
 import functools
 import hashlib
 import logging
+import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,7 +22,7 @@ from torch.fx import GraphModule
 from akvq_fx import compiled_generate, gave_up, kernels, policy, records, torch_internals, versions, vision_carry
 from akvq_fx.config import AKVQConfig
 from akvq_fx.cuda_graph import DecodeStep, recorder_for
-from akvq_fx.passes import PIPELINE
+from akvq_fx.passes import DISABLE, PIPELINE, without
 from akvq_fx.passes.patterns.nodes import value
 from akvq_fx.passes.patterns.tokens import starts_a_call
 from akvq_fx.passes.split_decode import CAPTURED_MODE
@@ -29,7 +30,6 @@ from akvq_fx.passes.state import GraphState
 from akvq_fx.runtime import Runtime
 
 log = logging.getLogger(__name__)
-compiled_generate.install()
 
 
 def akvq(gm: GraphModule, example_inputs: list, *, mode: str | None = None, options: Mapping[str, Any] | None = None):
@@ -60,6 +60,7 @@ def compile_graph(gm: GraphModule, example_inputs: list, config: AKVQConfig):
 
 akvq.dynamo_gave_up = gave_up.tell
 gave_up.listen()
+compiled_generate.install(akvq)
 
 
 def _register_checkout() -> None:
@@ -83,7 +84,11 @@ def rewrite(gm: GraphModule, example_inputs: list, config: AKVQConfig) -> GraphS
     tensors = {i: x for i, x in enumerate(example_inputs) if isinstance(x, torch.Tensor)}
     state = GraphState(gm, policy.resolve(config, gm, example_inputs), tensors)
     done: list[str] = []
-    for number, step in enumerate(PIPELINE):
+    disabled = os.environ.get(DISABLE, "")
+    steps = without(PIPELINE, disabled)
+    if len(steps) < len(PIPELINE):
+        say_disabled(disabled)
+    for number, step in enumerate(steps):
         begin = time.perf_counter()
         try:
             report = step(state)
@@ -96,6 +101,12 @@ def rewrite(gm: GraphModule, example_inputs: list, config: AKVQConfig) -> GraphS
         log.debug("%s, %.1f ms", report, 1e3 * (time.perf_counter() - begin))
         leave_artifact(state, number, step.__name__)
     return state
+
+
+@functools.cache
+def say_disabled(names: str) -> None:
+    """Once a process: a variable that was left set is easily forgotten."""
+    log.warning("%s=%s: these passes do not run", DISABLE, names)
 
 
 def leave_artifact(state: GraphState, number: int, name: str) -> None:

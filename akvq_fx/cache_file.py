@@ -8,6 +8,8 @@ holds one JSON text under the key "akvq":
 length is the view's, the rest is Storage's. Loading executes no code and believes nothing: sizes are compared with the
 layout before a buffer is read, positions with the capacity after, so no index that an op computes from a file leads
 outside a buffer.
+
+PackedKV.save and PackedKV.load come here; `kind` is PackedKV, which this module does not import.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from akvq_fx.kernels.layout import CLASS_NAMES, STATE_END, STATE_RING, STATE_TEXT, Layout
-from akvq_fx.packed_kv import TOKENS, PackedKV, Storage
+from akvq_fx.storage import TOKENS, Storage
 
 KEY = "akvq"
 VERSION = 4
@@ -57,14 +59,14 @@ class Place:
             self.refuse(what, int(wrong[0]), f"{accepted}, integers in [{low}, {high}]")
 
 
-def save(caches: dict[str, PackedKV], path) -> None:
+def save(caches: dict[str, Tensor], path, kind: type) -> None:
     """Write packed tensors by name. A name is printable text without "/"; two views of one storage come back apart."""
     file = Place(f"akvq cache file {os.fspath(path)}")
     tensors, entries, written = {}, {}, set()
     for name, packed in caches.items():
         check_name(file, name)
         place = file.inside(f"cache {name!r}")
-        if not isinstance(packed, PackedKV):
+        if not isinstance(packed, kind):
             place.refuse("its type", type(packed).__name__, "PackedKV, what a cache of a compiled model holds")
         storage, buffers = packed._storage(), {}
         for field, buffer in zip(storage.layout.fields, storage.buffers, strict=True):
@@ -88,7 +90,7 @@ def save(caches: dict[str, PackedKV], path) -> None:
     save_file(tensors, path, {KEY: json.dumps({"version": VERSION, "caches": entries})})
 
 
-def load(path, device="cpu") -> dict[str, PackedKV]:
+def load(path, device, kind: type) -> dict[str, Tensor]:
     """Read what `save` wrote. Raises ValueError for a file that `save` cannot have written."""
     place = Place(f"akvq cache file {os.fspath(path)}")
     try:
@@ -96,14 +98,14 @@ def load(path, device="cpu") -> dict[str, PackedKV]:
             entries = read_metadata(place, file.metadata())
             keys = sort_keys(place, file.keys(), entries)
             inside = {name: place.inside(f"cache {name!r}") for name in entries}
-            return {name: read(inside[name], file, keys[name], entries[name], device) for name in entries}
+            return {name: read(inside[name], file, keys[name], entries[name], device, kind) for name in entries}
     except SafetensorError as error:
         raise ValueError(
             f"{place.text}: it is no whole safetensors file ({error}), accepted: a file that PackedKV.save wrote"
         ) from None
 
 
-def read(place: Place, file, keys: dict[str, str], entry: dict, device) -> PackedKV:
+def read(place: Place, file, keys: dict[str, str], entry: dict, device, kind: type) -> Tensor:
     """One cache; keys name its tensors in the file by field."""
     layout = check_entry(place, entry)
     slices = {field: file.get_slice(key) for field, key in keys.items()}
@@ -116,7 +118,7 @@ def read(place: Place, file, keys: dict[str, str], entry: dict, device) -> Packe
     storage = Storage(layout, [b.to(device) for b in buffers.values()], entry["end"], entry["prompt"], entry["owner"])
     storage.loaded = True
     storage.mark_dynamic()
-    return PackedKV.view_of(storage, entry["length"])
+    return kind.view_of(storage, entry["length"])
 
 
 def check_name(place: Place, name) -> None:

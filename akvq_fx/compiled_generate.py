@@ -11,6 +11,7 @@ import contextlib
 import functools
 import threading
 import weakref
+from collections.abc import Callable
 
 from akvq_fx import torch_internals
 
@@ -20,13 +21,6 @@ _depth: weakref.WeakKeyDictionary = (
     weakref.WeakKeyDictionary()
 )  # original module -> (generate calls under way, what to restore)
 _lock = threading.Lock()
-
-
-def uses_akvq(module: OptimizedModule) -> bool:
-    """The module was compiled with backend="akvq" (or the backend function itself)."""
-    from akvq_fx.backend import akvq
-
-    return torch_internals.backend_of(module) is akvq
 
 
 @contextlib.contextmanager
@@ -51,13 +45,16 @@ def compiled_forward(module: OptimizedModule):
 
 
 class Generate:
-    """Descriptor: OptimizedModule.generate."""
+    """Descriptor: OptimizedModule.generate, for modules compiled with `backend` (by its name or the function itself)."""
+
+    def __init__(self, backend: Callable):
+        self.backend = backend
 
     def __get__(self, module: OptimizedModule | None, owner=None):
         if module is None:
             return self
         method = module._orig_mod.generate  # AttributeError where the model has none, as before
-        if not uses_akvq(module):
+        if torch_internals.backend_of(module) is not self.backend:
             return method
 
         @functools.wraps(method)
@@ -71,6 +68,7 @@ class Generate:
         setattr(module._orig_mod, "generate", value)  # noqa: B010 - what OptimizedModule does for attributes it does not know
 
 
-def install() -> None:
+def install(backend: Callable) -> None:
+    """Give OptimizedModule its `generate`; once is enough."""
     if not isinstance(OptimizedModule.__dict__.get("generate"), Generate):
-        OptimizedModule.generate = Generate()
+        OptimizedModule.generate = Generate(backend)

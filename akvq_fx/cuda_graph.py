@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from akvq_fx.passes.state import Split
+from akvq_fx.program import Split
 from akvq_fx.report import Capture
 
 KEPT = (

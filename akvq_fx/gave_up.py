@@ -13,33 +13,18 @@ function. So unless somebody chose a limit, this backend's functions have GRAPHS
 from __future__ import annotations
 
 import contextlib
-import types
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
 
 import torch
-from torch import nn
 
-from akvq_fx import torch_internals
+from akvq_fx import records, torch_internals
+from akvq_fx.events import EVENTS, LIMIT, Event, modules_among
 from akvq_fx.report import GaveUp
 
 GRAPHS = 64  # of a function that this backend compiles, where nobody chose torch._dynamo.config.recompile_limit
-LIMIT = 256  # events kept at a time
-EVENTS: list[Event] = []
 _wrappers: list[weakref.ref] = []  # functions of the user's that call this backend, given to torch.compile in its place
-
-
-class Event:
-    """A function that dynamo gave up on, and the modules that it was called with."""
-
-    def __init__(self, told: GaveUp, code: types.CodeType, modules: list[nn.Module]):
-        self.told, self.code = told, code
-        self.modules = [weakref.ref(module) for module in modules]
-
-    def concerns(self, modules: set[int], codes: set[int]) -> bool:
-        """Of a model: ids of its modules, and of the code that its graphs were compiled from."""
-        return id(self.code) in codes or any(id(ref()) in modules for ref in self.modules if ref() is not None)
 
 
 def listen() -> None:
@@ -69,8 +54,6 @@ def event_of(seen: torch_internals.Compiling, option: str, value, reason: str) -
 
 def tell(event: Event) -> None:
     """Keep it for report(model), and warn."""
-    from akvq_fx import records
-
     EVENTS[:] = [other for other in EVENTS if other.code is not event.code][-LIMIT:]
     EVENTS.append(event)
     packed = records.layers_packed(event.code)
@@ -94,14 +77,3 @@ def noticed(backend: Callable) -> Iterator[None]:
         if seen is not None and torch._dynamo.config.suppress_errors:
             tell(event_of(seen, "torch._dynamo.config.suppress_errors", True, f"{type(error).__name__}: {error}"))
         raise
-
-
-def modules_among(values: dict) -> list[nn.Module]:
-    """Modules that a function was called with: itself where it is a method, arguments, what a wrapper calls."""
-    found: list[nn.Module] = []
-    for name, value in values.items():
-        for part in value if isinstance(value, (tuple, list)) else (value,):
-            part = getattr(part, "__self__", part) if isinstance(part, types.MethodType) else part
-            if isinstance(part, nn.Module) and not any(part is other for other in found):
-                found.insert(0 if name == "self" else len(found), part)
-    return found

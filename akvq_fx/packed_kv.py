@@ -17,7 +17,7 @@ import weakref
 import torch
 from torch import Tensor
 
-from akvq_fx import torch_internals
+from akvq_fx import packed_ops, torch_internals
 from akvq_fx.kernels import cache as ops
 from akvq_fx.kernels.layout import CLASS_NAMES, PADDING, STATE_END, Layout
 from akvq_fx.storage import DYNAMIC_TOKENS, TOKENS, Storage
@@ -202,16 +202,19 @@ class PackedKV(TensorBase):
     @staticmethod
     def save(caches: dict[str, PackedKV], path) -> None:
         """Write packed tensors to a safetensors file; see akvq_fx.cache_file."""
-        from akvq_fx import cache_file
+        from akvq_fx import cache_file  # safetensors is loaded for who asks for it
 
-        cache_file.save(caches, path)
+        cache_file.save(caches, path, PackedKV)
 
     @staticmethod
     def load(path, device="cpu") -> dict[str, PackedKV]:
         """Read what `save` wrote, validated; see akvq_fx.cache_file."""
         from akvq_fx import cache_file
 
-        return cache_file.load(path, device)
+        return cache_file.load(path, device, PackedKV)
+
+
+packed_ops.register(PackedKV)
 
 
 def _rebuild(buffers, layout_text, end, prompt, owner, length) -> PackedKV:
@@ -232,7 +235,5 @@ def token_counts(packed: PackedKV) -> dict[str, int]:
     counts["padding"] += int((classes[:, recent] == PADDING).sum())
     return counts
 
-
-from akvq_fx import packed_ops  # noqa: E402 - last: it registers the ops on PackedKV
 
 __all__ = ["TOKENS", "PackedKV", "Storage", "token_counts"]

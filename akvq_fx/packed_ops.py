@@ -2,27 +2,53 @@
 
 Handlers return NotImplemented for a case that codes do not cover; the op then reads the cache through `dequantize()`
 and says so once, and what it gives is a plain tensor.
+
+akvq_fx/packed_kv.py imports this module and registers the handlers on its class, so the class is taken from the tensors here.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
 
 from akvq_fx.kernels import autocast  # noqa: F401 - says what it means for the ops
 from akvq_fx.kernels import cache as ops
-from akvq_fx.packed_kv import PackedKV
 from akvq_fx.packed_tokens import Tokens, row_upon_row, tail_to_tail
 from akvq_fx.storage import TOKENS
 
 aten = torch.ops.aten
 _said: set[str] = set()
+_handlers: list[tuple[list, Callable]] = []  # aten ops, and what answers them
+_function_handlers: list[tuple[list, Callable]] = []  # the same for functions of torch as Python calls them
 
 
-def plain_of(packed: PackedKV, op: str) -> Tensor:
+def implements(targets: list) -> Callable:
+    """Decorator: a handler(func, types, args, kwargs) for these aten ops."""
+    return lambda handler: _handlers.append((targets, handler))
+
+
+def implements_function(targets: list) -> Callable:
+    """Decorator: the same for functions and methods of torch, which come before autograd has seen them."""
+    return lambda handler: _function_handlers.append((targets, handler))
+
+
+def register(kind: type) -> None:
+    """Give a class of packed tensors all handlers of this file."""
+    for targets, handler in _handlers:
+        kind.implements(targets)(handler)
+    for targets, handler in _function_handlers:
+        kind.implements_torch_function(targets)(handler)
+
+
+def is_packed(x) -> bool:
+    """A PackedKV, or one that stands for it while tracing."""
+    return isinstance(x, Tensor) and hasattr(x, "layout_text")
+
+
+def plain_of(packed: Tensor, op: str) -> Tensor:
     if packed.storage is None:  # tracing: only the shape matters
         return torch.empty(packed.shape, dtype=packed.dtype, device=packed.device)
     if op not in _said:
@@ -49,58 +75,55 @@ def through_dequantize(func, args, kwargs):
     given = zip(func._schema.arguments, args, strict=False)
     given = {**{arg.name: x for arg, x in given}, **kwargs}
     for arg in func._schema.arguments:
-        if arg.alias_info is not None and arg.alias_info.is_write and isinstance(given.get(arg.name), PackedKV):
+        if arg.alias_info is not None and arg.alias_info.is_write and is_packed(given.get(arg.name)):
             raise unsupported_write(func)
-    unwrap = lambda x: plain_of(x, str(func)) if isinstance(x, PackedKV) else x
+    unwrap = lambda x: plain_of(x, str(func)) if is_packed(x) else x
     args, kwargs = torch.utils._pytree.tree_map(unwrap, (args, kwargs))
     return func(*args, **kwargs)
 
 
-def resized(packed: PackedKV, length) -> PackedKV:
+def resized(packed: Tensor, length) -> Tensor:
     """The same tokens, another length: a shape-only tensor while tracing, a view of the storage otherwise."""
     if packed.storage is None:
         size = torch.Size((packed.shape[0], packed.shape[1], length, packed.shape[3]))
-        return PackedKV(packed.codes, packed.layout_text, size)
-    return PackedKV.view_of(packed.storage, length)
+        return type(packed)(packed.codes, packed.layout_text, size)
+    return packed.view_of(packed.storage, length)
 
 
-def rowwise(packed: PackedKV, index: Tensor) -> PackedKV:
+def rowwise(packed: Tensor, index: Tensor) -> Tensor:
     if packed.storage is None:
         size = torch.Size((index.shape[0], *packed.shape[1:]))
-        return PackedKV(packed.codes.index_select(0, index), packed.layout_text, size)
+        return type(packed)(packed.codes.index_select(0, index), packed.layout_text, size)
     storage = packed.storage.gather(index)
     storage.mark_dynamic()
-    return PackedKV.view_of(storage, packed.shape[TOKENS])
+    return packed.view_of(storage, packed.shape[TOKENS])
 
 
 def is_growing(packed) -> bool:
     """Its tokens can be chosen and joined on codes: the host knows how many there are. Not so while tracing."""
-    return isinstance(packed, PackedKV) and packed.storage is not None and packed.storage.end is not None
+    return is_packed(packed) and packed.storage is not None and packed.storage.end is not None
 
 
-def tokens_of(packed: PackedKV) -> Tokens:
+def tokens_of(packed: Tensor) -> Tokens:
     return Tokens.of(packed.storage, packed.shape[TOKENS])
 
 
-def wrap(tokens: Tokens) -> PackedKV:
-    return PackedKV.view_of(tokens.stored(), tokens.count)
+def wrap(packed: Tensor, tokens: Tokens) -> Tensor:
+    return packed.view_of(tokens.stored(), tokens.count)
 
 
-def take(packed: PackedKV, positions: Iterable[int] | Tensor) -> PackedKV:
+def take(packed: Tensor, positions: Iterable[int] | Tensor) -> Tensor:
     """The tokens at these positions of a growing cache, in their order, on codes: an int64 tensor [m], or ascending numbers."""
     distinct = not isinstance(positions, Tensor)
     index = torch.tensor(list(positions), dtype=torch.int64, device=packed.device) if distinct else positions
     if not len(index):
         return resized(packed, 0)
-    return wrap(tokens_of(packed).take(index.to(packed.device, torch.int64), distinct))
+    return wrap(packed, tokens_of(packed).take(index.to(packed.device, torch.int64), distinct))
 
 
-def repeated(packed: PackedKV, count: int) -> PackedKV:
+def repeated(packed: Tensor, count: int) -> Tensor:
     """`count` times the one row of a growing cache, copied when it is written."""
-    return PackedKV.view_of(packed.storage.expanded(count), packed.shape[TOKENS])
-
-
-implements = PackedKV.implements
+    return packed.view_of(packed.storage.expanded(count), packed.shape[TOKENS])
 
 
 @implements([aten.detach.default, aten.alias.default, aten.lift_fresh.default, aten.contiguous.default])
@@ -113,7 +136,7 @@ def _(func, types, args, kwargs):
     packed = args[0]
     if packed.storage is None:
         return resized(packed, packed.shape[TOKENS])
-    return PackedKV.view_of(packed.storage.clone(), packed.shape[TOKENS])
+    return packed.view_of(packed.storage.clone(), packed.shape[TOKENS])
 
 
 @implements([aten._to_copy.default])
@@ -125,7 +148,7 @@ def _(func, types, args, kwargs):
         return packed.dequantize().to(dtype=dtype, device=device)
     moved = packed.storage.map(lambda name, b: b.to(device, non_blocking=kwargs.get("non_blocking", False), copy=True))
     moved.mark_dynamic()
-    return PackedKV.view_of(moved, packed.shape[TOKENS])
+    return packed.view_of(moved, packed.shape[TOKENS])
 
 
 @implements([aten.to.dtype_layout])
@@ -135,12 +158,12 @@ def _(func, types, args, kwargs):
 
 @implements([aten.cat.default])
 def _(func, types, args, kwargs):
-    tensors = [t for t in args[0] if t.numel() or isinstance(t, PackedKV)]
+    tensors = [t for t in args[0] if t.numel() or is_packed(t)]
     dim = (args[1] if len(args) > 1 else kwargs.get("dim", 0)) % 4
-    if dim == 0 and all(isinstance(t, PackedKV) and t.storage is not None for t in tensors):
+    if dim == 0 and all(is_packed(t) and t.storage is not None for t in tensors):
         return stack_rows(tensors)
-    packed = next((i for i, t in enumerate(tensors) if not isinstance(t, PackedKV)), len(tensors))
-    if dim != TOKENS or not packed or any(isinstance(t, PackedKV) for t in tensors[packed:]):
+    packed = next((i for i, t in enumerate(tensors) if not is_packed(t)), len(tensors))
+    if dim != TOKENS or not packed or any(is_packed(t) for t in tensors[packed:]):
         return NotImplemented
     first, rest = tensors[0], tensors[packed:]
     if any(t.dtype != first.dtype for t in tensors):
@@ -148,7 +171,7 @@ def _(func, types, args, kwargs):
     if packed > 1:
         if not all(map(is_growing, tensors[:packed])) or not alike(tensors[:packed], "rows"):
             return NotImplemented
-        first = wrap(tail_to_tail([tokens_of(t) for t in tensors[:packed]]))
+        first = wrap(first, tail_to_tail([tokens_of(t) for t in tensors[:packed]]))
     if first.storage is None:  # tracing; outside a graph the op itself checks
         for t in rest:
             require_same_rows(first, t)
@@ -158,7 +181,7 @@ def _(func, types, args, kwargs):
     return first
 
 
-def alike(tensors: list[PackedKV], same: str) -> bool:
+def alike(tensors: list[Tensor], same: str) -> bool:
     """The codes of all mean the same. same: "rows", with one centre and gain, or "length"."""
     first = tensors[0]
     for t in tensors[1:]:
@@ -176,7 +199,7 @@ def alike(tensors: list[PackedKV], same: str) -> bool:
     return True
 
 
-def require_same_rows(packed: PackedKV, new: Tensor) -> None:
+def require_same_rows(packed: Tensor, new: Tensor) -> None:
     if new.dim() != 4 or (*new.shape[:2], new.shape[3]) != (*packed.shape[:2], packed.shape[3]):
         raise ValueError(
             f"akvq: Sizes of tensors must match except in dimension 2: the packed cache is "
@@ -185,18 +208,18 @@ def require_same_rows(packed: PackedKV, new: Tensor) -> None:
         )
 
 
-def stack_rows(tensors: list[PackedKV]) -> PackedKV:
+def stack_rows(tensors: list[Tensor]) -> Tensor:
     """Batch concatenation of caches of one layout and length."""
     if len({t.static for t in tensors}) > 1 or not alike(tensors, "length"):
         return NotImplemented
     if not tensors[0].static:
-        return wrap(row_upon_row([tokens_of(t) for t in tensors]))
+        return wrap(tensors[0], row_upon_row([tokens_of(t) for t in tensors]))
     stores = [t.storage for t in tensors]
     ends = {tuple(s["state"].tolist()) for s in stores}
     if len(ends) > 1 or len({s["text_at"].shape for s in stores if s.layout.text_bits}) > 1:
         return NotImplemented  # one end, which lies on the device, for all rows
     joined = stores[0].map(lambda name, b: b.clone() if name == "state" else torch.cat([s[name] for s in stores], 0))
-    return PackedKV.view_of(joined, tensors[0].shape[TOKENS])
+    return tensors[0].view_of(joined, tensors[0].shape[TOKENS])
 
 
 @implements([aten.expand.default])
@@ -225,7 +248,7 @@ def _(func, types, args, kwargs):
     if before <= 0:
         return packed
     tokens = tokens_of(packed)
-    return wrap(tail_to_tail([tokens.padding(before), tokens]))
+    return wrap(packed, tail_to_tail([tokens.padding(before), tokens]))
 
 
 @implements([aten.slice.Tensor])
@@ -293,10 +316,10 @@ def _(func, types, args, kwargs):
     return rowwise(packed, torch.arange(packed.shape[0], device=packed.device).repeat(repeats[0]))
 
 
-@PackedKV.implements_torch_function([torch.Tensor.repeat_interleave, torch.repeat_interleave])
+@implements_function([torch.Tensor.repeat_interleave, torch.repeat_interleave])
 def _(func, types, args, kwargs):
     def rows(packed, repeats, dim=None, **_):
-        if dim not in (0, -4) or not isinstance(packed, PackedKV):
+        if dim not in (0, -4) or not is_packed(packed):
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         if isinstance(repeats, int) and packed.shape[0] == 1 and repeats > 0 and is_growing(packed):
@@ -306,12 +329,12 @@ def _(func, types, args, kwargs):
     return rows(*args, **kwargs)
 
 
-@PackedKV.implements_torch_function([torch.Tensor.contiguous])
+@implements_function([torch.Tensor.contiguous])
 def _(func, types, args, kwargs):
     return args[0]  # torchao's would drop the storage, and the length for the capacity
 
 
-@PackedKV.implements_torch_function([
+@implements_function([
     torch.Tensor.__getitem__, torch.Tensor.detach, torch.detach, torch.Tensor.narrow, torch.narrow,
     torch.Tensor.split, torch.split, torch.Tensor.chunk, torch.chunk, torch.Tensor.expand,
     torch.Tensor.expand_as, torch.Tensor.broadcast_to, torch.broadcast_to,
@@ -326,10 +349,10 @@ def _(func, types, args, kwargs):
             return func(*args, **kwargs)
 
 
-@PackedKV.implements_torch_function([torch.Tensor.__setitem__])
+@implements_function([torch.Tensor.__setitem__])
 def _(func, types, args, kwargs):
     packed, index, _ = args
-    if isinstance(packed, PackedKV) and not torch.compiler.is_compiling():
+    if is_packed(packed) and not torch.compiler.is_compiling():
         parts = index if isinstance(index, tuple) else (index,)
         if any(not isinstance(i, Tensor | list) and i is not Ellipsis and i != slice(None) for i in parts):
             raise unsupported_write(f"x[{index}] = ...")  # aten would write into a temporary and lose it
@@ -373,13 +396,13 @@ def _(func, types, args, kwargs):
 @implements([aten.copy_.default])
 def _(func, types, args, kwargs):
     target, source = args[:2]
-    if not isinstance(target, PackedKV):
+    if not is_packed(target):
         return NotImplemented
     if target.storage is None:
         return target
-    same = isinstance(source, PackedKV) and source.layout_text == target.layout_text and source.shape == target.shape
+    same = is_packed(source) and source.layout_text == target.layout_text and source.shape == target.shape
     same = same and source.static == target.static
-    if target.static and not isinstance(source, PackedKV):  # a full sliding window that rolls outside a graph
+    if target.static and not is_packed(source):  # a full sliding window that rolls outside a graph
         target.unpack().copy_(source)
         return target
     if not same or [b.shape for b in source.storage.buffers] != [b.shape for b in target.storage.buffers]:

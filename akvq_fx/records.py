@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.fx import Node
 
-from akvq_fx import gave_up, torch_internals, which_kernel
+from akvq_fx import events, torch_internals, which_kernel
 from akvq_fx.kernels.layout import Layout
 from akvq_fx.passes.patterns.cache_write import is_packed
 from akvq_fx.passes.patterns.nodes import argument, dimension, op, outputs, shape, tensors_of_cat, value
@@ -91,7 +91,7 @@ def add(state: GraphState, example_inputs: list) -> Record:
     seen, report = torch_internals.compiling(), graph_report(state)
     if seen is not None:
         report.function, report.recompiled = seen.code.co_name, torch_internals.guard_of(seen.reason)
-    record = Record(report, keys, seen and seen.code, gave_up.modules_among(seen.locals) if seen else ())
+    record = Record(report, keys, seen and seen.code, events.modules_among(seen.locals) if seen else ())
     record.add_weights(example_inputs)
     with _lock:
         RECORDS[:] = [r for r in RECORDS if r.alive][-LIMIT:]
@@ -107,11 +107,11 @@ def of(model: nn.Module) -> Report:
     codes = {id(record.code) for record in mine if record.code is not None}
     return Report(
         [dataclasses.replace(r.report, rows=r.rows(names, modules)) for r in mine],
-        gave_up=[told_of(event, model) for event in gave_up.EVENTS if event.concerns(modules.keys(), codes)],
+        gave_up=[told_of(event, model) for event in events.EVENTS if event.concerns(modules.keys(), codes)],
     )
 
 
-def told_of(event: gave_up.Event, model: nn.Module) -> GaveUp:
+def told_of(event: events.Event, model: nn.Module) -> GaveUp:
     """What happened, and where it is one layer's function, how many of the model's layers have a graph."""
     kind = type(next((ref() for ref in event.modules if ref() is not None), None))
     parts = [part for part in model.modules() if type(part) is kind]

@@ -16,7 +16,7 @@ from akvq_fx.cuda_graph import picker
 from akvq_fx.digest import DIGESTS, compute
 from akvq_fx.folding import FOLDED
 from akvq_fx.packed_kv import PackedKV, Storage
-from akvq_fx.passes.state import Appended, Packed, Program
+from akvq_fx.program import Appended, Packed, Program
 from akvq_fx.storage import text_slots
 
 MODELS = 8  # of one class whose weights a graph remembers at a time; one more is looked at anew when its turn comes

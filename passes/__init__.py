@@ -16,6 +16,7 @@ from akvq_fx.passes.rotate_queries_keys import rotate_queries_keys
 from akvq_fx.passes.rotate_values import rotate_values
 from akvq_fx.passes.split_decode import split_decode
 
+DISABLE = "TORCH_AKVQ_DISABLE"  # environment variable: passes that do not run, to find the one that changes an answer
 PIPELINE = (
     canonicalize,  # one spelling, so that patterns stay few
     find_sites,  # only reads: which attention calls go over a cache
@@ -33,13 +34,35 @@ PIPELINE = (
 
 
 def check_order(pipeline) -> None:
-    """Raise where a pass stands before one that it needs."""
+    """Raise AssertionError where a pass stands before one that it follows, or before any that gives a fact that it needs.
+
+    Facts are the fields of GraphState (passes/state.py) that passes fill; a pass reads its `needs` and writes its `gives`.
+    """
     done: set[str] = set()
+    facts: set[str] = set()
     for step in pipeline:
-        missing = set(getattr(step, "needs", ())) - done
+        missing = sorted(set(step.follows) - done)
         if missing:
-            raise AssertionError(f"{step.__name__} needs {sorted(missing)} before it")
+            raise AssertionError(f"{step.__name__} follows {missing}, which stand behind it")
+        missing = sorted(set(step.needs) - facts)
+        if missing:
+            raise AssertionError(f"{step.__name__} needs {missing}, which no pass before it gives")
         done.add(step.__name__)
+        facts.update(step.gives)
+
+
+def without(pipeline, text: str) -> tuple:
+    """The pipeline but for the passes that `text` names, parted by commas: the value of TORCH_AKVQ_DISABLE.
+
+    Raises ValueError for a name that no pass has, and for a pass without which results would be wrong.
+    """
+    named = {name.strip() for name in text.split(",")} - {""}
+    optional = [step.__name__ for step in pipeline if not hasattr(step, "required")]
+    for name in sorted(named - set(optional)):
+        reasons = [f"{name} cannot be switched off: {step.required}" for step in pipeline if step.__name__ == name]
+        told = reasons[0] if reasons else f"{name!r} is no pass"
+        raise ValueError(f"{DISABLE}={text}: {told}; accepted: {', '.join(optional)}, parted by commas")
+    return tuple(step for step in pipeline if step.__name__ not in named)
 
 
 check_order(PIPELINE)

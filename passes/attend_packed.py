@@ -1,7 +1,8 @@
 """Let attention read packed codes where its cache came in packed.
 
 Before   sdpa(q, expand(whole_k), expand(whole_v), mask)    After   attend(q, key buffers, value buffers, T, mask)
-Needs    pack_caches                                        Leaves  the output's shape and dtype
+Needs    sites, buffers, made, stored_uses                  Gives    stored_uses, query_uses
+Follows  pack_caches                                        Leaves   the output's shape and dtype
 
 A prompt reads its own 16-bit tokens (with prefill="quantized": the packed ones). More than one new token is passed along at full
 precision, so that a long chunk does not see itself through two bits. The appends then go behind the last attention that reads the
@@ -14,13 +15,14 @@ import torch
 from torch.fx import Node
 
 from akvq_fx.kernels import attend  # noqa: F401 - registers the op
+from akvq_fx.passes.patterns.arguments import place_of
 from akvq_fx.passes.patterns.nodes import value
 from akvq_fx.passes.patterns.site import Site
 from akvq_fx.passes.state import GraphState, is_single_token
 from akvq_fx.report import PassReport
 
 akvq = torch.ops.akvq
-FRESH_KEY, FRESH_VALUE = 7, 8  # arguments of attend, by position
+FRESH_KEY, FRESH_VALUE = (place_of(akvq.attend.default, name) for name in ("fresh_key", "fresh_value"))
 
 
 def attend_packed(state: GraphState) -> PassReport:
@@ -82,4 +84,7 @@ def append_after(state: GraphState, reader: Node, whole: Node, position: int) ->
     state.stored_uses[whole] = [*attends, (reader, position), *appends]
 
 
-attend_packed.needs = ("pack_caches",)
+attend_packed.needs = ("sites", "buffers", "made", "stored_uses")
+attend_packed.gives = ("stored_uses", "query_uses")
+attend_packed.follows = ("pack_caches",)
+attend_packed.required = "folded values would be read as if they were not; without find_sites nothing is packed"

@@ -2,7 +2,8 @@
 
 Before   x[:, :, at] = new                          After   x.index_copy_(2, at, new)
          torch._C._nn.scaled_dot_product_attention          the same node, every argument by name
-Needs    nothing                                    Leaves  numbers and shapes as they were
+Needs    none                                       Gives    none
+Follows  none                                       Leaves   numbers and shapes as they were
 
 Only exact equivalents: an indexed write into anything but a cache, or whose source has another dtype or shape than its target, is
 left alone.
@@ -59,3 +60,8 @@ def token_index(node: Node) -> Node | None:
         and same_size(shape(new)[2], shape(at)[0])
     )
     return at if exact else None
+
+
+canonicalize.needs = ()
+canonicalize.gives = ()
+canonicalize.follows = ()

@@ -1,7 +1,8 @@
 """Return the packed buffers, drop what nothing reads any more, and check the graph.
 
 Before   return (logits, cat_k, cat_v)       After   return (logits, buffers..., )
-Needs    everything before it                Leaves  a linted graph of plain tensors, and state.program
+Needs    sites, buffers, made, classes, vision, appended, program   Gives    program
+Follows  read_unmatched   Leaves   a linted graph of plain tensors, and state.program
 """
 
 from __future__ import annotations
@@ -66,4 +67,7 @@ def drop_grad_modes(state: GraphState) -> None:
             state.graph.erase_node(node)
 
 
-clean_up.needs = ("read_unmatched",)
+clean_up.needs = ("sites", "buffers", "made", "classes", "vision", "appended", "program")
+clean_up.gives = ("program",)
+clean_up.follows = ("read_unmatched",)
+clean_up.required = "the graph would still take packed tensors where the runtime passes buffers"

@@ -1,7 +1,8 @@
 """Find attention over a cache: from each scaled_dot_product_attention outward to the keys' and values' cache writes.
 
 Before   cat(past, rope(k)), cat(past, v) -> expand GQA heads -> sdpa(q, k, v, mask)      After   state.sites
-Needs    canonicalize                                                                    Leaves  the graph as it was
+Needs    none                                                                            Gives    sites, refused
+Follows  canonicalize                                                                    Leaves   the graph as it was
 
 A call whose keys and values lead back to no cache (a vision tower, a model run without one) is not a site and not a refusal.
 A cache in a form that cannot be packed is refused with its reason and node, and stays exactly as it is.
@@ -151,4 +152,6 @@ def check(attention, key: CacheWrite | None, val: CacheWrite | None, length, val
         raise NoMatch("a static cache is read without a mask: unwritten slots would be attended to", attention.node)
 
 
-find_sites.needs = ("canonicalize",)
+find_sites.needs = ()
+find_sites.gives = ("sites", "refused")
+find_sites.follows = ("canonicalize",)

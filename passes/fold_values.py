@@ -1,7 +1,8 @@
 """Decide where the values' rotation is done: folded into copies of W_V and W_O, or online inside the graph.
 
 Before   v = W_V x + b_V,  o = W_O concat_h(p v_h)      After   v' = H v,  o = (W_O H) concat_h(p v'_h)
-Needs    plan_layers                                    Leaves  the graph as it was; state.program.folds
+Needs    sites                                          Gives    program
+Follows  plan_layers                                    Leaves   the graph as it was; state.program.folds
 
 H H = I, so W_O W_V is unchanged: the graph computes the same function, and its cache holds rotated values either way.
 Legal only where the values reach the cache from a linear and the attention output reaches a linear through layout-only ops,
@@ -22,7 +23,8 @@ from akvq_fx.passes.patterns.attention import layout_only
 from akvq_fx.passes.patterns.nodes import NoMatch, is_tensor, op, shape, value
 from akvq_fx.passes.patterns.projection import Chain, chain_from_linear, chain_to_linear
 from akvq_fx.passes.patterns.site import Site
-from akvq_fx.passes.state import Fold, GraphState
+from akvq_fx.passes.state import GraphState
+from akvq_fx.program import Fold
 from akvq_fx.report import PassReport
 
 
@@ -169,4 +171,7 @@ def concrete_sizes(args):
     return torch.utils._pytree.tree_map(lambda x: torch.int64 if isinstance(x, torch.dtype) else x, args)
 
 
-fold_values.needs = ("plan_layers",)
+fold_values.needs = ("sites",)
+fold_values.gives = ("program",)
+fold_values.follows = ("plan_layers",)
+fold_values.required = 'it also says which values are rotated in the graph; value_rotation="online" folds none'

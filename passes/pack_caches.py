@@ -2,7 +2,8 @@
 
 Before   whole = cat([past, new], 2); return whole      After   append(buffers, new, at); return the same cache, longer
          whole = cat([empty, new], 2); return whole             buffers = pack(new, at, classes, pivots); return them
-Needs    plan_layers, fold_values                       Leaves  what attention reads, and several tokens' place: attend_packed's
+Needs    sites, vision, program   Gives    buffers, made, classes, affine, stored_uses, program
+Follows  fold_values              Leaves   what attention reads, and several tokens' place: attend_packed's
 
 A prompt's own attention keeps its 16-bit tokens, which die with the layer. A plain cache met with new tokens is packed whole, once.
 """
@@ -15,6 +16,7 @@ import torch
 from torch.fx import Node
 
 from akvq_fx.kernels import cache, salience  # noqa: F401 - registers the ops
+from akvq_fx.passes.patterns.arguments import place_of
 from akvq_fx.passes.patterns.cache_write import CacheWrite
 from akvq_fx.passes.patterns.nodes import shape
 from akvq_fx.passes.patterns.site import Site
@@ -23,6 +25,7 @@ from akvq_fx.passes.state import Buffers, GraphState, is_single_token
 from akvq_fx.report import PassReport
 
 akvq = torch.ops.akvq
+PACKED, APPENDED = (place_of(target, "x") for target in (akvq.pack.default, akvq.append.default))
 NEVER_MASSIVE = 3.0e38  # a floor that no activation reaches: only the first real token is kept
 
 
@@ -56,7 +59,7 @@ def begin(state: GraphState, site: Site, write: CacheWrite, layout) -> None:
     packed = state.call(akvq.pack.default, x, at, classes, pivots, affine, capacity, str(layout))
     nodes = [state.call(operator.getitem, packed, i) for i in range(len(layout.fields))]
     state.made[write.whole] = Buffers(layout, nodes)
-    state.stored_uses[write.whole] = [(packed, 0)]
+    state.stored_uses[write.whole] = [(packed, PACKED)]
     state.classes[write.whole], state.affine[write.whole] = classes, affine
 
 
@@ -78,7 +81,7 @@ def extend(state: GraphState, site: Site, write: CacheWrite) -> None:
             affine = affine_map(state, site, x, valid) if "affine" in layout.fields else None
             state.call(akvq.restart.default, buffers.nodes, at, affine, str(layout))
     append = state.call(akvq.append.default, buffers.nodes, x, at, classes, pivots, str(layout))
-    state.stored_uses[write.whole].append((append, 1))
+    state.stored_uses[write.whole].append((append, APPENDED))
     if write.kind == "grow":
         state.program.appends.append((state.position[write.past], state.size(shape(x)[2])))
 
@@ -132,4 +135,7 @@ def pivot_tokens(state: GraphState, site: Site, x: Node, valid: Node | None) -> 
     return state.share(("pivots", "first", valid, str(shape(x)[2])), make)
 
 
-pack_caches.needs = ("plan_layers", "fold_values")
+pack_caches.needs = ("sites", "vision", "program")
+pack_caches.gives = ("buffers", "made", "classes", "affine", "stored_uses", "program")
+pack_caches.follows = ("fold_values",)
+pack_caches.required = "attention would read codes that nobody wrote; without find_sites nothing is packed"

@@ -1,7 +1,8 @@
 """Decide per site how its cache is packed: token classes, bits, and the layout of its buffers.
 
 Before   state.sites                                After   site.policy, site.key_layout, site.value_layout
-Needs    find_sites                                 Leaves  the graph as it was, but for one node with the vision tokens
+Needs    sites        Gives    sites, refused, vision, program
+Follows  find_sites   Leaves   the graph as it was, but for one node with the vision tokens
 
 TSA (first layers, where vision tokens can be told apart): text at text_bits, vision at body_bits. PSA (all others): pivots at 16
 bits, keys of text at psa_text_key_bits where it can be told apart, the rest at body_bits. The most recent tokens are at 16 bits in
@@ -136,4 +137,7 @@ def prompt_sized(state: GraphState, site) -> bool:
     return new is not None and covers(state.vision, shape(new)[0], shape(new)[2])
 
 
-plan_layers.needs = ("find_sites",)
+plan_layers.needs = ("sites",)
+plan_layers.gives = ("sites", "refused", "vision", "program")
+plan_layers.follows = ("find_sites",)
+plan_layers.required = "the passes after it read the layouts that it chooses"

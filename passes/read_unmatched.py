@@ -1,7 +1,8 @@
 """Carry packed caches through graphs whose attention was not matched: read them through a temporary 16-bit copy.
 
 Before   whole = cat([packed, new], 2); anything(whole)     After   append(buffers, new, at); anything(dequantize(buffers))
-Needs    attend_packed                                      Leaves  numbers equal to the dequantized cache's
+Needs    sites, buffers, stored_uses                        Gives    buffers, unmatched, appended, dequantized, program
+Follows  attend_packed                                      Leaves   numbers equal to the dequantized cache's
 
 Only for caches that an earlier graph packed. The copy lives for the layer that reads it. A packed cache that this graph overwrites
 in another way goes back to 16 bits: codes cannot take it, and no token is quantized twice.
@@ -15,7 +16,8 @@ from akvq_fx.passes.patterns.cache_write import is_mutation, is_packed, keeps_nu
 from akvq_fx.passes.patterns.nodes import dimension, op, outputs, shape, tensors_of_cat, value
 from akvq_fx.passes.patterns.projection import weight_behind
 from akvq_fx.passes.patterns.site import layer_of
-from akvq_fx.passes.state import Appended, GraphState
+from akvq_fx.passes.state import GraphState
+from akvq_fx.program import Appended
 from akvq_fx.report import PassReport
 
 akvq = torch.ops.akvq
@@ -206,4 +208,7 @@ def swap(state: GraphState, node, number) -> None:
     state.graph.erase_node(node)
 
 
-read_unmatched.needs = ("attend_packed",)
+read_unmatched.needs = ("sites", "buffers", "stored_uses")
+read_unmatched.gives = ("buffers", "unmatched", "appended", "dequantized", "program")
+read_unmatched.follows = ("attend_packed",)
+read_unmatched.required = "nothing else reads a packed cache outside of the attention that was found"

@@ -1,7 +1,8 @@
 """Turn keys before they are packed, and the queries that meet packed keys, by the Walsh-Hadamard transform.
 
 Before   pack(k), append(buffers, k), attend(q, ...)    After   pack(hadamard(k)), append(.., hadamard(k)), attend(hadamard(q), ..)
-Needs    attend_packed                                  Leaves  scores as they were: (qH)(kH)^T = q k^T because H H^T = I
+Needs    sites, affine, stored_uses, query_uses   Gives    none
+Follows  attend_packed                            Leaves   scores as they were: (qH)(kH)^T = q k^T because H H^T = I
 
 Outlier channels make 2-bit keys useless; H spreads them over the head. Where keys are centred and balanced, the same node does it:
 H((k - c)/s) and H(q s), equal scores up to a constant per query that softmax does not see.
@@ -12,6 +13,7 @@ from __future__ import annotations
 import torch
 
 from akvq_fx.kernels import rotate  # noqa: F401 - registers the ops
+from akvq_fx.passes.patterns.arguments import argument_of, place_of
 from akvq_fx.passes.state import GraphState
 from akvq_fx.report import PassReport
 
@@ -49,10 +51,13 @@ def turn_keys(state: GraphState, whole) -> None:
 
 
 def turn_query(state: GraphState, site, node) -> None:
-    affine, q = state.affine[site.key.whole], node.args[0]
+    affine, q = state.affine[site.key.whole], argument_of(node, "q")
     with state.before(node):
         call = (akvq.rotate_queries.default, q, affine) if affine is not None else (akvq.hadamard.default, q)
-        node.update_arg(0, state.call(*call))
+        node.update_arg(place_of(node.target, "q"), state.call(*call))
 
 
-rotate_queries_keys.needs = ("attend_packed",)
+rotate_queries_keys.needs = ("sites", "affine", "stored_uses", "query_uses")
+rotate_queries_keys.gives = ()
+rotate_queries_keys.follows = ("attend_packed",)
+rotate_queries_keys.required = "the layout says that the cache holds rotated keys; rotate=False leaves them as they are"

@@ -1,7 +1,8 @@
 """Turn values online where their rotation could not be folded into the weights.
 
 Before   pack(v), o = attend(...)       After   pack(hadamard(v)), o = hadamard(attend(...))
-Needs    attend_packed                  Leaves  the attention output as it was: p (vH) H = p v
+Needs    sites, stored_uses, query_uses   Gives    none
+Follows  attend_packed                    Leaves   the attention output as it was: p (vH) H = p v
 
 H is the same for every head, so grouped queries need no care. Values that were folded for another layer's output projection (layers
 that share a cache across graphs) arrive turned; only the output is turned back.
@@ -44,4 +45,9 @@ def rotate_values(state: GraphState) -> PassReport:
     return report
 
 
-rotate_values.needs = ("attend_packed",)
+rotate_values.needs = ("sites", "stored_uses", "query_uses")
+rotate_values.gives = ()
+rotate_values.follows = ("attend_packed",)
+rotate_values.required = (
+    'the layout says that the cache holds rotated values; value_rotation="off" leaves them as they are'
+)

@@ -2,7 +2,8 @@
 
 Before   mask = f(T), at = arange(T, T + q), append(.., at), attend(q, key, value, T + q, mask), ...
 After    prologue: mask = f(T)          body: append(.., positions[i]), attend(q, key, value, None, mask to the capacity), ...
-Needs    clean_up                       Leaves  the graph as it was, and state.split; only for mode="reduce-overhead"
+Needs    sites, buffers, made, program   Gives    split, capture
+Follows  clean_up                        Leaves   the graph as it was, and state.split; only for mode="reduce-overhead"
 
 A CUDA graph has fixed shapes and no arguments, but the number T of tokens in a growing cache changes in every step. Sizes of
 the cache's buffers do not: they change when it grows. So whatever has T in a size or among its arguments goes into a prologue,
@@ -19,6 +20,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from akvq_fx.kernels import attend, cache  # noqa: F401 - registers the ops
 from akvq_fx.kernels.layout import CODES
+from akvq_fx.passes.patterns.arguments import argument_of, place_of
 from akvq_fx.passes.patterns.nodes import NoMatch, op, outputs, shape, value
 from akvq_fx.passes.patterns.values import (
     expression,
@@ -30,13 +32,14 @@ from akvq_fx.passes.patterns.values import (
     values_of,
     written,
 )
-from akvq_fx.passes.state import GraphState, Size, Split
+from akvq_fx.passes.state import GraphState
+from akvq_fx.program import Size, Split
 from akvq_fx.report import Capture, PassReport
 
 CAPTURED_MODE = "reduce-overhead"
 APPEND, ATTEND = torch.ops.akvq.append.default, torch.ops.akvq.attend.default
-APPEND_AT = 2  # arguments of the two ops, by position
-ATTEND_KEY, ATTEND_LENGTH, ATTEND_MASK, ATTEND_AT = 1, 3, 4, 9
+APPEND_AT = place_of(APPEND, "at")
+ATTEND_LENGTH, ATTEND_MASK, ATTEND_AT = (place_of(ATTEND, name) for name in ("length", "mask", "at"))
 ALIGNED = (
     2  # rows of positions lie a multiple of 16 bytes apart: kernels are compiled for how their arguments are aligned
 )
@@ -114,7 +117,7 @@ class Cut:
         for node in self.nodes:
             if node.target is APPEND and self.is_row(node.args[APPEND_AT]):
                 at = node.args[APPEND_AT]
-                ends[node.args[0][CODES]] = self.end_of(at)
+                ends[argument_of(node, "cache")[CODES]] = self.end_of(at)
                 cuts[node] = {APPEND_AT: at}
             elif node.target is ATTEND:
                 cuts[node] = self.cuts_of_attend(node, ends)
@@ -140,7 +143,7 @@ class Cut:
 
     def cuts_of_attend(self, node: Node, ends: dict[Node, object]) -> dict[int, Node | None]:
         cuts: dict[int, Node | None] = {}
-        codes, length, mask = node.args[ATTEND_KEY][CODES], node.args[ATTEND_LENGTH], node.args[ATTEND_MASK]
+        codes, length, mask = argument_of(node, "key")[CODES], node.args[ATTEND_LENGTH], node.args[ATTEND_MASK]
         at = node.args[ATTEND_AT]
         row = self.is_row(at)
         if isinstance(length, Node) and self.moves(length):
@@ -372,4 +375,6 @@ class Cut:
         return list(found.values())
 
 
-split_decode.needs = ("clean_up",)
+split_decode.needs = ("sites", "buffers", "made", "program")
+split_decode.gives = ("split", "capture")
+split_decode.follows = ("clean_up",)

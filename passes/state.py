@@ -1,4 +1,8 @@
-"""GraphState: one graph on its way through the pipeline, and the program by which the runtime feeds the rewritten graph."""
+"""GraphState: one graph on its way through the pipeline, and what the passes found out about it.
+
+Fields that passes fill are facts: each pass names those that it reads in its `needs`, and those that it writes in its `gives`.
+What the runtime is told about the rewritten graph is the program (akvq_fx/program.py).
+"""
 
 from __future__ import annotations
 
@@ -6,21 +10,20 @@ import contextlib
 import math
 import operator
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import sympy
 import torch
 from torch.fx import GraphModule, Node
 from torch.utils._sympy.interp import sympy_interp
-from torch.utils._sympy.printers import PythonPrinter
 from torch.utils._sympy.reference import PythonReferenceAnalysis
 
 from akvq_fx.config import AKVQConfig
 from akvq_fx.kernels.layout import Layout
 from akvq_fx.passes.patterns.cache_write import CacheWrite
-from akvq_fx.passes.patterns.nodes import op, shape, value
+from akvq_fx.passes.patterns.nodes import shape, value
 from akvq_fx.passes.patterns.site import Site
+from akvq_fx.program import Appended, Packed, Program, Size, Split
 from akvq_fx.report import Capture
 
 
@@ -33,147 +36,6 @@ class Buffers:
 
     def __getitem__(self, name: str) -> Node:
         return self.nodes[self.layout.fields.index(name)]
-
-
-@dataclass
-class Packed:
-    """Graph output: consecutive buffers that become a new PackedKV of `length` tokens.
-
-    classes    name of the node that gave the tokens' classes: outputs that share it hold the same tokens as text
-    """
-
-    layout: Layout
-    length: Size
-    prompt: Size
-    static: bool
-    owner: tuple[int, ...]
-    classes: str
-
-
-@dataclass
-class Appended:
-    """Graph output: the PackedKV of input `arg`, longer by the tokens appended."""
-
-    arg: int
-
-
-@dataclass
-class Fold:
-    """Weights, by position, that the graph takes as folded copies (akvq_fx/folding.py).
-
-    rows, columns    [H, D] and [Hq, D]: rows of the value weight and columns of the output weight by head and channel
-    """
-
-    value_weight: int
-    value_bias: int | None
-    output_weight: int
-    rows: Any
-    columns: Any
-
-
-@dataclass
-class Program:
-    """How to call the rewritten graph with the arguments of the original one.
-
-    inputs    per placeholder: an argument's position, or (position, number) of a PackedKV's buffer
-    outputs   per original output: None for "as it comes", Packed or Appended
-    appends   per PackedKV argument that grows: (position, tokens)
-    packed    positions of all PackedKV arguments that the graph takes as buffers
-    unpacked  positions of PackedKV arguments that the graph takes as plain tensors
-    owners    per PackedKV argument: positions of the weights that make its layer's keys and values
-    folds     weights that the graph takes as folded copies
-    vision    "make": the last output is the vision mask of this call; "take": the last input is, of vision_size tokens
-    step      a decode step: every cache takes one new token
-    """
-
-    inputs: list[int | tuple[int, int]] = field(default_factory=list)
-    outputs: list[None | Packed | Appended] = field(default_factory=list)
-    appends: list[tuple[int, Size]] = field(default_factory=list)
-    packed: list[int] = field(default_factory=list)
-    unpacked: list[int] = field(default_factory=list)
-    owners: dict[int, tuple[int, ...]] = field(default_factory=dict)
-    folds: list[Fold] = field(default_factory=list)
-    vision: str | None = None
-    vision_size: tuple[Size, Size] | None = None
-    step: bool = False
-
-    @property
-    def inference(self) -> bool:
-        """Nothing that the graph gives has a gradient: it writes codes or reads them."""
-        return bool(self.packed or self.unpacked or any(output is not None for output in self.outputs))
-
-
-@dataclass
-class Split:
-    """A decode graph in two: a prologue that knows how many tokens the caches hold, and a body that does not.
-
-    Numbers below are positions among the rewritten graph's inputs unless they say otherwise.
-
-    prologue   None where nothing is left for it to compute; its inputs are at `feeds`, its first results are `pads`' tensors
-    body       takes the inputs at `held`, at `numbers`, at `moved`, then the prologue's tensors, then positions, all contiguous
-               but the held ones
-    held       tensors read and written where they lie: cache buffers, weights, buffers of modules, whatever the body writes
-    numbers    sizes that do not change from step to step
-    moved      tensors that lie elsewhere in every step
-    pads       per tensor that the prologue makes for the body: None, or the input whose third size its last axis is filled
-               up to, with False or -inf
-    starts     per row of positions [n, q]: the position of the first of the q new tokens
-    count      q
-    sizes      (input, dimension) of every size of the body's inputs that is not a constant of the graph
-    results    per result of the graph: ("body" or "prologue", which of its results), ("input", position) or ("constant", value)
-    """
-
-    prologue: GraphModule | None
-    body: GraphModule
-    feeds: list[int]
-    held: list[int]
-    numbers: list[int]
-    moved: list[int]
-    pads: list[int | None]
-    starts: list[Size]
-    count: int
-    sizes: list[tuple[int, int]]
-    results: list[tuple[str, Any]]
-
-
-class Size:
-    """A number known when the graph runs: a constant, or an expression over integer arguments and tensor sizes."""
-
-    def __init__(self, number, sources: dict[sympy.Symbol, tuple[int, int | None]]):
-        self.constant = number if isinstance(number, int) else None
-        self.argument = None  # position of the integer argument that it is, if it is one
-        if self.constant is None:
-            expr = number.node.expr
-            if expr.is_Integer:
-                self.constant = int(expr)
-            else:
-                self.symbols = sorted(expr.free_symbols, key=str)
-                self.sources = [sources[s] for s in self.symbols]
-                self.function = compiled(expr, self.symbols)
-                self.argument = self.sources[0][0] if expr.is_Symbol and self.sources[0][1] is None else None
-
-    def __call__(self, args) -> int:
-        if self.constant is not None:
-            return self.constant
-        values = [args[i] if dim is None else args[i].shape[dim] for i, dim in self.sources]
-        return int(self.function(*values))
-
-
-def compiled(expr: sympy.Expr, symbols: list[sympy.Symbol]) -> Callable[..., int | float]:
-    """A size expression as a Python function of its symbols, printed as dynamo prints its guards: all of torch's functions."""
-    names = [f"n{i}" for i in range(len(symbols))]
-    renamed = expr.xreplace({s: sympy.Symbol(n, **s.assumptions0) for s, n in zip(symbols, names, strict=True)})
-    namespace = {"math": math, "torch": torch, "Where": lambda condition, yes, no: yes if condition else no}
-    return eval(f"lambda {', '.join(names)}: {SizePrinter().doprint(renamed)}", namespace)
-
-
-class SizePrinter(PythonPrinter):
-    """As dynamo prints its guards; torch 2.11 takes every exponent for a number."""
-
-    def _print_Pow(self, expr: sympy.Pow) -> str:
-        if expr.exp.is_number:
-            return super()._print_Pow(expr)
-        return f"(({self._print(expr.base)}) ** ({self._print(expr.exp)}))"
 
 
 def traced(function: Callable) -> Callable:
@@ -344,17 +206,3 @@ class GraphState:
 def is_single_token(write: CacheWrite) -> bool:
     """A decode step: exactly one new token, known when the graph was traced."""
     return write.new is not None and shape(write.new)[2] == 1
-
-
-__all__ = [
-    "Appended",
-    "Buffers",
-    "Fold",
-    "GraphState",
-    "Packed",
-    "Program",
-    "Size",
-    "Split",
-    "is_single_token",
-    "op",
-]

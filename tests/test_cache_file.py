@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from akvq_fx import cache_file
 from akvq_fx.digest import compute
 from akvq_fx.kernels.layout import DTYPES, STATE_END, STATE_RING, STATE_TEXT, Layout
 from akvq_fx.packed_kv import PackedKV, Storage
@@ -426,7 +425,7 @@ def test_pickled_code_is_not_run(tmp_path):
 
     torch.save({"x": Evil()}, tmp_path / "f")
     with pytest.raises(ValueError, match="no whole safetensors file"):
-        cache_file.load(tmp_path / "f")
+        PackedKV.load(tmp_path / "f")
     assert not (tmp_path / "ran").exists()
 
 

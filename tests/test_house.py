@@ -1,20 +1,26 @@
 """The house holds: imports point one way, nothing prints or knows a model's name, passes stand in order."""
 
 import ast
+import inspect
 import json
+import re
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
+import torch
 
 from akvq_fx.passes import PIPELINE, check_order
+from akvq_fx.passes.patterns.arguments import argument_of, place_of
+from akvq_fx.passes.state import GraphState
 from akvq_fx.report import PassReport
 from tests.attention_models import Decoder, captured, token_ids
 
 ROOT = Path(__file__).parent.parent
 # each may import itself and what stands before it
-LAYERS = ("recipes", "config", "kernels", "passes.patterns", "passes", "akvq_fx")
+LAYERS = ("recipes", "config", "kernels", "program", "passes.patterns", "passes", "akvq_fx")
 BASE = (
     "config",
     "report",
@@ -47,12 +53,12 @@ def place(path: Path) -> int:
     """Index into LAYERS of a file of the library."""
     parts = path.relative_to(ROOT).parts
     if parts[0] == "passes":
-        return 3 if parts[1] == "patterns" else 4
+        return LAYERS.index("passes.patterns" if parts[1] == "patterns" else "passes")
     if parts[:2] == ("akvq_fx", "recipes"):
         return 0
     if parts[0] == "akvq_fx":
-        return 1 if path.stem in BASE else 5
-    return 2
+        return LAYERS.index("config" if path.stem in BASE else "program" if path.stem == "program" else "akvq_fx")
+    return LAYERS.index("kernels")
 
 
 def target(module: str) -> int | None:
@@ -61,11 +67,10 @@ def target(module: str) -> int | None:
         return None
     if module in {f"akvq_fx.{name}" for name in BASE}:
         return 1
-    folders = ("akvq_fx.recipes", 0), ("akvq_fx.kernels", 2), ("akvq_fx.passes.patterns", 3), ("akvq_fx.passes", 4)
-    for name, index in folders:
-        if module == name or module.startswith(name + "."):
-            return index
-    return 5
+    for name in ("recipes", "kernels", "program", "passes.patterns", "passes"):
+        if f"{module}.".startswith(f"akvq_fx.{name}."):
+            return LAYERS.index(name)
+    return LAYERS.index("akvq_fx")
 
 
 def imports(tree: ast.AST) -> list[str]:
@@ -100,6 +105,8 @@ def test_an_upward_import_would_be_seen():
     assert upward(ROOT / "akvq_fx" / "report.py", ast.parse("import akvq_fx.kernels.layout")) == [
         "akvq_fx.kernels.layout"
     ]
+    program = ROOT / "akvq_fx" / "program.py"
+    assert upward(program, ast.parse("import akvq_fx.passes.state")) == ["akvq_fx.passes.state"]
     recipe = ROOT / "akvq_fx" / "recipes" / "kivi.py"
     assert upward(recipe, ast.parse("from akvq_fx.config import AKVQConfig")) == ["akvq_fx.config"]
     assert upward(ROOT / "kernels" / "simulate.py", ast.parse("from akvq_fx.recipes import Context")) == []
@@ -132,16 +139,55 @@ def test_knows_no_model_family(path):
 def test_passes_stand_in_order():
     check_order(PIPELINE)
     for i, step in enumerate(PIPELINE):
-        for needed in getattr(step, "needs", ()):
-            with pytest.raises(AssertionError, match=f"{step.__name__} needs .*{needed}"):
+        for earlier in step.follows:
+            with pytest.raises(AssertionError, match=f"{step.__name__} follows .*{earlier}"):
                 check_order([step, *(other for j, other in enumerate(PIPELINE) if j != i)])
+        for fact in step.needs:
+            givers = [other for other in PIPELINE if fact in other.gives]
+            moved = [other for other in PIPELINE if other not in givers]
+            with pytest.raises(AssertionError, match="follows|needs"):
+                check_order([*moved, *givers])
 
 
-def test_every_pass_but_the_first_says_what_it_needs():
-    names = {step.__name__ for step in PIPELINE}
-    assert not hasattr(PIPELINE[0], "needs")
-    for step in PIPELINE[1:]:
-        assert step.needs and set(step.needs) < names
+def test_a_fact_that_nobody_gave_is_missed():
+    def reader(state): ...
+
+    reader.follows, reader.needs, reader.gives = (), ("query_uses",), ()
+    with pytest.raises(AssertionError, match="reader needs .'query_uses'., which no pass before it gives"):
+        check_order([PIPELINE[0], reader, *PIPELINE[1:]])
+
+
+def facts_used(text: str) -> set[str]:
+    """Facts of GraphState that a pass's source names, also through GraphState's own methods."""
+    through = {name: facts_of(function, "self") for name, function in vars(GraphState).items() if callable(function)}
+    named = facts_of(text, "state")
+    return (named | set().union(*(through[name] for name in named & through.keys()))) & FACTS
+
+
+def facts_of(source, owner: str) -> set[str]:
+    """Names x of every `owner.x` and `anything.owner.x`."""
+    tree = ast.parse(source if isinstance(source, str) else textwrap.dedent(inspect.getsource(source)))
+    attributes = [n for n in ast.walk(tree) if isinstance(n, ast.Attribute)]
+    return {n.attr for n in attributes if owner in (getattr(n.value, "id", ""), getattr(n.value, "attr", ""))}
+
+
+FACTS = {fact for step in PIPELINE for fact in step.gives}
+
+
+@pytest.mark.parametrize("step", PIPELINE, ids=lambda step: step.__name__)
+def test_a_pass_names_the_facts_that_it_uses(step):
+    path = ROOT / "passes" / f"{step.__name__}.py"
+    assert facts_used(path.read_text()) == set(step.needs) | set(step.gives)
+    header = ast.get_docstring(ast.parse(path.read_text()))
+    lines = dict(re.findall(r"\b(Needs|Gives|Follows) {2,4}(\w+(?:, \w+)*)", header))
+    wanted = {"Needs": step.needs, "Gives": step.gives, "Follows": step.follows}
+    assert lines == {name: ", ".join(given) or "none" for name, given in wanted.items()}
+
+
+def test_facts_are_fields_of_the_state():
+    (capture,) = captured(Decoder(), token_ids(2, 6))
+    assert vars(capture.state).keys() >= FACTS
+    assert facts_used("state.bind(x), self.state.made, state.graph") == {"buffers", "made"}  # bind fills buffers
 
 
 def test_each_pass_reports_under_its_name():
@@ -228,3 +274,62 @@ def test_importing_changes_nothing_global():
         "functions": ["torch._dynamo.eval_frame.OptimizedModule.generate"],
         "dynamo_listeners": ["akvq_fx.gave_up._before_compiling"],
     }
+
+
+def modules() -> dict[str, Path]:
+    """Every module of the library by its name."""
+    found = {}
+    for path in LIBRARY:
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        parts = parts if parts[0] == "akvq_fx" else ("akvq_fx", *parts)
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+def imported(tree: ast.AST, known) -> set[str]:
+    """Modules of ours that a file imports anywhere, in functions too: the module itself, not the packages that it lies in."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            inside = names & set(known)
+            found |= inside | ({node.module} if names - inside else set())
+    return found & set(known)
+
+
+def circles(edges: dict[str, set[str]]) -> list[list[str]]:
+    """Modules that reach each other by imports, one list for each group."""
+    reach = {name: set(targets) for name, targets in edges.items()}
+    for middle in edges:
+        for name in edges:
+            if middle in reach[name]:
+                reach[name] |= reach[middle]
+    groups = {
+        tuple(sorted(other for other in edges if other in reach[name] and name in reach[other])) for name in edges
+    }
+    return sorted(list(group) for group in groups if group)
+
+
+def test_no_import_leads_back():
+    known = modules()
+    edges = {name: imported(ast.parse(path.read_text()), known) for name, path in known.items()}
+    assert circles(edges) == []
+
+
+def test_a_circle_would_be_seen():
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}) == [["a", "b", "c"]]
+    inside_a_function = ast.parse(
+        "def f():\n    from akvq_fx import cache_file\n    from akvq_fx.config import AKVQConfig\n"
+    )
+    assert imported(inside_a_function, modules()) == {"akvq_fx.cache_file", "akvq_fx.config"}
+
+
+def test_arguments_stand_where_the_schema_says():
+    node = torch.fx.Graph().call_function(torch.ops.akvq.append.default, ("cache", "x", "at", None, None, "layout"))
+    names = [argument.name for argument in node.target._schema.arguments]
+    assert [place_of(node.target, name) for name in names] == list(range(len(names)))
+    assert (argument_of(node, "x"), argument_of(node, "layout"), argument_of(node, "turn")) == ("x", "layout", False)
+    with pytest.raises(KeyError, match="restore"):
+        place_of(node.target, "restore")

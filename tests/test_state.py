@@ -10,7 +10,8 @@ from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.reference import PythonReferenceAnalysis
 
 from akvq_fx.packed_kv import PackedKV
-from akvq_fx.passes.state import NodeAnalysis, compiled
+from akvq_fx.passes.state import NodeAnalysis
+from akvq_fx.program import compiled
 from tests.attention_models import Attention
 
 a, b = sympy.symbols("s0 s77", integer=True, positive=True)
