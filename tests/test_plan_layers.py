@@ -6,6 +6,7 @@ import torch
 import akvq_fx
 from akvq_fx import runtime
 from akvq_fx.kernels.layout import TEXT, VISION
+from akvq_fx.passes.patterns.site import layer_of
 from akvq_fx.records import bits_of
 from akvq_fx.storage import text_slots
 from tests import attention_models as models
@@ -193,3 +194,11 @@ def test_without_the_rotation_keys_are_stored_as_they_are():
     evidence = models.evidence(models.Decoder(models.Direct), {"rotate": False, "window": 4, "pivots": 0}, steps=1)
     layout = evidence.cache[0][0].layout_of
     assert not layout.rotated and not layout.affine
+
+
+def test_a_layers_number_is_in_its_path_else_its_place():
+    """A graph may begin with any layer, so its order counts only where paths tell nothing."""
+    graph = torch.fx.Graph()
+    sixth = graph.placeholder("L_self_modules_layers_modules_5_modules_k_proj_parameters_weight_")
+    plain = graph.placeholder("L_self_modules_k_proj_parameters_weight_")
+    assert [layer_of(weight, 2)[0] for weight in (sixth, plain, None)] == [5, 2, 2]

@@ -55,7 +55,8 @@ class Site:
 def layer_of(weight: Node | None, position: int) -> tuple[int, str]:
     """(decoder layer, label): the first number in the parameter's path, else the site's place in the graph.
 
-    Paths only number and label the rows of a report; they never decide whether a site matches.
+    A path never decides whether a site matches. It labels the rows of a report, and gives the layer's number, which
+    tsa_layers goes by: a model that is compiled in parts has graphs whose first site is not layer 0.
     """
     if weight is None:
         return position, f"attention {position}"
