@@ -13,19 +13,10 @@
 // lossless body; 0: no text overlay), LOW_WIDTH
 // (Layout.low_width), TEXT_ONLY, CLIP, TEXT_CLIP, GROUPS, NORM (the transform's, order**-0.5), WARPS.
 
-#undef INFINITY
-#define INFINITY __int_as_float(0x7f800000)
-#define NAN __int_as_float(0x7fc00000)
+#include "numbers_cuda.cuh"
 
-typedef unsigned char u8;
-typedef unsigned short u16;
-typedef unsigned int u32;
-typedef long long i64;
-
-constexpr int D = HEAD_DIM, N = (D + 31) / 32, ORDER = D & -D;  // N: channels of a lane
-constexpr u32 ALL = 0xffffffffu;
+constexpr int D = HEAD_DIM, N = (D + 31) / 32;  // N: channels of a lane
 constexpr float SCALE_FLOOR = 1e-5f, HALF_MAX = 65504.f;
-constexpr u8 TEXT = 1;
 
 struct Params {
     const void *x;
@@ -49,33 +40,15 @@ struct Params {
 __device__ __forceinline__ float read(const void *from, i64 i) {
     if (DTYPE == 2) return ((const float *)from)[i];
     const u16 h = ((const u16 *)from)[i];
-    if (DTYPE == 1) return __uint_as_float((u32)h << 16);
-    float f;
-    asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(h));
-    return f;
-}
-__device__ __forceinline__ u16 to_half(float x) {
-    u16 h;
-    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(h) : "f"(x));
-    return h;
-}
-__device__ __forceinline__ float from_half(u16 h) {
-    float f;
-    asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(h));
-    return f;
+    return DTYPE == 1 ? from_bf16(h) : from_half(h);
 }
 __device__ __forceinline__ float reciprocal(float x) {  // of a 16-bit float that is normal: none of a division's slow paths
     float r;
     asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
     return fmaf(r, fmaf(-x, r, 1.f), r);
 }
-__device__ __forceinline__ u16 to_bf16(float x) {
-    u16 h;
-    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(h) : "f"(x));
-    return h;
-}
 __device__ __forceinline__ float rounded(float x) {  // to the tokens' dtype
-    return DTYPE == 2 ? x : DTYPE == 1 ? __uint_as_float((u32)to_bf16(x) << 16) : from_half(to_half(x));
+    return DTYPE == 2 ? x : DTYPE == 1 ? from_bf16(to_bf16(x)) : from_half(to_half(x));
 }
 __device__ __forceinline__ void write(void *to, i64 i, float x) {
     if (DTYPE == 2)
@@ -86,26 +59,6 @@ __device__ __forceinline__ void write(void *to, i64 i, float x) {
 // To fp16; finite numbers saturate, the others stay what they are.
 __device__ __forceinline__ u16 saturated(float x) {
     return to_half(fabsf(x) < INFINITY ? fminf(fmaxf(x, -HALF_MAX), HALF_MAX) : x);
-}
-
-__device__ __forceinline__ void hadamard(float (&x)[N], int lane) {
-#pragma unroll
-    for (int h = 1; h < ORDER; h *= 2) {
-        if (h < 32) {
-#pragma unroll
-            for (int i = 0; i < N; i++) {
-                const float other = __shfl_xor_sync(ALL, x[i], h);
-                x[i] = lane & h ? other - x[i] : x[i] + other;
-            }
-        } else {
-#pragma unroll
-            for (int i = 0; i < N; i++) {
-                if (i & h / 32) continue;
-                const float a = x[i], b = x[(i | h / 32) % N];
-                x[i] = a + b, x[(i | h / 32) % N] = a - b;
-            }
-        }
-    }
 }
 
 // Pack bits `shift` and up of the codes in scratch, B of each.
@@ -215,7 +168,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) append(const __grid_con
 #pragma unroll
                 for (int i = 0; i < N; i++) x[i] = (x[i] - centre[i]) * gain[i];
             }
-            hadamard(x, lane);
+            hadamard<D>(x, lane);
 #pragma unroll
             for (int i = 0; i < N; i++) x[i] = rounded(x[i] * NORM);
         }
@@ -252,7 +205,6 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) append(const __grid_con
 
 #if PACKS
 constexpr int RUNS = D / 32, OWN = 8 * RUNS, WORDS = D / 8;  // of a lane: runs of 8 channels, channels; of a token: 16-bit words
-constexpr u8 PIVOT = 2, PADDING = 3;
 
 // Two 16-bit numbers of the tokens' dtype in a word.
 #define HALVES(name, bf16_form, fp16_form)                                          \
@@ -270,14 +222,7 @@ __device__ __forceinline__ float first_of(u32 pair) { return DTYPE == 1 ? __uint
 __device__ __forceinline__ float second_of(u32 pair) {
     return DTYPE == 1 ? __uint_as_float(pair & 0xffff0000u) : from_half((u16)(pair >> 16));
 }
-__device__ __forceinline__ u32 pair_of(float a, float b) {
-    u32 r;
-    if (DTYPE == 1)
-        asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(b), "f"(a));
-    else
-        asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(b), "f"(a));
-    return r;
-}
+__device__ __forceinline__ u32 pair_of(float a, float b) { return DTYPE == 1 ? bf16_pair(a, b) : half_pair(a, b); }
 #if DTYPE == 0 || __CUDA_ARCH__ >= 900
 HALVES(reaches, "set.ge.u32.bf16x2", "set.ge.u32.f16x2")  // ones where a >= b
 #else
