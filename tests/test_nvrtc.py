@@ -133,7 +133,7 @@ def test_what_is_wrong_is_told_with_its_place():
 
 
 def test_a_header_stands_once_in_the_text_that_is_compiled():
-    for source in ("append_cuda",):
+    for source in ("attend_cuda", "append_cuda"):
         text = nvrtc.text_of(source)
         assert text.count("u32 half_pair(") == 1, "numbers_cuda.cuh"
         assert "#include" not in text
