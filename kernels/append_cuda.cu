@@ -1,17 +1,24 @@
-// akvq::append and akvq::pack for NVIDIA GPUs; kernels/append_cuda.py launches them. Tokens are turned, clipped, quantized, packed and
-// written in one go. Arithmetic is in the order of kernels/quantizer.py, to the bit.
+// akvq::append and akvq::pack for NVIDIA GPUs; kernels/append_cuda.py launches them. Tokens are rotated, clipped, quantized,
+// packed and written in one go. Arithmetic is in the order of kernels/quantizer.py, to the bit.
 //
-// append  a warp a token of one head, for every layout. A lane holds channels lane, lane + 32, ...: the Walsh-Hadamard butterflies
-//         below 32 are lane exchanges, those above are between a lane's own registers.
-// pack    four lanes a token, for a prompt at 2 bits. A lane holds runs of 8 channels, 8 * lane + 32 * run: only the butterflies of 8
-//         and 16 are lane exchanges, and rows are read, and words written, 16 bytes at a time. What is stored are 16-bit numbers, so
-//         a code is the count of three 16-bit thresholds that a number reaches, two numbers an instruction. Further warps turn the
-//         pivots. With `fresh` the buffers are unwritten memory, of which every byte outside ring and pivots is written. Where text has
-//         more bits, `append` with TEXT_ONLY comes after it: it writes the text tokens' codes and ranges again and their lower bits.
+// append  A warp takes a token of one head, for every layout. A lane holds channels lane, lane + 32, ...
+// pack    Four lanes take a token, for a prompt at 2 bits. A lane holds runs of 8 channels, 8 * lane + 32 * run: only the
+//         butterflies of 8 and 16 are lane exchanges, and rows are read, and words written, 16 bytes at a time. What is
+//         stored are 16-bit numbers, so a code is the count of three 16-bit thresholds that a number reaches, two numbers an
+//         instruction. Further warps rotate the pivots. With `fresh` the buffers are unwritten memory, of which every byte
+//         outside ring and pivots is written. Where text has more bits, `append` with TEXT_ONLY comes after it:
+//         it writes the text tokens' codes and ranges again, and their lower bits.
 //
-// Compile-time: HEAD_DIM, DTYPE (0 fp16, 1 bf16, 2 fp32), TURN (0 no, 1 H x, 2 H((x - c) / s)), BITS and TEXT_BITS (2, 4, 8; 16: a
-// lossless body; 0: no text overlay), LOW_WIDTH
-// (Layout.low_width), TEXT_ONLY, CLIP, TEXT_CLIP, GROUPS, NORM (the transform's, order**-0.5), WARPS.
+// Compile-time:
+//   HEAD_DIM, GROUPS  channels of a head, and ranges that they have
+//   DTYPE             0 fp16, 1 bf16, 2 fp32
+//   TURN              0 tokens are stored as they come, 1 as H x, 2 as H((x - c) / s)
+//   NORM              the transform's, order**-0.5
+//   BITS, TEXT_BITS   2, 4 or 8; BITS 16: a lossless body; TEXT_BITS 0: no text overlay
+//   LOW_WIDTH         Layout.low_width
+//   CLIP, TEXT_CLIP   factors of a range before it is quantized
+//   TEXT_ONLY, PACKS  1: `append` after `pack`; 1: `pack` is compiled too
+//   WARPS             of a block
 
 #include "numbers_cuda.cuh"
 
@@ -231,9 +238,10 @@ __device__ __forceinline__ u32 reaches(u32 a, u32 b) {
 }
 #endif
 
-// The smallest 16-bit x with fp32(x - low) > step, or >= step, twice in a word. fp32(r) > step is r > step + half an ulp, and
-// fp32(r) >= step is r >= step - half the ulp below, since step, 13 bits of it, is even; so the sum of low, step and that half is
-// made exactly, as two floats, and rounded up. With an infinite or broken range nothing reaches it.
+// The smallest 16-bit x with fp32(x - low) > step, or >= step, twice in a word. fp32(r) > step is r > step + half an
+// ulp, and fp32(r) >= step is r >= step - half the ulp below, since step, 13 bits of it, is even; so the sum of low,
+// step and that half is made exactly, as two floats, and rounded up. With an infinite or broken range nothing reaches
+// it.
 __device__ __forceinline__ u32 threshold(float low, float scale, float step, bool strict) {
     const float sum = low + step, part = sum - low, rest = (low - (sum - part)) + (step - part);
     const float half = __uint_as_float(__float_as_uint(step) & 0x7f800000u) * 0x1p-24f;
@@ -257,7 +265,8 @@ __device__ __forceinline__ u32 threshold(float low, float scale, float step, boo
     return up | up << 16;
 }
 
-// What is stored of a token, from what the model made of it: pair i is channels 32 * (i / 4) + 8 * lane + 2 * (i % 4) and the next.
+// What is stored of a token, from what the model made of it: pair i is channels 32 * (i / 4) + 8 * lane + 2 * (i % 4)
+// and the next.
 __device__ __forceinline__ void turn(u32 (&pairs)[OWN / 2], const float (&centre)[OWN], const float (&gain)[OWN], int lane) {
     float x[OWN];
 #pragma unroll

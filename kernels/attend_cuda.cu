@@ -1,154 +1,64 @@
-// akvq::attend for a decode step over a 2-bit cache on tensor cores (sm_80 and later); kernels/attend_cuda.py launches it.
+// akvq::attend for a decode step over a 2-bit cache on tensor cores (sm_80 and later); kernels/attend_cuda.py launches
+// it.
 //
-// Every warp streams tiles of 16 * MT tokens through a ring of its own in shared memory (cp.async) into the fragments of mma.m16n8k16,
-// with no shuffle on the way. Tokens are the M side of S^T = K Q^T and channels the M side of O^T = V^T P^T, query rows the N side (8).
-// Which channel a fragment's k index means is free as long as Q agrees, so a lane simply takes the words it reads.
+// Every warp streams tiles of 16 * MT tokens through a ring of its own in shared memory (cp.async) into the fragments
+// of mma.m16n8k16, with no shuffle on the way. Tokens are the M side of S^T = K Q^T and channels the M side of O^T =
+// V^T P^T, query rows the N side (8). Which channel a fragment's k index means is free as long as Q agrees, so a lane
+// simply takes the words it reads.
 //
-// A code becomes a float by one LOP3: or-ing it, where it stands, into the mantissa of a power of two gives offset + code exactly
-// (fp16: 64, 16 or 4; bf16: 128, 32 or 8). The offsets leave by linearity: the score accumulators start at -sum(offset * q), and
-// offset * sum(p') is taken off the output once, at the end. Scales and minima multiply scores and probabilities, never elements.
+// A code becomes a float by one LOP3: or-ing it, where it stands, into the mantissa of a power of two gives offset +
+// code exactly (fp16: 64, 16 or 4; bf16: 128, 32 or 8). The offsets leave by linearity: the score accumulators start at
+// -sum(offset * q), and offset * sum(p') is taken off the output once, at the end. Scales and minima multiply scores
+// and probabilities, never elements.
 //
-// A text token's code has its upper bits in the body and its lower ones in the overlay, two each: q.(4 upper + lower) is two products of the
-// same kind. Its tiles are gathered by position; a lane's part of one arrives as the body's does.
+// A text token's code has its upper bits in the body and its lower ones in the overlay, two each: q.(4 upper + lower)
+// is two products of the same kind. Its tiles are gathered by position; a lane's part of one arrives as the body's
+// does.
 //
-// Compile-time: HEAD_DIM (multiple of 16), BF16 (0: fp16), GROUPS (1, 2 or 4 scales a head), NT (tiles of 8 query rows), CC (1 where a
-// block has up to 4 query rows, else 2), MT, STAGES, WARPS, BLOCKS (at least so many on a multiprocessor), SPLITS_MAX, NORM (the transform's, order**-0.5),
-// MASK (0 none, 1 bool and the same for all rows of a block, 2 any), TEXT_BITS (4: keys have a text overlay; 0: there is none),
-// VALUE_TEXT_BITS (the same of values; 0: text is read from their body).
+// This file has the kernels and what they do with a tile of codes. Its headers:
+//   attend_cuda.cuh           shapes, arguments, which positions stand where, a warp's share of the work, masks
+//   attend_tiles_cuda.cuh     codes as numbers; tiles in shared memory and on their way there
+//   attend_sums_cuda.cuh      queries; softmax and output as they are summed up, and their merge
+//   attend_products_cuda.cuh  products of queries and weights with codes
+//   attend_wide_cuda.cuh      tokens at 16 bits: ring, pivots and this step's own
+//
+// Compile-time:
+//   HEAD_DIM                    multiple of 16
+//   BF16                        0: fp16
+//   GROUPS                      1, 2 or 4 scales a head
+//   NT                          tiles of 8 query rows
+//   CC                          1 where a block has up to 4 query rows, else 2
+//   MT, STAGES                  16-token tiles that a warp takes at a time, and how many such tiles its ring has
+//   WARPS, BLOCKS               of a block; at least so many blocks on a multiprocessor
+//   SPLITS_MAX                  parts that a cache is divided into, at most
+//   NORM                        the transform's, order**-0.5
+//   MASK                        0 none, 1 bool and the same for all rows of a block, 2 any
+//   TEXT_BITS, VALUE_TEXT_BITS  4: keys, values have a text overlay; 0: there is none, text is read from the body
 
 #include "attend_products_cuda.cuh"
+#include "attend_wide_cuda.cuh"
 
-// Rows of 16 tokens at 16 bits, of all heads, and the token of lane % 16 among them: its slot, and its position, -1 where it is not read.
-struct Wide {
-    const u16 *keys, *values;
-    int slot, position;
-    int count;  // slots of a head
-};
-
-__device__ __forceinline__ Wide ring_tile(const Params &p, const Places &places, int slot) {
-    const int start = places.ring_start, end = places.ring_end, count = p.window;
-    int behind = (places.end - 1 - slot) % p.window;
-    int position = places.end - 1 - (behind < 0 ? behind + p.window : behind);
-    if (slot >= count || position < start || position >= end) position = -1;
-    return {p.key.ring, p.value.ring, slot, position, count};
-}
-__device__ __forceinline__ Wide pivot_tile(const Params &p, const Places &places, int slot) {
-    const int start = places.ring_start, end = places.ring_end, stored = places.stored, count = p.pivots;
-    int position = __shfl_sync(ALL, places.pivot, min(slot, 31));
-    if (slot >= count || position >= stored || (position >= start && position < end)) position = -1;
-    return {p.key.pivots, p.value.pivots, slot, position, count};
-}
-__device__ __forceinline__ Wide fresh_tile(const Params &p, const Places &places, int slot) {
-    const int end = places.seen_end, count = p.fresh_count;
-    int position = places.fresh_start + slot;
-    position = slot < count && position < end ? position : -1;
-    return {p.key.fresh, p.value.fresh, slot, position, count};
-}
-
-// Attend to one of them.
-__device__ __forceinline__ void attend_wide(const Params &p, const Thread &self, const Places &places, const Wide &wide,
-                                            const Queries &queries, const Query &q, Sums &sums) {
-    const int lane = self.lane, g = self.g, t = self.t, position = wide.position;
-    bool seen = position >= 0;
-    if (seen && MASK == 1) seen = shown(p, places, position);
-    const u32 live = __ballot_sync(ALL, seen) & 0xffffu;
-    if (!live) return;
-    const u16 *keys = wide.keys + (i64)self.bh * wide.count * D, *values = wide.values + (i64)self.bh * wide.count * D;
-    const int base = wide.slot - (lane & 15);
-
-    bool row_live[2];
-#pragma unroll
-    for (int half = 0; half < 2; half++) row_live[half] = live >> (token_of_row(g) + 8 * half) & 1;
-    // all loads set out together: 8 channels of two keys at a time, and of four values what this lane's accumulators stand for
-    constexpr int LOADS = (D + 31) / 32;
-    uint4 key[LOADS][2];
-    u32 value[OT][PAIRED ? 1 : 2][4];
-#pragma unroll
-    for (int i = 0; i < LOADS; i++)
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
-            const int row = token_of_row(g) + 8 * half, channel = 8 * (t + 4 * i);
-            key[i][half] = {};
-            if (row_live[half] && channel < D) key[i][half] = __ldg((const uint4 *)(keys + (i64)(base + row) * D + channel));
-        }
-#pragma unroll
-    for (int y = 0; y < 4; y++) {
-        const u16 *from = values + (i64)(base + 4 * y + t) * D;
-#pragma unroll
-        for (int o = 0; o < OT; o++)
-#pragma unroll
-            for (int half = 0; half < (PAIRED ? 1 : 2); half++) {
-                const int word = value_word(g, PAIRED ? o / 8 : o / 4), j = PAIRED ? o % 8 : 2 * (o % 4) + half;
-                value[o][half][y] = 0;
-                if (live >> (4 * y + t) & 1 && word < W)
-                    value[o][half][y] = PAIRED ? __ldg((const u32 *)(from + j * W + word)) : __ldg(from + j * W + word);
-            }
-    }
-
-    float s[1][NT][2][CC], c[NT][4] = {};
-#pragma unroll
-    for (int i = 0; i < LOADS; i++)
-#pragma unroll
-        for (int n = 0; n < NT; n++) {
-            uint4 x = {};
-            const int channel = 8 * (t + 4 * i);
-            if (channel < D && row_of(n, g) >= 0) x = *(const uint4 *)&queries.native[row_of(n, g)][channel];
-            const uint4 upper = key[i][0], lower = key[i][1];
-            mma<!BF16>(c[n], upper.x, lower.x, upper.y, lower.y, x.x, x.y);
-            mma<!BF16>(c[n], upper.z, lower.z, upper.w, lower.w, x.z, x.w);
-        }
-#pragma unroll
-    for (int n = 0; n < NT; n++)
-#pragma unroll
-        for (int half = 0; half < 2; half++)
-#pragma unroll
-            for (int x = 0; x < CC; x++) {
-                s[0][n][half][x] = row_live[half] ? c[n][2 * half + x] * q.factor[n][x] : -INFINITY;
-                if (MASK == 2) {
-                    const int at = __shfl_sync(ALL, position, token_of_row(g) + 8 * half), row = self.row0 + row_of(n, 2 * t + x);
-                    if (row_live[half] && row < p.rows) s[0][n][half][x] += mask_of(p, places, row, at);
-                }
-            }
-    sums.to_weights(s);
-    u32 b[NT][2];
-#pragma unroll
-    for (int n = 0; n < NT; n++) {
-        b[n][0] = transpose(native_pair(s[0][n][0][0], CC == 2 ? s[0][n][0][CC - 1] : 0.f));
-        b[n][1] = transpose(native_pair(s[0][n][1][0], CC == 2 ? s[0][n][1][CC - 1] : 0.f));
-    }
-#pragma unroll
-    for (int o = 0; o < OT; o++) {
-        u32 a[4];
-        const u32(&x)[4] = value[o][0], (&y)[4] = value[o][PAIRED ? 0 : 1];
-        if (PAIRED) {
-            a[0] = __byte_perm(x[0], x[1], 0x5410), a[1] = __byte_perm(x[0], x[1], 0x7632);
-            a[2] = __byte_perm(x[2], x[3], 0x5410), a[3] = __byte_perm(x[2], x[3], 0x7632);
-        } else {
-            a[0] = x[0] | x[1] << 16, a[2] = x[2] | x[3] << 16;
-            a[1] = y[0] | y[1] << 16, a[3] = y[2] | y[3] << 16;
-        }
-#pragma unroll
-        for (int n = 0; n < NT; n++) mma<!BF16>(sums.o[n][o], a[0], a[1], a[2], a[3], b[n][0], b[n][1]);
-    }
-}
-
-// Of this lane's token of a body tile, from token x on: whether a mask that is the same for all rows shows it, and whether it is read from
-// the text overlay. Both are loaded a tile ahead, as codes are.
-__device__ __forceinline__ u8 seen_by_all(const Params &p, const Thread &self, const Places &places, const Share &share, int tile, int x) {
+// Of token x + lane of a body tile: whether queries see it (with MASK 1), and whether it is read from the text overlay.
+__device__ __forceinline__ u8 seen_by_all(const Params &p, const Thread &self, const Places &places, const Share &share,
+                                          int tile, int x) {
     const int first = share.body_first, last = share.last_tile, end = places.body_end;
     const int position = min(tile * TILE, share.last_start) + x + self.lane;
     return tile >= first && tile < last && position < end ? shown(p, places, position) : 0;
 }
-__device__ __forceinline__ bool in_overlay(const Params &p, const Thread &self, const Places &places, const Share &share, int tile, int x) {
+__device__ __forceinline__ bool in_overlay(const Params &p, const Thread &self, const Places &places,
+                                           const Share &share, int tile, int x) {
     const int first = share.body_first, last = share.last_tile, end = places.body_end;
     const int position = min(tile * TILE, share.last_start) + x + self.lane;
     return tile >= first && tile < last && position < end && p.classes[(i64)self.batch * p.capacity + position] == TEXT;
 }
+
+// Both, of each 32 tokens of a tile. Loaded a tile ahead, as codes are.
 struct Flags {
     u8 seen[TILE / 32];
     bool text[TILE / 32];
 
-    __device__ __forceinline__ void read(const Params &p, const Thread &self, const Places &places, const Share &share, int tile) {
+    __device__ __forceinline__ void read(const Params &p, const Thread &self, const Places &places, const Share &share,
+                                         int tile) {
 #pragma unroll
         for (int x = 0; x < TILE; x += 32) {
             if (MASK == 1) seen[x / 32] = seen_by_all(p, self, places, share, tile, x);
@@ -166,9 +76,10 @@ __device__ __forceinline__ u64 bits_between(int from, int begin, int end) {
     return below_high & ~below_low;
 }
 
-// Tokens of a tile that are read from it: its bits. `first` is the position where it starts; stage: where it stands.
-__device__ __forceinline__ u64 live_tokens(const Places &places, const Flags &flags, int number, int first, int plain_end, bool is_text,
-                                           u32 stage, int lane) {
+// Which tokens of a tile are read from it: a bit for each. first, plain_end: as in attend_body; stage: where the tile
+// stands.
+__device__ __forceinline__ u64 live_tokens(const Places &places, const Flags &flags, int number, int first,
+                                           int plain_end, bool is_text, u32 stage, int lane) {
     u64 elsewhere = 0;
     if (TEXT_BITS) {
 #pragma unroll
@@ -212,7 +123,8 @@ __device__ __forceinline__ void add_lower_bits(float (&c)[NT][NG][4], const Quer
     add_products(c, q, rows, g, t);
 }
 
-__device__ __forceinline__ void read_keys(Scores &scores, const Query &q, bool is_text, u32 stage, u32 ranges, int g, int t) {
+__device__ __forceinline__ void read_keys(Scores &scores, const Query &q, bool is_text, u32 stage, u32 ranges, int g,
+                                          int t) {
 #pragma unroll
     for (int m = 0; m < MT; m++) {
         float c[NT][NG][4];
@@ -236,7 +148,8 @@ __device__ __forceinline__ void read_keys(Scores &scores, const Query &q, bool i
                     float &s = scores.s[m][n][half][x] = 0.f;
 #pragma unroll
                     for (int a = 0; a < NG; a++)
-                        s += c[n][a][2 * half + x] * scale_of(range, a) * q.factor[n][x] + minimum_of(range, a) * q.sum[n][a][x];
+                        s += c[n][a][2 * half + x] * scale_of(range, a) * q.factor[n][x] +
+                             minimum_of(range, a) * q.sum[n][a][x];
                 }
             read_shared(range, ranges + RANGE_BYTES + token * NG * 4);
 #pragma unroll
@@ -246,8 +159,8 @@ __device__ __forceinline__ void read_keys(Scores &scores, const Query &q, bool i
     }
 }
 
-__device__ __forceinline__ void add_mask(Scores &scores, const Params &p, const Thread &self, const Places &places, int first,
-                                         bool is_text, u32 stage) {
+__device__ __forceinline__ void add_mask(Scores &scores, const Params &p, const Thread &self, const Places &places,
+                                         int first, bool is_text, u32 stage) {
 #pragma unroll
     for (int m = 0; m < MT; m++)
 #pragma unroll
@@ -256,7 +169,8 @@ __device__ __forceinline__ void add_mask(Scores &scores, const Params &p, const 
             for (int half = 0; half < 2; half++)
 #pragma unroll
                 for (int x = 0; x < CC; x++) {
-                    const int token = 16 * m + token_of_row(self.g) + 8 * half, row = self.row0 + row_of(n, 2 * self.t + x);
+                    const int token = 16 * m + token_of_row(self.g) + 8 * half;
+                    const int row = self.row0 + row_of(n, 2 * self.t + x);
                     const int at = is_text ? read_int(stage + POSITIONS + token * 4) : first + token;
                     if ((is_text ? at >= 0 : at < places.body_end) && row < p.rows)
                         scores.s[m][n][half][x] += mask_of(p, places, row, at);
@@ -314,10 +228,11 @@ __device__ __forceinline__ void read_values(Sums &sums, const Scores &scores, bo
 }
 
 // Attend to a warp's tiles of text and of the body, of which `feed` has the first on their way.
-__device__ __forceinline__ void attend_body(const Params &p, const Thread &self, const Places &places, const Share &share, Feed &feed,
-                                            const Query &q, Sums &sums) {
+__device__ __forceinline__ void attend_body(const Params &p, const Thread &self, const Places &places,
+                                            const Share &share, Feed &feed, const Query &q, Sums &sums) {
+    const bool has_ring = places.ring_start < places.ring_end;
     // before plain_end there is nothing but body, pivots and text
-    const int plain_end = places.ring_start < places.ring_end ? min(places.body_end, places.ring_start) : places.body_end;
+    const int plain_end = has_ring ? min(places.body_end, places.ring_start) : places.body_end;
     int number = share.first_tile;
     Flags ahead;
     ahead.read(p, self, places, share, number);

@@ -14,8 +14,9 @@ constexpr int VR = PAIRED ? W / 16 : (W + 7) / 8;    // loads a lane makes of a 
 constexpr int OT = PAIRED ? 8 * VR : 4 * VR;         // output tiles of 16 channels
 constexpr int TILE = 16 * MT;                        // tokens
 constexpr int WIDE_TILE = 16;                        // tokens of a tile that is kept at 16 bits
-constexpr int OWN = (D + 31) / 32;                   // channels that a lane holds where a warp takes a row: lane, lane + 32, ...
-static_assert(!TEXT_BITS || (TEXT_BITS == 4 && TILE == 32), "two bits above and two below; a lane has one token's position");
+constexpr int OWN = (D + 31) / 32;                   // channels lane, lane + 32, ... that a lane holds of a warp's row
+static_assert(!TEXT_BITS || TEXT_BITS == 4, "two bits above and two below");
+static_assert(!TEXT_BITS || TILE == 32, "a lane has one token's position");
 
 struct Cache {
     const u32 *codes;    // [B, H, C, W] int16
@@ -68,8 +69,8 @@ __device__ __forceinline__ int row_of_token(int token) { return (token & ~7) + 2
 __device__ __forceinline__ int key_word(int t, int r) { return CONTIGUOUS ? t * (W / 4) + 2 * r : 2 * (t + 4 * r); }
 __device__ __forceinline__ int value_word(int g, int v) { return PAIRED ? 2 * (g + 8 * v) : g + 8 * v; }
 
-// Who a thread is: its lane takes row g and column t of fragments; its block takes the query rows from row0 on of one KV head of one
-// batch row (bh: batch * heads + head), and one of the splits of its cache.
+// Who a thread is: its lane takes row g and column t of fragments; its block takes the query rows from row0 on of one
+// KV head of one batch row (bh: batch * heads + head), and one of the splits of its cache.
 struct Thread {
     int warp, lane, g, t, bh, split, batch, row0, rows;
 
@@ -100,9 +101,9 @@ struct Places {
     }
 };
 
-// The tiles that a warp (a worker) takes. Wide tiles (tokens at 16 bits: first the ring, then pivots, then fresh ones) are dealt out
-// in turn, and text tiles after them. Of the body, a worker takes tiles body_first, ..., last_tile - 1. It takes its text tiles before
-// these and gives them the numbers before these: body_first - text_count, ..., body_first - 1.
+// The tiles that a warp (a worker) takes. Wide tiles (tokens at 16 bits: first the ring, then pivots, then fresh ones)
+// are dealt out in turn, and text tiles after them. Of the body, a worker takes tiles body_first, ..., last_tile - 1.
+// It takes its text tiles before these and gives them the numbers before these: first_tile, ..., body_first - 1.
 struct Share {
     int worker, workers;
     int ring_tiles, pivot_tiles, wide_tiles;
@@ -122,8 +123,9 @@ struct Share {
         text_begin = (worker - wide_tiles % workers + workers) % workers;
         text_count = text_begin < text_tiles ? (text_tiles - text_begin - 1) / workers + 1 : 0;
 
-        // The first `extra` workers have one wide or text tile more than the others. It costs about as much as WIDE_COST tiles of the
-        // body, so each of the others takes `more` tiles of the body than they do: WIDE_COST, or less where the body is small.
+        // The first `extra` workers have one wide or text tile more than the others. It costs about as much as
+        // WIDE_COST tiles of the body. So each of the others takes WIDE_COST more of these, or, where the body is
+        // small, fewer: `more`.
         constexpr int WIDE_COST = 2;
         const int extra = (wide_tiles + text_tiles) % workers;
         const float share = max((float)(tiles - WIDE_COST * (extra ? workers - extra : 0)), 0.f) / workers;

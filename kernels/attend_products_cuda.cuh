@@ -55,7 +55,7 @@ __device__ __forceinline__ void add_products(float (&c)[NT][NG][4], const Query 
     }
 }
 
-// sums.o += b (offset + code) for the 16 values whose rows of words stand in shared memory from `rows` on, and sums.p += b.
+// sums.o += b (offset + code) for the 16 values whose rows of words stand in shared memory from `rows` on; sums.p += b.
 __device__ __forceinline__ void add_values(Sums &sums, const u32 (&b)[NT][NG][2], u32 rows, int g, int t) {
     constexpr u32 ONES = 0x3F803F80u;
 #pragma unroll

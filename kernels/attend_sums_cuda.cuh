@@ -1,4 +1,5 @@
-// Queries as a block holds them, and what warps sum up for them: softmax without a second pass, and the merge of the warps' parts.
+// Queries as a block holds them, and what warps sum up for them: softmax without a second pass, and the merge of the
+// parts.
 
 #pragma once
 
@@ -59,7 +60,8 @@ struct Queries {
                 x[i] = row < self.rows && channel < D ? from_native(from[channel]) : 0.f;
             }
             if (p.turn)
-                rotate_query(x, p.affine ? p.affine + ((self.batch * 2LL + 1) * p.heads + self.bh % p.heads) * D : nullptr, lane);
+                rotate_query(x, p.affine ? p.affine + ((self.batch * 2LL + 1) * p.heads + self.bh % p.heads) * D
+                                         : nullptr, lane);
 #pragma unroll
             for (int i = 0; i < OWN; i++) top = fmaxf(top, fabsf(x[i]));
             top = warp_max(top);
@@ -108,7 +110,8 @@ struct Query {
 #pragma unroll
             for (int i = 0; i < PIECES; i++) {
                 int word = key_word(t, i / 8);
-                f[n][i] = word < W && row_of(n, g) >= 0 ? *(const u32 *)&queries.half[row_of(n, g)][(i % 8) * W + word] : 0;
+                const bool there = word < W && row_of(n, g) >= 0;
+                f[n][i] = there ? *(const u32 *)&queries.half[row_of(n, g)][(i % 8) * W + word] : 0;
             }
 #pragma unroll
             for (int c = 0; c < CC; c++) {
@@ -197,8 +200,8 @@ __device__ __forceinline__ float sum_over_rows(float x) {  // of a fragment
     return x;
 }
 
-// Merge what the block's warps have summed up, in `shared`, the room of their rings. Write it out where there is one split, else leave it
-// to `combine`.
+// Merge what the block's warps have summed up, in `shared`, where their rings were. The result is the output where
+// there is one split, else a part for `combine`.
 __device__ __forceinline__ void merge(const Params &p, const Thread &self, const Sums &sums, u8 *shared) {
     __shared__ float all_m[WARPS][ROWS], all_l[WARPS][ROWS];
     float(*all_o)[ROWS][D] = (float(*)[ROWS][D])shared;

@@ -38,8 +38,8 @@ struct Bf16Codes {
     static __device__ __forceinline__ float offset(int j) { return j % 3 == 0 ? 128.f : j % 3 == 1 ? 32.f : 8.f; }
 };
 
-// One tile in shared memory: codes of keys (rows in the order in which fragments take them) and values, then their ranges. A tile of
-// text tokens also has the lower bits of keys and values, and positions.
+// One tile in shared memory: codes of keys (rows in the order in which fragments take them) and values, then their
+// ranges. A tile of text tokens also has the lower bits of keys and values, and positions.
 constexpr int CODE_BYTES = TILE * W * 2, RANGE_BYTES = TILE * NG * 4;
 constexpr int KEY_LOWER = 2 * (CODE_BYTES + RANGE_BYTES), VALUE_LOWER = KEY_LOWER + (TEXT_BITS ? CODE_BYTES : 0);
 constexpr int POSITIONS = VALUE_LOWER + (VALUE_TEXT_BITS ? CODE_BYTES : 0);
@@ -84,7 +84,8 @@ struct Stream {
             copy_async<4>(to + 2 * CODE_BYTES + RANGE_BYTES + (lane + 32 * i) * 4, vr + ranges + 128 * i);
         }
     }
-    // A tile of text tokens: the lower bits of token i stand in slot first + i, the rest at the `position` that lane i has; -1: nowhere.
+    // A tile of text tokens. Lane i has the position of token i, -1 for none; codes and range are read from there, the
+    // lower bits from slot first + i of the overlay.
     __device__ __forceinline__ void gather(int stage, const Params &p, i64 bh, int first, int position) const {
         const u32 to = at(stage);
         const i64 slots = bh * p.text_capacity;
@@ -124,9 +125,11 @@ struct Feed {
     const Stream stream;
     int position_ahead;  // of the text tile to be fetched next: its codes need not wait for it
 
-    __device__ __forceinline__ Feed(const Params &p_, const Thread &self_, const Places &places_, const Share &share_, u8 *rings)
+    __device__ __forceinline__ Feed(const Params &p_, const Thread &self_, const Places &places_, const Share &share_,
+                                    u8 *rings)
         : p(p_), self(self_), places(places_), share(share_),
-          stream(p, (i64)self.bh * p.capacity, (u32)__cvta_generic_to_shared(rings) + self.warp * STAGES * STAGE_BYTES, self.lane) {
+          stream(p, (i64)self.bh * p.capacity,
+                 (u32)__cvta_generic_to_shared(rings) + self.warp * STAGES * STAGE_BYTES, self.lane) {
         position_ahead = TEXT_BITS ? text_position(share.first_tile) : -1;
     }
 
@@ -148,16 +151,14 @@ struct Feed {
         stream.gather(stage, p, self.bh, text_slot(tile) - self.lane, position);
     }
     __device__ __forceinline__ void fetch(int stage, int tile) {
-        const int body = share.body_first;
-        if (!TEXT_BITS || tile >= body)
+        if (!TEXT_BITS || tile >= share.body_first)
             stream.fetch(stage, min(tile * TILE, share.last_start));
         else
             fetch_text(stage, tile);
     }
-    // One call for each tile that is taken, and where there is none left: `wait` counts them.
+    // To be called even where no tile is left, since `wait` counts the calls.
     __device__ __forceinline__ void fetch_if_any(int stage, int tile) {
-        const int last = share.last_tile;
-        if (tile < last) fetch(stage, tile);
+        if (tile < share.last_tile) fetch(stage, tile);
         Stream::commit();
     }
 };

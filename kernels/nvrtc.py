@@ -1,7 +1,7 @@
-"""CUDA C++ kernels without a toolkit: compiled by NVRTC, which comes with PyTorch's CUDA builds, and launched by the driver.
+"""CUDA C++ kernels without a toolkit: NVRTC, which comes with PyTorch's CUDA builds, compiles them.
 
-Sources are the .cu files beside the modules that launch them, and the headers (.cuh) that these include; what varies is a macro. A
-kernel takes one struct by value.
+Sources are the .cu files beside the modules that launch them, and the headers (.cuh) that these include; what varies is
+a macro. A kernel takes one struct by value.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _failed: dict[tuple[int, str], str] = {}  # (device index, source) -> why it cou
 
 
 def refusal(index: int, source: str) -> str:
-    """Why kernels of kernels/<source>.cu cannot run on a device; "" where they can, as far as is known before the first launch."""
+    """Why kernels of kernels/<source>.cu cannot run on a device; "" where they can, as far as is known so far."""
     return device_refusal(index) or _failed.get((index, source), "")
 
 
@@ -40,8 +40,10 @@ def device_refusal(index: int) -> str:
 
 
 def text_of(source: str) -> str:
-    """kernels/<source>.cu as one text, which is all that PyTorch's NVRTC takes: headers of this folder stand in it where they are
-    first included. `#line` has the compiler's messages name the file and the line that they are about."""
+    """kernels/<source>.cu as one text, which is all that PyTorch's NVRTC takes.
+
+    A header stands in it where it is first included. `#line` has the compiler's messages name the right file and line.
+    """
     return "\n".join(_lines(f"{source}.cu", set())) + "\n"
 
 
@@ -63,10 +65,10 @@ def _lines(name: str, seen: set[str]) -> Iterator[str]:
 def compiled(
     index: int, source: str, names: tuple[str, ...], macros: tuple[tuple[str, object], ...], shared: int = 0
 ) -> dict:
-    """Functions of kernels/<source>.cu by name, for one device; the first may be launched with `shared` bytes of shared memory.
+    """Functions of kernels/<source>.cu by name, for one device; the first may be given `shared` bytes of shared memory.
 
-    Raises Unavailable where the compiler is not there or cannot compile them, or the driver cannot load them (one older than the
-    compiler); from then on `refusal` says so, for every form of the source, and nothing is compiled in vain again.
+    Raises Unavailable where the compiler is not there or cannot compile them, or the driver cannot load them (one
+    older than the compiler); from then on `refusal` says so, for every form of the source, and nothing is compiled in vain again.
     """
     found = torch_internals.nvrtc()
     if isinstance(found, str):
@@ -79,8 +81,8 @@ def compiled(
             binary, _ = compile_text(text, names[0], nvcc_options=options)
             kernels = load(binary, list(names))
             if shared:
-                # The limit holds for `shared` and the arrays that the kernel declares together, but PyTorch asks the driver only
-                # where `shared` alone reaches it. So we never name less.
+                # The limit holds for `shared` and the arrays that the kernel declares together, but PyTorch asks the
+                # driver only where `shared` alone reaches it. So we never name less.
                 kernels[names[0]].set_shared_memory_config(max(shared, SHARED_LIMIT))
         _driver()
     except (RuntimeError, OSError, TypeError, AttributeError) as error:
