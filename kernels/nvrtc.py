@@ -68,7 +68,8 @@ def compiled(
     """Functions of kernels/<source>.cu by name, for one device; the first may be given `shared` bytes of shared memory.
 
     Raises Unavailable where the compiler is not there or cannot compile them, or the driver cannot load them (one
-    older than the compiler); from then on `refusal` says so, for every form of the source, and nothing is compiled in vain again.
+    older than the compiler); from then on `refusal` says so, for every form of the source, and nothing is compiled in
+    vain again.
     """
     found = torch_internals.nvrtc()
     if isinstance(found, str):
