@@ -1,31 +1,29 @@
-// akvq::append and akvq::pack for NVIDIA GPUs; kernels/append_cuda.py launches them. Tokens are turned, clipped, quantized, packed and
-// written in one go. Arithmetic is in the order of kernels/quantizer.py, to the bit.
+// akvq::append and akvq::pack for NVIDIA GPUs; kernels/append_cuda.py launches them. Tokens are rotated, clipped, quantized,
+// packed and written in one go. Arithmetic is in the order of kernels/quantizer.py, to the bit.
 //
-// append  a warp a token of one head, for every layout. A lane holds channels lane, lane + 32, ...: the Walsh-Hadamard butterflies
-//         below 32 are lane exchanges, those above are between a lane's own registers.
-// pack    four lanes a token, for a prompt at 2 bits. A lane holds runs of 8 channels, 8 * lane + 32 * run: only the butterflies of 8
-//         and 16 are lane exchanges, and rows are read, and words written, 16 bytes at a time. What is stored are 16-bit numbers, so
-//         a code is the count of three 16-bit thresholds that a number reaches, two numbers an instruction. Further warps turn the
-//         pivots. With `fresh` the buffers are unwritten memory, of which every byte outside ring and pivots is written. Where text has
-//         more bits, `append` with TEXT_ONLY comes after it: it writes the text tokens' codes and ranges again and their lower bits.
+// append  A warp takes a token of one head, for every layout. A lane holds channels lane, lane + 32, ...
+// pack    Four lanes take a token, for a prompt at 2 bits. A lane holds runs of 8 channels, 8 * lane + 32 * run: only the
+//         butterflies of 8 and 16 are lane exchanges, and rows are read, and words written, 16 bytes at a time. What is
+//         stored are 16-bit numbers, so a code is the count of three 16-bit thresholds that a number reaches, two numbers an
+//         instruction. Further warps rotate the pivots. With `fresh` the buffers are unwritten memory, of which every byte
+//         outside ring and pivots is written. Where text has more bits, `append` with TEXT_ONLY comes after it:
+//         it writes the text tokens' codes and ranges again, and their lower bits.
 //
-// Compile-time: HEAD_DIM, DTYPE (0 fp16, 1 bf16, 2 fp32), TURN (0 no, 1 H x, 2 H((x - c) / s)), BITS and TEXT_BITS (2, 4, 8; 16: a
-// lossless body; 0: no text overlay), LOW_WIDTH
-// (Layout.low_width), TEXT_ONLY, CLIP, TEXT_CLIP, GROUPS, NORM (the transform's, order**-0.5), WARPS.
+// Compile-time:
+//   HEAD_DIM, GROUPS  channels of a head, and ranges that they have
+//   DTYPE             0 fp16, 1 bf16, 2 fp32
+//   TURN              0 tokens are stored as they come, 1 as H x, 2 as H((x - c) / s)
+//   NORM              the transform's, order**-0.5
+//   BITS, TEXT_BITS   2, 4 or 8; BITS 16: a lossless body; TEXT_BITS 0: no text overlay
+//   LOW_WIDTH         Layout.low_width
+//   CLIP, TEXT_CLIP   factors of a range before it is quantized
+//   TEXT_ONLY, PACKS  1: `append` after `pack`; 1: `pack` is compiled too
+//   WARPS             of a block
 
-#undef INFINITY
-#define INFINITY __int_as_float(0x7f800000)
-#define NAN __int_as_float(0x7fc00000)
+#include "numbers_cuda.cuh"
 
-typedef unsigned char u8;
-typedef unsigned short u16;
-typedef unsigned int u32;
-typedef long long i64;
-
-constexpr int D = HEAD_DIM, N = (D + 31) / 32, ORDER = D & -D;  // N: channels of a lane
-constexpr u32 ALL = 0xffffffffu;
+constexpr int D = HEAD_DIM, N = (D + 31) / 32;  // N: channels of a lane
 constexpr float SCALE_FLOOR = 1e-5f, HALF_MAX = 65504.f;
-constexpr u8 TEXT = 1;
 
 struct Params {
     const void *x;
@@ -49,33 +47,15 @@ struct Params {
 __device__ __forceinline__ float read(const void *from, i64 i) {
     if (DTYPE == 2) return ((const float *)from)[i];
     const u16 h = ((const u16 *)from)[i];
-    if (DTYPE == 1) return __uint_as_float((u32)h << 16);
-    float f;
-    asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(h));
-    return f;
-}
-__device__ __forceinline__ u16 to_half(float x) {
-    u16 h;
-    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(h) : "f"(x));
-    return h;
-}
-__device__ __forceinline__ float from_half(u16 h) {
-    float f;
-    asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(h));
-    return f;
+    return DTYPE == 1 ? from_bf16(h) : from_half(h);
 }
 __device__ __forceinline__ float reciprocal(float x) {  // of a 16-bit float that is normal: none of a division's slow paths
     float r;
     asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
     return fmaf(r, fmaf(-x, r, 1.f), r);
 }
-__device__ __forceinline__ u16 to_bf16(float x) {
-    u16 h;
-    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(h) : "f"(x));
-    return h;
-}
 __device__ __forceinline__ float rounded(float x) {  // to the tokens' dtype
-    return DTYPE == 2 ? x : DTYPE == 1 ? __uint_as_float((u32)to_bf16(x) << 16) : from_half(to_half(x));
+    return DTYPE == 2 ? x : DTYPE == 1 ? from_bf16(to_bf16(x)) : from_half(to_half(x));
 }
 __device__ __forceinline__ void write(void *to, i64 i, float x) {
     if (DTYPE == 2)
@@ -86,26 +66,6 @@ __device__ __forceinline__ void write(void *to, i64 i, float x) {
 // To fp16; finite numbers saturate, the others stay what they are.
 __device__ __forceinline__ u16 saturated(float x) {
     return to_half(fabsf(x) < INFINITY ? fminf(fmaxf(x, -HALF_MAX), HALF_MAX) : x);
-}
-
-__device__ __forceinline__ void hadamard(float (&x)[N], int lane) {
-#pragma unroll
-    for (int h = 1; h < ORDER; h *= 2) {
-        if (h < 32) {
-#pragma unroll
-            for (int i = 0; i < N; i++) {
-                const float other = __shfl_xor_sync(ALL, x[i], h);
-                x[i] = lane & h ? other - x[i] : x[i] + other;
-            }
-        } else {
-#pragma unroll
-            for (int i = 0; i < N; i++) {
-                if (i & h / 32) continue;
-                const float a = x[i], b = x[(i | h / 32) % N];
-                x[i] = a + b, x[(i | h / 32) % N] = a - b;
-            }
-        }
-    }
 }
 
 // Pack bits `shift` and up of the codes in scratch, B of each.
@@ -215,7 +175,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) append(const __grid_con
 #pragma unroll
                 for (int i = 0; i < N; i++) x[i] = (x[i] - centre[i]) * gain[i];
             }
-            hadamard(x, lane);
+            hadamard<D>(x, lane);
 #pragma unroll
             for (int i = 0; i < N; i++) x[i] = rounded(x[i] * NORM);
         }
@@ -252,7 +212,6 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) append(const __grid_con
 
 #if PACKS
 constexpr int RUNS = D / 32, OWN = 8 * RUNS, WORDS = D / 8;  // of a lane: runs of 8 channels, channels; of a token: 16-bit words
-constexpr u8 PIVOT = 2, PADDING = 3;
 
 // Two 16-bit numbers of the tokens' dtype in a word.
 #define HALVES(name, bf16_form, fp16_form)                                          \
@@ -270,14 +229,7 @@ __device__ __forceinline__ float first_of(u32 pair) { return DTYPE == 1 ? __uint
 __device__ __forceinline__ float second_of(u32 pair) {
     return DTYPE == 1 ? __uint_as_float(pair & 0xffff0000u) : from_half((u16)(pair >> 16));
 }
-__device__ __forceinline__ u32 pair_of(float a, float b) {
-    u32 r;
-    if (DTYPE == 1)
-        asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(b), "f"(a));
-    else
-        asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(b), "f"(a));
-    return r;
-}
+__device__ __forceinline__ u32 pair_of(float a, float b) { return DTYPE == 1 ? bf16_pair(a, b) : half_pair(a, b); }
 #if DTYPE == 0 || __CUDA_ARCH__ >= 900
 HALVES(reaches, "set.ge.u32.bf16x2", "set.ge.u32.f16x2")  // ones where a >= b
 #else
@@ -286,9 +238,10 @@ __device__ __forceinline__ u32 reaches(u32 a, u32 b) {
 }
 #endif
 
-// The smallest 16-bit x with fp32(x - low) > step, or >= step, twice in a word. fp32(r) > step is r > step + half an ulp, and
-// fp32(r) >= step is r >= step - half the ulp below, since step, 13 bits of it, is even; so the sum of low, step and that half is
-// made exactly, as two floats, and rounded up. With an infinite or broken range nothing reaches it.
+// The smallest 16-bit x with fp32(x - low) > step, or >= step, twice in a word. fp32(r) > step is r > step + half an
+// ulp, and fp32(r) >= step is r >= step - half the ulp below, since step, 13 bits of it, is even; so the sum of low,
+// step and that half is made exactly, as two floats, and rounded up. With an infinite or broken range nothing reaches
+// it.
 __device__ __forceinline__ u32 threshold(float low, float scale, float step, bool strict) {
     const float sum = low + step, part = sum - low, rest = (low - (sum - part)) + (step - part);
     const float half = __uint_as_float(__float_as_uint(step) & 0x7f800000u) * 0x1p-24f;
@@ -312,7 +265,8 @@ __device__ __forceinline__ u32 threshold(float low, float scale, float step, boo
     return up | up << 16;
 }
 
-// What is stored of a token, from what the model made of it: pair i is channels 32 * (i / 4) + 8 * lane + 2 * (i % 4) and the next.
+// What is stored of a token, from what the model made of it: pair i is channels 32 * (i / 4) + 8 * lane + 2 * (i % 4)
+// and the next.
 __device__ __forceinline__ void turn(u32 (&pairs)[OWN / 2], const float (&centre)[OWN], const float (&gain)[OWN], int lane) {
     float x[OWN];
 #pragma unroll

@@ -51,7 +51,7 @@ class _Cache(ctypes.Structure):
 
 
 class _Params(ctypes.Structure):
-    """struct Params of attend_cuda.cu."""
+    """struct Params of attend_cuda.cuh."""
 
     _fields_ = [
         ("q", ctypes.c_void_p),

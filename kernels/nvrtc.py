@@ -1,26 +1,32 @@
-"""CUDA C++ kernels without a toolkit: compiled by NVRTC, which comes with PyTorch's CUDA builds, and launched by the driver.
+"""CUDA C++ kernels without a toolkit: NVRTC, which comes with PyTorch's CUDA builds, compiles them.
 
-Sources are the .cu files beside the modules that launch them; what varies is a macro. A kernel takes one struct by value.
+Sources are the .cu files beside the modules that launch them, and the headers (.cuh) that these include; what varies is
+a macro. A kernel takes one struct by value.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
+import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
+from akvq_fx import torch_internals
 from akvq_fx.kernels.choose import Unavailable
 
 COMPUTE_CAPABILITY = (8, 0)  # bf16 conversions and mma.m16n8k16 (PTX ISA)
 REASON_LENGTH = 500  # characters of a compiler's words that a reason keeps
+SHARED_LIMIT = 48 << 10  # bytes of shared memory that a block may have without asking the driver
+INCLUDE = re.compile(r'#include "(.+)"')
 
 _failed: dict[tuple[int, str], str] = {}  # (device index, source) -> why it could not be compiled or loaded
 
 
 def refusal(index: int, source: str) -> str:
-    """Why kernels of kernels/<source>.cu cannot run on a device; "" where they can, as far as is known before the first launch."""
+    """Why kernels of kernels/<source>.cu cannot run on a device; "" where they can, as far as is known so far."""
     return device_refusal(index) or _failed.get((index, source), "")
 
 
@@ -29,27 +35,56 @@ def device_refusal(index: int) -> str:
     """Why no such kernel can run on a device; "" where they can."""
     if torch.version.hip or torch.cuda.get_device_capability(index) < COMPUTE_CAPABILITY:
         return "the device is no NVIDIA GPU of compute capability 8.0 or more"
-    missing = [name for name in ("_nvrtc_compile", "_cuda_load_module") if not hasattr(torch.cuda._utils, name)]
-    return f"this PyTorch has no torch.cuda._utils.{missing[0]}" if missing else ""
+    found = torch_internals.nvrtc()
+    return found if isinstance(found, str) else ""
+
+
+def text_of(source: str) -> str:
+    """kernels/<source>.cu as one text, which is all that PyTorch's NVRTC takes.
+
+    A header stands in it where it is first included. `#line` has the compiler's messages name the right file and line.
+    """
+    return "\n".join(_lines(f"{source}.cu", set())) + "\n"
+
+
+def _lines(name: str, seen: set[str]) -> Iterator[str]:
+    seen.add(name)
+    yield f'#line 1 "{name}"'
+    for number, line in enumerate(Path(__file__).with_name(name).read_text().splitlines(), 1):
+        header = INCLUDE.match(line)
+        if header is None:
+            yield line
+        elif header[1] not in seen:
+            yield from _lines(header[1], seen)
+            yield f'#line {number + 1} "{name}"'
+        else:
+            yield ""
 
 
 @functools.cache
 def compiled(
     index: int, source: str, names: tuple[str, ...], macros: tuple[tuple[str, object], ...], shared: int = 0
 ) -> dict:
-    """Functions of kernels/<source>.cu by name, for one device; `shared` bytes of memory are allowed to the first of them.
+    """Functions of kernels/<source>.cu by name, for one device; the first may be given `shared` bytes of shared memory.
 
-    Raises Unavailable where the compiler is not there or cannot compile them, or the driver cannot load them (one older than the
-    compiler); from then on `refusal` says so, for every form of the source, and nothing is compiled in vain again.
+    Raises Unavailable where the compiler is not there or cannot compile them, or the driver cannot load them (one
+    older than the compiler); from then on `refusal` says so, for every form of the source, and nothing is compiled in
+    vain again.
     """
-    text = Path(__file__).with_name(f"{source}.cu").read_text()
+    found = torch_internals.nvrtc()
+    if isinstance(found, str):
+        raise Unavailable(found)
+    compile_text, load = found
+    text = text_of(source)
     options = ["--std=c++17", *(f"-D{name}={number}" for name, number in macros)]
     try:
         with torch.cuda.device(index):
-            binary, _ = torch.cuda._utils._nvrtc_compile(text, names[0], nvcc_options=options)
-            kernels = torch.cuda._utils._cuda_load_module(binary, list(names))
-            if shared:  # below 48 KiB that does nothing, though what the kernel declares itself counts too
-                kernels[names[0]].set_shared_memory_config(max(shared, 48 << 10))
+            binary, _ = compile_text(text, names[0], nvcc_options=options)
+            kernels = load(binary, list(names))
+            if shared:
+                # The limit holds for `shared` and the arrays that the kernel declares together, but PyTorch asks the
+                # driver only where `shared` alone reaches it. So we never name less.
+                kernels[names[0]].set_shared_memory_config(max(shared, SHARED_LIMIT))
         _driver()
     except (RuntimeError, OSError, TypeError, AttributeError) as error:
         # of compiler and driver; a library that is not there; PyTorch's own functions with other arguments

@@ -11,7 +11,7 @@ from tests.test_attend_cuda import gpu, struct_fields
 
 
 def test_the_structs_here_and_there_have_the_same_members():
-    assert struct_fields("Params", "append_cuda") == [name for name, _ in append_cuda.Params._fields_]
+    assert struct_fields("Params", "append_cuda.cu") == [name for name, _ in append_cuda.Params._fields_]
 
 
 @pytest.mark.parametrize(

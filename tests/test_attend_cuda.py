@@ -23,9 +23,9 @@ gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="runs on a GPU")
 RELATIVE = {f16: 8e-3, bf16: 1.2e-2}
 
 
-def struct_fields(name: str, source: str = "attend_cuda") -> list[str]:
-    """Names of the members of a struct in a .cu file, in order."""
-    source = Path(attend_cuda.__file__).with_name(f"{source}.cu").read_text()
+def struct_fields(name: str, source: str = "attend_cuda.cuh") -> list[str]:
+    """Names of the members of a struct in a CUDA source, in order."""
+    source = Path(attend_cuda.__file__).with_name(source).read_text()
     body = re.search(rf"struct {name} {{(.*?)\n}};", source, re.S).group(1)
     lines = [line.split("//")[0].strip().rstrip(";") for line in body.splitlines()]
     members = ", ".join(re.sub(r"^(const )?(long long|\w+) ", "", line) for line in lines if line)

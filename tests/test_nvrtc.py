@@ -69,7 +69,7 @@ def test_the_compiler_is_found_in_the_wheels_of_either_cuda(place, tmp_path):
 
 def compile_for(architecture: str, source: str, macros: dict) -> str:
     """The compiler's words; "" where it has none to say."""
-    text = Path(nvrtc.__file__).with_name(f"{source}.cu").read_bytes()
+    text = nvrtc.text_of(source).encode()
     options = [f"--gpu-architecture={architecture}", "--std=c++17", *(f"-D{k}={v}" for k, v in macros.items())]
     program = ctypes.c_void_p()
     assert NVRTC.nvrtcCreateProgram(ctypes.byref(program), text, b"kernel.cu", 0, None, None) == SUCCESS
@@ -124,6 +124,16 @@ def test_append_compiles(layout, form, fast, text_only, architecture):
 
 
 @needs_nvrtc
-def test_what_is_wrong_is_told():
+def test_what_is_wrong_is_told_with_its_place():
     macros = dict(append_cuda.macros(Layout(64, bf16, body_bits=2), 0, False))
-    assert "HEAD_DIM" in compile_for("sm_90", "append_cuda", {k: v for k, v in macros.items() if k != "HEAD_DIM"})
+    said = compile_for("sm_90", "append_cuda", {k: v for k, v in macros.items() if k != "HEAD_DIM"})
+    lines = Path(nvrtc.__file__).with_name("append_cuda.cu").read_text().splitlines()
+    number = next(i for i, line in enumerate(lines, 1) if line.startswith("constexpr int D = HEAD_DIM"))
+    assert f'append_cuda.cu({number}): error: identifier "HEAD_DIM"' in said
+
+
+def test_a_header_stands_once_in_the_text_that_is_compiled():
+    for source in ("attend_cuda", "append_cuda"):
+        text = nvrtc.text_of(source)
+        assert text.count("u32 half_pair(") == 1, "numbers_cuda.cuh"
+        assert "#include" not in text
