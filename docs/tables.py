@@ -101,7 +101,7 @@ def default_of(name: str) -> str:
     if name == "mode":
         return "none"
     own, paper = (getattr(AKVQConfig(recipe=recipe), name) for recipe in ("akvq", "akvq-vl"))
-    if name in ("recipe",) or own == paper:
+    if name == "recipe" or own == paper:
         return code(own)
     return f"{code(own)}; with `akvq-vl` {code(paper)}"
 

@@ -160,6 +160,15 @@ def compare(own: Tensor, packed: Tensor, following: Tensor) -> dict[str, Tensor]
     return {name: value.cpu() for name, value in found.items()}
 
 
+BITS = Column("bits", "bits", 2, error=False)
+COLUMNS = (  # of `compare`, as tables show them
+    Column("dnll", "dNLL", 4),
+    Column("kl", "KL", 4),
+    Column("agree", "top-1 agreement"),
+    Column("overlap", "1 - TV", 4),
+)
+
+
 class FidelityTask:
     """A table.Suite of one task: means over positions, a row for each prompt.
 
@@ -168,13 +177,7 @@ class FidelityTask:
     step     as of prompt_fidelity
     """
 
-    columns = (
-        Column("bits", "bits", 2, error=False),
-        Column("dnll", "dNLL", 4),
-        Column("kl", "KL", 4),
-        Column("agree", "top-1 agreement"),
-        Column("overlap", "1 - TV", 4),
-    )
+    columns = (BITS, *COLUMNS)
     headline = "kl"
 
     def __init__(

@@ -21,7 +21,7 @@ from weights import Source, digest, load_language
 
 import akvq_fx
 from akvq_fx import cost
-from akvq_fx.evaluate.fidelity import compare
+from akvq_fx.evaluate.fidelity import BITS, COLUMNS, compare
 from akvq_fx.evaluate.settings import bits_of, original, prefill, read, running
 from akvq_fx.evaluate.table import Column
 from akvq_fx.evaluate.vision_tasks import ImageTasks
@@ -65,14 +65,7 @@ class TextTasks:
     step    tokens read in a call, None for all
     """
 
-    columns = (
-        Column("bits", "bits", 2, error=False),
-        Column("nll", "own NLL", 3),
-        Column("dnll", "dNLL", 4),
-        Column("kl", "KL", 4),
-        Column("agree", "top-1 agreement"),
-        Column("overlap", "1 - TV", 4),
-    )
+    columns = (BITS, Column("nll", "own NLL", 3), *COLUMNS)
     headline = "kl"
 
     def __init__(
