@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from akvq_fx import records, torch_internals
+from akvq_fx import mark_sizes, records, torch_internals
 from akvq_fx.events import EVENTS, LIMIT, Event, modules_among
 from akvq_fx.report import GaveUp
 
@@ -34,12 +34,14 @@ def listen() -> None:
 
 def _before_compiling() -> str:
     seen = torch_internals.compiling()
-    if seen is None or not seen.limit:
+    if seen is None:
         return ""
     tell = getattr(seen.backend, "dynamo_gave_up", None)
     if tell is None and any(ref() is seen.backend for ref in _wrappers):
         tell = globals()["tell"]
-    if tell is not None and not seen.let_pass(GRAPHS) and not seen.hard:
+    if tell is not None:
+        mark_sizes.mark(seen.locals)
+    if tell is not None and seen.limit and not seen.let_pass(GRAPHS) and not seen.hard:
         value = GRAPHS if seen.limit_is_default() else getattr(torch._dynamo.config, seen.limit)
         tell(event_of(seen, f"torch._dynamo.config.{seen.limit}", value, seen.reason))
     return ""

@@ -20,7 +20,7 @@ from torch import Tensor
 from akvq_fx import packed_ops, torch_internals
 from akvq_fx.kernels import cache as ops
 from akvq_fx.kernels.layout import CLASS_NAMES, PADDING, STATE_END, Layout
-from akvq_fx.storage import DYNAMIC_TOKENS, TOKENS, Storage
+from akvq_fx.storage import GROWING, STATIC, TOKENS, Storage
 
 
 @contextlib.contextmanager
@@ -81,9 +81,8 @@ class PackedKV(TensorBase):
         if len(storage.views) > 8:
             storage.views = [ref for ref in storage.views if ref() is not None]
         storage.views.append(weakref.ref(self))
-        if not self.static:  # a growing cache: its length is a symbol from the first decode step on
-            for name, marks in DYNAMIC_TOKENS.items():
-                setattr(self, name, set(marks) if isinstance(marks, set) else marks)
+        for name, marks in (STATIC if self.static else GROWING).items():
+            setattr(self, name, set(marks) if isinstance(marks, set) else marks)
         return self
 
     def __getattr__(self, name: str):

@@ -11,10 +11,9 @@ from akvq_fx import torch_internals
 from akvq_fx.kernels.layout import CODES, GAIN, PADDING, STATE_TEXT, Layout
 from akvq_fx.kernels.rotate import turn_as_stored
 
-TOKENS = 2  # the token axis of [B, H, T, D]
-
-
-DYNAMIC_TOKENS = torch_internals.dynamic_marks(3, TOKENS)
+ROWS, TOKENS = 0, 2  # axes of [B, H, T, D]
+# The sizes that are symbols from the first decode step on. A static cache has as many tokens as it was made for.
+GROWING, STATIC = torch_internals.dynamic_marks([ROWS, TOKENS]), torch_internals.dynamic_marks([ROWS])
 
 
 def text_slots(at: Tensor, length: int) -> tuple[Tensor, Tensor]:
@@ -131,11 +130,10 @@ class Storage:
         self.mark_dynamic()
 
     def mark_dynamic(self) -> None:
-        """Let dynamo treat capacities that change as symbols: growth must not recompile."""
-        if self.end is not None:
-            torch._dynamo.maybe_mark_dynamic(self["codes"], 2)
+        """Let dynamo treat rows and capacities that change as symbols: neither may recompile."""
+        torch._dynamo.maybe_mark_dynamic(self["codes"], [ROWS] if self.end is None else [ROWS, TOKENS])
         if self.layout.text_bits:
-            torch._dynamo.maybe_mark_dynamic(self["text_codes"], 2)
+            torch._dynamo.maybe_mark_dynamic(self["text_codes"], [ROWS, TOKENS])
 
     def clear(self) -> None:
         """Forget every token, in place."""

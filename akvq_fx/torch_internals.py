@@ -196,10 +196,10 @@ def apart(function: Callable, backend: Callable) -> Callable:
     return torch.compile(fresh, backend=backend, **isolated)
 
 
-def dynamic_marks(rank: int, dim: int) -> dict[str, Any]:
-    """What torch._dynamo.maybe_mark_dynamic(x, dim) leaves on a tensor; to copy it is 50 times quicker than to call that."""
-    probe = torch.empty((1,) * rank)
-    torch._dynamo.maybe_mark_dynamic(probe, dim)
+def dynamic_marks(dims: list[int]) -> dict[str, Any]:
+    """What torch._dynamo.maybe_mark_dynamic(x, dims) leaves on a tensor; to copy it is 50 times quicker than to call that."""
+    probe = torch.empty((1,) * (max(dims) + 1))
+    torch._dynamo.maybe_mark_dynamic(probe, dims)
     return dict(vars(probe))
 
 

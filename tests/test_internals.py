@@ -123,7 +123,7 @@ def sizes_of(gm):
 
 
 def test_marks_of_dynamic_sizes_can_be_copied():
-    marks = torch_internals.dynamic_marks(4, 2)
+    marks = torch_internals.dynamic_marks([2])
     assert marks, "maybe_mark_dynamic no longer leaves attributes"
     shapes = []
 

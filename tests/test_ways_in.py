@@ -185,9 +185,6 @@ SEARCHES = {
         (1, {}),
     ],
 }
-# Dynamo has a pair of graphs of its own for one row. Of a prompt it guards on the tensor that position_ids is a view of, [B, beams,
-# T]: another graph for the first number of beams or samples, for others, for one prompt, and for none.
-GRAPHS = {"down to one": 6, "all": 9}
 
 
 @pytest.mark.parametrize(
@@ -205,7 +202,7 @@ def test_rows_that_multiply_and_shrink(plain, static, dynamic, searches):
         assert torch.equal(tokens, want), (batch, how)
         assert akvq_fx.cache_stats(cache).plain_tensors == 0, (batch, how)
     assert not akvq_fx.report(model).refused and not akvq_fx.report(model).gave_up
-    assert counters["stats"]["unique_graphs"] <= GRAPHS.get(searches, 4)
+    assert counters["stats"]["unique_graphs"] <= 4
 
 
 @torch.no_grad()
@@ -236,12 +233,7 @@ def test_images(static):
     model, _ = ZOO["llava"]()
     model.compile(backend="akvq", options={**LOSSLESS, "inner": "eager"})
     kind = {"cache_implementation": "static"} if static else {}
-    for batch in (
-        1,
-        3,
-        2,
-        4,
-    ):  # images come as a list: each number of them is another graph of functions that all modules share
+    for batch in (1, 3, 2, 4):  # images come as a list: each number of them is another graph
         _, inputs = ZOO["llava"](batch=batch)
         arguments = {**inputs, **kind, "max_new_tokens": TOKENS, "return_dict_in_generate": True}
         out = model.generate(**arguments)
