@@ -202,7 +202,8 @@ def test_rows_that_multiply_and_shrink(plain, static, dynamic, searches):
         assert torch.equal(tokens, want), (batch, how)
         assert akvq_fx.cache_stats(cache).plain_tensors == 0, (batch, how)
     assert not akvq_fx.report(model).refused and not akvq_fx.report(model).gave_up
-    assert counters["stats"]["unique_graphs"] <= 4
+    # dynamic=True makes symbols of the tensor, too, that positions of beams are a view of: others have a prompt of their own
+    assert counters["stats"]["unique_graphs"] <= (5 if dynamic and searches == "all" else 4)
 
 
 @torch.no_grad()
