@@ -52,7 +52,7 @@ class AKVQConfig:
     pivots          tokens kept at 16 bits in PSA layers; pivot_mode "topk" fills all slots by max |h|, "massive" only with
                     tokens above massive_floor and massive_ratio times the median
     group           channels that share a scale; a head dim that is no multiple of it is one group
-    rotate          Walsh-Hadamard transform of keys and values; None: on, but off in lossless mode
+    rotate          Walsh-Hadamard rotation of keys and values; None: on, but off in lossless mode
     value_rotation  "online" where tokens are written and attention reads them; "fold": into copies of W_V and W_O where the graph
                     proves it legal, else online; "off"
     prefill         "exact": the prompt attends to its own 16-bit keys, as serving systems do; "quantized": to the packed ones

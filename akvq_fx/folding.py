@@ -45,10 +45,10 @@ class Folded:
         with torch.inference_mode(False), torch.no_grad():  # an inference tensor could not be renewed outside that mode
             for i, source in enumerate(sources):
                 if source is not None:
-                    self.copies[i] = into(self.copies[i], self.turned(i, source))
+                    self.copies[i] = into(self.copies[i], self.rotated(i, source))
         self.marks = marks
 
-    def turned(self, i: int, source: Tensor) -> Tensor:
+    def rotated(self, i: int, source: Tensor) -> Tensor:
         h = matrix(self.rows.shape[1], device=source.device)
         rows, columns = self.rows.to(source.device), self.columns.to(source.device)
         made = source.detach().clone()

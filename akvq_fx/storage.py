@@ -9,7 +9,7 @@ from torch import Tensor
 
 from akvq_fx import torch_internals
 from akvq_fx.kernels.layout import CODES, GAIN, PADDING, STATE_TEXT, Layout
-from akvq_fx.kernels.rotate import turn_as_stored
+from akvq_fx.kernels.rotate import rotate_as_stored
 
 TOKENS = 2  # the token axis of [B, H, T, D]
 
@@ -156,7 +156,7 @@ class Storage:
 
     def to_stored(self, x: Tensor) -> Tensor:
         """x as the model made it -> the space of the buffers."""
-        return turn_as_stored(x, self["affine"] if self.layout.affine else None, self.layout.rotated)
+        return rotate_as_stored(x, self["affine"] if self.layout.affine else None, self.layout.rotated)
 
     @property
     def nbytes(self) -> int:

@@ -23,7 +23,7 @@ FASTER = {
     "pack": cache.FASTER,
     "append": cache.FASTER_APPEND,
     "attend": attend.FASTER,
-    **dict.fromkeys(("hadamard", "rotate_keys", "rotate_queries"), rotate.FASTER),
+    **dict.fromkeys(("rotate", "rotate_keys", "rotate_queries"), rotate.FASTER),
     **dict.fromkeys(("find_pivots", "key_affine"), salience.FASTER),
 }
 

@@ -46,7 +46,7 @@ OPTIONS = {
         f"{PAPER}, section III",
     ),
     "rotate": (
-        "Walsh-Hadamard transform of keys and values; without it nothing is centred or balanced either",
+        "Walsh-Hadamard rotation of keys and values; without it nothing is centred or balanced either",
         f"{PAPER}, section III",
     ),
     "center_keys": ("subtract each head's mean key, which softmax does not notice", OURS),

@@ -1,6 +1,6 @@
 // Write a few tokens to a packed cache: the body of append_cpu.py. The meaning is kernels/cache.py's `write`, to the bit.
 //
-// Tokens come as they are stored, turned already. A row is one token of one head; rows share nothing but what head 0 writes for
+// Tokens come as they are stored, rotated already. A row is one token of one head; rows share nothing but what head 0 writes for
 // its batch row (classes, positions of text), so they may go to several threads.
 
 #include <cmath>

@@ -1,6 +1,6 @@
 """append and pack on NVIDIA GPUs: compiles and launches kernels/append_cuda.cu; the meaning is kernels/cache.py's.
 
-One launch turns, clips, quantizes, packs and writes all that a decode step changes. `refusal` says why a call is left to
+One launch rotates, clips, quantizes, packs and writes all that a decode step changes. `refusal` says why a call is left to
 kernels/cache_triton.py, whose checks of a call and order of steps serve this kernel too.
 """
 
@@ -60,15 +60,15 @@ def refusal(x: Tensor, layout: Layout) -> str:
     return nvrtc.refusal(x.device.index, "append_cuda")
 
 
-def append(cache, x, at, classes, pivots, layout: Layout, turn: bool = False) -> None:
+def append(cache, x, at, classes, pivots, layout: Layout, rotate: bool = False) -> None:
     """Write q tokens in place, as kernels.cache.append."""
-    cache_triton.append(cache, x, at, classes, pivots, layout, turn, launch)
+    cache_triton.append(cache, x, at, classes, pivots, layout, rotate, launch)
 
 
-def pack(x, at, classes, pivots, affine, capacity: int, layout: Layout, turn: bool = False) -> list[Tensor]:
+def pack(x, at, classes, pivots, affine, capacity: int, layout: Layout, rotate: bool = False) -> list[Tensor]:
     """New buffers that hold the prompt, as kernels.cache.pack, each byte written once where `packs`, but for a text overlay."""
     if not packs(x, layout) or x.shape[2] < layout.window or (layout.pivots and pivots is None):
-        return cache_triton.pack(x, at, classes, pivots, affine, capacity, layout, turn, launch)
+        return cache_triton.pack(x, at, classes, pivots, affine, capacity, layout, rotate, launch)
     B, H, *_ = x.shape
     cache = []
     for name in layout.fields:
@@ -80,7 +80,7 @@ def pack(x, at, classes, pivots, affine, capacity: int, layout: Layout, turn: bo
     if layout.affine:
         b["affine"].copy_(affine)
     check_fits(b, x, at, classes, layout)
-    launch(b, x, at, classes, pivots, affine, layout, turn, fresh=True)
+    launch(b, x, at, classes, pivots, affine, layout, rotate, fresh=True)
     return cache
 
 
@@ -92,13 +92,13 @@ def launch(
     pivots: Tensor | None,
     affine: Tensor | None,
     layout: Layout,
-    turn: bool,
+    rotate: bool,
     fresh: bool = False,
 ) -> None:
     """Write x and, where the kernel does not, keep its pivots; fresh: the buffers are unwritten, and `packs(x, layout)` holds."""
     B, H, q, _ = x.shape
     at, form = at.contiguous(), 0
-    if turn:
+    if rotate:
         form = 2 if affine is not None else int(layout.rotated)
     params = Params(x.data_ptr(), at.data_ptr(), fresh=fresh)
     for name in POINTERS[4:-1]:
@@ -126,7 +126,7 @@ def launch(
         launches.append(("append", B * H * -(-q // params.share), macros(layout, form, False, text_only=True)))
     run(launches, params, x.device)
     if keep and not fast:
-        keep_pivots(b, x, at, classes, pivots, affine, layout, turn)
+        keep_pivots(b, x, at, classes, pivots, affine, layout, rotate)
 
 
 def run(launches: list[tuple[str, int, tuple]], params: Params, device: torch.device) -> None:

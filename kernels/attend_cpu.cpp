@@ -36,7 +36,7 @@ struct Plan {
   Owners *key_owners, *value_owners;  // [B]
   uint8_t* used[2][2];                // [key, value][BODY, TEXT], see find_used
   float *peak, *mass, *sums;          // [B * H * splits][R], the same, [..][R][out_stride]
-  const Hadamard* back;               // null: the output stays in the stored space
+  const Rotation* back;               // null: the output stays in the stored space
 
   Packed packed(const Cache& cache, int64_t head, int kind) const {
     const int64_t bits = kind == BODY ? cache.bits : cache.text_bits, D = cache.head_dim;
@@ -326,7 +326,7 @@ extern "C" int akvq_attend(const Call* call_, const Cache* key, const Cache* val
   const int64_t threads = std::max<int64_t>(1, std::min(call.threads, work / WORK_PER_THREAD));
   int64_t splits = threads == 1 ? 1 : (UNITS_PER_THREAD * threads + heads - 1) / heads;
   splits = std::max<int64_t>(1, std::min(splits, chunks));
-  const Hadamard back(value->head_dim);
+  const Rotation back(value->head_dim);
   Plan plan{call, *key, *value, R, call.length, chunk, chunks, chunk + PAD, round_up(value->head_dim, LANES), splits,
             nullptr, nullptr, {}, nullptr, nullptr, nullptr, call.restore ? &back : nullptr};
 

@@ -147,13 +147,13 @@ inline void unpack_over(const uint16_t* words, int64_t head_dim, int64_t bits, i
     for (int64_t w = 0; w < count; w++) out[s * count + w] |= (words[w] >> bits * s & ((1 << bits) - 1)) << up;
 }
 
-// kernels/rotate.py's transform of a row: blocks of `order`, the largest power of two that divides the head dim. Channels of one vector
+// kernels/rotate.py's rotation of a row: blocks of `order`, the largest power of two that divides the head dim. Channels of one vector
 // by a product with H's entries, vectors by butterflies. The row has zeros up to a whole number of vectors.
-struct Hadamard {
+struct Rotation {
   int64_t order;
   float entries[LANES][LANES];  // of H; symmetric
 
-  explicit Hadamard(int64_t head_dim) : order(head_dim & -head_dim) {
+  explicit Rotation(int64_t head_dim) : order(head_dim & -head_dim) {
     const float norm = 1.0f / std::sqrt(float(order));
     for (int i = 0; i < LANES; i++)
       for (int j = 0; j < LANES; j++)

@@ -100,7 +100,7 @@ def attend(
     return out
 
 
-attend.itself = ("restore",)  # of turn and restore
+attend.fused = ("restore",)  # of rotate and restore
 
 
 def address(tensor: Tensor | None) -> int:

@@ -120,7 +120,7 @@ def attend(
     at: Tensor | None,
     key_layout: Layout,
     value_layout: Layout,
-    turn: bool = False,
+    rotate: bool = False,
     restore: bool = False,
     splits: int | None = None,
 ) -> Tensor:
@@ -144,8 +144,8 @@ def attend(
     params.state, params.scale = k["state"].data_ptr(), (layout.head_dim**-0.5 if scale is None else scale) * LOG2_E
     params.heads, params.capacity, params.rows, params.queries = heads, capacity, rows, queries
     params.window, params.pivots, params.length = layout.window, layout.pivots, -1 if length is None else length
-    params.splits, params.turn, params.restore = splits, turn and layout.rotated, restore
-    if turn and layout.affine:
+    params.splits, params.turn, params.restore = splits, rotate and layout.rotated, restore
+    if rotate and layout.affine:
         params.affine = k["affine"].data_ptr()
     if layout.pivots:
         params.pivot_at = k["pivot_at"].data_ptr()
@@ -167,7 +167,7 @@ def attend(
     return out
 
 
-attend.itself = ("turn", "restore")
+attend.fused = ("rotate", "restore")
 
 
 @functools.lru_cache(4096)

@@ -191,4 +191,4 @@ def attend(
     return out
 
 
-attend.itself = ()  # kernels/rotate_triton.py turns the queries before and the output after it
+attend.fused = ()  # kernels/rotate_triton.py rotates the queries before and the output after it

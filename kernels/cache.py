@@ -1,8 +1,8 @@
 """pack, append, restart, dequantize: write and read the packed buffers of one key or value tensor (kernels/layout.py).
 
 cache    list of buffers in the order of Layout.parse(layout).fields
-x        [B, H, q, D] floating, in the stored space (rotated where the layout says so); with turn=True as the model made it,
-         and the op turns it: one launch rotates, clips, quantizes, packs and writes
+x        [B, H, q, D] floating, in the stored space (rotated where the layout says so); with rotate=True as the model made it,
+         and the op rotates it: one launch rotates, clips, quantizes, packs and writes
 at       [q] int64    positions that the q tokens take in the cache, ascending
 classes  [B, q] uint8 their token classes (TEXT where omitted)
 layout   str          Layout's text form
@@ -32,7 +32,7 @@ from akvq_fx.kernels.layout import (
     pack_bits,
     unpack_bits,
 )
-from akvq_fx.kernels.rotate import restore, turn_as_stored
+from akvq_fx.kernels.rotate import restore, rotate_as_stored
 from akvq_fx.kernels.simulate import simulated
 
 FASTER = {"cuda": ("append_cuda", "cache_triton")}  # before the reference, by device
@@ -110,7 +110,7 @@ def write(
     if layout.pivots:
         b["pivot_at"].masked_fill_(b["pivot_at"] >= start, -1)
     if layout.pivots and pivots is not None:
-        keep_pivots(b, x, at, classes, pivots, None, layout, turn=False)
+        keep_pivots(b, x, at, classes, pivots, None, layout, rotate=False)
     ring, last = b["state"][STATE_RING : STATE_RING + 1], b["state"][STATE_END : STATE_END + 1]
     held = torch.where(
         start > last, start, torch.minimum(ring, start)
@@ -133,11 +133,11 @@ def keep_pivots(
     pivots: Tensor,
     affine: Tensor | None,
     layout: Layout,
-    turn: bool,
+    rotate: bool,
 ) -> None:
     """Fill the pivot slots from tokens pivots [B, P] of x, where x starts a cache (its first position is 0).
 
-    A pivot on padding is dropped: nobody sees it. With turn=True the few chosen tokens are turned, not all of x.
+    A pivot on padding is dropped: nobody sees it. With rotate=True the few chosen tokens are rotated, not all of x.
     """
     B, H, _, D = x.shape
     begins = at[0] == 0
@@ -147,7 +147,7 @@ def keep_pivots(
     position = at[row].long()
     given &= kinds_of(x, classes).gather(1, row) != PADDING
     chosen = x.gather(2, row[:, None, :, None].expand(B, H, -1, D))
-    chosen = turn_as_stored(chosen, affine, layout.rotated) if turn else chosen
+    chosen = rotate_as_stored(chosen, affine, layout.rotated) if rotate else chosen
     kept = torch.where(given, position, -1).to(torch.int32)
     b["pivots"].copy_(torch.where(begins, chosen.to(b["pivots"].dtype), b["pivots"]))
     b["pivot_at"].copy_(torch.where(begins, kept, b["pivot_at"]))
@@ -222,22 +222,22 @@ def pack(
     affine: Tensor | None,
     capacity: int,
     layout: str,
-    turn: bool = False,
+    rotate: bool = False,
 ) -> list[Tensor]:
     """x [B, H, q, D] -> new buffers of `capacity` tokens; pivots [B, P] int32 index the q tokens, -1 for none."""
     parsed = Layout.parse(layout)
 
     def run(kernel) -> list[Tensor]:
         if kernel is not None:
-            return kernel(x, at, classes, pivots, affine, capacity, parsed, turn)
-        stored = turn_as_stored(x, affine, parsed.rotated) if turn else x
+            return kernel(x, at, classes, pivots, affine, capacity, parsed, rotate)
+        stored = rotate_as_stored(x, affine, parsed.rotated) if rotate else x
         return create(stored, at, classes, pivots, affine, capacity, parsed)
 
     return answer(run, "pack", FASTER.get(x.device.type, ()), x, parsed)
 
 
 @pack.register_fake
-def _(x, at, classes, pivots, affine, capacity, layout, turn=False):
+def _(x, at, classes, pivots, affine, capacity, layout, rotate=False):
     parsed = Layout.parse(layout)
     B, H = x.shape[:2]
     text = capacity if parsed.text_bits else 0
@@ -253,7 +253,7 @@ def append(
     classes: Tensor | None,
     pivots: Tensor | None,
     layout: str,
-    turn: bool = False,
+    rotate: bool = False,
 ) -> None:
     """Write q tokens in place: one in a decode step, more when a filled cache takes another prompt.
 
@@ -263,16 +263,16 @@ def append(
 
     def run(kernel) -> None:
         if kernel is not None:
-            kernel(cache, x, at, classes, pivots, parsed, turn)
+            kernel(cache, x, at, classes, pivots, parsed, rotate)
             return
-        stored = turn_as_stored(x, named(cache, parsed).get("affine"), parsed.rotated) if turn else x
+        stored = rotate_as_stored(x, named(cache, parsed).get("affine"), parsed.rotated) if rotate else x
         write(cache, stored, at, classes, pivots, parsed)
 
     answer(run, "append", FASTER_APPEND.get(x.device.type, ()), x, parsed)
 
 
 @torch.library.register_fake("akvq::append")
-def _(cache, x, at, classes, pivots, layout, turn=False):
+def _(cache, x, at, classes, pivots, layout, rotate=False):
     named(cache, Layout.parse(layout))
 
 

@@ -1,4 +1,4 @@
-"""append, pack: one Triton kernel turns, clips, quantizes and packs new tokens and writes all that a decode step changes.
+"""append, pack: one Triton kernel rotates, clips, quantizes and packs new tokens and writes all that a decode step changes.
 
 x       [B, H, q, D] float16 | bfloat16 | float32 of any strides, D a multiple of 8 up to 256
 buffers those of kernels/layout.py, contiguous; the meaning is kernels/cache.py with kernels/quantizer.py
@@ -23,7 +23,7 @@ from torch import Tensor
 from akvq_fx.kernels import quantizer, rotate_triton
 from akvq_fx.kernels.cache import check_fits, keep_pivots, named
 from akvq_fx.kernels.layout import CODE_BITS, STATE_END, STATE_RING, STATE_TEXT, TEXT, Layout
-from akvq_fx.kernels.rotate_triton import KEYS, affine_rows, head_rows, turned
+from akvq_fx.kernels.rotate_triton import KEYS, affine_rows, head_rows, rotated
 from akvq_fx.kernels.supports import ANY, NOT_SIMULATED, Supports
 
 SUPPORTS = Supports(
@@ -154,7 +154,7 @@ def write_kernel(
     heads, owners, leads, tokens, steps, capacity, text_capacity,
     stride_b, stride_h, stride_t, stride_d, kinds_b, kinds_t,
     D: tl.constexpr, DP: tl.constexpr, ORDER: tl.constexpr, DEPTH: tl.constexpr,
-    TURN: tl.constexpr, MAP: tl.constexpr, TERMS: tl.constexpr, TERM: tl.constexpr, NORM: tl.constexpr,
+    ROTATE: tl.constexpr, MAP: tl.constexpr, TERMS: tl.constexpr, TERM: tl.constexpr, NORM: tl.constexpr,
     BITS: tl.constexpr, CLIP: tl.constexpr, TEXT_BITS: tl.constexpr, LOW_WIDTH: tl.constexpr, TEXT_CLIP: tl.constexpr,
     GROUPS: tl.constexpr,
     WINDOW: tl.constexpr, PIVOTS: tl.constexpr, PIVOTS_P: tl.constexpr, PACK_TERM: tl.constexpr,
@@ -179,11 +179,11 @@ def write_kernel(
         slot = tl.load(at + token, mask=live, other=0).to(tl.int32)
         kept = live & (slot >= 0) & (slot < capacity)  # the kernel cannot raise, and must not write elsewhere
         source = row + token.to(tl.int64) * stride_t
-        if TURN:
-            tile = turned(
+        if ROTATE:
+            tile = rotated(
                 source, stride_d, live, maps, has_map, owners * D, D, DP, ORDER, DEPTH, MAP, TERMS, TERM, NORM, ROWS
             )
-            tile = tile.to(x.dtype.element_ty).to(tl.float32)  # as the turned keys of the reference are
+            tile = tile.to(x.dtype.element_ty).to(tl.float32)  # as the rotated keys of the reference are
         else:
             tile = tl.load(source[:, None] + channel[None, :] * stride_d, mask=live[:, None] & real, other=0)
             tile = tile.to(tl.float32)
@@ -228,17 +228,17 @@ def write_kernel(
             write_state(state, at, tokens, WINDOW)
 
 
-def launch(b: dict[str, Tensor], x: Tensor, at: Tensor, classes, pivots, affine, layout: Layout, turn: bool) -> None:
+def launch(b: dict[str, Tensor], x: Tensor, at: Tensor, classes, pivots, affine, layout: Layout, rotate: bool) -> None:
     """Write x to buffers that fit it, then its pivots."""
     reason = refusal(x, layout)
     if reason:
         raise ValueError(f"akvq::append: {reason}")
     B, H, q, D = x.shape
-    kind = KEYS if turn and affine is not None else 0
+    kind = KEYS if rotate and affine is not None else 0
     if kind:
         rotate_triton.check_affine("append", x, affine)
         affine = affine.contiguous()
-    constants = rotate_triton.turn_constants(x.dtype, D, kind)
+    constants = rotate_triton.rotation_constants(x.dtype, D, kind)
     plan = rotate_triton.plan_of(B * H, q, D)
     text_capacity = b["text_codes"].shape[2] if layout.text_bits else 0
     kinds_strides = (0, 0) if classes is None else classes.stride()
@@ -248,7 +248,7 @@ def launch(b: dict[str, Tensor], x: Tensor, at: Tensor, classes, pivots, affine,
             b.get("range"), b.get("ring"), b.get("pivot_at"), b.get("text_codes"), b.get("text_at"),
             H, affine.shape[2] if kind else H, B * H, q, plan.steps, b["codes"].shape[2], text_capacity,
             *x.stride(), *kinds_strides,
-            **constants, TURN=bool(kind) or (turn and layout.rotated),
+            **constants, ROTATE=bool(kind) or (rotate and layout.rotated),
             BITS=layout.body_bits, CLIP=layout.body_clip, TEXT_BITS=layout.text_bits, LOW_WIDTH=layout.low_width,
             TEXT_CLIP=layout.text_clip,
             GROUPS=layout.groups, WINDOW=layout.window, PIVOTS=layout.pivots,
@@ -256,7 +256,7 @@ def launch(b: dict[str, Tensor], x: Tensor, at: Tensor, classes, pivots, affine,
             SHARE=plan.share, TILE=plan.tile, num_warps=plan.warps, num_stages=1,
         )  # fmt: skip
     if layout.pivots and pivots is not None:
-        keep_pivots(b, x, at, classes, pivots, affine, layout, turn)
+        keep_pivots(b, x, at, classes, pivots, affine, layout, rotate)
 
 
 def append(
@@ -266,7 +266,7 @@ def append(
     classes: Tensor | None,
     pivots: Tensor | None,
     layout: Layout,
-    turn: bool = False,
+    rotate: bool = False,
     run=launch,
 ) -> None:
     """Write q tokens in place, one launch (and a few small ones where pivots are given, in a prompt).
@@ -275,7 +275,7 @@ def append(
     """
     b = named(cache, layout)
     check_fits(b, x, at, classes, layout)
-    run(b, x, at, classes, pivots, b.get("affine"), layout, turn)
+    run(b, x, at, classes, pivots, b.get("affine"), layout, rotate)
 
 
 def pack(
@@ -286,7 +286,7 @@ def pack(
     affine: Tensor | None,
     capacity: int,
     layout: Layout,
-    turn: bool = False,
+    rotate: bool = False,
     run=launch,
 ) -> list[Tensor]:
     """pack: new buffers of `capacity` tokens that hold the prompt."""
@@ -295,5 +295,5 @@ def pack(
     if layout.affine:
         b["affine"].copy_(affine)
     check_fits(b, x, at, classes, layout)
-    run(b, x, at, classes, pivots, affine, layout, turn)
+    run(b, x, at, classes, pivots, affine, layout, rotate)
     return cache

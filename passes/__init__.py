@@ -24,10 +24,10 @@ PIPELINE = (
     fold_values,  # before packing: a layout says whether its buffers are rotated
     pack_caches,  # writes
     attend_packed,  # reads
-    rotate_queries_keys,  # after both: every pack, append and attend is there to be turned
+    rotate_queries_keys,  # after both: every pack, append and attend is there to be rotated
     rotate_values,
     read_unmatched,  # packed caches that nothing above answered for
-    fuse_rotations,  # once nothing asks for turned tokens any more
+    fuse_rotations,  # once nothing asks for rotated tokens any more
     clean_up,
     split_decode,  # last: it reads the finished graph, and only for mode="reduce-overhead"
 )

@@ -74,7 +74,8 @@ def rewrite(state: GraphState, site: Site, key, val) -> None:
 def append_after(state: GraphState, reader: Node, whole: Node, position: int) -> None:
     """Move the append of `whole` behind an attention that takes the same tokens as its argument `position`.
 
-    Called in graph order, so behind the last. Uses of the tokens stay in graph order too: the first one says where they are turned.
+    Called for each such attention in graph order, so the append ends up behind the last one. The uses of the tokens are kept in
+    graph order too: tokens are rotated just before their first use.
     """
     uses = state.stored_uses[whole]
     attends = [use for use in uses if use[0].target is akvq.attend.default]

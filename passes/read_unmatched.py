@@ -64,7 +64,7 @@ def is_growth(user, past) -> bool:
 
 
 def append(state: GraphState, past, whole) -> None:
-    """An append for a growth that no attention was matched to; its tokens are turned as the buffers are."""
+    """An append for a growth that no attention was matched to; its tokens are rotated as the buffers are."""
     buffers = state.bind(past)
     new = tensors_of_cat(whole)[1]
     with state.before(whole):
@@ -81,7 +81,7 @@ def append(state: GraphState, past, whole) -> None:
 def stored(state: GraphState, buffers, new):
     if buffers.layout.affine:
         return state.call(akvq.rotate_keys.default, new, buffers["affine"])
-    return state.call(akvq.hadamard.default, new) if buffers.layout.rotated else new
+    return state.call(akvq.rotate.default, new) if buffers.layout.rotated else new
 
 
 def read_after(state: GraphState, past, whole):

@@ -85,7 +85,7 @@ class GraphState:
         self.stored_uses: dict[
             Node, list[tuple[Node, int]]
         ] = {}  # whole -> arguments that want its new tokens as stored
-        self.query_uses: list[tuple[Site, Node]] = []  # attend nodes, whose queries must be turned as the keys are
+        self.query_uses: list[tuple[Site, Node]] = []  # attend nodes, whose queries must be rotated as the keys are
 
     @contextlib.contextmanager
     def before(self, node: Node):

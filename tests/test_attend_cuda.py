@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from akvq_fx.kernels import attend_cuda
 from akvq_fx.kernels.cache import named, read
 from akvq_fx.kernels.layout import PIVOT, TEXT, Layout
-from akvq_fx.kernels.rotate import hadamard, matrix, rotate_queries
+from akvq_fx.kernels.rotate import matrix, rotate, rotate_queries
 from tests.kernel_cases import case_of, few, random_affine
 
 bf16, f16 = torch.bfloat16, torch.float16
@@ -205,15 +205,15 @@ def check_equals_the_reference(dtype, head_dim, group, shape, text_bits=0, value
 @gpu
 @pytest.mark.parametrize("head_dim", (64, 80, 128, 256))
 @pytest.mark.parametrize("affine", (False, True), ids=("rotated", "affine"))
-def test_turns_queries_in_its_own_launch(head_dim, affine):
+def test_rotates_queries_in_its_own_launch(head_dim, affine):
     layout = Layout(head_dim, bf16, body_bits=2, window=16, pivots=3)
     key, value = cache_pair(layout, 2, 2, 300, 320)
     key_layout = dataclasses.replace(layout, rotated=True, affine=affine)
     maps = [random_affine(2, 2, head_dim).cuda()] if affine else []
     q = torch.randn(2, 6, 3, head_dim, device="cuda", dtype=bf16)
     args = ([*key, *maps], value, 300, None, None, False, None, None, None)
-    turned = rotate_queries(q, maps[0]) if affine else hadamard(q)
-    due = torch.ops.akvq.attend(turned, *args, str(key_layout), str(layout))
+    rotated = rotate_queries(q, maps[0]) if affine else rotate(q)
+    due = torch.ops.akvq.attend(rotated, *args, str(key_layout), str(layout))
     out = torch.ops.akvq.attend(q, *args, str(key_layout), str(layout), True)
     error = ((out.double() - due.double()).norm() / due.double().norm()).item()
     assert error <= RELATIVE[bf16]

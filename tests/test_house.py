@@ -330,6 +330,6 @@ def test_arguments_stand_where_the_schema_says():
     node = torch.fx.Graph().call_function(torch.ops.akvq.append.default, ("cache", "x", "at", None, None, "layout"))
     names = [argument.name for argument in node.target._schema.arguments]
     assert [place_of(node.target, name) for name in names] == list(range(len(names)))
-    assert (argument_of(node, "x"), argument_of(node, "layout"), argument_of(node, "turn")) == ("x", "layout", False)
+    assert (argument_of(node, "x"), argument_of(node, "layout"), argument_of(node, "rotate")) == ("x", "layout", False)
     with pytest.raises(KeyError, match="restore"):
         place_of(node.target, "restore")

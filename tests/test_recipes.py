@@ -12,10 +12,10 @@ from akvq_fx.config import PACKED_ONLY, AKVQConfig
 from akvq_fx.cost import bits_at, recipe_bits, recipe_table
 from akvq_fx.kernels.layout import DTYPES, Layout
 from akvq_fx.kernels.quantizer import dequantize, quantize
-from akvq_fx.kernels.rotate import reference as transform
+from akvq_fx.kernels.rotate import reference as rotate_reference
 from akvq_fx.kernels.salience import key_affine
 from akvq_fx.recipes import RECIPES, SIMULATORS, Context, Simulation
-from akvq_fx.recipes.arithmetic import hadamard, round_trip_channels
+from akvq_fx.recipes.arithmetic import rotate, round_trip_channels
 from akvq_fx.recipes.skvq import clusters, distances, lloyd
 from akvq_fx.recipes.turboquant import centroids
 from tests.kernel_cases import assert_same, few, randn, seeds
@@ -368,7 +368,7 @@ def test_rtn_is_the_packed_path(seed, D):
 @pytest.mark.parametrize("D", (16, 24, 80, 128))
 def test_hadamard_is_the_kernels(D):
     x = randn(3, D, dtype=f64)
-    torch.testing.assert_close(hadamard(x), transform(x))
+    torch.testing.assert_close(rotate(x), rotate_reference(x))
 
 
 def test_smoothquant_gains():

@@ -102,7 +102,7 @@ def massive_activations(calibration: Calibration):
 
 
 def channels(calibration: Calibration, layer: int | None = None):
-    """Largest |x| of every KV head and channel of one layer, keys and values, before and after the transform.
+    """Largest |x| of every KV head and channel of one layer, keys and values, before and after the rotation.
 
     layer: its number; the one whose keys' channels stand out most unless told. Raises ValueError for a layer that was not measured.
     """
@@ -123,7 +123,7 @@ def channels(calibration: Calibration, layer: int | None = None):
 
 
 def outliers(calibration: Calibration):
-    """By layer: how far the largest channel of keys and values stands out, before and after the transform."""
+    """By layer: how far the largest channel of keys and values stands out, before and after the rotation."""
     figure, axes = new_figure(8, 4)
     for form in FORMS:
         axes[0, 0].plot([layer.layer for layer in calibration.layers], [layer.outlier(form) for layer in calibration.layers],

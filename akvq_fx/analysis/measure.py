@@ -20,7 +20,7 @@ from torch import Tensor
 
 from akvq_fx.analysis.watch import Seen
 from akvq_fx.config import AKVQConfig
-from akvq_fx.kernels.rotate import keys_reference, transform
+from akvq_fx.kernels.rotate import keys_reference, rotate_wide
 from akvq_fx.kernels.salience import key_affine_reference, massive_tokens, select_pivots, valid_tokens
 
 MODALITIES = ("text", "vision")
@@ -132,16 +132,16 @@ def probabilities(seen: Seen, row: int, queries: Tensor, window: int) -> tuple[T
 def channel_magnitudes(seen: Seen, valid: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
     """Per form of FORMS: largest and mean |x| of every KV head and channel over a prompt's real tokens, float64 [H, D] each.
 
-    "centred" keys have their mean taken away and their channels balanced before the transform, as the backend stores them.
+    "centred" keys have their mean taken away and their channels balanced before the rotation, as the backend stores them.
     """
     key, value = seen.new_key.float(), seen.new_value.float()
     affine = key_affine_reference(key, seen.query.float(), valid, True, True)
     forms = (
         key,
-        transform(key),
+        rotate_wide(key),
         keys_reference(key, affine),
         value,
-        transform(value),
+        rotate_wide(value),
     )
     real = valid[:, None, :, None]
     found = {}

@@ -155,7 +155,7 @@ def error_of(p: Problem, length: int | None, restore: bool = False) -> float:
     mask = None if p.mask is None else p.mask[rows]
     q = p.stored_q[rows].float()
     expected = reference(q, pick(p.key), pick(p.value), *p.layouts, p.shape.tokens, mask, None, False, None)
-    expected = torch.ops.akvq.hadamard(expected) if restore else expected
+    expected = torch.ops.akvq.rotate(expected) if restore else expected
     return ((out - expected).norm() / expected.norm()).item()
 
 
