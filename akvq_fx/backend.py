@@ -1,6 +1,6 @@
 """akvq: the backend that torch.compile(model, backend="akvq") calls with every graph that dynamo captures.
 
-dynamo graph -> passes.PIPELINE -> inner compiler (Inductor unless told otherwise) -> Runtime. One module-level callable: a new
+dynamo graph -> passes.PIPELINE -> inner compiler (default: Inductor) -> Runtime. One module-level callable: a new
 function object per call would recompile. The graph that dynamo passes in is never edited.
 """
 
@@ -38,7 +38,7 @@ def akvq(gm: GraphModule, example_inputs: list, *, mode: str | None = None, opti
     Raises ValueError for options that AKVQConfig does not accept.
     """
     versions.warn_of_untried()
-    with gave_up.noticed(akvq):
+    with gave_up.compiling_for(akvq):
         return compile_graph(gm, example_inputs, AKVQConfig.from_options(options, mode))
 
 
@@ -58,8 +58,8 @@ def compile_graph(gm: GraphModule, example_inputs: list, config: AKVQConfig):
     return runtime
 
 
-akvq.dynamo_gave_up = gave_up.tell
-gave_up.listen()
+akvq.dynamo_gave_up = gave_up.warn_and_keep
+gave_up.register_hook()
 compiled_generate.install(akvq)
 
 
@@ -87,7 +87,7 @@ def rewrite(gm: GraphModule, example_inputs: list, config: AKVQConfig) -> GraphS
     disabled = os.environ.get(DISABLE, "")
     steps = without(PIPELINE, disabled)
     if len(steps) < len(PIPELINE):
-        say_disabled(disabled)
+        warn_of_disabled(disabled)
     for number, step in enumerate(steps):
         begin = time.perf_counter()
         try:
@@ -104,7 +104,7 @@ def rewrite(gm: GraphModule, example_inputs: list, config: AKVQConfig) -> GraphS
 
 
 @functools.cache
-def say_disabled(names: str) -> None:
+def warn_of_disabled(names: str) -> None:
     """Once a process: a variable that was left set is easily forgotten."""
     log.warning("%s=%s: these passes do not run", DISABLE, names)
 

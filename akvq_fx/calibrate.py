@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from akvq_fx import policy, torch_internals
 from akvq_fx.analysis import measure
 from akvq_fx.analysis.calibration import Calibration, LayerStatistics, Massive, Prompt
-from akvq_fx.analysis.watch import Seen, Watch
+from akvq_fx.analysis.watch import AttentionCall, Watch
 from akvq_fx.config import AKVQConfig
 
 GRAPHS = 256  # graphs that dynamo may make of one function: prompts differ in length and batch
@@ -56,7 +56,7 @@ def calibrate(
     collector = Collector(config, queries)
     names = {id(p): name for name, p in original.named_parameters()} if is_module else {}
     watch = Watch(config, names, collector.look)
-    run = torch_internals.apart(original._call_impl if is_module else original, watch.backend)
+    run = torch_internals.compile_isolated(original._call_impl if is_module else original, watch.backend)
     with torch._dynamo.config.patch(recompile_limit=GRAPHS, accumulated_recompile_limit=GRAPHS):
         for number, prompt in enumerate(prompts):
             watch.vision = None
@@ -103,25 +103,25 @@ class Collector:
     def begin(self) -> None:
         self.prompt = None
 
-    def look(self, seen: Seen) -> None:
-        layer = self.layers.setdefault(seen.label, LayerStatistics(seen.layer, seen.label))
-        valid = measure.valid_of(seen)
-        vision = seen.vision & valid if seen.vision is not None else torch.zeros_like(valid)
-        peaks = measure.peaks_of(seen)
+    def look(self, call: AttentionCall) -> None:
+        layer = self.layers.setdefault(call.label, LayerStatistics(call.layer, call.label))
+        valid = measure.valid_of(call)
+        vision = call.vision & valid if call.vision is not None else torch.zeros_like(valid)
+        peaks = measure.peaks_of(call)
         pivots = measure.pivots_of(peaks, valid, self.config)
         asked = 0
         for row in range(len(valid)):
             at = measure.queries_of(valid[row], vision[row], self.queries)
             asked += len(at)
             found, tokens = measure.attention_mass(
-                seen, row, at, valid[row], vision[row], pivots[row], self.config.window
+                call, row, at, valid[row], vision[row], pivots[row], self.config.window
             )
             layer.sums = {name: layer.sums.get(name, 0) + mass for name, mass in found.items()}
             layer.tokens = {name: layer.tokens.get(name, 0) + count for name, count in tokens.items()}
         layer.queries += asked
         if peaks is not None:
             layer.massive += self.massive(peaks, valid)
-        for name, (largest, mean) in measure.channel_magnitudes(seen, valid).items():
+        for name, (largest, mean) in measure.channel_magnitudes(call, valid).items():
             before = layer.largest.get(name, largest)
             layer.largest[name] = torch.maximum(before, largest)
             layer.mean[name] = (layer.mean.get(name, 0) * layer.calls + mean) / (layer.calls + 1)

@@ -84,7 +84,7 @@ class AKVQConfig:
     def __post_init__(self):
         if self.recipe not in tuple(RECIPES):
             self._refuse("recipe", "one of " + ", ".join(map(repr, RECIPES)))
-        self._choose()
+        self._fill_in()
         for name, accepted in CHOICES.items():
             if getattr(self, name) not in accepted:
                 self._refuse(name, "one of " + ", ".join(map(repr, accepted)))
@@ -114,7 +114,7 @@ class AKVQConfig:
         if self.mode is not None and self.inner != "inductor":
             self._refuse("mode", f"None when inner={self.inner!r}: only Inductor has modes")
 
-    def _choose(self):
+    def _fill_in(self):
         """Put the recipe's choice, else the default, where the user gave none."""
         recipe = RECIPES[self.recipe]
         if recipe.simulated:

@@ -132,7 +132,7 @@ class DecodeStep:
         moved = [x.contiguous() for x in self.moved(inputs)]
         for x, capacity in zip(made, self.split.pads, strict=False):
             if capacity is not None:
-                x = torch.nn.functional.pad(x, (0, inputs[capacity].shape[2] - x.shape[-1]), value=nothing_seen(x))
+                x = torch.nn.functional.pad(x, (0, inputs[capacity].shape[2] - x.shape[-1]), value=masked_value(x))
             moved.append(x.contiguous())
         if self.split.starts:
             moved.append(self.place_rows(inputs, None))
@@ -218,7 +218,7 @@ class DecodeStep:
                 (*self.moved(inputs), *made), (*[None] * len(self.split.moved), *self.split.pads), strict=False
             ):
                 size = x.shape if capacity is None else (*x.shape[:-1], inputs[capacity].shape[2])
-                fill = 0 if capacity is None else nothing_seen(x)
+                fill = 0 if capacity is None else masked_value(x)
                 found.append(torch.full(size, fill, dtype=x.dtype, device=x.device))
             if self.split.starts:
                 found.append(torch.empty_like(self.place_rows(inputs, None)))
@@ -261,7 +261,7 @@ def is_capturing() -> bool:
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
-def nothing_seen(mask: Tensor):
+def masked_value(mask: Tensor):
     return False if mask.dtype == torch.bool else -torch.inf
 
 

@@ -15,8 +15,8 @@ LIMIT = 256  # events kept at a time
 class Event:
     """A function that dynamo gave up on, and the modules that it was called with."""
 
-    def __init__(self, told: GaveUp, code: types.CodeType, modules: list[nn.Module]):
-        self.told, self.code = told, code
+    def __init__(self, gave_up: GaveUp, code: types.CodeType, modules: list[nn.Module]):
+        self.gave_up, self.code = gave_up, code
         self.modules = [weakref.ref(module) for module in modules]
 
     def concerns(self, modules: set[int], codes: set[int]) -> bool:

@@ -163,8 +163,8 @@ class PackedKV(TensorBase):
             storage.end = length
         if length + extra > storage.capacity:
             storage.grow(-(-(length + extra) // step) * step)
-        if storage.lent:
-            storage.keep_to_itself()
+        if storage.borrowers:
+            storage.release_borrowers()
         return storage
 
     def append(self, x: Tensor, step: int = 128) -> PackedKV:

@@ -16,11 +16,11 @@ from torch import Tensor
 
 from akvq_fx.kernels import autocast  # noqa: F401 - says what it means for the ops
 from akvq_fx.kernels import cache as ops
-from akvq_fx.packed_tokens import Tokens, row_upon_row, tail_to_tail
+from akvq_fx.packed_tokens import Tokens, concat_rows, concat_tokens
 from akvq_fx.storage import TOKENS
 
 aten = torch.ops.aten
-_said: set[str] = set()
+_warned: set[str] = set()
 _handlers: list[tuple[list, Callable]] = []  # aten ops, and what answers them
 _function_handlers: list[tuple[list, Callable]] = []  # the same for functions of torch as Python calls them
 
@@ -51,8 +51,8 @@ def is_packed(x) -> bool:
 def plain_of(packed: Tensor, op: str) -> Tensor:
     if packed.storage is None:  # tracing: only the shape matters
         return torch.empty(packed.shape, dtype=packed.dtype, device=packed.device)
-    if op not in _said:
-        _said.add(op)
+    if op not in _warned:
+        _warned.add(op)
         warnings.warn(
             f"akvq: {op} is not defined on packed codes, the cache is read through dequantize() for it "
             f"(a {packed.dtype} copy of {list(packed.shape)}); what it gives is plain, and its tokens are quantized anew "
@@ -171,7 +171,7 @@ def _(func, types, args, kwargs):
     if packed > 1:
         if not all(map(is_growing, tensors[:packed])) or not alike(tensors[:packed], "rows"):
             return NotImplemented
-        first = wrap(first, tail_to_tail([tokens_of(t) for t in tensors[:packed]]))
+        first = wrap(first, concat_tokens([tokens_of(t) for t in tensors[:packed]]))
     if first.storage is None:  # tracing; outside a graph the op itself checks
         for t in rest:
             require_same_rows(first, t)
@@ -213,7 +213,7 @@ def stack_rows(tensors: list[Tensor]) -> Tensor:
     if len({t.static for t in tensors}) > 1 or not alike(tensors, "length"):
         return NotImplemented
     if not tensors[0].static:
-        return wrap(tensors[0], row_upon_row([tokens_of(t) for t in tensors]))
+        return wrap(tensors[0], concat_rows([tokens_of(t) for t in tensors]))
     stores = [t.storage for t in tensors]
     ends = {tuple(s["state"].tolist()) for s in stores}
     if len(ends) > 1 or len({s["text_at"].shape for s in stores if s.layout.text_bits}) > 1:
@@ -248,7 +248,7 @@ def _(func, types, args, kwargs):
     if before <= 0:
         return packed
     tokens = tokens_of(packed)
-    return wrap(packed, tail_to_tail([tokens.padding(before), tokens]))
+    return wrap(packed, concat_tokens([tokens.padding(before), tokens]))
 
 
 @implements([aten.slice.Tensor])
@@ -407,7 +407,7 @@ def _(func, types, args, kwargs):
         return target
     if not same or [b.shape for b in source.storage.buffers] != [b.shape for b in target.storage.buffers]:
         return NotImplemented
-    target.storage.keep_to_itself()
+    target.storage.release_borrowers()
     if (
         not target.static and "affine" in target.storage.layout.fields
     ):  # what was taken of a growing cache shares its map

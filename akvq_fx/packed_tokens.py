@@ -1,7 +1,7 @@
 """Tokens: packed tokens apart from the slots that they lie in, to be chosen, joined and laid out again without quantizing any.
 
     Tokens.of(storage, length)    its first tokens
-    .take(index)                  some of them;  tail_to_tail, row_upon_row  several of them as one
+    .take(index)                  some of them;  concat_tokens, concat_rows  several of them as one
     .stored()                     a storage of its own
 
 A token is its code and range, its class, and where it has them, its copies in the ring, among the pivots and in the text overlay.
@@ -168,7 +168,7 @@ def first_used(at: Tensor, tokens: Tensor, count: int) -> tuple[Tensor, Tensor]:
     )
 
 
-def tail_to_tail(runs: list[Tokens]) -> Tokens:
+def concat_tokens(runs: list[Tokens]) -> Tokens:
     """Runs of the same rows, one after the other, as one; the affine map is the first one's."""
     layout, parts, total = runs[0].layout, dict(runs[0].parts), sum(run.count for run in runs)
     starts = [sum(run.count for run in runs[:i]) for i in range(len(runs))]
@@ -193,7 +193,7 @@ def tail_to_tail(runs: list[Tokens]) -> Tokens:
     return replace(runs[0], parts=parts, held=held, room=max(*(run.room for run in runs), total))
 
 
-def row_upon_row(rows: list[Tokens]) -> Tokens:
+def concat_rows(rows: list[Tokens]) -> Tokens:
     """Rows of one number of tokens as one batch: one ring for all, which holds what each of the last tokens is read as."""
     rows, parts = [row.with_whole_ring() for row in rows], {}
     for name in rows[0].parts:

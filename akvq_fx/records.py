@@ -107,18 +107,18 @@ def of(model: nn.Module) -> Report:
     codes = {id(record.code) for record in mine if record.code is not None}
     return Report(
         [dataclasses.replace(r.report, rows=r.rows(names, modules)) for r in mine],
-        gave_up=[told_of(event, model) for event in events.EVENTS if event.concerns(modules.keys(), codes)],
+        gave_up=[gave_up_report(event, model) for event in events.EVENTS if event.concerns(modules.keys(), codes)],
     )
 
 
-def told_of(event: events.Event, model: nn.Module) -> GaveUp:
+def gave_up_report(event: events.Event, model: nn.Module) -> GaveUp:
     """What happened, and where it is one layer's function, how many of the model's layers have a graph."""
     kind = type(next((ref() for ref in event.modules if ref() is not None), None))
     parts = [part for part in model.modules() if type(part) is kind]
     served = {id(ref()) for record in RECORDS if record.code is event.code for ref in record.modules}
     compiled = sum(id(part) in served for part in parts)
     return dataclasses.replace(
-        event.told, reached=f"{compiled} of {len(parts)} {kind.__name__}" if len(parts) > 1 else ""
+        event.gave_up, reached=f"{compiled} of {len(parts)} {kind.__name__}" if len(parts) > 1 else ""
     )
 
 

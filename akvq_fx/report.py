@@ -206,9 +206,9 @@ class Report:
         if not self.graphs:
             return []
         kinds = [graph.kind for graph in self.graphs]
-        told = ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds))
+        counts = ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds))
         again = [graph.recompiled for graph in self.graphs if graph.recompiled]
-        return [f"graphs: {told}; {len(again)} of them recompiled" + (f", last because {again[-1]}" if again else "")]
+        return [f"graphs: {counts}; {len(again)} of them recompiled" + (f", last because {again[-1]}" if again else "")]
 
     def to_dict(self) -> dict:
         """Plain data, for JSON."""

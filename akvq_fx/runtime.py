@@ -61,7 +61,7 @@ class Runtime:
         self.program, self.inner, self.step, self.starts_call = program, inner, step, starts_call
         self.growth = dict(program.appends)
         made = [output.owner for output in program.outputs if isinstance(output, Packed)]
-        self.makes = bool(made)
+        self.makes_caches = bool(made)
         self.groups = {*program.owners.values(), *made}
         self.watched = sorted({i for group in self.groups for i in group})
         self.watched_of = picker(self.watched)
@@ -78,10 +78,10 @@ class Runtime:
 
     def __call__(self, *args):
         program = self.program
-        owners = self.owners_of(args, anew=self.makes)
+        owners = self.owners_of(args, anew=self.makes_caches)
         if self.starts_call and program.vision is None or program.packed:
             vision_carry.put(None)
-        storages = self.open(args, owners)
+        storages = self.writable_storages(args, owners)
         given = args
         if program.unpacked or program.folds:
             given = list(args)
@@ -103,7 +103,7 @@ class Runtime:
             vision_carry.put(results.pop().detach())
         if program.inference and torch.is_grad_enabled():
             results = refuse_backward(results, args)
-        return self.close(given, storages, results, owners)
+        return self.wrap_outputs(given, storages, results, owners)
 
     def owners_of(self, args, anew: bool) -> dict[tuple[int, ...], str | None]:
         """Digests of what makes each cache's tokens; `anew`: from the weights' contents, since `.data` changes leave no mark."""
@@ -133,7 +133,7 @@ class Runtime:
                 if i is not None:
                     args[i] = copy
 
-    def open(self, args, owners) -> dict[int, Storage]:
+    def writable_storages(self, args, owners) -> dict[int, Storage]:
         """Storages of the PackedKV arguments, fit to be written."""
         storages, growth = {}, self.growth
         for position in self.program.packed:
@@ -157,9 +157,9 @@ class Runtime:
         """Raises ValueError for a cache of other weights; looks at their contents once more before it does."""
         if storage.owner is None or expected is None:
             return
-        if not alike(storage.owner, expected) or storage.loaded:
+        if not same_weights(storage.owner, expected) or storage.loaded:
             expected = self.owners_of(args, anew=True)[group]
-        if not alike(storage.owner, expected) and not self.is_a_cast(storage, group, args):
+        if not same_weights(storage.owner, expected) and not self.is_a_cast(storage, group, args):
             raise ValueError(
                 f"akvq: the packed cache of shape {list(packed.shape)} was made by other weights than the ones that "
                 "continue it (another model or layer, or weights changed since); start with an empty cache, or pass "
@@ -172,9 +172,9 @@ class Runtime:
         narrow, weights = storage.layout.dtype, [args[i] for i in group]
         if all(weight.dtype == narrow or not weight.is_floating_point() for weight in weights):
             return False
-        return alike(storage.owner, " ".join(compute([weight.detach().to(narrow) for weight in weights])))
+        return same_weights(storage.owner, " ".join(compute([weight.detach().to(narrow) for weight in weights])))
 
-    def close(self, args, storages, results, owners) -> tuple:
+    def wrap_outputs(self, args, storages, results, owners) -> tuple:
         out, views, slots, i = [], {}, {}, 0
         for spec in self.program.outputs:
             if spec is None:
@@ -211,7 +211,7 @@ def wrap(spec: Packed, buffers: list, args, owner, slots: dict[str, tuple]) -> P
     return PackedKV.view_of(storage, length)
 
 
-def alike(one: str, other: str) -> bool:
+def same_weights(one: str, other: str) -> bool:
     """Digests of the same weights; a graph that shows fewer of them (no norm, no adapter) may continue one that shows more."""
     one, other = set(one.split()), set(other.split())
     return one <= other or other <= one

@@ -35,15 +35,15 @@ class Storage:
     prompt  tokens of the prompt: text overlay slots before it are compacted, later ones follow the position
     owner   digests of the weights that made the tokens, None if unknown
     loaded  it comes from a file or a pickle: who continues it is looked at closely
-    lent    storages that read this one's memory until one of the two is written (`expanded`)
+    borrowers    storages that read this one's memory until one of the two is written (`expanded`)
     """
 
-    __slots__ = ("layout", "text", "held", "borrowed", "lent", "rows", "device", "end", "prompt", "owner", "views")
+    __slots__ = ("layout", "text", "held", "borrowed", "borrowers", "rows", "device", "end", "prompt", "owner", "views")
     __slots__ += ("loaded", "__weakref__")
 
     def __init__(self, layout: Layout, buffers: list[Tensor], end: int | None, prompt: int, owner: str | None):
         self.layout, self.held, self.end, self.prompt, self.owner = layout, buffers, end, prompt, owner
-        self.borrowed, self.lent, self.loaded = False, [], False
+        self.borrowed, self.borrowers, self.loaded = False, [], False
         self.text, self.rows, self.device = str(layout), tuple(buffers[CODES].shape[:2]), buffers[CODES].device
         self.views: list[weakref.ref] = []
 
@@ -60,19 +60,19 @@ class Storage:
         held = [b.clone() if name == "state" else b.expand(rows, *b.shape[1:]) for name, b in self.named()]
         made = Storage(self.layout, held, self.end, self.prompt, self.owner)
         made.borrowed, made.loaded = True, self.loaded
-        self.lent.append(weakref.ref(made))
+        self.borrowers.append(weakref.ref(made))
         return made
 
     def named(self) -> list[tuple[str, Tensor]]:
         return list(zip(self.layout.fields, self.buffers, strict=True))
 
-    def keep_to_itself(self) -> None:
+    def release_borrowers(self) -> None:
         """Before a write: who reads this memory takes a copy."""
-        for ref in self.lent:
+        for ref in self.borrowers:
             other = ref()
             if other is not None:
                 other.buffers  # noqa: B018 - the copy is made
-        self.lent = []
+        self.borrowers = []
 
     def __getitem__(self, name: str) -> Tensor:
         return self.buffers[self.layout.fields.index(name)]
@@ -139,7 +139,7 @@ class Storage:
 
     def clear(self) -> None:
         """Forget every token, in place."""
-        self.keep_to_itself()
+        self.release_borrowers()
         B, H, C = self["codes"].shape[:3]
         empty = self.layout.allocate(B, H, C, C if self.layout.text_bits else 0, self["codes"].device)
         for name, fresh in zip(self.layout.fields, empty, strict=True):

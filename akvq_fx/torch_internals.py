@@ -178,7 +178,7 @@ def before_compiling(listener: Callable[[], str]) -> None:
         torch._dynamo.register_hook_for_recompile_user_context(listener)
 
 
-def apart(function: Callable, backend: Callable) -> Callable:
+def compile_isolated(function: Callable, backend: Callable) -> Callable:
     """torch.compile(function, backend), with nothing of it left in what other torch.compile calls find.
 
     Dynamo keeps what it compiled by code object, and eight graphs of one are its limit, whoever asked for them. So the function is
@@ -189,7 +189,7 @@ def apart(function: Callable, backend: Callable) -> Callable:
         return function(*args, **kwargs)
 
     # what dynamo learnt of sizes it keeps by the name of the code, so that is new too
-    code = call.__code__.replace(co_name=f"apart_{next(_numbers)}")
+    code = call.__code__.replace(co_name=f"isolated_{next(_numbers)}")
     fresh = types.FunctionType(code, call.__globals__, code.co_name, None, call.__closure__)
     known = inspect.signature(torch.compile).parameters
     isolated = {"isolate_recompiles": True} if "isolate_recompiles" in known else {}  # from torch 2.13 on

@@ -64,11 +64,11 @@ def calls_of(state: GraphState) -> list[Call]:
 
 def answers(calls: list[Call]) -> list[KernelAnswer]:
     """Of every call, keys and values apart where they are written. Builds a kernel where that is how it is known to work."""
-    found = dict.fromkeys(answer for call in calls for answer in asked(call))
+    found = dict.fromkeys(answer for call in calls for answer in answers_to(call))
     return list(found)
 
 
-def asked(call: Call) -> list[KernelAnswer]:
+def answers_to(call: Call) -> list[KernelAnswer]:
     B, Hq, H, q, D = call.sizes
     keys, values = map(Layout.parse, call.layouts)
     with FakeTensorMode():
@@ -77,12 +77,12 @@ def asked(call: Call) -> list[KernelAnswer]:
         if call.op in ("pack", "append"):
             return [answer(call, {"x": new, "layout": layout}) for layout in (keys, values)]
         if call.op == "attend":
-            return [answer(call, attended(call, query, new, keys, values))]
+            return [answer(call, attend_arguments(call, query, new, keys, values))]
         tensors = {"rotate_queries": [query], "find_pivots": [empty(B, q, call.width)], "key_affine": [new, query]}
         return [answer(call, tensors.get(call.op, [new]))]
 
 
-def attended(call: Call, query, new, keys: Layout, values: Layout) -> dict:
+def attend_arguments(call: Call, query, new, keys: Layout, values: Layout) -> dict:
     B, _, H, q, _ = call.sizes
     buffers = []
     for layout in (keys, values):

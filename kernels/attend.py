@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from akvq_fx.kernels.cache import named, read
-from akvq_fx.kernels.choose import answer
+from akvq_fx.kernels.choose import dispatch
 from akvq_fx.kernels.layout import STATE_END, Layout
 from akvq_fx.kernels.rotate import rotate_directly, rotate_queries_directly
 from akvq_fx.kernels.simulate import squeezed
@@ -105,7 +105,7 @@ def attend(
             return rotate_directly(out)
         return out if kernel is not None else out.clone(memory_format=torch.contiguous_format)
 
-    return answer(run, "attend", FASTER.get(q.device.type, ()), *call)
+    return dispatch(run, "attend", FASTER.get(q.device.type, ()), *call)
 
 
 def rotate_query(q: Tensor, key: list[Tensor], layout: Layout) -> Tensor:

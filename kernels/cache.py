@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from akvq_fx.kernels import quantizer
-from akvq_fx.kernels.choose import answer
+from akvq_fx.kernels.choose import dispatch
 from akvq_fx.kernels.in_place import in_place
 from akvq_fx.kernels.layout import (
     PADDING,
@@ -71,10 +71,10 @@ def check_call(b: dict[str, Tensor], x: Tensor, at: Tensor, classes: Tensor | No
 def check_fits(b: dict[str, Tensor], x: Tensor, at: Tensor, classes: Tensor | None, layout: Layout) -> None:
     """Raises ValueError where a kernel, which goes by sizes alone, cannot take the call."""
     check_call(b, x, at, classes, layout)
-    apart = [name for name, buffer in b.items() if not buffer.is_contiguous()]
-    if apart:
+    scattered = [name for name, buffer in b.items() if not buffer.is_contiguous()]
+    if scattered:
         raise ValueError(
-            f"akvq::append: {', '.join(apart)} not contiguous, accepted: buffers as Layout.allocate makes them"
+            f"akvq::append: {', '.join(scattered)} not contiguous, accepted: buffers as Layout.allocate makes them"
         )
 
 
@@ -174,7 +174,7 @@ def create(
     return cache
 
 
-def place(target: Tensor, at: Tensor, source: Tensor) -> None:
+def scatter_tokens(target: Tensor, at: Tensor, source: Tensor) -> None:
     """target[b, :, at[b, i]] = source[b, :, i] wherever 0 <= at[b, i] < target's length."""
     row, slot = torch.nonzero((at >= 0) & (at < target.shape[2]), as_tuple=True)
     target[row, :, at[row, slot].long()] = source[row, :, slot]
@@ -192,15 +192,15 @@ def read(cache: list[Tensor], length: int, layout: Layout, past: int | None = No
         return b["codes"][:, :, :length]
     out = quantizer.dequantize(b["codes"][:, :, :length], b["range"][:, :, :length], layout.body_bits, layout.dtype)
     if layout.text_bits:
-        place(out, b["text_at"], read_text(b, layout))
+        scatter_tokens(out, b["text_at"], read_text(b, layout))
     if layout.pivots:
-        place(out, b["pivot_at"], b["pivots"])
+        scatter_tokens(out, b["pivot_at"], b["pivots"])
     if layout.window:
         slots = torch.arange(layout.window, device=out.device)
         last = b["state"][STATE_END] - 1
         position = last - (last - slots) % layout.window
         position = torch.where(position >= b["state"][STATE_RING], position, -1)
-        place(out, position.expand(out.shape[0], -1), b["ring"])
+        scatter_tokens(out, position.expand(out.shape[0], -1), b["ring"])
     return out
 
 
@@ -233,7 +233,7 @@ def pack(
         stored = rotate_as_stored(x, affine, parsed.rotated) if rotate else x
         return create(stored, at, classes, pivots, affine, capacity, parsed)
 
-    return answer(run, "pack", FASTER.get(x.device.type, ()), x, parsed)
+    return dispatch(run, "pack", FASTER.get(x.device.type, ()), x, parsed)
 
 
 @pack.register_fake
@@ -268,7 +268,7 @@ def append(
         stored = rotate_as_stored(x, named(cache, parsed).get("affine"), parsed.rotated) if rotate else x
         write(cache, stored, at, classes, pivots, parsed)
 
-    answer(run, "append", FASTER_APPEND.get(x.device.type, ()), x, parsed)
+    dispatch(run, "append", FASTER_APPEND.get(x.device.type, ()), x, parsed)
 
 
 @torch.library.register_fake("akvq::append")

@@ -166,7 +166,7 @@ def write_kernel(
     lead, place, exists = head_rows(leads, SHARE, TILE)
     batch, wide_lead = (lead // heads).to(tl.int64), lead.to(tl.int64)
     row = x + batch * stride_b + (lead % heads).to(tl.int64) * stride_h
-    speaks = exists & (lead % heads + place * 0 == 0)  # for its batch row
+    first_head = exists & (lead % heads + place * 0 == 0)  # for its batch row
     maps, has_map = row, exists
     if MAP:
         maps, has_map = affine_rows(affine, lead, heads, owners, leads, D, SHARE)
@@ -199,14 +199,14 @@ def write_kernel(
             where = kinds + batch * kinds_b + token.to(tl.int64) * kinds_t
             kind = tl.load(where, mask=live, other=TEXT_CLASS).to(tl.uint8)
         if classes is not None:
-            tl.store(classes + batch * capacity + slot, kind, mask=kept & speaks)
+            tl.store(classes + batch * capacity + slot, kind, mask=kept & first_head)
         text, texts, fits = live, wide_lead, live
         if TEXT_BITS:
             overlay = slot + shift
             fits = live & (overlay >= 0) & (overlay < text_capacity)
             text, texts = kind == TEXT_CLASS, wide_lead * text_capacity + overlay
             position = tl.where(text, slot, -1).to(tl.int32)
-            tl.store(text_at + batch * text_capacity + overlay, position, mask=fits & speaks)
+            tl.store(text_at + batch * text_capacity + overlay, position, mask=fits & first_head)
         if BITS == 16:
             where = codes + ((wide_lead * capacity + slot) * D)[:, None] + channel[None, :]
             tl.store(where, tile.to(codes.dtype.element_ty), mask=kept[:, None] & real)
@@ -221,7 +221,7 @@ def write_kernel(
         if PIVOTS:  # a crop may have moved the end back: pivots from here on are gone
             pivot = tl.arange(0, PIVOTS_P)[None, :]
             where = pivot_at + (batch * PIVOTS + tl.zeros([ROWS], tl.int64))[:, None] + pivot
-            mine = (speaks & (place == 0))[:, None] & (pivot < PIVOTS)
+            mine = (first_head & (place == 0))[:, None] & (pivot < PIVOTS)
             position = tl.load(where, mask=mine, other=-1)
             tl.store(where, -1, mask=mine & (position >= tl.load(at)))
         if tl.program_id(0) == 0:

@@ -20,10 +20,10 @@ class Unavailable(Exception):
 
 def choose(op: str, names: tuple[str, ...], *about) -> Callable | None:
     """The op's function in the first of these modules whose refusal(*about) is empty; None where the reference is left."""
-    return answer(lambda kernel: kernel, op, names, *about)
+    return dispatch(lambda kernel: kernel, op, names, *about)
 
 
-def answer(run: Callable, op: str, names: tuple[str, ...], *about):
+def dispatch(run: Callable, op: str, names: tuple[str, ...], *about):
     """run(kernel), with what choose gives, or with the next in line where that one raises Unavailable."""
     for name in names:
         module = _module(name)
@@ -33,7 +33,7 @@ def answer(run: Callable, op: str, names: tuple[str, ...], *about):
                 return run(getattr(module, op))
             except Unavailable as error:
                 reason = str(error)
-        _say(op, name, reason)
+        _log_refusal(op, name, reason)
     return run(None)
 
 
@@ -47,5 +47,5 @@ def _module(name: str):
 
 
 @functools.lru_cache(1024)
-def _say(op: str, name: str, reason: str) -> None:
+def _log_refusal(op: str, name: str, reason: str) -> None:
     log.info("akvq::%s is not answered by %s: %s", op, name, reason)

@@ -83,9 +83,9 @@ def key_affine_reference(k: Tensor, q: Tensor, valid: Tensor | None, centre: boo
     s = torch.ones_like(mean)
     if balance:
         deviation = (finite(k - mean[:, :, None]).square() * weight).sum(2).sqrt()
-        heard = finite(q).square()  # [B, Hq, Tq, D]
-        heard = (heard * weight).sum(2) if q.shape[2] == T else heard.mean(2)
-        s = gains(deviation, heard)
+        squares = finite(q).square()  # [B, Hq, Tq, D]
+        squares = (squares * weight).sum(2) if q.shape[2] == T else squares.mean(2)
+        s = gains(deviation, squares)
     return as_stored(c, s)
 
 
@@ -95,8 +95,8 @@ def smooth_affine(k: Tensor, q: Tensor, valid: Tensor | None, alpha: float) -> T
     if valid is not None:
         k = k.where(valid[:, None, :, None], 0.0)
         q = q.where(valid[:, None, :, None], 0.0) if q.shape[2] == k.shape[2] else q
-    peak, heard = k.amax(2), q.unflatten(1, (k.shape[1], -1)).amax((2, 3))
-    s = peak.clamp_min(STD_FLOOR) ** alpha / heard.clamp_min(STD_FLOOR) ** (1 - alpha)
+    key_peak, query_peak = k.amax(2), q.unflatten(1, (k.shape[1], -1)).amax((2, 3))
+    s = key_peak.clamp_min(STD_FLOOR) ** alpha / query_peak.clamp_min(STD_FLOOR) ** (1 - alpha)
     return as_stored(torch.zeros_like(s), s.clamp_min(STD_FLOOR))
 
 
@@ -105,10 +105,10 @@ def as_stored(c: Tensor, s: Tensor) -> Tensor:
     return torch.stack([c, s], 1).clamp(-FP16_MAX, FP16_MAX).half()
 
 
-def gains(deviation: Tensor, heard: Tensor) -> Tensor:
+def gains(deviation: Tensor, squares: Tensor) -> Tensor:
     """s [B, H, D] from the keys' deviations [B, H, D] and the queries' mean squares [B, Hq, D]."""
-    heard = heard.unflatten(1, (deviation.shape[1], -1)).mean(2).sqrt()
-    log = 0.5 * (deviation.clamp_min(STD_FLOOR).log() - heard.clamp_min(STD_FLOOR).log())
+    squares = squares.unflatten(1, (deviation.shape[1], -1)).mean(2).sqrt()
+    log = 0.5 * (deviation.clamp_min(STD_FLOOR).log() - squares.clamp_min(STD_FLOOR).log())
     log = log - log.mean(-1, keepdim=True)
     return log.clamp(-math.log(GAIN_RANGE), math.log(GAIN_RANGE)).exp()
 

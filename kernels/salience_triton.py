@@ -159,13 +159,13 @@ def find_pivots(h: Tensor, valid: Tensor | None, count: int, mode: str, floor: f
 
 
 @triton.jit
-def joined(count, mean, spread, more, centre, apart):
+def join_moments(count, mean, spread, other_count, other_mean, other_spread):
     """n, mean and M2 of two parts together, by Chan's formula."""
-    total = tl.maximum(count + more, 1.0)
-    step = centre - mean
+    total = tl.maximum(count + other_count, 1.0)
+    step = other_mean - mean
     # the weight first: where one part is empty it is 0, which times a square that overflowed were NaN
-    spread += apart + step * (step * (count * more / total))
-    return count + more, mean + step * tl.div_rn(more, total), spread
+    spread += other_spread + step * (step * (count * other_count / total))
+    return count + other_count, mean + step * tl.div_rn(other_count, total), spread
 
 
 @triton.jit
@@ -253,8 +253,8 @@ def map_kernel(
         more = tl.sum(n, 0)
         centre = tl.div_rn(tl.sum(n * mean, 0), tl.maximum(more, 1.0))
         away = mean - centre[None, :]
-        apart = tl.sum(tl.load(where + 2 * D, mask=live, other=0) + away * (n * away), 0)
-        finite, middle, spread = joined(finite, middle, spread, more, centre, apart)
+        further = tl.sum(tl.load(where + 2 * D, mask=live, other=0) + away * (n * away), 0)
+        finite, middle, spread = join_moments(finite, middle, spread, more, centre, further)
 
     count = tokens + lead * 0
     if valid is not None:
@@ -270,18 +270,18 @@ def map_kernel(
 
     s = tl.full([DP], 1.0, tl.float32)
     if squares is not None:
-        heard = tl.zeros([DP], tl.float32)
+        query_rms = tl.zeros([DP], tl.float32)
         for start in range(0, rows, PARTS):
             live = (start + number < rows)[:, None] & real[None, :]
             where = squares + ((lead * rows + start + number) * D)[:, None] + channel[None, :]
-            heard += tl.sum(tl.load(where, mask=live, other=0), 0)
-        heard = tl.sqrt(heard / ((count if SAME else asked) * sharing))
+            query_rms += tl.sum(tl.load(where, mask=live, other=0), 0)
+        query_rms = tl.sqrt(query_rms / ((count if SAME else asked) * sharing))
         miss = middle - mean
         deviation = tl.sqrt((spread + miss * (finite * miss)) / count)
         # comparisons, not tl.maximum and tl.minimum, which lose a NaN
         deviation = tl.where(deviation < FLOOR, FLOOR, deviation)
-        heard = tl.where(heard < FLOOR, FLOOR, heard)
-        log = tl.where(real, 0.5 * (tl.log(deviation) - tl.log(heard)), 0.0)
+        query_rms = tl.where(query_rms < FLOOR, FLOOR, query_rms)
+        log = tl.where(real, 0.5 * (tl.log(deviation) - tl.log(query_rms)), 0.0)
         log -= tl.sum(log, 0) / D
         log = tl.where(log > LOG_RANGE, LOG_RANGE, log)
         s = tl.exp(tl.where(log < -LOG_RANGE, -LOG_RANGE, log))

@@ -60,8 +60,8 @@ def without(pipeline, text: str) -> tuple:
     optional = [step.__name__ for step in pipeline if not hasattr(step, "required")]
     for name in sorted(named - set(optional)):
         reasons = [f"{name} cannot be switched off: {step.required}" for step in pipeline if step.__name__ == name]
-        told = reasons[0] if reasons else f"{name!r} is no pass"
-        raise ValueError(f"{DISABLE}={text}: {told}; accepted: {', '.join(optional)}, parted by commas")
+        reason = reasons[0] if reasons else f"{name!r} is no pass"
+        raise ValueError(f"{DISABLE}={text}: {reason}; accepted: {', '.join(optional)}, parted by commas")
     return tuple(step for step in pipeline if step.__name__ not in named)
 
 

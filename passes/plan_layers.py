@@ -40,26 +40,27 @@ def plan_layers(state: GraphState) -> PassReport:
             site.policy = site.key_layout.policy
             report.match(site)
             continue
-        told = state.vision is not None and prompt_sized(state, site)
-        tsa = told and site.layer in config.tsa_layers
+        has_vision = state.vision is not None and prompt_sized(state, site)
+        tsa = has_vision and site.layer in config.tsa_layers
         if tsa and config.text_bits == 16 and not config.lossless and not config.simulated:
             reason = "text_bits=16 keeps TSA layers at 16 bits"
             report.miss(site, reason, site.attention.node)
             state.refused.append((site.label, site.layer, reason, site.attention.node))
             continue
         key, val = site.key.whole, site.value.whole
-        site.key_layout = layout_of(config, "keys", shape(key)[3], value(key).dtype, tsa, told)
-        site.value_layout = layout_of(config, "values", shape(val)[3], value(val).dtype, tsa, told)
+        site.key_layout = layout_of(config, "keys", shape(key)[3], value(key).dtype, tsa, has_vision)
+        site.value_layout = layout_of(config, "values", shape(val)[3], value(val).dtype, tsa, has_vision)
         site.policy = site.key_layout.policy
         report.match(site)
     state.sites = [site for site in state.sites if site.key_layout is not None]
     return report
 
 
-def layout_of(config: AKVQConfig, half: str, head_dim: int, dtype: torch.dtype, tsa: bool, told: bool) -> Layout:
+def layout_of(config: AKVQConfig, half: str, head_dim: int, dtype: torch.dtype, tsa: bool, has_vision: bool) -> Layout:
     """How the "keys" or the "values" of a layer are packed, before anything is known of the values' rotation.
 
-    told    vision tokens can be told apart;  tsa   and the layer attends to text first, which matters where text has more bits
+    has_vision   vision tokens can be told apart from text
+    tsa          the layer attends to text first (which only matters where text gets more bits)
     """
     recipe = RECIPES[config.recipe]
     if recipe.simulated:
@@ -77,7 +78,7 @@ def layout_of(config: AKVQConfig, half: str, head_dim: int, dtype: torch.dtype, 
         return base
     tsa = tsa and config.text_bits > config.body_bits
     text_bits = config.text_bits if tsa else 0
-    if told and not tsa and half == "keys" and config.keeps_psa_text_keys:
+    if has_vision and not tsa and half == "keys" and config.keeps_psa_text_keys:
         text_bits = config.psa_text_key_bits
     return dataclasses.replace(
         base,

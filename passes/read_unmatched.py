@@ -37,14 +37,14 @@ def read_unmatched(state: GraphState) -> PassReport:
             if readers:
                 copy = read_before(state, past, whole) if matched else read_after(state, past, whole)
                 whole.replace_all_uses_with(copy, delete_user_cb=lambda u, live=readers: u in live)
-                say(state, report, past, tensors_of_cat(whole)[1], readers[0])
+                report_copy(state, report, past, tensors_of_cat(whole)[1], readers[0])
             returned(state, whole, past)
         replace_shape_reads(state, past)
         read_rest(state, past, report)
     return report
 
 
-def say(state: GraphState, report: PassReport, past, new, reader) -> None:
+def report_copy(state: GraphState, report: PassReport, past, new, reader) -> None:
     """Name the layer by the projection of its new tokens; keys and values of one layer make one row."""
     reason = f"read by {op(reader)}: dequantized for it"
     layer, label = layer_of(weight_behind(new), len(state.sites) + len(state.dequantized))
@@ -155,7 +155,7 @@ def read_copies(state: GraphState, past, writes, appends, report: PassReport) ->
                 copy.meta["example_value"] = value(past)
         for whole, u in readers:
             u.replace_input_with(whole, copy)
-        say(state, report, past, writes[0].args[3] if writes else None, first)
+        report_copy(state, report, past, writes[0].args[3] if writes else None, first)
 
 
 def unpack(state: GraphState, past, write, report: PassReport) -> None:

@@ -82,7 +82,7 @@ def refusal(state: GraphState) -> str:
 class Cut:
     """Which nodes of a graph go where. Raises NoMatch where it cannot be cut.
 
-    still   symbols of sizes that do not change from step to step
+    fixed   symbols of sizes that do not change from step to step
     rows    positions of appended tokens -> row of the body's last input
     pads    mask that grows with the cache -> codes of a cache that it looks at
     cuts    per append and attend: arguments that the body takes in another form, by position
@@ -96,21 +96,21 @@ class Cut:
         self.buffers = {n for b in state.buffers.values() for n in b.nodes}
         self.fake_mode = value(next(iter(self.buffers))).fake_mode
         self.values = values_of(self.graph, self.fake_mode)
-        still: list = [self.values[n] for n in self.buffers]
+        fixed: list = [self.values[n] for n in self.buffers]
         for site in state.sites:
             if site.key.kind == "read" or site.key.static:  # nothing is appended to it, or its length is its capacity
-                still += [shape(site.key.whole)[2], shape(site.value.whole)[2]]
-        self.still = symbols(still)
+                fixed += [shape(site.key.whole)[2], shape(site.value.whole)[2]]
+        self.fixed = symbols(fixed)
         self.rows: dict[Node, int] = {}
         self.pads: dict[Node, Node] = {}
         self.count = 1
         self.cuts = self.find_cuts()
 
-    def moves(self, node: Node) -> bool:
+    def varies(self, node: Node) -> bool:
         """The node gives a number, or a tensor with a size, that changes from step to step."""
         if self.values[node] is None:
-            return any(self.moves(i) for i in node.all_input_nodes if is_number(self.values[i]))
-        return bool(symbols(self.values[node]) - self.still)
+            return any(self.varies(i) for i in node.all_input_nodes if is_number(self.values[i]))
+        return bool(symbols(self.values[node]) - self.fixed)
 
     def find_cuts(self) -> dict[Node, dict[int, Node | None]]:
         ends, cuts = {}, {}  # codes -> number of tokens after the appends so far
@@ -135,8 +135,8 @@ class Cut:
             return False
         if at not in self.rows:
             count = self.values[at].shape[0]
-            moving = any(self.moves(i) for i in at.all_input_nodes)
-            if not moving or not isinstance(count, int) or self.rows and count != self.count:
+            varying = any(self.varies(i) for i in at.all_input_nodes)
+            if not varying or not isinstance(count, int) or self.rows and count != self.count:
                 return False
             self.count, self.rows[at] = count, len(self.rows)
         return True
@@ -146,14 +146,14 @@ class Cut:
         codes, length, mask = argument_of(node, "key")[CODES], node.args[ATTEND_LENGTH], node.args[ATTEND_MASK]
         at = node.args[ATTEND_AT]
         row = self.is_row(at)
-        if isinstance(length, Node) and self.moves(length):
+        if isinstance(length, Node) and self.varies(length):
             # tokens of its own end what attention sees, wherever their append stands; else what was appended does
             end = ends.get(codes) if at is None else self.end_of(at) if row else None
             if end != expression(self.values[length]):
                 raise NoMatch("attention sees another number of tokens than the cache holds", node)
             cuts[ATTEND_LENGTH] = None
-        if isinstance(mask, Node) and self.moves(mask):
-            if ATTEND_LENGTH not in cuts or symbols(list(shape_of(self.values[mask])[:-1])) - self.still:
+        if isinstance(mask, Node) and self.varies(mask):
+            if ATTEND_LENGTH not in cuts or symbols(list(shape_of(self.values[mask])[:-1])) - self.fixed:
                 raise NoMatch("the mask does not grow as the cache does", mask)
             cuts[ATTEND_MASK] = mask
             self.pads.setdefault(mask, codes)
@@ -169,9 +169,9 @@ class Cut:
         return found
 
     def split(self) -> Split:
-        moving = {n for n in self.nodes if self.moves(n) or any(map(self.moves, self.inputs(n)))}
-        both = {n for n in self.nodes if n not in moving and self.is_free(n)}
-        first = self.with_sources(moving) - both
+        varying = {n for n in self.nodes if self.varies(n) or any(map(self.varies, self.inputs(n)))}
+        both = {n for n in self.nodes if n not in varying and self.is_free(n)}
+        first = self.with_sources(varying) - both
         self.check_memory(first, both)
         results = self.results(first)
         wanted, kept = ([n for n, (where, _) in results if where == name] for name in ("prologue", "body"))
@@ -203,9 +203,9 @@ class Cut:
             return not any(tensors_in(self.values[i]) for i in node.all_input_nodes)
         return is_number(self.values[node]) and not written(node)
 
-    def with_sources(self, moving: set[Node]) -> set[Node]:
+    def with_sources(self, nodes: set[Node]) -> set[Node]:
         """The nodes and everything that they are computed from."""
-        found, queue = set(), list(moving)
+        found, queue = set(), list(nodes)
         while queue:
             node = queue.pop()
             if node in found or node.op == "placeholder":
@@ -313,9 +313,9 @@ class Cut:
         graph.lint()
         return GraphModule(self.state.gm, graph), [i for i, n in enumerate(self.placeholders) if n in taken]
 
-    def body(self, nodes: list[Node], still: list[Node], moved: list[Node], results: list[Node]) -> GraphModule:
+    def body(self, nodes: list[Node], fixed: list[Node], moved: list[Node], results: list[Node]) -> GraphModule:
         graph, env = Graph(), {}
-        for node in still:
+        for node in fixed:
             env[node] = graph.node_copy(node)
         for node in moved:
             seen, size = self.values[node], list(shape_of(self.values[node]))

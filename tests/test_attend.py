@@ -183,7 +183,7 @@ def test_what_a_kernel_does_not_do_itself_is_done_around_it(fused):
 
     kernel.fused, layout = fused, LAYOUTS["2bit-f16-rotated"]
     cache, q = case_of(layout).pack(), randn(2, 2, 1, 24, dtype=f16)
-    with mock.patch.object(attend_module, "answer", lambda run, *_: run(kernel)):
+    with mock.patch.object(attend_module, "dispatch", lambda run, *_: run(kernel)):
         out = attend(q, cache, cache, 11, None, None, False, None, None, None, *[str(layout)] * 2, True, True)
     asked_q = q if "rotate" in fused else rotate(q)
     assert_same("queries", asked_q, asked.pop("q"))

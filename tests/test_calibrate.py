@@ -189,8 +189,8 @@ def test_channels_before_and_after_the_transform(monkeypatch):
 def test_statistics_add_up_over_prompts():
     model, inputs = VisionDecoder("masked_scatter", layers=2), [images(1, n, 3, 9) for n in (14, 17, 21)]
     together = akvq_fx.calibrate(model, *inputs, options=SMALL)
-    apart = [akvq_fx.calibrate(model, one, options=SMALL) for one in inputs]
-    layer, alone = together.layers[1], [found.layers[1] for found in apart]
+    separate = [akvq_fx.calibrate(model, one, options=SMALL) for one in inputs]
+    layer, alone = together.layers[1], [found.layers[1] for found in separate]
     assert layer.queries == 5 + 8 + 12 and len(layer.massive) == 3
     torch.testing.assert_close(layer.sums["far_text"], sum(one.sums["far_text"] for one in alone))
     torch.testing.assert_close(layer.largest["keys"], torch.stack([one.largest["keys"] for one in alone]).amax(0))

@@ -37,10 +37,10 @@ def test_a_decode_step_stays_whole(monkeypatch):
 def test_codes_are_the_same_whoever_rotates(monkeypatch):
     fused = evidence(Decoder(models.Direct), steps=2)
     monkeypatch.setenv(DISABLE, "fuse_rotations")
-    apart = evidence(Decoder(models.Direct), steps=2)
-    called = [[str(node.target) for node in seen.captures[-1].state.graph.nodes] for seen in (fused, apart)]
+    separate = evidence(Decoder(models.Direct), steps=2)
+    called = [[str(node.target) for node in seen.captures[-1].state.graph.nodes] for seen in (fused, separate)]
     assert ["akvq.rotate_queries.default" in targets for targets in called] == [False, True]
-    for a, b in zip(fused.compiled, apart.compiled, strict=True):
+    for a, b in zip(fused.compiled, separate.compiled, strict=True):
         torch.testing.assert_close(a, b, **CLOSE)
 
 

@@ -75,8 +75,8 @@ def test_a_task_is_read_and_prompted_as_released(root):
 
 def test_prompt_details():
     places = [Path("1.png"), Path("2.png")]
-    told = prompt_of("See.", "{table#2}{image#1} and {image#3}", places, ["x", "y"], "GPR1200")
-    assert told == ["See.\n", places[1], places[0], " and {image#3}\nChoice list: \nx\ny\nYour answer is: "]
+    result = prompt_of("See.", "{table#2}{image#1} and {image#3}", places, ["x", "y"], "GPR1200")
+    assert result == ["See.\n", places[1], places[0], " and {image#3}\nChoice list: \nx\ny\nYour answer is: "]
 
 
 def test_instructions_by_key(tmp_path):
@@ -142,8 +142,8 @@ def test_long_prompts_lose_their_oldest_part():
     ],
 )
 def test_choices_are_extracted(answer, found):
-    told = score("choice", answer, "the dog", CHOICES)
-    assert told == (float(found == 1), float(found == 1), float(found is None))
+    result = score("choice", answer, "the dog", CHOICES)
+    assert result == (float(found == 1), float(found == 1), float(found is None))
 
 
 def test_released_quirks():

@@ -49,7 +49,7 @@ def two_settings(fidelity, monkeypatch):
 
 @pytest.fixture
 def run(fidelity, tiny, tmp_path):
-    """run(*arguments) -> (exit code, document, store); two short windows of each text unless told otherwise."""
+    """run(*arguments) -> (exit code, document, store); by default two short windows of each text."""
     (tmp_path / "words.txt").write_text(" ".join(f"w{20 + i * i % 100}" for i in range(400)))
     fixed = f"--smollm2 {tiny} --text {tmp_path}/words.txt --prefix 40 --count 8 --cache {tmp_path}/cache"
     fixed += f" --json {tmp_path}/docs/f.json --markdown {tmp_path}/docs/f.md"

@@ -51,7 +51,7 @@ class Pair:
         self.plain = Decoder(Biased, layers=2).double()
         self.model = compiled(copy.deepcopy(self.plain), rotation)
 
-    def tell(self, change) -> None:
+    def apply(self, change) -> None:
         with torch.no_grad():
             change(self.model)
             change(self.plain)
@@ -71,7 +71,7 @@ class Pair:
         self.agree()
         before = roll(self.plain, steps=0)[0][0]
         for number, change in enumerate(changes):
-            self.tell(change)
+            self.apply(change)
             if number == 0:
                 assert (roll(self.plain, steps=0)[0][0] - before).abs().max() > 1e-4, "a change that nothing shows"
             self.agree()
@@ -92,7 +92,7 @@ def as_at_first(request):
     """The shared pair begins each test with the same numbers."""
     if "pair" in request.fixturenames:
         pair = request.getfixturevalue("pair")
-        pair.tell(lambda model: model.load_state_dict(Decoder(Biased, layers=2).double().state_dict()))
+        pair.apply(lambda model: model.load_state_dict(Decoder(Biased, layers=2).double().state_dict()))
 
 
 @pytest.fixture(params=ROTATIONS)
@@ -226,7 +226,7 @@ def test_a_change_while_a_cache_lives(pair):
             (7, lambda model: replace(parts(model)[1].o_proj, "weight", noise(parts(model)[1].o_proj.weight))),
             (8, lambda model: model.layers[1].down.weight.data.mul_(0.5)),
         ):
-            pair.tell(change)
+            pair.apply(change)
             got, caches[0] = pair.model(ids[:, at : at + 1], caches[0])
             want, caches[1] = pair.plain(ids[:, at : at + 1], caches[1])
             torch.testing.assert_close(got, want, rtol=0, atol=1e-10)
@@ -238,7 +238,7 @@ def test_a_live_cache_is_refused_by_changed_weights(pair, name, field):
     with torch.no_grad():
         cache = pair.model(ids[:, :6])[1]
         cache = pair.model(ids[:, 6:7], cache)[1]
-        pair.tell(lambda model: getattr(getattr(parts(model)[1], name), field).mul_(1.5))
+        pair.apply(lambda model: getattr(getattr(parts(model)[1], name), field).mul_(1.5))
         for some in (ids[:, 7:8], ids[:, 7:9]):
             with pytest.raises(ValueError, match="made by other weights.*start with an empty cache, or.*dequantize"):
                 pair.model(some, cache)
@@ -362,7 +362,7 @@ def test_dtypes_there_and_back(fresh):
     """float64 to float16 and back: other graphs, then the first ones with their weights in other memory."""
     ids = token_ids(2, 7)
     for dtype, tolerance in ((torch.float64, 1e-10), (torch.float16, 1e-2), (torch.float64, 1e-10)):
-        fresh.tell(lambda model, dtype=dtype: model.to(dtype))
+        fresh.apply(lambda model, dtype=dtype: model.to(dtype))
         with torch.no_grad():
             want, cache = fresh.plain(ids[:, :6])
             got, packed = fresh.model(ids[:, :6])

@@ -747,7 +747,7 @@ def warns_once(op: str):
     class Context:
         def __enter__(self):
             self.patch = pytest.MonkeyPatch()
-            self.patch.setattr(packed_ops, "_said", set())
+            self.patch.setattr(packed_ops, "_warned", set())
             self.catch = warnings.catch_warnings(record=True)
             self.said = self.catch.__enter__()
             warnings.simplefilter("always")

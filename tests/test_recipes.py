@@ -378,8 +378,8 @@ def test_smoothquant_gains():
     for h in range(2):
         for d in range(8):
             peak = max(abs(float(k[0, h, t, d])) for t in range(1, 5))
-            heard = max(abs(float(q[0, g, t, d])) for g in (2 * h, 2 * h + 1) for t in range(1, 5))
-            assert float(s[h, d]) == pytest.approx((peak / heard) ** 0.5, rel=2**-11)
+            query_peak = max(abs(float(q[0, g, t, d])) for g in (2 * h, 2 * h + 1) for t in range(1, 5))
+            assert float(s[h, d]) == pytest.approx((peak / query_peak) ** 0.5, rel=2**-11)
     assert not centre.any()
     torch.library.opcheck(key_affine, (k, q, valid, False, False, 0.5))
 

@@ -104,7 +104,8 @@ def massive_activations(calibration: Calibration):
 def channels(calibration: Calibration, layer: int | None = None):
     """Largest |x| of every KV head and channel of one layer, keys and values, before and after the rotation.
 
-    layer: its number; the one whose keys' channels stand out most unless told. Raises ValueError for a layer that was not measured.
+    layer: its number; None: the one whose keys' channels stand out most. Raises ValueError for a layer that was not
+    measured.
     """
     chosen = pick(calibration, layer)
     figure, axes = new_figure(3.2 * len(FORMS), 3.2, 1, len(FORMS))

@@ -22,7 +22,7 @@ from akvq_fx.policy import prompt_site, sites_of
 
 
 @dataclass
-class Seen:
+class AttentionCall:
     """One attention call over a prompt of q tokens. C is the length of what attention reads, q or a static cache's slots.
 
     query, key      [B, Hq, q, D], [B, Hq or H, C, D] as attention gets them
@@ -49,14 +49,14 @@ class Seen:
 
 
 class Watch:
-    """A dynamo backend that calls `look(Seen)` for each attention call of a prompt, layer by layer.
+    """A dynamo backend that calls `look(AttentionCall)` for each attention call of a prompt, layer by layer.
 
     names    id of a parameter -> its name in the model: graphs that serve several layers are told apart by it
     refused  label -> reason, of attention that the backend would leave at 16 bits
     weights  parameters of the graphs that hold attention over a cache
     """
 
-    def __init__(self, config: AKVQConfig, names: dict[int, str], look: Callable[[Seen], None]):
+    def __init__(self, config: AKVQConfig, names: dict[int, str], look: Callable[[AttentionCall], None]):
         self.config, self.names, self.look = config, names, look
         self.refused: dict[str, str] = {}
         self.weights: dict[int, nn.Parameter] = {}
@@ -117,7 +117,7 @@ class Walk(torch.fx.Interpreter):
         count = new_key.shape[2]
         vision = self.watch.vision
         self.watch.look(
-            Seen(
+            AttentionCall(
                 layer=layer,
                 label=label,
                 query=given["query"],

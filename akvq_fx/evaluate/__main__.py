@@ -34,7 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
     from akvq_fx.evaluate.table import fill, markdown
 
     try:
-        settings = {text: options_of(text) for text in args.setting or args.unless_told}
+        settings = {text: options_of(text) for text in args.setting or args.default_settings}
         store, table, suite = Store(args.json), [], None
         from tqdm import tqdm
 
@@ -64,7 +64,7 @@ def parser() -> argparse.ArgumentParser:
     shared.add_argument(
         "--setting",
         action="append",
-        help="none, or recipe[:option=value,...]; repeatable. Unless told: akvq, and none too for accuracies",
+        help="none, or recipe[:option=value,...]; repeatable. Default: akvq, and for accuracies none too",
     )
     shared.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     shared.add_argument("--device", default="cpu")
@@ -89,9 +89,9 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--count", type=int, default=192, help="tokens read over them")
     one.add_argument("--windows", type=int, default=4, help="pieces of the text")
     one.add_argument(
-        "--step", type=positive, help="tokens read in a call: small ones are packed as they go; all unless told"
+        "--step", type=positive, help="tokens read in a call: with few, they are packed as they go; default: all"
     )
-    one.set_defaults(suites=fidelity_suites, unless_told=["akvq"])
+    one.set_defaults(suites=fidelity_suites, default_settings=["akvq"])
 
     two = commands.add_parser("images", parents=[shared], help="multi-image questions of a folder with its own model")
     two.add_argument("--folder", required=True, type=Path, help="holds load.py, tasks.py, sprites.pkl")
@@ -100,12 +100,12 @@ def parser() -> argparse.ArgumentParser:
         action="store_true",
         help="run the folder's Python files and unpickle its sprites.pkl: needed",
     )
-    two.add_argument("--task", action="append", help="repeatable; all that occur with so many images unless told")
+    two.add_argument("--task", action="append", help="repeatable; default: all that occur with so many images")
     two.add_argument("--images", type=int, default=14, help="images a sample")
     two.add_argument("--samples", type=int, default=32, help="samples a task")
     two.add_argument("--questions", type=int, default=1, help="questions a sample, at most")
     two.add_argument("--split", default="test", help="test or heldout")
-    two.set_defaults(suites=image_suites, unless_told=["none", "akvq"])
+    two.set_defaults(suites=image_suites, default_settings=["none", "akvq"])
 
     three = commands.add_parser("milebench", parents=[shared], help="MileBench, from a local copy")
     three.add_argument("--root", required=True, type=Path, help="folder of the tasks' folders, as released")
@@ -113,13 +113,13 @@ def parser() -> argparse.ArgumentParser:
     three.add_argument(
         "--task",
         action="append",
-        help="repeatable; those there of the AKVQ-VL paper's twelve unless told; all: every one there",
+        help="repeatable; all: every one there; default: those there of the AKVQ-VL paper's twelve",
     )
     three.add_argument("--samples", type=int, default=200, help="samples a task, at most")
     three.add_argument("--context", type=int, help="tokens of prompt and answer; longer prompts lose their oldest part")
     three.add_argument("--image-tokens", type=int, default=576, help="tokens of an image, for --context")
     three.add_argument("--new-tokens", type=int, default=512, help="tokens of an answer, at most")
-    three.set_defaults(suites=milebench_suites, unless_told=["none", "akvq"])
+    three.set_defaults(suites=milebench_suites, default_settings=["none", "akvq"])
     return top
 
 

@@ -109,10 +109,10 @@ def prompt_fidelity(
     """Measure one setting on a causal language model or a vision-language model.
 
     options    as of torch.compile(model, backend="akvq", options=...), or a setting as on the command line ("akvq:window=64",
-               "none"); None: the backend's defaults. Values are rotated in the graph unless told otherwise, so weights stay
-               as they are
+               "none"); None: the backend's defaults, with values rotated in the graph, so that weights stay as they
+               are
     progress   called after each prompt
-    step       tokens after the prefix that are read in a call; all of them unless told
+    step       tokens after the prefix that are read in a call; None: all of them
     Raises ValueError for a prompt that leaves nothing to predict, NothingPacked (a RuntimeError) where the backend packed nothing.
     """
     options = options_of(options) if isinstance(options, str) else dict(options or {})
@@ -151,11 +151,11 @@ def continuation(model: Any, prompt: Prompt, step: int | None) -> tuple[Tensor, 
 def compare(own: Tensor, packed: Tensor, following: Tensor) -> dict[str, Tensor]:
     """Measures per position; own, packed [n, V] log-probabilities, following [n] the tokens that came."""
     p, q = own.exp(), packed.exp()
-    heard, told = (x.gather(1, following[:, None])[:, 0] for x in (own, packed))
+    own_next, packed_next = (x.gather(1, following[:, None])[:, 0] for x in (own, packed))
     agree = (own.argmax(-1) == packed.argmax(-1)).double()
     # a token of probability 0 adds nothing, though its logarithms do not subtract
     gaps = torch.where(p > 0, p * (own - packed), 0)
-    found = {"nll": -heard, "dnll": heard - told, "kl": gaps.sum(-1), "agree": agree}
+    found = {"nll": -own_next, "dnll": own_next - packed_next, "kl": gaps.sum(-1), "agree": agree}
     found["tv"] = (p - q).abs().sum(-1) / 2
     return {name: value.cpu() for name, value in found.items()}
 

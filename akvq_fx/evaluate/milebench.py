@@ -204,8 +204,8 @@ class MileBench:
         if self._context:
             segments = shorten(segments, processor.tokenizer, self._context - self._new_tokens, self._image_tokens)
         answer, bits = reply(run, processor, segments, self._new_tokens)
-        told = score(task.kind, answer, sample.reference, sample.choices)
-        numbers = {"accuracy": told.score, "unanswered": told.unanswered, "released": told.released, "bits": bits}
+        result = score(task.kind, answer, sample.reference, sample.choices)
+        numbers = {"accuracy": result.score, "unanswered": result.unanswered, "released": result.released, "bits": bits}
         return {**numbers, "answer": answer}
 
 
@@ -214,8 +214,8 @@ def reply(run: Any, processor: Any, segments: Sequence[str | Path], new_tokens: 
     """(greedy answer, bits per cached number) to a chat message of interleaved texts and images."""
     inputs = to_model(chat_inputs(processor, segments), run)
     out = run.generate(**inputs, max_new_tokens=new_tokens, do_sample=False, num_beams=1, return_dict_in_generate=True)
-    told = out.sequences[0, inputs["input_ids"].shape[1] :]
-    return processor.decode(told, skip_special_tokens=True).strip(), bits_of(cache_of(out), run)
+    generated = out.sequences[0, inputs["input_ids"].shape[1] :]
+    return processor.decode(generated, skip_special_tokens=True).strip(), bits_of(cache_of(out), run)
 
 
 def chat_inputs(processor: Any, segments: Sequence[str | Path]) -> dict[str, Any]:

@@ -32,22 +32,22 @@ def score(kind: str, answer: str, reference: str, choices: Sequence[str] = ()) -
 
     Raises ValueError for another kind, or for a reference that is not among the choices.
     """
-    told, due = normal(answer), normal(reference)
-    empty = float(not told)
+    given, expected = normal(answer), normal(reference)
+    empty = float(not given)
     if kind == "choice":
         options = [normal(choice) for choice in choices]
-        if due not in options:
+        if expected not in options:
             raise ValueError(f"the reference {reference!r} is none of the choices {list(choices)}")
         letters = {letter_of(i): option for i, option in enumerate(options)}
-        chosen, right = extract(told, letters), letter_of(options.index(due))
-        taken = chosen or (EMPTY_CHOICE if not told else "")
+        chosen, right = extract(given, letters), letter_of(options.index(expected))
+        taken = chosen or (EMPTY_CHOICE if not given else "")
         return Score(float(chosen == right), float(taken == right), float(not chosen))
     if kind == "rouge":
-        value = rouge_l(told, due)
+        value = rouge_l(given, expected)
     elif kind == "needle":
-        value = float(due in told.split())
+        value = float(expected in given.split())
     elif kind == "contains":
-        value = float(due in told)
+        value = float(expected in given)
     else:
         raise ValueError(f"got {kind=}; accepted: choice, rouge, needle, contains")
     return Score(value, value, empty)
@@ -86,7 +86,7 @@ def normal(text: str) -> str:
 
 
 def extract(answer: str, options: Mapping[str, str]) -> str:
-    """The letter of the option that a normalized answer names, "" where none can be told.
+    """The letter of the option that a normalized answer names, "" where none can be found.
 
     options   letter -> normalized text
     In this order: the first "letter text" in the answer; the first option's text, spaces aside; an answer of one letter; the only
@@ -119,13 +119,13 @@ def rouge_l(answer: str, reference: str) -> float:
 
     Raises ValueError for an empty reference.
     """
-    told, due = sentences(answer), sentences(reference)
-    if not due:
+    given, expected = sentences(answer), sentences(reference)
+    if not expected:
         raise ValueError(f"the reference {reference!r} has no words")
-    if not told:
+    if not given:
         return 0.0
-    common = set().union(*(common_words(r, a) for r in due for a in told))
-    recall, precision = len(common) / distinct(due), len(common) / distinct(told)
+    common = set().union(*(common_words(r, a) for r in expected for a in given))
+    recall, precision = len(common) / distinct(expected), len(common) / distinct(given)
     return 2 * precision * recall / (precision + recall + 1e-8)
 
 

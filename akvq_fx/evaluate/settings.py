@@ -50,8 +50,8 @@ def described(options: Mapping[str, Any] | None) -> dict[str, Any] | None:
 def running(model: torch.nn.Module, options: Mapping[str, Any] | None) -> Iterator[Any]:
     """The model as it runs under these options: itself for None, else compiled with the backend.
 
-    Values are rotated in the graph unless told otherwise, so weights stay as they are. Dynamo's compiled code is reset before
-    and after.
+    Values are rotated in the graph unless the options say otherwise, so weights stay as they are. Dynamo's compiled code is
+    reset before and after.
     """
     if options is None:
         yield model
@@ -88,7 +88,7 @@ def prefill(model: Any, inputs: Mapping[str, Any]) -> Any:
 
 
 def read(model: Any, ids: Tensor, cache: Any, step: int | None = None) -> tuple[Tensor, Any]:
-    """Logits [n, V] of ids [n] read over a cache, `step` a call (all in one unless told), and the cache after them."""
+    """Logits [n, V] of ids [n] read over a cache, `step` a call (None: all in one), and the cache after them."""
     logits, name = [], cache_argument(model)
     for part in ids.split(step or len(ids)):
         out = model(**to_model({"input_ids": part[None]}, model), **{name: cache}, use_cache=True)

@@ -156,9 +156,9 @@ def ask(run: Any, prefix: Mapping[str, Any], questions: Sequence[tuple[Tensor, T
     right, nll = [], []
     for question, answer in questions:
         logits, _ = read(run, torch.cat([question, answer]), copy.deepcopy(cache))
-        told = logits[-len(answer) - 1 : -1].double().log_softmax(-1).cpu()
-        right.append(float((told.argmax(-1) == answer).all()))
-        nll.append(-told.gather(1, answer[:, None]).mean().item())
+        log_probs = logits[-len(answer) - 1 : -1].double().log_softmax(-1).cpu()
+        right.append(float((log_probs.argmax(-1) == answer).all()))
+        nll.append(-log_probs.gather(1, answer[:, None]).mean().item())
     return {"accuracy": sum(right) / len(right), "nll": sum(nll) / len(nll), "bits": bits_of(cache, run)}
 
 

@@ -69,9 +69,9 @@ def clusters(points: Tensor, count: int) -> Tensor:
     points has no influence. Where fewer of them differ, some labels have none.
     """
     points = points.double()
-    apart, centres = distances(points, points), points.mean(0, keepdim=True)
+    pairwise, centres = distances(points, points), points.mean(0, keepdim=True)
     while len(centres) < count:
-        left = distances(points, centres).amin(1, keepdim=True).minimum(apart).sum(0)
+        left = distances(points, centres).amin(1, keepdim=True).minimum(pairwise).sum(0)
         centres = lloyd(points, torch.cat([centres, points[left.argmin()][None]]), BETWEEN)
     return distances(points, lloyd(points, centres, ROUNDS)).argmin(1)
 

@@ -103,13 +103,13 @@ def generate(family: str, kind: str, options: dict[str, Any] | None) -> tuple[to
         model.compile(backend="akvq", options=options)
     asked = {"max_new_tokens": 8, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
     out = model.generate(input_ids=ids, attention_mask=mask, **asked)
-    told = ""
+    note = ""
     if options is not None:
         layers = getattr(cache_of(out), "layers", [])
         packed = [isinstance(getattr(layer, "keys", None), akvq_fx.PackedKV) for layer in layers]
         reasons = sorted({row.reason for row in akvq_fx.report(model).refused})
-        told = "; ".join([f"{sum(packed)} of {len(packed)} layers packed", *reasons])
-    return out.sequences, torch.stack(out.logits), told
+        note = "; ".join([f"{sum(packed)} of {len(packed)} layers packed", *reasons])
+    return out.sequences, torch.stack(out.logits), note
 
 
 def examine(family: str, kind: str, answer) -> None:
@@ -126,9 +126,9 @@ def examine(family: str, kind: str, answer) -> None:
         return
     try:
         exact, _, _ = generate(family, kind, {**PACKED, "body_bits": 16})
-        _, changed, told = generate(family, kind, PACKED)
+        _, changed, note = generate(family, kind, PACKED)
         verdict = "same" if torch.equal(tokens, exact) else "DIFFERENT"
-        answer.send((verdict, f"{told}; 2 bits change logits by {(changed - logits).abs().max().item():.1e}"))
+        answer.send((verdict, f"{note}; 2 bits change logits by {(changed - logits).abs().max().item():.1e}"))
     except BaseException as error:
         answer.send(("FAILED", first_line(error)))
 
@@ -156,9 +156,9 @@ def main() -> int:
     args = parser.parse_args()
     counts: dict[str, int] = {}
     for family in (args.only or sorted(KINDS[args.kind]))[args.part :: args.parts]:
-        verdict, told = verdict_on(family, args.kind)
+        verdict, note = verdict_on(family, args.kind)
         counts[verdict] = counts.get(verdict, 0) + 1
-        print(f"{verdict:9} {family}: {told}", flush=True)
+        print(f"{verdict:9} {family}: {note}", flush=True)
     print(", ".join(f"{count} {verdict}" for verdict, count in counts.items()))
     return int(bool(counts.keys() & {"DIFFERENT", "FAILED"}))
 

@@ -145,7 +145,7 @@ def measure_model(
 
 
 def measure(suite: Suite, settings: Mapping[str, Any], results: Results, entry: dict[str, Any], at: str) -> None:
-    """fill, a setting at a time. What a setting raises is told in the document, and the others go on."""
+    """fill, a setting at a time. A setting that raises is reported in the document, and the others go on."""
     from tqdm import tqdm
 
     for name, options in settings.items():
@@ -203,21 +203,21 @@ def vision_tasks(args, source: Source, path: Path, every: bool) -> VisionTasks:
 
 def show_weights(shown: dict[str, Any], name: str, path: Path) -> None:
     """Tell the document whose weights these are. Rows of other weights under this name are dropped."""
-    told = {"file": path.name, "digest": digest(path)}
-    if shown["weights"].get(name, told)["digest"] != told["digest"]:
+    entry = {"file": path.name, "digest": digest(path)}
+    if shown["weights"].get(name, entry)["digest"] != entry["digest"]:
         for models in shown["parts"].values():
             models.pop(name, None)
-    shown["weights"][name] = told
+    shown["weights"][name] = entry
 
 
 def show_text(shown: dict[str, Any], text: Text) -> None:
     """Tell the document what a text is. Rows of another text under this name are dropped."""
-    told = {"about": text.about, "characters": len(text.content), "digest": text.digest}
-    if shown["texts"].get(text.name, told)["digest"] != told["digest"]:
+    entry = {"about": text.about, "characters": len(text.content), "digest": text.digest}
+    if shown["texts"].get(text.name, entry)["digest"] != entry["digest"]:
         for models in shown["parts"].values():
-            for entry in models.values():
-                entry["rows"] = [row for row in entry["rows"] if row["task"] != text.name]
-    shown["texts"][text.name] = told
+            for model in models.values():
+                model["rows"] = [row for row in model["rows"] if row["task"] != text.name]
+    shown["texts"][text.name] = entry
 
 
 def numerics(args) -> str:
@@ -250,8 +250,8 @@ def arguments_of(arguments: list[str] | None) -> argparse.Namespace:
         return parse
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--part", type=names(PARTS), default=list(PARTS), help="all unless told")
-    parser.add_argument("--model", type=names(SOURCES), default=list(SOURCES), help="all unless told")
+    parser.add_argument("--part", type=names(PARTS), default=list(PARTS), help="default: all")
+    parser.add_argument("--model", type=names(SOURCES), default=list(SOURCES), help="default: all")
     for name, source in SOURCES.items():
         what = "folder with load.py, tasks.py, sprites.pkl" if source.vision else "GGUF file or transformers folder"
         parser.add_argument(f"--{name}", type=Path, metavar="PATH", help=f"{source.title}: {what}")
@@ -262,7 +262,7 @@ def arguments_of(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--windows", type=int, default=8, help="windows of each text")
     parser.add_argument("--samples", type=int, default=32, help="samples of each image task")
     parser.add_argument(
-        "--task", action="append", help="image task; repeatable. Unless told: all, or four in the small parts"
+        "--task", action="append", help="image task; repeatable. Default: all, or four in the small parts"
     )
     parser.add_argument("--images", type=int, default=14, help="images a sample")
     parser.add_argument("--prefix", type=int, nargs="+", help="tokens that are packed, instead of each part's own")

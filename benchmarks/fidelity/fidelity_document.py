@@ -52,7 +52,7 @@ def write(path: Path, shown: Mapping[str, Any], missing: Iterable[str]) -> None:
 
 
 def document(shown: Mapping[str, Any], missing: Iterable[str], findings: str) -> str:
-    parts = {part: told(shown["parts"].get(part, {})) for part in PARTS}
+    parts = {part: with_results(shown["parts"].get(part, {})) for part in PARTS}
     blocks = ["# What a packed cache changes: fidelity", *summary(shown, parts, list(missing))]
     for part, entries in parts.items():
         if entries:
@@ -62,7 +62,7 @@ def document(shown: Mapping[str, Any], missing: Iterable[str], findings: str) ->
     return "\n\n".join([*blocks, "## Findings", f"{BEGIN}\n{findings}\n{END}"]) + "\n"
 
 
-def told(entries: Mapping[str, Any]) -> dict[str, Any]:
+def with_results(entries: Mapping[str, Any]) -> dict[str, Any]:
     """Models of a part that have something to tell, in the order of the sources."""
     return {
         name: entries[name]

@@ -130,8 +130,8 @@ def problem_of(shape: Shape, device: torch.device, dtype: torch.dtype, seed: int
     count = min(15, T // 2)
     pivots = (T - 1 - torch.arange(count, device=device) * (T // 2 // count)).expand(B, -1).clone()
     pivots[:, 0] = start
-    heard = randn(B, shape.query_heads, min(T, 64), D)
-    affine = torch.ops.akvq.key_affine(k, heard, valid, True, True)
+    queries = randn(B, shape.query_heads, min(T, 64), D)
+    affine = torch.ops.akvq.key_affine(k, queries, valid, True, True)
     capacity = -(-T // STEP) * STEP
     key_layout, value_layout = layouts(D, dtype)
     args = (at, classes, pivots.to(torch.int32))

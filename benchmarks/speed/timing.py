@@ -90,8 +90,8 @@ def reason_of(error: BaseException) -> str:
     if isinstance(error, torch.OutOfMemoryError):
         return "out of memory"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
-    told = [line for line in lines if "raised:" not in line and not line.startswith("The above")]
-    return f"{type(error).__name__}: {(told or lines)[0][:110]}"
+    own = [line for line in lines if "raised:" not in line and not line.startswith("The above")]
+    return f"{type(error).__name__}: {(own or lines)[0][:110]}"
 
 
 def attempt(budget: Budget, work: Callable, *args):
@@ -204,8 +204,8 @@ def lane_rate(device: torch.device) -> float:
     import triton
 
     units = torch.cuda.get_device_properties(device).multi_processor_count
-    told = triton.runtime.driver.active.utils.get_device_properties(device.index or 0).get("sm_clock_rate", 0)  # kHz
-    return units * LANES * (1e3 * told if told else SM_CLOCK)
+    clock = triton.runtime.driver.active.utils.get_device_properties(device.index or 0).get("sm_clock_rate", 0)  # kHz
+    return units * LANES * (1e3 * clock if clock else SM_CLOCK)
 
 
 def kernel_names(call: Callable) -> list[str]:

@@ -171,12 +171,12 @@ def cache_like(graph: Graph) -> list[tuple[Node, str]]:
             if not (is_empty(past) or op(past) == "placeholder"):
                 continue
             if node in returned:
-                found.append((node, unread(node)))
+                found.append((node, unread_reason(node)))
             elif any(op(u) == "getitem" and u in returned for u in node.users):
                 found.append((node, "the cache keeps a slice of what attention reads (sliding window)"))
         elif op(node) == "index_copy_" and len(shape(node)) == 4 and argument(node, 1, "dim") in (TOKENS, -2):
             if op(node.args[0]) in ("placeholder", *ALLOCATIONS):
-                found.append((node.args[0], unread(node.args[0])))
+                found.append((node.args[0], unread_reason(node.args[0])))
         elif (
             op(node) == "copy_"
             and op(node.args[0]) in ("placeholder", *ALLOCATIONS)
@@ -186,7 +186,7 @@ def cache_like(graph: Graph) -> list[tuple[Node, str]]:
     return found
 
 
-def unread(cache: Node, reach: int = 40) -> str:
+def unread_reason(cache: Node, reach: int = 40) -> str:
     """Why no attention call was matched to a cache: what its first consumers are."""
     seen, queue = set(), [cache]
     while queue and len(seen) < reach:
