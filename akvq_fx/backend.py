@@ -69,7 +69,7 @@ def _register_checkout() -> None:
 
 
 class Passthrough:
-    """A graph without a cache that begins a call: only the vision mask of the call before is forgotten."""
+    """Runs a graph without a cache that begins a call, and drops the vision mask that the previous call left."""
 
     def __init__(self, inner):
         self.inner = inner
@@ -169,7 +169,7 @@ def compile_inner(gm: GraphModule, example_inputs: list, config: AKVQConfig, mod
         return gm
     if config.inner == "aot_eager":
         return torch_internals.aot_eager(gm, example_inputs)
-    # Inductor's disk cache knows an op by its name: graphs of another version of the ops would be taken for this one's
+    # Inductor's disk cache identifies an op by its name alone; the digest keeps it from mixing up versions of our ops
     with torch.compiler.config.patch(cache_key_tag=f"{torch.compiler.config.cache_key_tag} akvq_fx {ops_digest()}"):
         return torch_internals.inductor(gm, example_inputs, mode)
 

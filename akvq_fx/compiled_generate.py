@@ -17,9 +17,8 @@ from akvq_fx import torch_internals
 
 OptimizedModule = torch_internals.optimized_module()
 _calls: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # OptimizedModule -> its compiled _call_impl
-_depth: weakref.WeakKeyDictionary = (
-    weakref.WeakKeyDictionary()
-)  # original module -> (generate calls under way, what to restore)
+# original module -> (generate calls under way, what to restore)
+_depth: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 _lock = threading.Lock()
 
 

@@ -32,7 +32,7 @@ def bytes_of(layout: Layout) -> sympy.Expr:
 def bits_per_element(layout: Layout, heads: int, text_fraction: float = 0.0) -> sympy.Expr:
     """Bits per cached number at T tokens with no spare capacity, batch 1; an expression in T.
 
-    text_fraction: share of text tokens, of which a text overlay holds what they have more than body_bits.
+    text_fraction: share of tokens that are text; a text overlay holds their bits beyond body_bits.
     """
     exact = bytes_of(layout).subs({B: 1, H: heads, C: T, CT: text_fraction * T})
     return sympy.simplify(8 * exact / (heads * T * layout.head_dim))

@@ -1,4 +1,4 @@
-"""explain: what would be packed, before anything is. report: what was, after it ran."""
+"""explain: what would be packed, before compiling. report: what was packed, after the model ran."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class ExplainBackend:
 
 
 def explain(model: nn.Module, *args: Any, akvq_options: dict | None = None, **kwargs: Any) -> Report:
-    """Run model(*args, **kwargs) once, uncompiled in effect, and tell per attention site what the backend would do and why.
+    """Run model(*args, **kwargs) once, without compiling, and report per attention site what the backend would do and why.
 
     The model, its weights, its cache and what is compiled of it stay as they are, however often this is called. akvq_options: the
     `options` of torch.compile(backend="akvq"). What dynamo gave up on before is in the report too: compiling would not pack it.
@@ -53,7 +53,7 @@ def explain(model: nn.Module, *args: Any, akvq_options: dict | None = None, **kw
 
 
 def find_kernels(found: Report) -> None:
-    """Ask, now that nothing is being traced, which kernels answer."""
+    """Fill in which kernels answer; to be called when nothing is being traced."""
     for graph in found.graphs:
         graph.kernels = which_kernel.answers(graph.kernels)
 

@@ -25,7 +25,7 @@ from akvq_fx.storage import DYNAMIC_TOKENS, TOKENS, Storage
 
 @contextlib.contextmanager
 def _quiet(*names: str):
-    """torchao reports kernels of other platforms that it cannot load, which nobody asked about here."""
+    """Silence loggers: when imported, torchao reports kernels of other platforms that it cannot load."""
     loggers = [logging.getLogger(name) for name in names]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
@@ -58,7 +58,7 @@ class PackedKV(TensorBase):
         )
 
     def __init__(self, codes: Tensor, layout_text: str, size=None, stride=None):
-        """A tensor for tracing: codes bring the shapes, there are no other buffers behind it. `view_of` makes the real ones."""
+        """A tensor for tracing: its shapes come from `codes`, and it has no other buffers. `view_of` makes real ones."""
         self.codes, self.layout_text, self.storage = codes, layout_text, None
         self.traced, self.text_codes, self.static, self.length = ["codes"], None, False, None
 
@@ -87,7 +87,7 @@ class PackedKV(TensorBase):
         return self
 
     def __getattr__(self, name: str):
-        """Buffers of rows that are another cache's yet: asking for them, as tracing and guards do, makes the copy."""
+        """Reached for buffers that are still borrowed (Storage.expanded): reading them, as tracing and guards do, copies them."""
         if name in ("codes", "text_codes"):
             setattr(self, name, self.storage[name])
             return getattr(self, name)
@@ -122,7 +122,7 @@ class PackedKV(TensorBase):
         return self.storage
 
     def dequantize(self) -> Tensor:
-        """[B, H, T, D] as the model made it, rotation undone, quantization error in."""
+        """[B, H, T, D] as the model made it: rotation undone, quantization error included."""
         storage = self._storage()
         return ops.dequantize(storage.held, self.shape[TOKENS], self.layout_text)
 
@@ -168,7 +168,7 @@ class PackedKV(TensorBase):
         return storage
 
     def append(self, x: Tensor, step: int = 128) -> PackedKV:
-        """One view, q tokens longer: x [B, H, q, D] is rotated and quantized, nothing that is here already is touched."""
+        """A view that is q tokens longer: x [B, H, q, D] is rotated and quantized, tokens already here are not touched."""
         length = self.shape[TOKENS]
         storage = self.writable(x.shape[TOKENS], step)
         at = torch.arange(length, length + x.shape[TOKENS], device=x.device)
@@ -183,7 +183,7 @@ class PackedKV(TensorBase):
         return packed_ops.resized(self, self.shape[TOKENS])
 
     def __deepcopy__(self, memo) -> PackedKV:
-        """A clone: torch's own would copy `storage` with the list of the original's views, not knowing the copy."""
+        """A clone. torch's own deepcopy would copy `storage` with its list of views, which are the original's."""
         return self.clone()
 
     def __reduce_ex__(self, protocol):
@@ -204,7 +204,7 @@ class PackedKV(TensorBase):
     @staticmethod
     def save(caches: dict[str, PackedKV], path) -> None:
         """Write packed tensors to a safetensors file; see akvq_fx.cache_file."""
-        from akvq_fx import cache_file  # safetensors is loaded for who asks for it
+        from akvq_fx import cache_file  # here, since it imports safetensors
 
         cache_file.save(caches, path, PackedKV)
 
@@ -227,7 +227,7 @@ def _rebuild(buffers, layout_text, end, prompt, owner, length) -> PackedKV:
 
 
 def token_counts(packed: PackedKV) -> dict[str, int]:
-    """Tokens by class over the batch, the recent ones apart (they are at 16 bits whatever their class)."""
+    """Tokens by class over the batch; recent tokens count as a class of their own (they are at 16 bits anyway)."""
     layout, classes = packed.layout_of, packed.classes()
     end = packed.shape[TOKENS] if packed.storage.end is not None else int(packed.storage["state"][STATE_END])
     classes = classes[:, :end].long()

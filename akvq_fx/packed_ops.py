@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from akvq_fx.kernels import autocast  # noqa: F401 - says what it means for the ops
+from akvq_fx.kernels import autocast  # noqa: F401 - registers the ops for autocast
 from akvq_fx.kernels import cache as ops
 from akvq_fx.packed_tokens import Tokens, concat_rows, concat_tokens
 from akvq_fx.storage import TOKENS
@@ -31,7 +31,7 @@ def implements(targets: list) -> Callable:
 
 
 def implements_function(targets: list) -> Callable:
-    """Decorator: the same for functions and methods of torch, which come before autograd has seen them."""
+    """Decorator: the same for functions and methods of torch, which are intercepted before autograd."""
     return lambda handler: _function_handlers.append((targets, handler))
 
 
@@ -100,7 +100,7 @@ def rowwise(packed: Tensor, index: Tensor) -> Tensor:
 
 
 def is_growing(packed) -> bool:
-    """Its tokens can be chosen and joined on codes: the host knows how many there are. Not so while tracing."""
+    """A growing cache outside of tracing: the host knows its length, so its tokens can be chosen and joined on codes."""
     return is_packed(packed) and packed.storage is not None and packed.storage.end is not None
 
 
@@ -153,7 +153,7 @@ def _(func, types, args, kwargs):
 
 @implements([aten.to.dtype_layout])
 def _(func, types, args, kwargs):
-    return NotImplemented  # composite, met in inference mode only; torchao's would drop the storage
+    return NotImplemented  # a composite op, seen in inference mode only; torchao's handler would drop the storage
 
 
 @implements([aten.cat.default])
@@ -167,7 +167,7 @@ def _(func, types, args, kwargs):
         return NotImplemented
     first, rest = tensors[0], tensors[packed:]
     if any(t.dtype != first.dtype for t in tensors):
-        return NotImplemented  # as torch has it, the result is of the wider dtype
+        return NotImplemented  # the result has the wider dtype, as in torch
     if packed > 1:
         if not all(map(is_growing, tensors[:packed])) or not alike(tensors[:packed], "rows"):
             return NotImplemented
@@ -182,15 +182,14 @@ def _(func, types, args, kwargs):
 
 
 def alike(tensors: list[Tensor], same: str) -> bool:
-    """The codes of all mean the same. same: "rows", with one centre and gain, or "length"."""
+    """Whether the codes can be joined. same: what must agree besides layout, weights, heads and device: "rows" (the batch and the
+    affine map) or "length"."""
     first = tensors[0]
     for t in tensors[1:]:
         if (t.layout_text, t.storage.owner, t.shape[1]) != (first.layout_text, first.storage.owner, first.shape[1]):
             return False
-        if (
-            t.device != first.device
-            or t.shape[TOKENS if same == "length" else 0] != first.shape[TOKENS if same == "length" else 0]
-        ):
+        dim = TOKENS if same == "length" else 0
+        if t.device != first.device or t.shape[dim] != first.shape[dim]:
             return False
         if same == "rows" and "affine" in first.storage.layout.fields:
             mine, other = first.storage["affine"], t.storage["affine"]
@@ -217,7 +216,7 @@ def stack_rows(tensors: list[Tensor]) -> Tensor:
     stores = [t.storage for t in tensors]
     ends = {tuple(s["state"].tolist()) for s in stores}
     if len(ends) > 1 or len({s["text_at"].shape for s in stores if s.layout.text_bits}) > 1:
-        return NotImplemented  # one end, which lies on the device, for all rows
+        return NotImplemented  # all rows share one end, which is on the device
     joined = stores[0].map(lambda name, b: b.clone() if name == "state" else torch.cat([s[name] for s in stores], 0))
     return tensors[0].view_of(joined, tensors[0].shape[TOKENS])
 
@@ -235,7 +234,7 @@ def _(func, types, args, kwargs):
 
 @implements([aten.constant_pad_nd.default])
 def _(func, types, args, kwargs):
-    """Zeros before the first token are padding, which masks hide; fewer tokens at either end are a choice of them."""
+    """Zeros in front become padding tokens, which masks hide; negative padding selects tokens."""
     packed, pad, fill = (*args, 0)[:3]
     before, after = (*pad, 0, 0, 0, 0)[2:4]
     others = [*pad[:2], *pad[4:]]
@@ -331,7 +330,7 @@ def _(func, types, args, kwargs):
 
 @implements_function([torch.Tensor.contiguous])
 def _(func, types, args, kwargs):
-    return args[0]  # torchao's would drop the storage, and the length for the capacity
+    return args[0]  # torchao's handler would drop the storage, and take the capacity for the length
 
 
 @implements_function([
@@ -340,8 +339,8 @@ def _(func, types, args, kwargs):
     torch.Tensor.expand_as, torch.Tensor.broadcast_to, torch.broadcast_to,
 ])  # fmt: skip
 def _(func, types, args, kwargs):
-    """Not as autograd's view, whose `_base` would keep the longer view alive: a crop would be copied, rows
-    would stay, and dynamo would trace how the view was made."""
+    """Without autograd's views: their `_base` would keep the longer view alive, so that the next write copied the cache, and dynamo
+    would trace how the view was made."""
     with torch._C.DisableTorchFunctionSubclass():
         if torch.compiler.is_compiling():
             return func(*args, **kwargs)
@@ -408,9 +407,8 @@ def _(func, types, args, kwargs):
     if not same or [b.shape for b in source.storage.buffers] != [b.shape for b in target.storage.buffers]:
         return NotImplemented
     target.storage.release_borrowers()
-    if (
-        not target.static and "affine" in target.storage.layout.fields
-    ):  # what was taken of a growing cache shares its map
+    # caches that were selected from a growing one share its affine map
+    if not target.static and "affine" in target.storage.layout.fields:
         target.storage["affine"] = target.storage["affine"].clone()
     for into, out_of in zip(target.storage.buffers, source.storage.buffers, strict=True):
         into.copy_(out_of)

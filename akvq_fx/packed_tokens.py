@@ -1,12 +1,13 @@
-"""Tokens: packed tokens apart from the slots that they lie in, to be chosen, joined and laid out again without quantizing any.
+"""Tokens: packed tokens without the slots that held them, to be chosen, joined and stored again without quantizing any.
 
     Tokens.of(storage, length)    its first tokens
-    .take(index)                  some of them;  concat_tokens, concat_rows  several of them as one
+    .take(index)                  some of them
+    concat_tokens, concat_rows    several Tokens as one
     .stored()                     a storage of its own
 
 A token is its code and range, its class, and where it has them, its copies in the ring, among the pivots and in the text overlay.
-Positions in overlays become the new ones. Of the ring stays what is still among the last W tokens, up to the latest that the ring
-did not hold; pivots that find no slot are read from the body, where every token has a code. Nothing here asks the device.
+Overlays get the new positions. The ring keeps what is still among the last W tokens, back to the latest one that it did not hold.
+Pivots for which there is no slot are read from the body, where every token has a code. Nothing here waits for the device.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ class Tokens:
 
     parts     by the name of the buffer that they come from: codes, range, classes of the n tokens; ring of the last min(W, n);
               pivots and text_codes with positions in pivot_at and text_at, -1 for a free slot; affine
-    held      [min(W, n)] bool: the ring held this token
+    held      [min(W, n)] bool: whether the ring held each of the last tokens
     room      capacity of the storage that they came from
     """
 
@@ -103,7 +104,7 @@ class Tokens:
         return replace(self, parts=parts, held=held)
 
     def with_whole_ring(self) -> Tokens:
-        """The same, all of the last tokens in the ring: what it did not hold is put there as it is read, at 16 bits."""
+        """The same tokens with a full ring: those that it did not hold are dequantized into it."""
         recent = len(self.held)
         if not recent:
             return self
@@ -112,7 +113,7 @@ class Tokens:
         return replace(self, parts=self.parts | {"ring": ring}, held=torch.ones_like(self.held))
 
     def padding(self, count: int) -> Tokens:
-        """`count` padding tokens, zeros, to stand with these: masks hide them, so that the ring may be said to hold them."""
+        """`count` zeros of class padding, to be joined with these. Masks hide them, so the ring may count as holding them."""
         codes = self.parts["codes"]
         B, H, device = *codes.shape[:2], codes.device
         affine = self.parts.get("affine")
@@ -169,7 +170,7 @@ def first_used(at: Tensor, tokens: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 def concat_tokens(runs: list[Tokens]) -> Tokens:
-    """Runs of the same rows, one after the other, as one; the affine map is the first one's."""
+    """Concatenate along the tokens; the affine map is the first one's."""
     layout, parts, total = runs[0].layout, dict(runs[0].parts), sum(run.count for run in runs)
     starts = [sum(run.count for run in runs[:i]) for i in range(len(runs))]
     of_all = lambda name, dim: torch.cat([run.parts[name] for run in runs], dim)
@@ -194,7 +195,7 @@ def concat_tokens(runs: list[Tokens]) -> Tokens:
 
 
 def concat_rows(rows: list[Tokens]) -> Tokens:
-    """Rows of one number of tokens as one batch: one ring for all, which holds what each of the last tokens is read as."""
+    """Concatenate along the batch; all have as many tokens. The rows share one ring state, so every ring is filled first."""
     rows, parts = [row.with_whole_ring() for row in rows], {}
     for name in rows[0].parts:
         given = [row.parts[name] for row in rows]

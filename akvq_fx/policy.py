@@ -1,12 +1,12 @@
-"""A policy: options that were decided by measuring a model, as a small JSON file, and what tsa_layers="auto" means.
+"""A policy: options decided by measuring a model, kept in a small JSON file; and the meaning of tsa_layers="auto".
 
     torch.compile(model, backend="akvq", options=akvq_fx.load_policy("policy.json"))
     torch.compile(model, backend="akvq", options={"tsa_layers": "auto"})
 
 "auto" is settled when a prompt's graph is compiled, before any pass runs. It asks, in this order:
 1. what akvq_fx.calibrate decided in this process for these very weights;
-2. table I of the paper. A graph holds no model's name, so a row is found by the decoder's shape, which a fine-tuned model, or
-   another model of the same shape, shares. Calibrate where that matters: a measurement goes before the table.
+2. table I of the paper. A graph does not hold the model's name, so a row is found by the decoder's shape, which fine-tuned
+   and other models may share. Calibrate where that matters: a measurement goes before the table.
 Where neither knows the model, it is an error; layers are never guessed.
 """
 
@@ -66,9 +66,8 @@ def resolve(config: AKVQConfig, gm: torch.fx.GraphModule, example_inputs: list) 
             )
     if known is not None:
         log.info("tsa_layers: %s (%s)", known, source)
-    settled = copy.copy(
-        config
-    )  # not replace(): a config that is made already would be checked as a user's options again
+    # not dataclasses.replace(), which would check the values that were filled in as if the user had given them
+    settled = copy.copy(config)
     object.__setattr__(settled, "tsa_layers", known or ())
     return settled
 

@@ -143,8 +143,10 @@ class GraphReport:
     passes: list[PassReport] = field(default_factory=list)
     capture: Capture | None = None  # None in other modes than "reduce-overhead"
     function: str = ""  # whose graph it is
-    recompiled: str = ""  # why the function's graphs before this one did not do, "" for a first one
-    kernels: list = field(default_factory=list)  # KernelAnswer of every op; what explain and report are given
+    recompiled: str = ""  # why the function was compiled again (the guard that failed), "" for its first graph
+    kernels: list = field(
+        default_factory=list
+    )  # ops called, which explain and report replace by the KernelAnswer of each
 
 
 PLACES = 3  # lines of code shown for one reason

@@ -19,11 +19,11 @@ from akvq_fx.packed_kv import PackedKV, Storage
 from akvq_fx.program import Appended, Packed, Program
 from akvq_fx.storage import text_slots
 
-MODELS = 8  # of one class whose weights a graph remembers at a time; one more is looked at anew when its turn comes
+MODELS = 8  # whose weights a graph remembers at a time; those of another are digested again when it runs
 
 
 class Weights:
-    """What is known of one model's weights in one graph: who they were when they were last looked at, and whose tokens they make.
+    """One model's weights in one graph: their identity when they were last checked, and the owners of caches that they make.
 
     owners    positions of weights -> the digests of their contents, as one text; None where there are no weights
     """
@@ -33,14 +33,14 @@ class Weights:
         me = weakref.ref(self)
 
         def forget(_):
-            alive = me()
-            if alive is not None:
-                alive.gone = True
+            weights = me()
+            if weights is not None:
+                weights.gone = True
 
         self.refs = [weakref.ref(weight, forget) for weight in weights]
 
     def are_same(self, weights: Sequence[torch.Tensor]) -> bool:
-        """Some ten microseconds for a hundred weights: it is asked in every decode step."""
+        """Called in every decode step; takes about ten microseconds for a hundred weights."""
         return not self.gone and list(map(id, weights)) == self.ids and versions(weights) == self.versions
 
 
@@ -54,7 +54,7 @@ def versions(weights: Sequence[torch.Tensor]) -> list[int]:
 class Runtime:
     """One rewritten graph, ready to be called with the arguments of the original one.
 
-    Nothing of a call is kept but what is known of weights, so that threads may call it at once.
+    Of a call it keeps nothing but what it learned about weights, so threads may call it concurrently.
     """
 
     def __init__(self, program: Program, inner, step: int, starts_call: bool):
@@ -65,10 +65,9 @@ class Runtime:
         self.groups = {*program.owners.values(), *made}
         self.watched = sorted({i for group in self.groups for i in group})
         self.watched_of = picker(self.watched)
-        self.weights: dict[
-            int, Weights
-        ] = {}  # by the id of the first watched weight: models of one class share a graph
-        # placeholders stand in this order: own arguments, the carried vision mask, the buffers of each packed tensor
+        # by the id of the first watched weight, since models of one class share a graph
+        self.weights: dict[int, Weights] = {}
+        # the order of placeholders: own arguments, the carried vision mask, the buffers of each packed tensor
         self.plain = [i for i in program.inputs if type(i) is int]
         self.bound = list(dict.fromkeys(i[0] for i in program.inputs if type(i) is not int))
         fields = [
@@ -122,10 +121,10 @@ class Runtime:
         self.weights = {**dict(kept), first: Weights(weights, owners)}
         return owners
 
-    on_weights = None  # called with the arguments whenever other weights run this graph; the report listens
+    on_weights = None  # the report's callback: gets the arguments when the graph first runs with other weights
 
     def fold(self, args: list) -> None:
-        """Put folded copies in place of weights; `.data` changes are met by computing them anew for every prompt."""
+        """Replace weights by folded copies, which are computed again for every prompt, since `.data` changes leave no mark."""
         for fold in self.program.folds:
             at = (fold.value_weight, fold.value_bias, fold.output_weight)
             sources = [None if i is None else args[i] for i in at]
@@ -134,7 +133,7 @@ class Runtime:
                     args[i] = copy
 
     def writable_storages(self, args, owners) -> dict[int, Storage]:
-        """Storages of the PackedKV arguments, fit to be written."""
+        """Storages of the PackedKV arguments, ready to be written."""
         storages, growth = {}, self.growth
         for position in self.program.packed:
             packed = args[position]
@@ -154,7 +153,7 @@ class Runtime:
         return storages
 
     def check_owner(self, packed, storage: Storage, expected: str | None, group, args) -> None:
-        """Raises ValueError for a cache of other weights; looks at their contents once more before it does."""
+        """Raises ValueError for a cache of other weights, after their contents have been digested once more."""
         if storage.owner is None or expected is None:
             return
         if not same_weights(storage.owner, expected) or storage.loaded:
@@ -168,7 +167,7 @@ class Runtime:
         storage.owner, storage.loaded = expected, False
 
     def is_a_cast(self, storage: Storage, group: tuple[int, ...], args) -> bool:
-        """The weights are those of the cache but for a wider dtype, which holds the same numbers."""
+        """The weights are those of the cache, cast to a wider dtype, which holds the same numbers."""
         narrow, weights = storage.layout.dtype, [args[i] for i in group]
         if all(weight.dtype == narrow or not weight.is_floating_point() for weight in weights):
             return False
@@ -199,7 +198,7 @@ class Runtime:
 
 
 def wrap(spec: Packed, buffers: list, args, owner, slots: dict[str, tuple]) -> PackedKV:
-    """slots: of this call's text tokens by Packed.classes, so that the device is asked once for all layers."""
+    """slots: text slots of this call by Packed.classes; finding them waits for the device, so it is done once for all layers."""
     length, prompt = spec.length(args), spec.prompt(args)
     storage = Storage(spec.layout, [b.detach() for b in buffers], None if spec.static else length, prompt, owner)
     # a static cache may be written again from its start: its slots stay positions
@@ -233,7 +232,7 @@ class NoBackward(torch.autograd.Function):
 
 
 def refuse_backward(results: list, inputs) -> list:
-    """The results as if they had a gradient wherever the uncompiled graph's would, so that losing it is an error and no silence."""
+    """Results that require a gradient wherever the uncompiled graph's would, so that backward() raises rather than losing it."""
     anchor = next((x for x in inputs if isinstance(x, torch.Tensor) and x.requires_grad), None)
     places = [i for i, x in enumerate(results) if isinstance(x, torch.Tensor) and x.is_floating_point()]
     if anchor is None or not places:

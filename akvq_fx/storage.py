@@ -18,9 +18,9 @@ DYNAMIC_TOKENS = torch_internals.dynamic_marks(3, TOKENS)
 
 
 def text_slots(at: Tensor, length: int) -> tuple[Tensor, Tensor]:
-    """Text slots of positions below `length`, and these positions or -1, both [B, n]: at [B, Ct], n the most that a row uses.
+    """(slots, positions) of the text tokens before position `length`, both [B, n], position -1 where a row has fewer than n.
 
-    Asks the device for n.
+    at: the text_at buffer [B, Ct]. n is the most that any row uses; to find it waits for the device.
     """
     used = (at >= 0) & (at < length)
     width = int(used.sum(1).max()) if at.numel() else 0
@@ -34,8 +34,8 @@ class Storage:
     end     tokens written, where the host knows it (a growing cache); None for a static one, whose end is on the device
     prompt  tokens of the prompt: text overlay slots before it are compacted, later ones follow the position
     owner   digests of the weights that made the tokens, None if unknown
-    loaded  it comes from a file or a pickle: who continues it is looked at closely
-    borrowers    storages that read this one's memory until one of the two is written (`expanded`)
+    loaded  it comes from a file or a pickle: the weights that continue it are checked by their contents
+    borrowers  storages that read this one's memory until one of the two is written (`expanded`)
     """
 
     __slots__ = ("layout", "text", "held", "borrowed", "borrowers", "rows", "device", "end", "prompt", "owner", "views")
@@ -49,7 +49,7 @@ class Storage:
 
     @property
     def buffers(self) -> list[Tensor]:
-        """Contiguous buffers of its own, in the order of the layout's fields. `held` may be rows of another storage yet."""
+        """Contiguous buffers of its own, in the order of the layout's fields. `held` may still be memory of another storage."""
         if self.borrowed:
             self.held, self.borrowed = [buffer.contiguous() for buffer in self.held], False
             self.mark_dynamic()
@@ -67,7 +67,7 @@ class Storage:
         return list(zip(self.layout.fields, self.buffers, strict=True))
 
     def release_borrowers(self) -> None:
-        """Before a write: who reads this memory takes a copy."""
+        """To be called before a write: storages that borrow this memory copy it."""
         for ref in self.borrowers:
             other = ref()
             if other is not None:
@@ -106,7 +106,7 @@ class Storage:
     def compact_text(self, length: int, slots: tuple[Tensor, Tensor] | None = None) -> None:
         """Keep only the text slots of positions below `length`; later tokens then take slot position + state[2].
 
-        Codes move, none is made. slots: text_slots(text_at, length) of another layer that holds the same tokens as text.
+        Codes are moved, none is computed. slots: text_slots(text_at, length) of another layer that holds the same tokens as text.
         Called after a prompt or a crop, never in a decode step.
         """
         order, kept_at = text_slots(self["text_at"], length) if slots is None else slots
@@ -144,9 +144,8 @@ class Storage:
         empty = self.layout.allocate(B, H, C, C if self.layout.text_bits else 0, self["codes"].device)
         for name, fresh in zip(self.layout.fields, empty, strict=True):
             compacted = name.startswith("text") and self[name].shape != fresh.shape  # for a prompt that is gone
-            if (
-                compacted or name == "affine" and self.end is not None
-            ):  # what was taken of a growing cache shares its map
+            # caches that were selected from a growing one share its affine map
+            if compacted or name == "affine" and self.end is not None:
                 self[name] = fresh
             else:
                 self[name].copy_(fresh)

@@ -1,4 +1,4 @@
-"""Every private name of PyTorch and torchao that akvq_fx leans on, in one place.
+"""Every private name of PyTorch and torchao that akvq_fx uses, in one place.
 
 tests/test_internals.py has a test for each, which says what stopped working. Where a name may be missing and something can be done
 without it, the function here does that and says so; where nothing can, the error names the PyTorch that was found.
@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-OLDEST, NEWEST = (2, 11), (2, 15)  # seen to run; docs/versions.md says what was run with which
+OLDEST, NEWEST = (2, 11), (2, 15)  # tried; docs/versions.md has the combinations
 COUNT = "num_cache_entries_with_same_id_matched_objs"  # what dynamo compares with recompile_limit
 _numbers = itertools.count()
 
@@ -105,7 +105,7 @@ class Compiling:
     backend  as the user gave it
     limit    name of the option of torch._dynamo.config because of which it will not be compiled, "" where it will be
     reason   why it is compiled again, "" the first time
-    hard     dynamo raises at a limit (fullgraph=True), so that nobody needs to be told
+    hard     dynamo raises at a limit (fullgraph=True), so that no warning is needed
     count    dynamo's own count of the graphs that the function has
     """
 
@@ -170,7 +170,7 @@ def guard_of(reason: str) -> str:
 def before_compiling(listener: Callable[[], str]) -> None:
     """Have the listener called before dynamo compiles any frame, in time to see that it will not. Once, however often it is asked.
 
-    It is what PyTorch offers for notes about recompiles; the listener's answer, "" for nothing to note, goes into its logs.
+    PyTorch offers this hook for notes in its logs of recompiles: the listener returns such a note, "" for none.
     """
     from torch._dynamo.utils import get_hook_for_recompile_user_context
 
@@ -179,16 +179,16 @@ def before_compiling(listener: Callable[[], str]) -> None:
 
 
 def compile_isolated(function: Callable, backend: Callable) -> Callable:
-    """torch.compile(function, backend), with nothing of it left in what other torch.compile calls find.
+    """torch.compile(function, backend) that leaves nothing behind for other torch.compile calls.
 
-    Dynamo keeps what it compiled by code object, and eight graphs of one are its limit, whoever asked for them. So the function is
-    called by a frame whose code is new, and what dynamo compiles beside it (after a graph break) goes to a region of its own.
+    Dynamo keeps graphs by code object, at most eight of each, whoever asked for them. So the function is called from a frame whose
+    code object is new, and other frames that dynamo compiles (after a graph break) are isolated where PyTorch can do that.
     """
 
     def call(*args, **kwargs):
         return function(*args, **kwargs)
 
-    # what dynamo learnt of sizes it keeps by the name of the code, so that is new too
+    # dynamo remembers which sizes are dynamic by the code's name, so that is new too
     code = call.__code__.replace(co_name=f"isolated_{next(_numbers)}")
     fresh = types.FunctionType(code, call.__globals__, code.co_name, None, call.__closure__)
     known = inspect.signature(torch.compile).parameters

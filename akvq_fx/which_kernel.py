@@ -1,7 +1,7 @@
 """Which implementation answers an op of a compiled graph, and why a faster one does not: asked with fake tensors.
 
-What a graph calls is noted while it is compiled; the question is put later, when nothing is traced. Sizes are the ones that dynamo
-saw; a call of another size, or with buffers that are not contiguous, may be answered otherwise.
+Calls are noted while a graph is compiled, and asked about later, when nothing is traced. Sizes are the ones that dynamo saw; a call
+of another size, or with buffers that are not contiguous, may get another kernel.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def calls_of(state: GraphState) -> list[Call]:
 
 
 def answers(calls: list[Call]) -> list[KernelAnswer]:
-    """Of every call, keys and values apart where they are written. Builds a kernel where that is how it is known to work."""
+    """Answers to all calls, each once; of writes, keys and values separately. May compile a kernel to find out if it works."""
     found = dict.fromkeys(answer for call in calls for answer in answers_to(call))
     return list(found)
 

@@ -4,8 +4,8 @@
     python -m akvq_fx.analysis --model folder --text book.txt --out found --ablate pivots=0,5,15 --ablate body_clip=0.7,0.8,1.0
 
 With --images every prompt holds --per-prompt pictures of the folder, in the order of their names, before the question. With
---text prompts are evenly spread pieces of it; --ablate (text only) measures what the backend does to predictions after them.
-Pictures need matplotlib, and are left out with a word on stderr where it is missing.
+--text, prompts are pieces evenly spread over it; --ablate (text only) also measures how packing changes the predictions after them.
+Pictures need matplotlib; where it is missing, a line on stderr says that they are left out.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ import torch
 from akvq_fx.evaluate.fidelity import Fidelity, Prompt, prompt_fidelity
 from akvq_fx.report import _table
 
-STEP = 16  # tokens a call where it matters that tokens leave the window
+STEP = 16  # tokens per call for option="window", so that tokens leave the window between calls
 
 
 @dataclass
@@ -46,8 +46,8 @@ def ablation(
     """prompt_fidelity(model, prompts, {**options, option: value}) for each value; `progress` is called after each prompt.
 
     prompts   akvq_fx.evaluate.fidelity's: prompts_of(windows, prefix) of a text, or inputs with images and the text after them
-    step      tokens after the prefix that are read in a call; None: STEP for option="window", since tokens that are read
-              together do not leave the window for each other, and else all
+    step      tokens after the prefix that are read in one call. None: all of them, but STEP for option="window", since tokens
+              read in one call see each other at full precision whatever the window
     Raises ValueError where there are no values.
     """
     if not values:

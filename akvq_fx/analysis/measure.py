@@ -3,14 +3,14 @@
 Everything is computed in float32, summed in float64 and kept on the CPU.
 
 Attention mass. Queries are the text tokens after the last image, at most `queries` of them, or the last `queries` real tokens of
-a prompt without images: the tokens that come after the prompt are most like them. A share is the softmax probability, averaged
+a prompt without images: these are most like the tokens that will follow the prompt. A share is the softmax probability, averaged
 over the queries, that falls on a kind of token:
     text + vision = 1, by modality
     recent + far_pivots + far_text + far_vision = 1, by what the method can do for a token: `recent` are the last `window`
         tokens before a query, at 16 bits in every layer; outside of it stand pivots (16 bits in PSA layers), other text (4 bits
         in TSA layers) and other vision tokens (2 bits)
     sink, the first real token, is a part of several of these
-The number of tokens behind each far share is summed up too, so that a share can be told per token.
+The number of tokens in each far share is counted too, so that a share can be given per token.
 """
 
 from __future__ import annotations
@@ -91,9 +91,8 @@ def attention_mass(
     total, far = probabilities(call, row, queries, window)
     first = torch.zeros_like(valid)
     first[valid.to(torch.uint8).argmax()] = True
-    outside = (call.at[queries][:, None] - call.at >= window).sum(
-        0
-    )  # [q] queries for which a token is outside the window
+    # [q]: for how many queries each token is outside the window
+    outside = (call.at[queries][:, None] - call.at >= window).sum(0)
     kinds = {"far_pivots": pivot, "far_text": valid & ~vision & ~pivot, "far_vision": valid & vision & ~pivot}
     found = {
         "text": total @ spread(valid & ~vision),

@@ -1,4 +1,4 @@
-"""Watch: run dynamo's graphs node by node and hand over what every attention call over a prompt's cache sees.
+"""Watch: run dynamo's graphs node by node, and hand the tensors of every attention call over a prompt's cache to a callback.
 
 The graphs are read by the same patterns as in the backend, and computed as they are: nothing is rotated, packed or compiled.
 The model need not return attention weights, and no tensor [B, H, T, T] is made here.
@@ -51,7 +51,7 @@ class AttentionCall:
 class Watch:
     """A dynamo backend that calls `look(AttentionCall)` for each attention call of a prompt, layer by layer.
 
-    names    id of a parameter -> its name in the model: graphs that serve several layers are told apart by it
+    names    id of a parameter -> its name in the model: it says for which layer a shared graph runs
     refused  label -> reason, of attention that the backend would leave at 16 bits
     weights  parameters of the graphs that hold attention over a cache
     """
@@ -87,7 +87,7 @@ class Watch:
 
 
 class Walk(torch.fx.Interpreter):
-    """One run of one graph, which keeps a site's tensors until its attention was looked at."""
+    """One run of one graph, which keeps a site's tensors until its attention has been looked at."""
 
     def __init__(self, watch: Watch, state, sites: dict[Node, Site], vision: Node | None, args: tuple):
         super().__init__(state.gm)

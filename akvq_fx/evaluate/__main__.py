@@ -7,11 +7,11 @@
 
 fidelity    how far predictions move against the model's own cache: dNLL, KL, top-1 agreement, 1 - total variation
 images      accuracy and loss on multi-image questions of a folder that holds a model and its task generator, whose code is run
-milebench   accuracy on a local copy of MileBench, scored as its released evaluator does, unanswered apart
+milebench   accuracy on a local copy of MileBench, scored as its released evaluator does; unanswered questions are counted too
 
 A setting is a recipe, or a recipe and options after a colon; "none" is the model's own cache. Each is measured by compiling the
-model with the backend; weights are left alone. With --json, samples that the file has are not measured again, and a run that was
-stopped goes on at its sample (changed code of one version does not show: name a new file then). A hub name needs a network or a
+model with the backend; weights are left alone. With --json, samples in the file are not measured again, and a stopped run
+continues where it stopped (the file does not notice code changes within one version: use a new one then). A hub name needs a network or a
 local copy. See `python -m akvq_fx.evaluate fidelity --help` and so on.
 """
 

@@ -25,9 +25,9 @@ from akvq_fx.evaluate.settings import bits_of, running, to_model
 from akvq_fx.evaluate.table import Column
 from akvq_fx.transformers_names import cache_of
 
-# The AKVQ-VL paper's Table II measures 12 tasks, 200 samples each. Its text and what was written about it name object existence,
-# which stands first there, scene transition, webpage, textbook and document QA, the last; the other seven are our reading, in
-# MileBench's own order between those two: its groups T-2 and S-1 whole, two of T-4 and two of S-2.
+# The AKVQ-VL paper's Table II measures 12 tasks, 200 samples each. Known by name are the first, object existence, the last,
+# document QA, and scene transition, webpage QA and textbook QA. The other seven are our reading: we take MileBench's own order
+# between the first and the last, which gives its groups T-2 and S-1 whole, two tasks of T-4 and two of S-2.
 PAPER_TASKS = (
     "ObjectExistence",
     "ObjectInteraction",
@@ -117,7 +117,7 @@ def sample_of(entry: Mapping[str, Any], instructions: Any, folder: Path) -> Samp
 def prompt_of(
     instruction: str, context: str, images: Sequence[Path], choices: Sequence[str], task: str = ""
 ) -> list[str | Path]:
-    """The prompt as texts and image paths in order. The first text is the instruction; {image#9} stays where 9 images are not."""
+    """The prompt as texts and image paths in order. The first text is the instruction; {image#9} stays as text where there are fewer than 9 images."""
     if choices:
         letters = [f"{letter_of(i)}. " if task != NO_LETTERS else "" for i in range(len(choices))]
         listed = "\n".join(letter + choice for letter, choice in zip(letters, choices, strict=True))

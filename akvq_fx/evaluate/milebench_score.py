@@ -17,7 +17,7 @@ from typing import NamedTuple
 # in the order in which the released evaluator takes them out
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 SPECIAL = set("\\.^$*+?{}[]|()")  # characters that the evaluator escapes in options
-PERIODS = 32  # so many periods at most are taken out: the evaluator passes a flag where the count goes
+PERIODS = 32  # at most so many periods are removed: the evaluator passes a flag of `re` in place of a count
 EMPTY_CHOICE = "C"
 
 
@@ -73,8 +73,8 @@ def letter_of(index: int) -> str:
 
 
 def normal(text: str) -> str:
-    """Text as it is compared: lower case, punctuation taken out where it stands at a space (or anywhere in a text with a number
-    like 1,000), else made a space; no period but before a digit."""
+    """Text as it is compared: lower case, without periods except before a digit. A punctuation mark is removed where it occurs beside
+    a space, or where the text has a number like 1,000; else it becomes a space."""
     text = text.replace("\n", " ").replace("\t", " ").strip()
     numbers = re.search(r"\d,\d", text)
     result = text
@@ -98,9 +98,8 @@ def extract(answer: str, options: Mapping[str, str]) -> str:
     if named:
         return named[1][0].upper()
     closed = first_of(answer.replace(" ", ""), [(k, text.replace(" ", "")) for k, text in options.items()])
-    if closed and not SPECIAL & set(
-        closed[1]
-    ):  # the evaluator compares what it found with the escaped text, and loses these
+    # the evaluator compares what it found with the escaped text, so it misses options with special characters
+    if closed and not SPECIAL & set(closed[1]):
         return next(k for k, text in options.items() if text.replace(" ", "") == closed[1])
     if len(answer) == 1 and answer.upper() in options:
         return answer.upper()

@@ -1,4 +1,4 @@
-"""Settings of a table: "none" for the model's own cache, or a recipe and its options; and the model that runs under one."""
+"""Settings of a table ("none" for the model's own cache, or a recipe and its options), and running a model under one."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ALWAYS = {"inner": "eager", "value_rotation": "online"}  # unless the options sa
 
 
 class NothingPacked(RuntimeError):
-    """The backend ran and left every cache as it was: a number measured so would be the model's own."""
+    """The backend ran and left every cache as it was: a number measured like this would be the model's own."""
 
 
 def options_of(text: str) -> dict[str, Any] | None:

@@ -53,7 +53,7 @@ class Store:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             beside = self.path.with_name(self.path.name + ".part")
             beside.write_text(json.dumps(self.content, indent=1) + "\n")
-            os.replace(beside, self.path)  # whoever stops the run leaves the old file or the new one, never half of one
+            os.replace(beside, self.path)  # atomic: a stopped run leaves the old file or the new one
 
 
 def digest(what: Mapping[str, Any]) -> str:

@@ -40,7 +40,7 @@ class Suite(Protocol):
 def fill(
     suite: Suite, settings: Mapping[str, Mapping[str, Any] | None], store: Store, progress: Callable | None = None
 ) -> list[dict]:
-    """Measure every task under every setting, samples that the store has excepted, and return the table's rows.
+    """Measure every task under every setting, except samples that the store has already, and return the table's rows.
 
     settings   by the name that the table shows, options of the backend; None: the model's own cache
     progress   tqdm.tqdm, or None for no bars

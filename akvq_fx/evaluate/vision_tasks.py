@@ -27,7 +27,7 @@ from torch import Tensor
 from akvq_fx.evaluate.settings import bits_of, prefill, read, running
 from akvq_fx.evaluate.table import Column
 
-PROBES = 64  # samples drawn to see whether a task occurs; the rarest asks in about every second
+PROBES = 64  # samples drawn to see whether a task occurs; the rarest occurs in about every second sample
 
 
 class ImageTasks:
@@ -106,7 +106,7 @@ class ImageTasks:
     def _loaded(self) -> tuple[Any, Any, ModuleType, Tensor]:
         loader = module_at(self._folder / "load.py")
         model, tokenizer = loader.load(dtype=torch.float32)
-        for weight in model.parameters():  # buffers stay: rotary frequencies at 16 bits are another model's
+        for weight in model.parameters():  # not buffers: rotary frequencies rounded to 16 bits would make another model
             weight.data = weight.data.to(self._dtype)
         return model.eval().to(self._device), tokenizer, loader, self._bank.tensor()
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from akvq_fx.recipes.arithmetic import round_trip_channels, width
 from akvq_fx.recipes.recipe import SIMULATORS, Context, Recipe, Simulator
 
-# every token alike: no overlays, no layer apart
+# every token and every layer is treated alike
 PLAIN = {"window": 0, "pivots": 0, "tsa_layers": (), "center_keys": False, "balance_keys": False, "group": 128}
 RTN2, RTN4 = (
     Recipe(f"rtn{bits}", "none", {**PLAIN, "rotate": False, "body_bits": bits, "body_clip": 1.0}) for bits in (2, 4)

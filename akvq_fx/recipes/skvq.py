@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from akvq_fx.recipes.arithmetic import e4m3, round_trip, round_trip_channels, wide
 from akvq_fx.recipes.recipe import SIMULATORS, Context, Recipe, Simulator
 
-BETWEEN, ROUNDS = 3, 20  # of Lloyd's algorithm, after each new centre and in the end
+BETWEEN, ROUNDS = 3, 20  # iterations of Lloyd's algorithm after each new centre, and at the end
 
 
 def read(
@@ -40,12 +40,12 @@ def read(
 
 
 def members(head_dim: int, heads: int, group: int) -> int:
-    """Channels of a group, of clusters their mean: as asked where they divide the heads laid side by side, else a head's."""
+    """Channels in a group (in a cluster: on average): `group` where it divides the channels of all heads, else the head dim."""
     return group if heads * head_dim % group == 0 else head_dim
 
 
 def settled(past: int, window: int, sink: int, calibrate: int) -> int:
-    """Where the quantized tokens end, which begin at `sink`."""
+    """End of the quantized tokens, which begin at `sink`."""
     return max(sink, past - window) if past >= calibrate else sink
 
 
@@ -66,7 +66,7 @@ def clusters(points: Tensor, count: int) -> Tensor:
     """[C] labels below `count` of points [C, 2], by fast global k-means (Likas et al. 2003), in which nothing is random.
 
     Centres are added one by one, each at the point that leaves the least squared distance. In float64, so that the order of
-    points has no influence. Where fewer of them differ, some labels have none.
+    points has no influence. Where fewer than `count` points differ, some labels go unused.
     """
     points = points.double()
     pairwise, centres = distances(points, points), points.mean(0, keepdim=True)
