@@ -1,7 +1,7 @@
 """append on the CPU for decode steps: a C++ kernel (append_cpu.cpp) that quantizes, packs and writes a few tokens in one call.
 
-The meaning is kernels/cache.py's, to the bit: the same float32 operations in the same order. Keys are rotated by the reference
-before. kernels/cpp.py compiles the kernel at first use. `refusal` says why tokens cannot be written by it, "" where they can:
+The meaning is kernels/cache.py's, to the bit: the same float32 operations in the same order. The reference rotates the keys before.
+kernels/cpp.py compiles the kernel at first use. `refusal` says why tokens cannot be written by it, "" where they can:
 the reference writes the others, prompts among them, and all of them where there is no compiler.
 """
 

@@ -66,7 +66,7 @@ def append(cache, x, at, classes, pivots, layout: Layout, rotate: bool = False) 
 
 
 def pack(x, at, classes, pivots, affine, capacity: int, layout: Layout, rotate: bool = False) -> list[Tensor]:
-    """New buffers that hold the prompt, as kernels.cache.pack, each byte written once where `packs`, but for a text overlay."""
+    """New buffers that hold the prompt, as kernels.cache.pack. Where `packs`, all but a text overlay is written only once."""
     if not packs(x, layout) or x.shape[2] < layout.window or (layout.pivots and pivots is None):
         return cache_triton.pack(x, at, classes, pivots, affine, capacity, layout, rotate, launch)
     B, H, *_ = x.shape
@@ -147,18 +147,17 @@ def packs(x: Tensor, layout: Layout) -> bool:
 def macros(layout: Layout, form: int, fast: bool, text_only: bool = False) -> tuple:
     exact = lambda number: f"{float(number)!r}f"
     return (
-        *(("HEAD_DIM", layout.head_dim), ("DTYPE", DTYPES[layout.dtype]), ("TURN", form), ("GROUPS", layout.groups)),
-        *(
-            ("BITS", layout.body_bits),
-            ("CLIP", exact(layout.body_clip)),
-            ("NORM", exact(order_of(layout.head_dim) ** -0.5)),
-        ),
-        *(
-            ("TEXT_BITS", 0 if fast else layout.text_bits),
-            ("LOW_WIDTH", 0 if fast else layout.low_width),
-            ("TEXT_CLIP", exact(layout.text_clip)),
-            ("TEXT_ONLY", int(text_only)),
-            ("WARPS", WARPS),
-            ("PACKS", int(fast)),
-        ),
+        ("HEAD_DIM", layout.head_dim),
+        ("DTYPE", DTYPES[layout.dtype]),
+        ("TURN", form),
+        ("GROUPS", layout.groups),
+        ("BITS", layout.body_bits),
+        ("CLIP", exact(layout.body_clip)),
+        ("NORM", exact(order_of(layout.head_dim) ** -0.5)),
+        ("TEXT_BITS", 0 if fast else layout.text_bits),
+        ("LOW_WIDTH", 0 if fast else layout.low_width),
+        ("TEXT_CLIP", exact(layout.text_clip)),
+        ("TEXT_ONLY", int(text_only)),
+        ("WARPS", WARPS),
+        ("PACKS", int(fast)),
     )

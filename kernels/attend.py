@@ -4,9 +4,9 @@ q            [B, Hq, q, D]   floating, rotated as the keys are, or with rotate=T
                              cache's H (GQA, MQA)
 key, value   buffers of one packed tensor each (kernels/layout.py); layouts may differ
 length       int or None     T, tokens that attention sees; None: as many as the key cache holds, read on the device
-fresh_key, fresh_value  [B, H, q, D] and at [q]: this step's tokens and the positions, one after the other, that they take. They
-                             are read at full precision. Of the cache only what stands before at[0] is read, and nothing after
-                             at[-1] is seen: whether append has written them already or not, and whatever a crop left behind
+fresh_key, fresh_value  [B, H, q, D] and at [q]: this step's tokens and the consecutive positions that they take. They are read
+                             at full precision. Of the cache only positions before at[0] are read, and nothing after at[-1]: so
+                             append may have written the tokens already or not, and what a crop left at later positions is ignored
 mask         None, or bool / float broadcastable to [B, Hq, q, T], as torch's scaled_dot_product_attention takes it; where
              length is None it may have more columns. Under a mask, positions that nothing was written to are not seen
 scale        None for 1/sqrt(D);  is_causal  as torch's (aligned to the top left)
@@ -138,7 +138,7 @@ def _(
 
 
 def check(q: Tensor, key, value, key_layout: Layout, value_layout: Layout) -> None:
-    """Raises ValueError where q does not fit the cache, or the keys are no keys."""
+    """Raises ValueError where q does not fit the cache, or the keys' layout is one of values."""
     if key_layout.shares_classes:
         raise ValueError(
             f"akvq::attend: the keys' layout is {key_layout}, accepted: keys that hold their tokens' classes"

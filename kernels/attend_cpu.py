@@ -71,7 +71,7 @@ def attend(
     value_layout: Layout,
     restore: bool = False,
 ) -> Tensor:
-    """[B, Hq, q, Dv] contiguous, for a call that refusal() has nothing against; restore=True applies H to the float32 output."""
+    """[B, Hq, q, Dv] contiguous, for a call that refusal() does not refuse; restore=True applies H to the float32 output."""
     B, query_heads, tokens, D = q.shape
     heads = key[CODES].shape[1]
     q = q.contiguous()
@@ -163,7 +163,7 @@ def refusal(
 
 
 def buffers_refusal(cache: list[Tensor], layout: Layout, batch: int, heads: int) -> str:
-    """The kernel goes by sizes alone: every buffer must be just what the layout says."""
+    """The kernel checks nothing but sizes, so every buffer must be just what the layout says."""
     fields = layout.fields
     if len(cache) != len(fields):
         return f"{len(cache)} buffers, accepted: {fields}"

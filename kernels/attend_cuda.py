@@ -41,7 +41,7 @@ WARPS = 4
 DEPTH = 2  # 16-token tiles a warp takes at a time
 STAGES = 4  # tiles in shared memory, all but one of them on their way
 BLOCKS = 3  # on one multiprocessor: bounds the registers
-WORTH = 0.82  # of the best use of the chip is enough: a part more costs its sums (H100, 1,280 caches of 640 tokens)
+WORTH = 0.82  # share of the best utilization that is enough, as more parts cost more sums (H100, 1,280 caches of 640 tokens)
 SPLITS_MAX = 96  # a multiple of 32: a lane of the last step takes every 32nd
 MASKS = {torch.bool: 1, torch.float16: 2, torch.bfloat16: 3, torch.float32: 4}
 
@@ -124,7 +124,7 @@ def attend(
     restore: bool = False,
     splits: int | None = None,
 ) -> Tensor:
-    """As kernels.attend.attend, for calls that `refusal` has nothing against; restore: H; splits: as splits_for where omitted."""
+    """kernels.attend.attend, for calls that `refusal` does not refuse; splits: chosen by splits_for where omitted."""
     layout = key_layout
     k, v = named(key, key_layout), named(value, value_layout)
     fresh = None
@@ -172,9 +172,9 @@ attend.fused = ("rotate", "restore")
 
 @functools.lru_cache(4096)
 def splits_for(blocks: int, tokens: int, multiprocessors: int) -> int:
-    """Parts to divide each cache into: the fewest that leave hardly a multiprocessor idle in the last wave of blocks.
+    """Parts to divide each cache into: the fewest that leave hardly any multiprocessor idle in the last wave of blocks.
 
-    Every warp keeps two tiles or more, since a part costs its sums' way through memory.
+    Every warp has two tiles or more, since each part costs a trip of its sums through memory.
     """
     slots = BLOCKS * multiprocessors
     most = max(1, min(SPLITS_MAX, tokens // (2 * 16 * DEPTH * WARPS)))

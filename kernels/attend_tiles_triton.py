@@ -34,9 +34,8 @@ STATE_END, STATE_RING, STATE_TEXT = (
     tl.constexpr(layout.STATE_RING),
     tl.constexpr(layout.STATE_TEXT),
 )
-PRECISION = tl.constexpr(
-    "tf32x3"
-)  # of fp32 dots: 22 bits from three tensor core products; ieee's scalar dots spill kilobytes
+# of float32 products: 22 bits from three tensor core products; the scalar products of "ieee" spill kilobytes of registers
+PRECISION = tl.constexpr("tf32x3")
 NO_MASK, BOOL_MASK, FLOAT_MASK = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
 
@@ -108,7 +107,7 @@ def step(q, k, v, position, valid, token, mask_row, row_valid, mask_stride, scal
          MASK: tl.constexpr, IS_CAUSAL: tl.constexpr):  # fmt: skip
     """One tile of the online softmax: q [M, DP], k [N, DP], v [N, DVP]; top (maximum), total [M] and acc [M, DVP] move on.
 
-    Natural units until the exponent: log2(e) times a mask of finfo.min would be -inf, and such a row must be an average.
+    Scores meet log2(e) only in the exponent: log2(e) times a mask of finfo.min is -inf, but rows masked by it must be averages.
     """
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
     seen = row_valid[:, None] & valid[None, :]
@@ -177,7 +176,7 @@ def attend_tiles(
     if IS_CAUSAL:
         seen = tl.minimum(seen, (tl.minimum(tile * M + M, tokens * SHARE) - 1) // SHARE + 1)
 
-    # how much of it the cache holds, from where on the ring does, and where the body ends if the ring holds its tail
+    # stored: how much of it the cache holds; held: the ring's first position; body: its end, less what the ring holds
     stored, held = seen, end
     if FRESH:
         stored = tl.minimum(seen, first)

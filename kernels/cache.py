@@ -7,10 +7,9 @@ at       [q] int64    positions that the q tokens take in the cache, ascending
 classes  [B, q] uint8 their token classes (TEXT where omitted)
 layout   str          Layout's text form
 
-Every token goes to the body and to the ring if it is among the last W; so no token is ever quantized twice, and one that falls
-out of the ring is already there. Where text has more bits, a text token's code is cut in two: its upper bits and its range stand
-in the body, its lower bits in the text overlay. Raises ValueError for buffers that
-do not fit the layout.
+Every token goes to the body, and to the ring too if it is among the last W: so no token is ever quantized twice, and one that
+leaves the ring is in the body already. Where text has more bits, a text token's code is cut in two: its upper bits and its range
+are in the body, its lower bits in the text overlay. Raises ValueError for buffers that do not fit the layout.
 """
 
 from __future__ import annotations
@@ -69,7 +68,7 @@ def check_call(b: dict[str, Tensor], x: Tensor, at: Tensor, classes: Tensor | No
 
 
 def check_fits(b: dict[str, Tensor], x: Tensor, at: Tensor, classes: Tensor | None, layout: Layout) -> None:
-    """Raises ValueError where a kernel, which goes by sizes alone, cannot take the call."""
+    """Raises ValueError where a kernel, which relies on sizes, cannot take the call."""
     check_call(b, x, at, classes, layout)
     scattered = [name for name, buffer in b.items() if not buffer.is_contiguous()]
     if scattered:
@@ -112,9 +111,8 @@ def write(
     if layout.pivots and pivots is not None:
         keep_pivots(b, x, at, classes, pivots, None, layout, rotate=False)
     ring, last = b["state"][STATE_RING : STATE_RING + 1], b["state"][STATE_END : STATE_END + 1]
-    held = torch.where(
-        start > last, start, torch.minimum(ring, start)
-    )  # a write past the end leaves a gap that the ring never held
+    # a write past the end leaves a gap that the ring never held
+    held = torch.where(start > last, start, torch.minimum(ring, start))
     b["state"][STATE_RING : STATE_RING + 1] = torch.maximum(held, end - layout.window)
     b["state"][STATE_END : STATE_END + 1] = end
 
@@ -137,11 +135,11 @@ def keep_pivots(
 ) -> None:
     """Fill the pivot slots from tokens pivots [B, P] of x, where x starts a cache (its first position is 0).
 
-    A pivot on padding is dropped: nobody sees it. With rotate=True the few chosen tokens are rotated, not all of x.
+    A pivot on padding is dropped, since no query sees it. With rotate=True the few chosen tokens are rotated, not all of x.
     """
     B, H, _, D = x.shape
     begins = at[0] == 0
-    # the padding also cuts what is too many
+    # where there are more pivots than slots, this pads by a negative number, which cuts them off
     row = torch.nn.functional.pad(pivots.long(), (0, layout.pivots - pivots.shape[1]), value=-1)
     given, row = row >= 0, row.clamp_min(0)
     position = at[row].long()
@@ -152,7 +150,7 @@ def keep_pivots(
     b["pivots"].copy_(torch.where(begins, chosen.to(b["pivots"].dtype), b["pivots"]))
     b["pivot_at"].copy_(torch.where(begins, kept, b["pivot_at"]))
     if "classes" in b:
-        # several slots may name one position, of which one counts: the class of a pivot is above those of vision and text
+        # unused slots point at a position too, so take the maximum: PIVOT is above the classes of vision and text
         mark = torch.where(given & begins, PIVOT, 0).to(torch.uint8)
         b["classes"].scatter_reduce_(1, position, mark, "amax")
 

@@ -92,8 +92,8 @@ def store_codes(
 ):  # fmt: skip
     """Quantize x [ROWS, DP] and write codes and ranges to slots [ROWS] of [slots, D * BITS / 16] and [slots, 2 * GROUPS].
 
-    With TEXT_BITS the rows that are `text` have so many: what is below the body's, LOW_WIDTH wide, goes to rows `texts` of `lower`
-    where it `fits`.
+    With TEXT_BITS, rows that are `text` are quantized to as many bits: the lower ones, LOW_WIDTH wide, go to slots `texts` of
+    `lower` where the slot `fits`.
     """
     channel = tl.arange(0, DP)
     scales, lows = tl.zeros([ROWS, 1], tl.float32), tl.zeros([ROWS, 1], tl.float32)
@@ -128,7 +128,7 @@ def store_words(
     """Pack whole float32 numbers below 2**BITS [ROWS, DP] and write the words to slots [ROWS] of [slots, D * BITS / 16]."""
     channel = tl.arange(0, DP)
     WORDS: tl.constexpr = D * BITS // 16
-    # wider than it is high, or the compiler gives every warp of a decode step all of its products
+    # at least 32 wide, or the compiler has every warp of a decode step compute all products
     WIDTH: tl.constexpr = DP * BITS // 16 if DP * BITS > 512 else 32
     word = tl.arange(0, WIDTH)
     lane = channel // WORDS

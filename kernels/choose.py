@@ -1,4 +1,4 @@
-"""choose: which implementation of an op answers a call. The first with nothing against it; each refusal is said once.
+"""choose: which implementation of an op answers a call: the first that does not refuse it. Each refusal is logged once.
 
 An implementation is a module akvq_fx.kernels.<name> with a function of the op's name and `refusal(...) -> str`, "" where it takes
 the call. Modules are imported when they are first asked, since triton and a C++ compiler are optional.
@@ -19,12 +19,12 @@ class Unavailable(Exception):
 
 
 def choose(op: str, names: tuple[str, ...], *about) -> Callable | None:
-    """The op's function in the first of these modules whose refusal(*about) is empty; None where the reference is left."""
+    """The op's function in the first of these modules whose refusal(*about) is empty; None where all refuse (the reference)."""
     return dispatch(lambda kernel: kernel, op, names, *about)
 
 
 def dispatch(run: Callable, op: str, names: tuple[str, ...], *about):
-    """run(kernel), with what choose gives, or with the next in line where that one raises Unavailable."""
+    """run(kernel) with the first kernel that does not refuse, with the next one where it raises Unavailable, at last with None."""
     for name in names:
         module = _module(name)
         reason = module if isinstance(module, str) else module.refusal(*about)

@@ -17,7 +17,7 @@ text_at     [B, Ct]           int32  their positions, -1 for a free slot
 affine      [B, 2, H, D]      fp16   centre c and gain s: keys are stored as H((k - c)/s), asked by H(q*s);
                                      where `simulate` wants gains, keys are stored as they are and read through s
 
-A layout with `simulate` keeps the originals (body_bits 16); what is read of them is akvq_fx.recipes' to say.
+A layout with `simulate` keeps the originals (body_bits 16); akvq_fx.recipes defines what reads make of them.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ class Layout:
 
     @functools.cached_property
     def _hash(self) -> int:
-        """Kept, as every call of an op looks up several things by layout; the same in every process, since pickles keep it too."""
+        """Cached, since every op looks things up by layout. The same in every process, since pickles contain it."""
         return zlib.crc32(str(self).encode())
 
     @property
@@ -113,7 +113,7 @@ class Layout:
 
     @property
     def policy(self) -> str:
-        """What a report calls a layer whose keys have this layout."""
+        """The policy shown in reports for a layer whose keys have this layout."""
         if self.simulate:
             return f"simulated {self.simulation.name.split('_')[0]}"
         return "lossless" if self.lossless else "TSA" if self.text_bits and not self.pivots else "PSA"
@@ -130,7 +130,7 @@ class Layout:
 
     @property
     def low_width(self) -> int:
-        """Bits that they take in a word: `low_bits`, or 8 for the 6 that do not divide one."""
+        """Bits that these take in a word: `low_bits`, but 8 for 6, which does not divide a word."""
         return 8 if self.low_bits == 6 else self.low_bits
 
     @functools.cached_property

@@ -1,4 +1,4 @@
-"""find_pivots, key_affine, token_classes, mark_vision: what the prompt itself says about which tokens and channels matter.
+"""find_pivots, key_affine, token_classes, mark_vision: which tokens and channels matter, read from the prompt itself.
 
 find_pivots(h [B, T, E], valid [B, T] bool or None) -> [B, P] int32
     Indices of the tokens that keep 16 bits. A *massive* token has max |h| above `floor` and above `ratio` times the row's
@@ -106,9 +106,9 @@ def as_stored(c: Tensor, s: Tensor) -> Tensor:
 
 
 def gains(deviation: Tensor, squares: Tensor) -> Tensor:
-    """s [B, H, D] from the keys' deviations [B, H, D] and the queries' mean squares [B, Hq, D]."""
-    squares = squares.unflatten(1, (deviation.shape[1], -1)).mean(2).sqrt()
-    log = 0.5 * (deviation.clamp_min(STD_FLOOR).log() - squares.clamp_min(STD_FLOOR).log())
+    """s [B, H, D] from the keys' standard deviations [B, H, D] and the queries' mean squares [B, Hq, D]."""
+    rms = squares.unflatten(1, (deviation.shape[1], -1)).mean(2).sqrt()
+    log = 0.5 * (deviation.clamp_min(STD_FLOOR).log() - rms.clamp_min(STD_FLOOR).log())
     log = log - log.mean(-1, keepdim=True)
     return log.clamp(-math.log(GAIN_RANGE), math.log(GAIN_RANGE)).exp()
 

@@ -32,7 +32,7 @@ MAX_WIDTH = 16384  # numbers of a token that a program's registers hold
 MAX_DIM = 1024  # channels of a head: tiles of 16 tokens
 MAX_RANKED = 16384  # peaks of a batch row that a program's registers hold
 CHUNK = 256  # tokens a program reads of a head; its result is 3 float32 a channel, 2 % of what it read
-CHUNK_MOST = 1024  # of a prompt that makes PROGRAMS even so: less to join
+CHUNK_MOST = 1024  # the same for prompts that make PROGRAMS even so: fewer chunks to join
 PROGRAMS = 1056  # 8 a multiprocessor of an H100
 TILE_NUMBERS = 2048  # numbers of a tile: three in registers for each
 MOMENT_WARPS = 4
@@ -110,7 +110,7 @@ def peaks_and_medians(h: Tensor, with_medians: bool) -> tuple[Tensor, Tensor | N
 def rank_kernel(
     peaks, valid, out, tokens, count, valid_b, valid_t, WIDTH: tl.constexpr, INFINITY: tl.constexpr
 ):  # fmt: skip
-    """out [B, count]: a batch row's first valid token, then those of the largest peaks, given as bits [B, T]; -1 behind."""
+    """out [B, count]: a batch row's first valid token, then those of the largest peaks, given as bits [B, T]; then -1."""
     row = tl.program_id(0).to(tl.int64)
     place = tl.arange(0, WIDTH)
     live = place < tokens
@@ -202,7 +202,7 @@ def moments_kernel(
         tl.store(out + (lead * chunks + chunk) * D + channel, tl.sum(spread, 0), mask=real)
     else:
         number = tl.sum(count, 0)
-        centre = tl.div_rn(tl.sum(count * mean, 0), tl.maximum(number, 1.0))  # what it misses by enters M2 squared
+        centre = tl.div_rn(tl.sum(count * mean, 0), tl.maximum(number, 1.0))  # its error enters M2 squared
         away = mean - centre[None, :]
         where = out + (lead * chunks + chunk) * 3 * D + channel
         tl.store(where, number, mask=real)
@@ -265,7 +265,7 @@ def map_kernel(
             seen += (tl.load(where, mask=token < tokens, other=0) != 0).to(tl.int32)
         count = tl.sum(seen, 0).to(tl.int64)
     count = tl.maximum(count, 1).to(tl.float32)
-    # a broken number counts as a token that is 0 here, and as none in the deviation
+    # a number that is not finite counts as 0 in the mean, and not at all in the deviation
     mean = middle * tl.div_rn(finite, count)
 
     s = tl.full([DP], 1.0, tl.float32)

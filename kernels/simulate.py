@@ -1,8 +1,8 @@
 """simulated, squeezed: what attention reads of a cache that keeps original tokens and quantizes them on every read.
 
-The arithmetic is akvq_fx.recipes'. Here padding and unwritten slots are taken away before it: a row is quantized as if it stood
+The arithmetic is akvq_fx.recipes'. Here padding and unwritten slots are removed before it: a row is quantized as if it stood
 alone, at the positions among its own real tokens, so neither padding nor the other rows of a batch have any influence.
-Reads the device's numbers on the host: a simulation is for measuring quality, not speed.
+It waits for the device and reads its numbers: a simulation is for measuring quality, not speed.
 """
 
 from __future__ import annotations

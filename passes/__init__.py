@@ -24,10 +24,10 @@ PIPELINE = (
     fold_values,  # before packing: a layout says whether its buffers are rotated
     pack_caches,  # writes
     attend_packed,  # reads
-    rotate_queries_keys,  # after both: every pack, append and attend is there to be rotated
+    rotate_queries_keys,  # after both: by now every pack, append and attend is in the graph
     rotate_values,
-    read_unmatched,  # packed caches that nothing above answered for
-    fuse_rotations,  # once nothing asks for rotated tokens any more
+    read_unmatched,  # packed caches whose reader was not matched above
+    fuse_rotations,  # after the last pass that uses rotated tokens
     clean_up,
     split_decode,  # last: it reads the finished graph, and only for mode="reduce-overhead"
 )
@@ -52,7 +52,7 @@ def check_order(pipeline) -> None:
 
 
 def without(pipeline, text: str) -> tuple:
-    """The pipeline but for the passes that `text` names, parted by commas: the value of TORCH_AKVQ_DISABLE.
+    """The pipeline without the passes that `text` names, separated by commas: the value of TORCH_AKVQ_DISABLE.
 
     Raises ValueError for a name that no pass has, and for a pass without which results would be wrong.
     """
@@ -61,7 +61,7 @@ def without(pipeline, text: str) -> tuple:
     for name in sorted(named - set(optional)):
         reasons = [f"{name} cannot be switched off: {step.required}" for step in pipeline if step.__name__ == name]
         reason = reasons[0] if reasons else f"{name!r} is no pass"
-        raise ValueError(f"{DISABLE}={text}: {reason}; accepted: {', '.join(optional)}, parted by commas")
+        raise ValueError(f"{DISABLE}={text}: {reason}; accepted: {', '.join(optional)}, separated by commas")
     return tuple(step for step in pipeline if step.__name__ not in named)
 
 

@@ -42,7 +42,7 @@ def find_sites(state: GraphState) -> PassReport:
         layer, label = layer_of(weight, len(state.sites) + len(state.refused))
         known = {(name, "" if from_cache else reason) for name, _, reason, _ in state.refused}
         if (label, "" if from_cache else miss.reason) in known:
-            return  # keys and values of one layer, one reason
+            return  # the other half of this layer was refused for the same reason
         state.refused.append((label, layer, miss.reason, miss.node or node))
         report.miss(label, miss.reason, miss.node or node)
 
@@ -91,7 +91,7 @@ def read_from(argument: Node) -> tuple[Node, object]:
 
 
 def fix_heads(*writes: CacheWrite | None) -> None:
-    """Heads are numbers in a layout: asking a symbol for its number leaves a guard. The batch stays a symbol."""
+    """Make the number of heads a plain number, as a layout needs: int() of a symbol adds a guard. The batch stays a symbol."""
     for write in writes:
         if write is not None:
             int(shape(write.whole)[1])
@@ -109,7 +109,7 @@ def owner_of(attention, *writes: CacheWrite) -> tuple[Node, ...]:
 
 
 def are_weights(state: GraphState, nodes: tuple[Node, ...]) -> tuple[Node, ...]:
-    """Those that are parameters, or that a linear op multiplies by."""
+    """Those of the nodes that are parameters, or that a linear op multiplies by."""
     parameter = lambda n: isinstance(state.weights.get(state.position.get(n, -1)), torch.nn.Parameter)
     return tuple(n for n in nodes if parameter(n) or any(weight_of(user) is n for user in n.users))
 
@@ -139,13 +139,12 @@ def check(attention, key: CacheWrite | None, val: CacheWrite | None, length, val
     if heads % kv_heads or shape(val.whole)[1] != kv_heads:
         raise NoMatch(f"{heads} query heads do not divide into {kv_heads} KV heads", attention.node)
     lengths = shape(key.whole)[2], shape(val.whole)[2]
-    if (
-        all(isinstance(n, int) for n in lengths) and lengths[0] != lengths[1]
-    ):  # each cache input has a length symbol of its own
+    # symbols are not compared: each cache input has a length symbol of its own
+    if all(isinstance(n, int) for n in lengths) and lengths[0] != lengths[1]:
         raise NoMatch("keys and values differ in length", attention.node)
     if not guard_or_false(shape(attention.query)[0] == shape(key.whole)[0]):
         raise NoMatch("the query's batch is not the cache's", attention.node)
-    # two inputs, two symbols, and only the keys' is tied to the mask by the graph: equal here is enough, and leaves a guard
+    # two inputs have two length symbols, of which the mask ties down the keys' alone: requiring equality adds a guard
     if key.static and not guard_or_false(length == value_length):
         raise NoMatch("attention sees more of the keys than of the values", attention.node)
     if key.static and attention.mask is None and same_size(length, shape(key.whole)[2]):

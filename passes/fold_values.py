@@ -167,7 +167,7 @@ def concrete_sizes(args):
     """Sizes as numbers; int() of a symbol would make dynamo compile for that number alone."""
     hint = lambda x: x.node.hint if isinstance(x, torch.SymInt) else x
     args = torch.utils._pytree.tree_map(hint, args)
-    # a cast keeps indices what they are
+    # the numbers that are pushed are indices: a cast must leave them int64
     return torch.utils._pytree.tree_map(lambda x: torch.int64 if isinstance(x, torch.dtype) else x, args)
 
 

@@ -8,7 +8,7 @@ TSA (first layers, where vision tokens can be told apart): text at text_bits, vi
 bits, keys of text at psa_text_key_bits where it can be told apart, the rest at body_bits. The most recent tokens are at 16 bits in
 both. A cache that arrives packed keeps its layout.
 A layer's number is in its parameters' path, else it is the site's place in the graph (patterns/site.py): tsa_layers goes by it.
-A simulated recipe keeps every token, and its layout says what a read makes of them.
+A simulated recipe keeps every token as it is; its layout says how reads quantize them.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def plan_layers(state: GraphState) -> PassReport:
     config = state.config
     state.vision = vision_tokens(state)
     if len(state.sites) == 1 and state.vision is None and not starts_a_call(state.graph) and not state.sites[0].packed:
-        state.sites[0].notes.append("a graph of one layer may serve several: no TSA, as the layer cannot be told")
+        state.sites[0].notes.append("a graph of one layer may serve several: no TSA, as the layer is unknown")
     for site in state.sites:
         if site.packed:
             site.key_layout = Layout.parse(value(site.key.past).layout_text)
@@ -92,10 +92,10 @@ def layout_of(config: AKVQConfig, half: str, head_dim: int, dtype: torch.dtype, 
 
 
 def vision_tokens(state: GraphState) -> Node | None:
-    """One bool node [B, T] for the prompt of this graph, or None where the graph does not tell."""
+    """One bool node [B, T] for the prompt of this graph, or None where the graph has no sign of vision tokens."""
     masks = vision_masks(state.graph)
     if not masks:
-        # the layers of a prompt in a graph of their own: an earlier graph of the call may have placed images, now or next time
+        # a graph that holds only a prompt's layers: an earlier graph of this or a later call may place images
         prompt = any(site.key.kind in ("first", "fill") for site in state.sites)
         matters = state.config.tsa_layers or state.config.keeps_psa_text_keys
         if prompt and len(state.sites) > 1 and not starts_a_call(state.graph) and matters:
@@ -129,9 +129,9 @@ def vision_tokens(state: GraphState) -> Node | None:
 
 
 def prompt_sized(state: GraphState, site) -> bool:
-    """The vision mask speaks of the tokens that this site caches, and the graph is this layer's own.
+    """Whether the vision mask covers just the tokens that this site caches.
 
-    A graph of a single layer, entered after the graph that placed the images, is one that dynamo shares among layers.
+    A carried mask ("take") is only asked for by graphs of several layers: one layer's graph may be shared among layers.
     """
     if state.program.vision == "take":
         return site.key.kind in ("first", "fill")

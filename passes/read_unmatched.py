@@ -5,7 +5,7 @@ Needs    sites, buffers, stored_uses                        Gives    buffers, un
 Follows  attend_packed                                      Leaves   numbers equal to the dequantized cache's
 
 Only for caches that an earlier graph packed. The copy lives for the layer that reads it. A packed cache that this graph overwrites
-in another way goes back to 16 bits: codes cannot take it, and no token is quantized twice.
+in a way that codes cannot take goes back to 16 bits, since no token is quantized twice.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def read_unmatched(state: GraphState) -> PassReport:
 
 
 def report_copy(state: GraphState, report: PassReport, past, new, reader) -> None:
-    """Name the layer by the projection of its new tokens; keys and values of one layer make one row."""
+    """Report a read through a copy, once a layer. The layer's name comes from the projection that made the new tokens."""
     reason = f"read by {op(reader)}: dequantized for it"
     layer, label = layer_of(weight_behind(new), len(state.sites) + len(state.dequantized))
     report.miss(label, reason, reader)
@@ -59,7 +59,8 @@ def is_growth(user, past) -> bool:
     parts = tensors_of_cat(user)
     if len(parts) != 2 or parts[0] is not past:
         return False
-    # tokens of a wider dtype widen the whole cache, which codes keep theirs against and numbers follow: then it is read, and plain
+    # A wider dtype of the new tokens widens the result of cat. Codes keep their dtype all the same; a cache of plain numbers is
+    # widened as in torch, which makes it a plain tensor.
     return value(user).dtype == value(past).dtype or not keeps_numbers(past)
 
 
@@ -68,7 +69,7 @@ def append(state: GraphState, past, whole) -> None:
     buffers = state.bind(past)
     new = tensors_of_cat(whole)[1]
     with state.before(whole):
-        # positions of its own: a shared node may stand after another cache's growth
+        # not the shared positions, which may come later in the graph
         first, end = (state.size_node(n) for n in (shape(whole)[2] - shape(new)[2], shape(whole)[2]))
         at = state.call(torch.arange, first, end, device=value(new).device, dtype=torch.int64)
         node = state.call(
@@ -85,13 +86,13 @@ def stored(state: GraphState, buffers, new):
 
 
 def read_after(state: GraphState, past, whole):
-    """The whole cache, new tokens as stored: the append stands before it."""
+    """The whole cache after the append, so with the new tokens as stored."""
     with state.graph.inserting_after(state.unmatched[past]):
         return dequantized(state, past, shape(whole)[2], value(whole))
 
 
 def read_before(state: GraphState, past, whole):
-    """The whole cache where a matched attention appends later in the graph: what was stored, and the new tokens as they are."""
+    """The whole cache before a matched attention's append: the stored tokens, then the new ones as they are."""
     with state.before(whole):
         old = dequantized(state, past, shape(past)[2], value(past))
         copy = state.call(torch.cat, [old, tensors_of_cat(whole)[1]], 2)
@@ -112,7 +113,7 @@ def returned(state: GraphState, whole, past) -> None:
 
 
 def read_rest(state: GraphState, past, report: PassReport) -> None:
-    """What still reads the packed placeholder itself: static caches and read-only ones without a matched attention."""
+    """Handle what still reads the packed placeholder itself: static and read-only caches without a matched attention."""
     users = [u for u in past.users if op(u) != "output" and not is_growth(u, past)]
     writes = [u for u in users if op(u) == "index_copy_" and u.args[0] is past]
     overwrites = [u for u in users if is_mutation(u, past) and u not in writes]
@@ -150,7 +151,7 @@ def read_copies(state: GraphState, past, writes, appends, report: PassReport) ->
         first = min((u for _, u in readers), key=order.get)
         with state.before(first):
             copy = dequantized(state, past, shape(past)[2], value(past))
-            for write in pending:  # its append stands at an attention further on
+            for write in pending:  # its append comes later, at an attention
                 copy = state.graph.call_method("index_copy", (copy, 2, write.args[2], write.args[3]))
                 copy.meta["example_value"] = value(past)
         for whole, u in readers:

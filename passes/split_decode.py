@@ -40,9 +40,8 @@ CAPTURED_MODE = "reduce-overhead"
 APPEND, ATTEND = torch.ops.akvq.append.default, torch.ops.akvq.attend.default
 APPEND_AT = place_of(APPEND, "at")
 ATTEND_LENGTH, ATTEND_MASK, ATTEND_AT = (place_of(ATTEND, name) for name in ("length", "mask", "at"))
-ALIGNED = (
-    2  # rows of positions lie a multiple of 16 bytes apart: kernels are compiled for how their arguments are aligned
-)
+# int64 numbers: rows of positions start at multiples of 16 bytes, since kernels are compiled for their arguments' alignment
+ALIGNED = 2
 
 
 def split_decode(state: GraphState) -> PassReport:
@@ -50,7 +49,7 @@ def split_decode(state: GraphState) -> PassReport:
     program = state.program
     ours = state.sites or program.packed or program.unpacked or program.vision
     if state.config.mode != CAPTURED_MODE or not ours:
-        return report  # another mode, or a graph that goes to the inner compiler as it came
+        return report  # another mode, or a graph that is left to the inner compiler
     reason = refusal(state)
     try:
         if reason:
@@ -147,7 +146,7 @@ class Cut:
         at = node.args[ATTEND_AT]
         row = self.is_row(at)
         if isinstance(length, Node) and self.varies(length):
-            # tokens of its own end what attention sees, wherever their append stands; else what was appended does
+            # attention sees up to its fresh tokens, wherever their append stands; without any, up to what was appended
             end = ends.get(codes) if at is None else self.end_of(at) if row else None
             if end != expression(self.values[length]):
                 raise NoMatch("attention sees another number of tokens than the cache holds", node)
@@ -198,7 +197,7 @@ class Cut:
         )
 
     def is_free(self, node: Node) -> bool:
-        """Nodes that both parts may have: numbers, and modes that are entered and left."""
+        """Nodes that may be in both parts: numbers, and modes that are entered and left."""
         if self.values[node] is None:
             return not any(tensors_in(self.values[i]) for i in node.all_input_nodes)
         return is_number(self.values[node]) and not written(node)
@@ -213,7 +212,7 @@ class Cut:
             found.add(node)
             if not is_number(self.values[node]) and self.buffers.intersection(self.inputs(node)):
                 raise NoMatch(
-                    f"{op(node)} reads the cache, and what it gives goes with the number of tokens in it", node
+                    f"{op(node)} reads the cache, and the size of its result depends on the number of tokens", node
                 )
             queue += self.inputs(node)
             if isinstance(self.values[node], (tuple, list)):  # parts can cross over, the whole cannot
@@ -261,11 +260,11 @@ class Cut:
         taken |= {self.cuts[n][ATTEND_MASK] for n in second if ATTEND_MASK in self.cuts.get(n, {})}
         for node in taken:
             if not isinstance(self.values[node], torch.Tensor):
-                raise NoMatch(f"{op(node)} goes with the number of tokens in the cache and gives no tensor", node)
+                raise NoMatch(f"{op(node)} depends on the number of tokens in the cache and gives no tensor", node)
         return [n for n in self.graph.nodes if n in taken]
 
     def results(self, first: set[Node]) -> list[tuple[object, tuple[str, object]]]:
-        """Each result of the graph with where it comes from, as Split tells it."""
+        """Each result of the graph, with an entry of Split.results."""
         found, counts = [], {"prologue": 0, "body": 0}
         for node in outputs(self.graph):
             if not isinstance(node, Node):

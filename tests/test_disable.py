@@ -54,7 +54,7 @@ def test_others_say_why_they_cannot_be_left_out(name):
 
 def test_an_unknown_name_is_an_error_that_lists_the_accepted(monkeypatch):
     monkeypatch.setenv(DISABLE, "fuse")
-    with pytest.raises(Exception, match=f"'fuse' is no pass; accepted: {', '.join(OPTIONAL)}, parted by commas"):
+    with pytest.raises(Exception, match=f"'fuse' is no pass; accepted: {', '.join(OPTIONAL)}, separated by commas"):
         captured(Decoder(), token_ids(2, 6))
 
 

@@ -266,7 +266,10 @@ def test_a_mask_filled_in_place():
     [
         (Counting, "writes in place what add uses on the other side of the cut"),
         (PositionsInPlace, "writes in place what .* uses on the other side of the cut"),
-        (models.SwitchesToEager, r"dequantize.* reads the cache, and what it gives goes with the number of tokens"),
+        (
+            models.SwitchesToEager,
+            r"dequantize.* reads the cache, and the size of its result depends on the number of tokens",
+        ),
     ],
     ids=name,
 )

@@ -9,7 +9,7 @@ from torch.fx import Node
 
 
 class NoMatch(Exception):
-    """A site that cannot be handled: why, and the node that says so."""
+    """A site that cannot be handled: the reason, and the node that it is about."""
 
     def __init__(self, reason: str, node: Node | None = None):
         super().__init__(reason)

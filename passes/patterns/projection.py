@@ -41,9 +41,9 @@ def weight_behind(node: Node | None) -> Node | None:
 
 
 def weights_behind(node: Node, source: Node | None) -> list[Node]:
-    """What node is computed from, between a layer's input `source` and it: parameters and buffers, adapters and norms among them.
+    """Parameters and buffers that node is computed from, back to the layer's input `source`; norms and adapters are among them.
 
-    Where no source is known, the weights of the nearest linear ops.
+    Where no source is known, only the weights of the nearest linear ops.
     """
     found, seen, queue = [], {source}, [node]
     while queue:
