@@ -80,7 +80,7 @@ class Passthrough:
 
 
 def rewrite(gm: GraphModule, example_inputs: list, config: AKVQConfig) -> GraphState:
-    """Run the pipeline over a copy of the graph; every pass leaves a numbered artifact for TORCH_TRACE and one debug line."""
+    """Run the pipeline over a copy of the graph; every pass leaves an artifact for TORCH_TRACE and a debug line."""
     tensors = {i: x for i, x in enumerate(example_inputs) if isinstance(x, torch.Tensor)}
     state = GraphState(gm, policy.resolve(config, gm, example_inputs), tensors)
     done: list[str] = []
@@ -147,7 +147,7 @@ def fake_vision(state: GraphState):
 def compile_rewritten(state: GraphState, examples: list):
     """The rewritten graph, whole or in the two parts that a captured decode step has.
 
-    Inductor's own CUDA graphs would be recorded anew for every length of a cache; these graphs are captured here or not at all.
+    Inductor's own CUDA graphs would be recorded anew for every length of a cache, so they are not used.
     """
     config, split = state.config, state.split
     mode = None if config.mode == CAPTURED_MODE else config.mode

@@ -60,7 +60,7 @@ class Place:
 
 
 def save(caches: dict[str, Tensor], path, kind: type) -> None:
-    """Write packed tensors by name. A name is printable text without "/"; two views of one storage are loaded as two caches."""
+    """Write packed tensors by name. Names are printable text without "/"; views of one storage load as separate caches."""
     file = Place(f"akvq cache file {os.fspath(path)}")
     tensors, entries, written = {}, {}, set()
     for name, packed in caches.items():

@@ -34,7 +34,7 @@ def calibrate(
     """Run the model over each prompt and return a Calibration, which tsa_layers="auto" remembers for these weights.
 
     prompts   each the inputs of one call with an empty cache: a mapping of keyword arguments, a tuple of arguments, or a tensor
-    options   of torch.compile(backend="akvq"); only window, pivots, pivot_mode, massive_floor and massive_ratio matter here
+    options   of torch.compile(backend="akvq"); only window, pivots, pivot_mode and massive_* matter
     queries   at most this many query tokens of each prompt row, counted from its end: its text after the last image
     ratio     how much more attention a text token must get than a vision token in a TSA layer
     progress  called after each prompt

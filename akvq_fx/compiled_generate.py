@@ -44,7 +44,7 @@ def compiled_forward(module: OptimizedModule):
 
 
 class Generate:
-    """Descriptor: OptimizedModule.generate, for modules compiled with `backend` (by its name or the function itself)."""
+    """Descriptor: OptimizedModule.generate, for modules compiled with `backend`, given by name or itself."""
 
     def __init__(self, backend: Callable):
         self.backend = backend

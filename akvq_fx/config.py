@@ -1,4 +1,4 @@
-"""AKVQConfig: every number of the method in one frozen place, each with its source. `options=` of torch.compile maps onto it."""
+"""AKVQConfig: every number of the method in one frozen place, each with its source: torch.compile's `options=`."""
 
 from __future__ import annotations
 
@@ -38,13 +38,14 @@ CHOICES = {
 
 @dataclasses.dataclass(frozen=True)
 class AKVQConfig:
-    """Settings of one compiled model. None stands for the recipe's choice or else a default, and is replaced by it on construction.
+    """Settings of one compiled model. On construction None is replaced by the recipe's choice, else by a default.
 
     recipe          a method of akvq_fx.recipes; a simulated one takes none of PACKED_ONLY
     body_bits       bits of every token that is not salient; 16 is lossless mode, in which nothing is quantized
     text_bits       bits of text tokens in TSA layers; 16 keeps TSA layers wholly at 16 bits; with body_bits or fewer they are
                     treated like the others
-    psa_text_key_bits  bits of text tokens' keys in the other (PSA) layers, where vision tokens are known and this is more than
+    psa_text_key_bits
+                    bits of text tokens' keys in the other (PSA) layers, where vision tokens are known and this is more than
                     body_bits; values of text tokens have body_bits there
     tsa_layers      decoder layers that attend to text first; where no vision tokens are known they act as PSA layers. "auto": as
                     akvq_fx.calibrate measured, else the paper's table (akvq_fx/policy.py)
@@ -123,7 +124,8 @@ class AKVQConfig:
                     packed = ", ".join(repr(r.name) for r in RECIPES.values() if not r.simulated)
                     self._refuse(
                         name,
-                        f"no value with recipe={self.recipe!r}, which has its own numbers, or a packed recipe: {packed}",
+                        f"no value with recipe={self.recipe!r}, which has its own numbers, "
+                        f"or a packed recipe: {packed}",
                     )
             if self.mode == "reduce-overhead":
                 self._refuse(

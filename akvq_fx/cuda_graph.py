@@ -37,7 +37,7 @@ same_addresses = getattr(torch._C, "_tensors_data_ptrs_at_indices_equal", compar
 
 
 class CudaRecorder:
-    """record(function, arguments) -> a call that runs the recorded work again and gives its results, in the same memory.
+    """record(function, arguments) -> a call that runs the recorded work again, in the same memory.
 
     Graphs on one stream share a memory pool: they run one after another, so they can use the same scratch memory.
     """
@@ -72,7 +72,7 @@ class CudaRecorder:
 
 
 class Recording:
-    """One set of cache buffers: their addresses, whether they are alive, and, once captured, a replay of the body over them.
+    """One set of cache buffers: their addresses, and, once captured, a replay of the body over them.
 
     key       sizes, numbers and stream
     addresses of the held tensors
@@ -191,7 +191,7 @@ class DecodeStep:
             self.drop(self.known[0])
 
     def forget_later(self, recording: Recording) -> None:
-        """Called when a held tensor dies. That may be during a step or another capture; the recording is then dropped later."""
+        """Called when a held tensor dies. During a step or another capture, dropping the recording waits."""
         self.dead.append(recording)
         if self.lock.acquire(blocking=False):
             try:
@@ -210,7 +210,7 @@ class DecodeStep:
             self.counts.dropped += recording.replay is not None
 
     def inputs_like(self, inputs, made) -> list[Tensor]:
-        """Memory for the moved inputs, contiguous; masks are as wide as the cache can grow before its buffers change."""
+        """Contiguous memory for the moved inputs; masks are as wide as the capacity of the cache."""
         found = []
         with torch.inference_mode(False), torch.no_grad():
             for x, capacity in zip(

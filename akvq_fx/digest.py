@@ -53,7 +53,7 @@ def words_of(x: Tensor) -> Tensor:
 
 
 def sums(words: Tensor) -> Tensor:
-    """[2] int64 on the device of words [n] int64; the same on every device, since 64-bit integer sums wrap around in any order."""
+    """[2] int64, of words [n] int64; the same on every device, since integer sums wrap around in any order."""
     size = CHUNK.get(words.device.type, CHUNK_ELSEWHERE)
     found = torch.zeros(2, dtype=torch.int64, device=words.device)
     steps = (torch.arange(min(size, len(words)), device=words.device) + 1) * STEP

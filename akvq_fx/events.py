@@ -20,7 +20,7 @@ class Event:
         self.modules = [weakref.ref(module) for module in modules]
 
     def concerns(self, modules: set[int], codes: set[int]) -> bool:
-        """Whether it belongs to a model, given the ids of its modules and of the code that its graphs were compiled from."""
+        """Whether it belongs to a model, given the ids of its modules and of the code behind its graphs."""
         return id(self.code) in codes or any(id(ref()) in modules for ref in self.modules if ref() is not None)
 
 

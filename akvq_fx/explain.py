@@ -30,7 +30,7 @@ class ExplainBackend:
 
 
 def explain(model: nn.Module, *args: Any, akvq_options: dict | None = None, **kwargs: Any) -> Report:
-    """Run model(*args, **kwargs) once, without compiling, and report per attention site what the backend would do and why.
+    """Run model(*args, **kwargs) once, uncompiled, and report per attention site what the backend would do and why.
 
     The model, its weights, its cache and what is compiled of it stay as they are, however often this is called. akvq_options: the
     `options` of torch.compile(backend="akvq"). What dynamo gave up on before is in the report too: compiling would not pack it.
@@ -47,7 +47,8 @@ def explain(model: nn.Module, *args: Any, akvq_options: dict | None = None, **kw
     find_kernels(found)
     if not found.rows:
         found.hints.append(
-            "no attention over a cache was seen; is the cache on (use_cache=True), and does this module hold the decoder?"
+            "no attention over a cache was seen; is the cache on (use_cache=True), "
+            "and does this module hold the decoder?"
         )
     return found
 

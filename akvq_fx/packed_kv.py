@@ -58,7 +58,7 @@ class PackedKV(TensorBase):
         )
 
     def __init__(self, codes: Tensor, layout_text: str, size=None, stride=None):
-        """A tensor for tracing: its shapes come from `codes`, and it has no other buffers. `view_of` makes real ones."""
+        """A tensor for tracing, with no buffers but `codes`, which gives the shapes. `view_of` makes real ones."""
         self.codes, self.layout_text, self.storage = codes, layout_text, None
         self.traced, self.text_codes, self.static, self.length = ["codes"], None, False, None
 
@@ -142,7 +142,7 @@ class PackedKV(TensorBase):
         return self.storage.codes[:, :, : self.shape[TOKENS]]
 
     def classes(self) -> Tensor:
-        """[B, T] uint8, indices into akvq_fx.kernels.layout.CLASS_NAMES. Raises ValueError for values: their keys have them."""
+        """[B, T] uint8, indices into akvq_fx.kernels.layout.CLASS_NAMES. Raises ValueError for values, which have none."""
         if self.layout_of.shares_classes:
             raise ValueError(
                 "PackedKV: values share their keys' token classes and hold none; ask the keys of their layer"
@@ -150,7 +150,7 @@ class PackedKV(TensorBase):
         return self._storage()["classes"][:, : self.shape[TOKENS]]
 
     def writable(self, extra: int, step: int) -> Storage:
-        """The storage, fit to take `extra` tokens after this view's last: a copy if a longer view is still alive elsewhere."""
+        """The storage, ready for `extra` tokens after this view's last: a copy if a longer view is still alive."""
         storage, length = self._storage(), self.length
         if storage.end is None:
             return storage
@@ -168,7 +168,7 @@ class PackedKV(TensorBase):
         return storage
 
     def append(self, x: Tensor, step: int = 128) -> PackedKV:
-        """A view that is q tokens longer: x [B, H, q, D] is rotated and quantized, tokens already here are not touched."""
+        """A view that is q tokens longer: x [B, H, q, D] is rotated and quantized, earlier tokens stay."""
         length = self.shape[TOKENS]
         storage = self.writable(x.shape[TOKENS], step)
         at = torch.arange(length, length + x.shape[TOKENS], device=x.device)

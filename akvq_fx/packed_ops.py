@@ -1,9 +1,9 @@
-"""What happens to a PackedKV outside a graph: rows and tokens are chosen, joined and padded on codes, none is quantized again.
+"""What happens to a PackedKV outside a graph: rows and tokens are chosen, joined and padded as codes.
 
 Handlers return NotImplemented for a case that codes do not cover; the op then reads the cache through `dequantize()`
 and says so once, and what it gives is a plain tensor.
 
-akvq_fx/packed_kv.py imports this module and registers the handlers on its class, so the class is taken from the tensors here.
+akvq_fx/packed_kv.py imports this module and registers the handlers on its class; here the class is that of the tensors.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ def plain_of(packed: Tensor, op: str) -> Tensor:
         _warned.add(op)
         warnings.warn(
             f"akvq: {op} is not defined on packed codes, the cache is read through dequantize() for it "
-            f"(a {packed.dtype} copy of {list(packed.shape)}); what it gives is plain, and its tokens are quantized anew "
-            "if a compiled step packs them",
+            f"(a {packed.dtype} copy of {list(packed.shape)}); what it gives is plain, and its tokens are quantized "
+            "anew if a compiled step packs them",
             UserWarning,
             stacklevel=4,
         )
@@ -100,7 +100,7 @@ def rowwise(packed: Tensor, index: Tensor) -> Tensor:
 
 
 def is_growing(packed) -> bool:
-    """A growing cache outside of tracing: the host knows its length, so its tokens can be chosen and joined on codes."""
+    """A growing cache outside of tracing: the host knows its length, so tokens can be chosen and joined."""
     return is_packed(packed) and packed.storage is not None and packed.storage.end is not None
 
 
@@ -113,7 +113,7 @@ def wrap(packed: Tensor, tokens: Tokens) -> Tensor:
 
 
 def take(packed: Tensor, positions: Iterable[int] | Tensor) -> Tensor:
-    """The tokens at these positions of a growing cache, in their order, on codes: an int64 tensor [m], or ascending numbers."""
+    """The tokens at these positions of a growing cache: an int64 tensor [m] in any order, or ascending numbers."""
     distinct = not isinstance(positions, Tensor)
     index = torch.tensor(list(positions), dtype=torch.int64, device=packed.device) if distinct else positions
     if not len(index):

@@ -71,7 +71,7 @@ class Tokens:
         return self.parts["codes"].shape[2]
 
     def take(self, index: Tensor, distinct: bool) -> Tokens:
-        """Tokens at the positions `index` [m], in its order. distinct: no position comes twice, which needs fewer text slots.
+        """Tokens at the positions `index` [m], in its order. distinct: none comes twice, which takes fewer text slots.
 
         Raises IndexError for a position that is not there.
         """
@@ -113,7 +113,7 @@ class Tokens:
         return replace(self, parts=self.parts | {"ring": ring}, held=torch.ones_like(self.held))
 
     def padding(self, count: int) -> Tokens:
-        """`count` zeros of class padding, to be joined with these. Masks hide them, so the ring may count as holding them."""
+        """`count` zeros of class padding, to join with these. Masks hide them, so the ring may count as holding them."""
         codes = self.parts["codes"]
         B, H, device = *codes.shape[:2], codes.device
         affine = self.parts.get("affine")
@@ -136,7 +136,7 @@ class Tokens:
         return replace(self, parts=parts, held=held)
 
     def stored(self) -> Storage:
-        """New buffers of a growing cache that hold these tokens; the affine map is shared, as nothing writes it in place."""
+        """New buffers of a growing cache that hold these tokens; the affine map is shared: nothing writes it in place."""
         layout, parts, n = self.layout, self.parts, self.count
         capacity = max(n, min(self.room, -(-(n + 1) // ROOM) * ROOM))
         width = parts["text_at"].shape[1] if layout.text_bits else 0
@@ -195,7 +195,7 @@ def concat_tokens(runs: list[Tokens]) -> Tokens:
 
 
 def concat_rows(rows: list[Tokens]) -> Tokens:
-    """Concatenate along the batch; all have as many tokens. The rows share one ring state, so every ring is filled first."""
+    """Concatenate along the batch; all have as many tokens. Rows share one ring state, so rings are filled first."""
     rows, parts = [row.with_whole_ring() for row in rows], {}
     for name in rows[0].parts:
         given = [row.parts[name] for row in rows]

@@ -32,7 +32,7 @@ from akvq_fx.passes.state import GraphState
 log = logging.getLogger(__name__)
 AUTO = "auto"
 FORMAT = "akvq-policy-1"
-# arXiv 2501.15021, table I: (layers, width, query heads, KV heads, head dim, vocabulary) -> TSA layers; shapes as their config.json
+# arXiv 2501.15021, table I: (layers, width, query heads, KV heads, head dim, vocabulary) -> TSA layers
 PAPER = {
     (32, 4096, 32, 32, 128, 32064): (0, 1),  # LLaVA-1.5-7B, LLaVA-1.6-vicuna-7B
     (32, 4096, 32, 8, 128, 32064): (),  # LLaVA-1.6-mistral-7B
@@ -60,8 +60,8 @@ def resolve(config: AKVQConfig, gm: torch.fx.GraphModule, example_inputs: list) 
         known, source = PAPER.get(decoder_shape(state)), "the paper's table I"
         if known is None and any(prompt_site(site) for site in state.sites):
             raise ValueError(
-                f'akvq: option tsa_layers="auto" knows nothing of this model (its shape is {described(state)}); accepted: a '
-                "model that akvq_fx.calibrate(model, inputs) measured in this process, or one in the paper's table I. "
+                f'akvq: option tsa_layers="auto" knows nothing of this model (its shape is {described(state)}); accepted: '
+                "a model that akvq_fx.calibrate(model, inputs) measured in this process, or one in the paper's table I. "
                 "Calibrate first, or give layer numbers, e.g. tsa_layers=(0, 1)"
             )
     if known is not None:
@@ -93,7 +93,7 @@ def prompt_site(site) -> bool:
 
 
 def decoder_shape(state: GraphState) -> tuple | None:
-    """(layers, width, query heads, KV heads, head dim, vocabulary) of a prompt's graph; None where it does not show them all."""
+    """(layers, width, query heads, KV heads, head dim, vocabulary) of a prompt's graph; None where one is missing."""
     sites = [site for site in state.sites if prompt_site(site) and site.weights[0] is not None]
     if not sites:
         return None
@@ -124,7 +124,8 @@ def load_policy(path: str | Path) -> dict[str, Any]:
         raise ValueError(f"akvq: {path} is no policy: {error}") from error
     if not isinstance(found, dict) or found.get("format") != FORMAT or not isinstance(found.get("options"), dict):
         raise ValueError(
-            f'akvq: {path} is no policy; accepted: JSON with "format": "{FORMAT}" and "options", as Calibration.save writes'
+            f'akvq: {path} is no policy; accepted: JSON with "format": "{FORMAT}" and "options", '
+            "as Calibration.save writes"
         )
     AKVQConfig.from_options(found["options"])
     return found["options"]

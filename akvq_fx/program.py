@@ -1,4 +1,4 @@
-"""Program: how to call a rewritten graph. The passes write it; it is all that runtime.py and cuda_graph.py get from them."""
+"""Program: how to call a rewritten graph. Written by the passes for runtime.py and cuda_graph.py."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ class Size:
 
 
 def compiled(expr: sympy.Expr, symbols: list[sympy.Symbol]) -> Callable[..., int | float]:
-    """A size expression as a Python function of its symbols, in the syntax of dynamo's guards, which knows all of torch's size functions."""
+    """A size expression as a Python function of its symbols, in the syntax of dynamo's guards, which has them all."""
     names = [f"n{i}" for i in range(len(symbols))]
     renamed = expr.xreplace({s: sympy.Symbol(n, **s.assumptions0) for s, n in zip(symbols, names, strict=True)})
     namespace = {"math": math, "torch": torch, "Where": lambda condition, yes, no: yes if condition else no}

@@ -1,4 +1,4 @@
-"""Records: what was compiled for which weights, kept for report(model). They hold weights weakly and go away with the model."""
+"""Records: what was compiled for which weights, kept for report(model) by weak references to the weights."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ LIMIT = 4096  # graphs remembered
 
 
 class Record:
-    """One compiled graph, the weights and modules that it ran with, and per row the key projections: layers may share a graph.
+    """One compiled graph, the weights and modules that it ran with, and per row the key projections of its layers.
 
     Where weights are moved in and out (offloading), a parameter lives for one call; the module that the function belongs to stays.
     """
@@ -55,7 +55,7 @@ class Record:
         return any(ref() is not None and id(ref()) in ids for refs, ids in known for ref in refs)
 
     def rows(self, names: dict[int, str], modules: dict[int, str]) -> list[SiteRow]:
-        """The rows, one for each layer of the model that ran the graph. names, modules: id of a parameter, of a module -> its name."""
+        """One row for each layer that ran the graph. names, modules: id of a parameter, of a module -> its name."""
         found, prefix = [], next((modules[id(ref())] for ref in self.modules if id(ref()) in modules), "")
         for row, refs in zip(self.report.rows, self.keys, strict=True):
             labels = [names[id(ref())] for ref in refs if id(ref()) in names]
@@ -122,7 +122,7 @@ def gave_up_report(event: events.Event, model: nn.Module) -> GaveUp:
 
 
 def layers_packed(code) -> int:
-    """How many layers' caches the graphs of this code pack. Layers are known by their keys' weights, else by their module."""
+    """How many layers' caches the graphs of this code pack. Layers are told apart by key weights, else by module."""
     found = set()
     for record in RECORDS:
         if record.code is code:
@@ -150,7 +150,7 @@ def left_alone(layer: int, label: str, status: str, bits: str, values: str, reas
 
 
 def source_of(node) -> str:
-    """'file:line: code' of the user's line that made a node, or the first that uses a graph's input; "" where dynamo kept none."""
+    """'file:line: code' of the user's line that made a node, or first used an input; "" where dynamo kept none."""
     if not isinstance(node, Node):
         return ""
     for made in (node, *node.users):

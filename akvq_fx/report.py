@@ -79,8 +79,8 @@ class Capture:
         if self.reason:
             return f"no CUDA graph: {self.reason}"
         return (
-            f"{self.captured} CUDA graphs captured, {self.dropped} of them dropped since; {self.replayed} steps replayed, "
-            f"{self.ran} ran without one"
+            f"{self.captured} CUDA graphs captured, {self.dropped} of them dropped since; "
+            f"{self.replayed} steps replayed, {self.ran} ran without one"
         )
 
 
@@ -124,13 +124,13 @@ class GaveUp:
         reached = f" {self.reached} have a graph." if self.reached else ""
         if isinstance(self.value, bool):
             return (
-                f"dynamo gave up on {self.function}: the backend failed{last}, and {self.option} is on, so it runs uncompiled, "
-                "its cache at 16 bits. Turn that option off to see the error."
+                f"dynamo gave up on {self.function}: the backend failed{last}, and {self.option} is on, so it runs "
+                "uncompiled, its cache at 16 bits. Turn that option off to see the error."
             )
         return (
-            f"dynamo gave up on {self.function}: it has {self.value} graphs, which is the limit. Calls that none of them fits run "
-            f"uncompiled from now on, any cache of theirs at 16 bits{last}.{reached} Raise the limit before the first call, e.g. "
-            f"{self.option} = {8 * self.value}; torch._dynamo.reset() starts anew."
+            f"dynamo gave up on {self.function}: it has {self.value} graphs, which is the limit. Calls that none of them "
+            f"fits run uncompiled from now on, any cache of theirs at 16 bits{last}.{reached} "
+            f"Raise the limit before the first call, e.g. {self.option} = {8 * self.value}; torch._dynamo.reset() starts anew."
         )
 
 

@@ -1,4 +1,4 @@
-"""Runtime: the callable that dynamo gets. Unwraps PackedKV arguments into buffers, calls the compiled graph, wraps what comes back.
+"""Runtime: the callable that dynamo gets. Unwraps PackedKV arguments, calls the compiled graph, wraps its results.
 
 Host work only, a few microseconds a layer; nothing here reads the device in a decode step.
 """
@@ -23,7 +23,7 @@ MODELS = 8  # whose weights a graph remembers at a time; those of another are di
 
 
 class Weights:
-    """One model's weights in one graph: their identity when they were last checked, and the owners of caches that they make.
+    """One model's weights in one graph, as last checked, and the owners of the caches that they make.
 
     owners    positions of weights -> the digests of their contents, as one text; None where there are no weights
     """
@@ -105,7 +105,7 @@ class Runtime:
         return self.wrap_outputs(given, storages, results, owners)
 
     def owners_of(self, args, anew: bool) -> dict[tuple[int, ...], str | None]:
-        """Digests of what makes each cache's tokens; `anew`: from the weights' contents, since `.data` changes leave no mark."""
+        """Digests of what makes each cache's tokens; `anew`: read again, since `.data` changes leave no mark."""
         if not self.watched:
             return dict.fromkeys(self.groups)
         weights = self.watched_of(args)
@@ -124,7 +124,7 @@ class Runtime:
     on_weights = None  # the report's callback: gets the arguments when the graph first runs with other weights
 
     def fold(self, args: list) -> None:
-        """Replace weights by folded copies, which are computed again for every prompt, since `.data` changes leave no mark."""
+        """Replace weights by folded copies, computed again for every prompt: `.data` changes leave no mark."""
         for fold in self.program.folds:
             at = (fold.value_weight, fold.value_bias, fold.output_weight)
             sources = [None if i is None else args[i] for i in at]
@@ -198,7 +198,7 @@ class Runtime:
 
 
 def wrap(spec: Packed, buffers: list, args, owner, slots: dict[str, tuple]) -> PackedKV:
-    """slots: text slots of this call by Packed.classes; finding them waits for the device, so it is done once for all layers."""
+    """slots: text slots of this call by Packed.classes; they wait for the device, so are found once for all layers."""
     length, prompt = spec.length(args), spec.prompt(args)
     storage = Storage(spec.layout, [b.detach() for b in buffers], None if spec.static else length, prompt, owner)
     # a static cache may be written again from its start: its slots stay positions
@@ -211,7 +211,7 @@ def wrap(spec: Packed, buffers: list, args, owner, slots: dict[str, tuple]) -> P
 
 
 def same_weights(one: str, other: str) -> bool:
-    """Digests of the same weights; a graph that shows fewer of them (no norm, no adapter) may continue one that shows more."""
+    """Digests of the same weights; a graph that shows fewer (no norm, no adapter) may continue one with more."""
     one, other = set(one.split()), set(other.split())
     return one <= other or other <= one
 
@@ -232,7 +232,7 @@ class NoBackward(torch.autograd.Function):
 
 
 def refuse_backward(results: list, inputs) -> list:
-    """Results that require a gradient wherever the uncompiled graph's would, so that backward() raises rather than losing it."""
+    """Have results require a gradient where the uncompiled graph's would, so that backward() raises."""
     anchor = next((x for x in inputs if isinstance(x, torch.Tensor) and x.requires_grad), None)
     places = [i for i, x in enumerate(results) if isinstance(x, torch.Tensor) and x.is_floating_point()]
     if anchor is None or not places:

@@ -18,7 +18,7 @@ DYNAMIC_TOKENS = torch_internals.dynamic_marks(3, TOKENS)
 
 
 def text_slots(at: Tensor, length: int) -> tuple[Tensor, Tensor]:
-    """(slots, positions) of the text tokens before position `length`, both [B, n], position -1 where a row has fewer than n.
+    """(slots, positions) of the text tokens before position `length`, both [B, n], position -1 where a row has fewer.
 
     at: the text_at buffer [B, Ct]. n is the most that any row uses; to find it waits for the device.
     """
@@ -49,7 +49,7 @@ class Storage:
 
     @property
     def buffers(self) -> list[Tensor]:
-        """Contiguous buffers of its own, in the order of the layout's fields. `held` may still be memory of another storage."""
+        """Contiguous buffers of its own, in the layout's order. `held` may still be memory of another storage."""
         if self.borrowed:
             self.held, self.borrowed = [buffer.contiguous() for buffer in self.held], False
             self.mark_dynamic()

@@ -27,7 +27,7 @@ def version() -> tuple[int, ...]:
     return tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
 
 
-# ---- torch.compile's wrapper of a module ----------------------------------------------------------------------------------------
+# ---- torch.compile's wrapper of a module -----------------------------------------------------------------------------
 
 
 def optimized_module() -> type:
@@ -56,11 +56,11 @@ def set_own_call(module: torch.nn.Module, call: Callable | None) -> None:
     module._compiled_call_impl = call
 
 
-# ---- backends -------------------------------------------------------------------------------------------------------------------
+# ---- backends --------------------------------------------------------------------------------------------------------
 
 
 def innermost(backend) -> Any:
-    """The function that somebody gave as a backend, without the wrappers that dynamo and torch.compile put around it."""
+    """The function that the user gave as a backend, without dynamo's and torch.compile's wrappers."""
     links = ("_torchdynamo_orig_backend", "_torchdynamo_orig_callable", "compiler_fn")  # they differ between versions
     found = True
     while found:
@@ -93,7 +93,7 @@ def aot_eager(gm: torch.fx.GraphModule, example_inputs: list) -> Callable:
     return aot_eager(gm, example_inputs)
 
 
-# ---- what dynamo is doing -------------------------------------------------------------------------------------------------------
+# ---- what dynamo is doing --------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass
@@ -124,7 +124,7 @@ class Compiling:
         return self.limit == "recompile_limit" and config.recompile_limit == config._config["recompile_limit"].default
 
     def let_pass(self, most: int) -> bool:
-        """Have dynamo compile the function this once although it has recompile_limit graphs, where it has fewer than `most`.
+        """Have dynamo compile the function this once beyond recompile_limit, where it has fewer than `most` graphs.
 
         Nothing but dynamo's count for this one compilation changes. False, and nothing done, where `limit_is_default` is False.
         """
@@ -136,7 +136,7 @@ class Compiling:
 
 
 def compiling() -> Compiling | None:
-    """The innermost frame that dynamo compiles on this thread; None outside of dynamo, or where it works otherwise than is known.
+    """The innermost frame that dynamo compiles on this thread; None outside of dynamo or where its frames are unknown.
 
     Dynamo passes a backend neither the function nor why it was called, so both are read off its own frame on the stack.
     """
@@ -163,12 +163,12 @@ def _limit(seen: dict) -> str:
 
 
 def guard_of(reason: str) -> str:
-    """The guard that failed, out of dynamo's reason for a recompile, which goes on with the line of code and a stack trace."""
+    """The guard that failed, out of dynamo's reason for a recompile, which also has code and a stack trace."""
     return " ".join(reason.split("User stack trace")[0].split("  #")[0].split())
 
 
 def before_compiling(listener: Callable[[], str]) -> None:
-    """Have the listener called before dynamo compiles any frame, in time to see that it will not. Once, however often it is asked.
+    """Have the listener called before dynamo compiles any frame, in time to see that it will not; at most once.
 
     PyTorch offers this hook for notes in its logs of recompiles: the listener returns such a note, "" for none.
     """
@@ -197,7 +197,7 @@ def compile_isolated(function: Callable, backend: Callable) -> Callable:
 
 
 def dynamic_marks(rank: int, dim: int) -> dict[str, Any]:
-    """What torch._dynamo.maybe_mark_dynamic(x, dim) leaves on a tensor; to copy it is 50 times quicker than to call that."""
+    """What torch._dynamo.maybe_mark_dynamic(x, dim) leaves on a tensor; copying it is 50 times faster than the call."""
     probe = torch.empty((1,) * rank)
     torch._dynamo.maybe_mark_dynamic(probe, dim)
     return dict(vars(probe))
@@ -211,7 +211,7 @@ def hint(size) -> int:
     return int(known) if known is not None else 2
 
 
-# ---- CUDA -----------------------------------------------------------------------------------------------------------------------
+# ---- CUDA ------------------------------------------------------------------------------------------------------------
 
 
 def nvrtc() -> tuple[Callable, Callable] | str:
@@ -223,7 +223,7 @@ def nvrtc() -> tuple[Callable, Callable] | str:
     return utils._nvrtc_compile, utils._cuda_load_module
 
 
-# ---- torchao --------------------------------------------------------------------------------------------------------------------
+# ---- torchao ---------------------------------------------------------------------------------------------------------
 
 
 def tensor_base() -> type:

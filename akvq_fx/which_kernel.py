@@ -63,7 +63,7 @@ def calls_of(state: GraphState) -> list[Call]:
 
 
 def answers(calls: list[Call]) -> list[KernelAnswer]:
-    """Answers to all calls, each once; of writes, keys and values separately. May compile a kernel to find out if it works."""
+    """Answers to all calls, each once; of writes, keys and values separately. May compile a kernel to try it."""
     found = dict.fromkeys(answer for call in calls for answer in answers_to(call))
     return list(found)
 

@@ -1,4 +1,4 @@
-"""append on the CPU for decode steps: a C++ kernel (append_cpu.cpp) that quantizes, packs and writes a few tokens in one call.
+"""append on the CPU for decode steps: a C++ kernel (append_cpu.cpp) that quantizes, packs and writes a few tokens.
 
 The meaning is kernels/cache.py's, to the bit: the same float32 operations in the same order. The reference rotates the keys before.
 kernels/cpp.py compiles the kernel at first use. `refusal` says why tokens cannot be written by it, "" where they can:
@@ -67,7 +67,7 @@ def append(
     layout: Layout,
     rotate: bool = False,
 ) -> None:
-    """Write q tokens in place, as kernels.cache.append. Raises IndexError for a position without a slot, and writes nothing."""
+    """Write q tokens in place, as kernels.cache.append. For a position without a slot raises IndexError before writing."""
     b = named(cache, layout)
     check_call(b, x, at, classes, layout)
     reason = buffers_refusal(cache, layout, *x.shape[:2])

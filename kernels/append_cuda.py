@@ -29,7 +29,7 @@ SUPPORTS = Supports(
     **dict.fromkeys(("rotated", "affine", "shares_classes"), ANY),
 )
 WARPS = 4
-SHARE = 8  # tokens a warp (in pack: every four lanes of it) takes where there are many, so that it reads the affine map once
+SHARE = 8  # tokens a warp (in pack: four lanes) takes where there are many, to read the affine map once
 PACKED_DIMS = (64, 128)  # of pack: four lanes hold a token, and its centre and gains, in registers
 PACKED_TOKENS = 64  # fewer are appended a warp each
 PACK_ROWS = 8  # tokens that a warp packs at a time
@@ -66,7 +66,7 @@ def append(cache, x, at, classes, pivots, layout: Layout, rotate: bool = False) 
 
 
 def pack(x, at, classes, pivots, affine, capacity: int, layout: Layout, rotate: bool = False) -> list[Tensor]:
-    """New buffers that hold the prompt, as kernels.cache.pack. Where `packs`, all but a text overlay is written only once."""
+    """New buffers that hold the prompt, as kernels.cache.pack. Where `packs`, all but text overlays is written once."""
     if not packs(x, layout) or x.shape[2] < layout.window or (layout.pivots and pivots is None):
         return cache_triton.pack(x, at, classes, pivots, affine, capacity, layout, rotate, launch)
     B, H, *_ = x.shape
@@ -95,7 +95,7 @@ def launch(
     rotate: bool,
     fresh: bool = False,
 ) -> None:
-    """Write x and, where the kernel does not, keep its pivots; fresh: the buffers are unwritten, and `packs(x, layout)` holds."""
+    """Write x and, where the kernel does not, keep its pivots; fresh: buffers are unwritten, and `packs(x, layout)`."""
     B, H, q, _ = x.shape
     at, form = at.contiguous(), 0
     if rotate:
@@ -138,7 +138,7 @@ def run(launches: list[tuple[str, int, tuple]], params: Params, device: torch.de
 
 
 def packs(x: Tensor, layout: Layout) -> bool:
-    """The tokens are a prompt in a form that the kernel `pack` takes: 2 bits, one range a token, rows of whole 16 bytes."""
+    """The tokens are a prompt that the kernel `pack` takes: 2 bits, one range a token, rows of whole 16 bytes."""
     simple = layout.body_bits == 2 and layout.groups == 1 and layout.head_dim in PACKED_DIMS
     aligned = x.itemsize == 2 and x.data_ptr() % 16 == 0 and all(step % 8 == 0 for step in x.stride()[:3])
     return simple and aligned and x.shape[2] >= PACKED_TOKENS

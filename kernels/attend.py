@@ -1,17 +1,17 @@
-"""attend(q, key, value): scaled dot-product attention over a packed cache, without a 16-bit copy that outlives the call.
+"""attend(q, key, value): scaled dot-product attention over a packed cache; no 16-bit copy outlives the call.
 
-q            [B, Hq, q, D]   floating, rotated as the keys are, or with rotate=True as the model made it; Hq a multiple of the
-                             cache's H (GQA, MQA)
+q            [B, Hq, q, D]   floating, rotated as the keys are, or with rotate=True as the model made it; Hq is a
+                             multiple of the cache's H (GQA, MQA)
 key, value   buffers of one packed tensor each (kernels/layout.py); layouts may differ
 length       int or None     T, tokens that attention sees; None: as many as the key cache holds, read on the device
-fresh_key, fresh_value  [B, H, q, D] and at [q]: this step's tokens and the consecutive positions that they take. They are read
-                             at full precision. Of the cache only positions before at[0] are read, and nothing after at[-1]: so
-                             append may have written the tokens already or not, and what a crop left at later positions is ignored
+fresh_key, fresh_value  [B, H, q, D] and at [q]: this step's tokens and the consecutive positions that they take. They
+             are read at full precision. Of the cache only positions before at[0] are read, and nothing after at[-1]: so
+             append may have written the tokens already or not, and what a crop left at later positions is ignored
 mask         None, or bool / float broadcastable to [B, Hq, q, T], as torch's scaled_dot_product_attention takes it; where
              length is None it may have more columns. Under a mask, positions that nothing was written to are not seen
 scale        None for 1/sqrt(D);  is_causal  as torch's (aligned to the top left)
-rotate, restore  queries come, and the output leaves, as the model made them rather than in the stored space: each has its effect
-             where the keys' or the values' layout is rotated or affine
+rotate       queries come as the model made them, so the op rotates them where the keys' layout is rotated or affine
+restore      the output leaves as the model made the values, so the op rotates it back where their layout is rotated
 ->           [B, Hq, q, Dv]  q's dtype, in the values' stored space, or with restore=True as the model made them
 
 The meaning is torch's own SDPA on the dequantized cache and, with restore=True, akvq::rotate after it: p (vH) H = p v. A
@@ -64,7 +64,7 @@ def reference(q, key, value, key_layout: Layout, value_layout: Layout, length, m
 def past_of(q: Tensor, end: Tensor, fresh) -> int:
     """Tokens cached before this call: a simulation quantizes no token in the step that brings it.
 
-    A prompt that attends to its own packed tokens (prefill="quantized") has no fresh ones and reads all of them quantized.
+    A prompt that attends to its own packed tokens (prefill="quantized") has no fresh ones and reads all quantized.
     """
     if fresh is not None:
         return min(int(end), int(fresh[2][0]))
@@ -147,5 +147,6 @@ def check(q: Tensor, key, value, key_layout: Layout, value_layout: Layout) -> No
     named(value, value_layout)
     if q.dim() != 4 or q.shape[3] != key_layout.head_dim or q.shape[1] % heads:
         raise ValueError(
-            f"akvq::attend: q is {list(q.shape)}, accepted: [B, Hq, q, {key_layout.head_dim}] with Hq a multiple of {heads}"
+            f"akvq::attend: q is {list(q.shape)}, accepted: [B, Hq, q, {key_layout.head_dim}] "
+            f"with Hq a multiple of {heads}"
         )

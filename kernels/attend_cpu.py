@@ -71,7 +71,7 @@ def attend(
     value_layout: Layout,
     restore: bool = False,
 ) -> Tensor:
-    """[B, Hq, q, Dv] contiguous, for a call that refusal() does not refuse; restore=True applies H to the float32 output."""
+    """[B, Hq, q, Dv] contiguous, for a call that is not refused; restore=True applies H to the float32 output."""
     B, query_heads, tokens, D = q.shape
     heads = key[CODES].shape[1]
     q = q.contiguous()

@@ -41,7 +41,7 @@ WARPS = 4
 DEPTH = 2  # 16-token tiles a warp takes at a time
 STAGES = 4  # tiles in shared memory, all but one of them on their way
 BLOCKS = 3  # on one multiprocessor: bounds the registers
-WORTH = 0.82  # share of the best utilization that is enough, as more parts cost more sums (H100, 1,280 caches of 640 tokens)
+WORTH = 0.82  # share of the best utilization that is enough, as more parts cost more sums; measured on an H100
 SPLITS_MAX = 96  # a multiple of 32: a lane of the last step takes every 32nd
 MASKS = {torch.bool: 1, torch.float16: 2, torch.bfloat16: 3, torch.float32: 4}
 

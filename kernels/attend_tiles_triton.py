@@ -34,7 +34,7 @@ STATE_END, STATE_RING, STATE_TEXT = (
     tl.constexpr(layout.STATE_RING),
     tl.constexpr(layout.STATE_TEXT),
 )
-# of float32 products: 22 bits from three tensor core products; the scalar products of "ieee" spill kilobytes of registers
+# of float32 products: 22 bits from three tensor core products; the scalar products of "ieee" spill kilobytes
 PRECISION = tl.constexpr("tf32x3")
 NO_MASK, BOOL_MASK, FLOAT_MASK = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
@@ -61,7 +61,7 @@ def codes_at(codes, slot, valid, D: tl.constexpr, DP: tl.constexpr, BITS: tl.con
 @triton.jit
 def numbers_of(code, range_, slot, valid, D: tl.constexpr, DP: tl.constexpr, GROUPS: tl.constexpr, ROUND: tl.constexpr,
                DOT: tl.constexpr):  # fmt: skip
-    """Codes [N, DP] with the ranges in slots [N] as quantizer.decode reads them in dtype ROUND: [N, DP] in dtype DOT."""
+    """Codes [N, DP] with ranges in slots [N], as quantizer.decode reads them in dtype ROUND: [N, DP] in dtype DOT."""
     channel = tl.arange(0, DP)
     if GROUPS == 1:
         scale = tl.load(range_ + slot * 2, mask=valid, other=0.0).to(tl.float32)[:, None]
@@ -87,7 +87,7 @@ def code_tile(codes, range_, slot, valid, D: tl.constexpr, DP: tl.constexpr, BIT
 def text_tile(codes, range_, lower, position, slot, valid, D: tl.constexpr, DP: tl.constexpr, BITS: tl.constexpr,
               LOW: tl.constexpr, LOW_WIDTH: tl.constexpr, GROUPS: tl.constexpr, ROUND: tl.constexpr,
               DOT: tl.constexpr):  # fmt: skip
-    """Text tokens at `position` [N] of the body, LOW bits more of which, LOW_WIDTH wide, are in `slot` [N] of the overlay."""
+    """Text tokens at `position` [N] of the body; LOW bits more, LOW_WIDTH wide, are in `slot` [N] of the overlay."""
     code = codes_at(codes, position, valid, D, DP, BITS) << LOW
     code += codes_at(lower, slot, valid, D, DP, LOW_WIDTH)
     return numbers_of(code, range_, position, valid, D, DP, GROUPS, ROUND, DOT)
@@ -105,9 +105,9 @@ def exact_tile(tokens, slot, valid, stride, D: tl.constexpr, DP: tl.constexpr, R
 @triton.jit
 def step(q, k, v, position, valid, token, mask_row, row_valid, mask_stride, scale, top, total, acc,
          MASK: tl.constexpr, IS_CAUSAL: tl.constexpr):  # fmt: skip
-    """One tile of the online softmax: q [M, DP], k [N, DP], v [N, DVP]; top (maximum), total [M] and acc [M, DVP] move on.
+    """One tile of the online softmax: q [M, DP], k [N, DP], v [N, DVP]; top (maximum), total [M], acc [M, DVP] move.
 
-    Scores meet log2(e) only in the exponent: log2(e) times a mask of finfo.min is -inf, but rows masked by it must be averages.
+    Scores meet log2(e) only in the exponent: times a mask of finfo.min it is -inf, but such rows must be averages.
     """
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
     seen = row_valid[:, None] & valid[None, :]
@@ -299,7 +299,7 @@ def attend_tiles(
 
 @triton.jit(do_not_specialize=["rows", "splits"])
 def combine(parts, maxima, sums, out, rows, splits, DV: tl.constexpr, DVP: tl.constexpr, SPLITS: tl.constexpr):
-    """Grid (rows,): one row of B * Hq * q. parts [splits, rows, DV], maxima, sums [splits, rows] fp32 -> out [rows, DV]."""
+    """Grid (rows,): one row of B * Hq * q. parts [splits, rows, DV], maxima, sums [splits, rows] -> out [rows, DV]."""
     row = tl.program_id(0).to(tl.int64)
     split, channel = tl.arange(0, SPLITS), tl.arange(0, DVP)
     made = split < splits

@@ -85,7 +85,7 @@ def processors_of(device: torch.device) -> int:
 
 
 def tile_sizes(rows: int, dtype: torch.dtype, padded: int) -> tuple[int, int, int]:
-    """Query rows and tokens of a tile, and warps: M, N, warps. More rows share what is unpacked and need more registers.
+    """Query rows and tokens of a tile, and warps: M, N, warps. More rows share what is unpacked, in more registers.
 
     Chosen by ptxas' reports for sm_86 and sm_90: almost nothing spills, and 99 KB of shared memory are enough.
     """
@@ -98,7 +98,7 @@ def tile_sizes(rows: int, dtype: torch.dtype, padded: int) -> tuple[int, int, in
 
 
 def read_mask(mask: Tensor | None, sizes: tuple[int, int, int], length: int | None) -> tuple:
-    """The mask as the kernel reads it, its columns, and its strides for batch row, query head, query token and position."""
+    """The mask as the kernel reads it, its columns, and strides for batch row, query head, token and position."""
     if mask is None:
         return None, ANY_COLUMNS, [0, 0, 0, 0]
     wide = mask[(None,) * (4 - mask.dim())]

@@ -51,8 +51,8 @@ def check_tokens(b: dict[str, Tensor], x: Tensor, layout: Layout) -> None:
     """Raises ValueError where x is not a cache's next tokens."""
     if x.dim() != 4 or x.shape[3] != layout.head_dim or x.shape[:2] != b["codes"].shape[:2]:
         raise ValueError(
-            f"akvq::append: x is {list(x.shape)}, accepted: [B, H, q, D] of a cache with codes {list(b['codes'].shape)} "
-            f"and head dim {layout.head_dim}; a cache from another model or batch cannot be continued"
+            f"akvq::append: x is {list(x.shape)}, accepted: [B, H, q, D] of a cache with codes "
+            f"{list(b['codes'].shape)} and head dim {layout.head_dim}; a cache from another model or batch cannot be continued"
         )
 
 
@@ -135,7 +135,7 @@ def keep_pivots(
 ) -> None:
     """Fill the pivot slots from tokens pivots [B, P] of x, where x starts a cache (its first position is 0).
 
-    A pivot on padding is dropped, since no query sees it. With rotate=True the few chosen tokens are rotated, not all of x.
+    A pivot on padding is dropped, since no query sees it. With rotate=True only the chosen tokens are rotated.
     """
     B, H, _, D = x.shape
     begins = at[0] == 0
@@ -255,7 +255,7 @@ def append(
 ) -> None:
     """Write q tokens in place: one in a decode step, more when a filled cache takes another prompt.
 
-    pivots [B, P] int32 index the q tokens; they count only where the tokens start the cache (a static cache used again).
+    pivots [B, P] int32 index the q tokens; they count only where the tokens start the cache.
     """
     parsed = Layout.parse(layout)
 
@@ -278,7 +278,7 @@ def _(cache, x, at, classes, pivots, layout, rotate=False):
 def restart(cache: list[Tensor], at: Tensor, affine: Tensor | None, layout: str) -> None:
     """Where the tokens to come start the cache (position 0), forget the last prompt's overlays and take its affine map.
 
-    A static cache that was reset is written again by the same graph that continues one; the choice is made on the device.
+    A static cache that was reset is written by the same graph that continues one; the device tells them apart.
     """
     parsed = Layout.parse(layout)
     b, begins = named(cache, parsed), at[0] == 0

@@ -1,4 +1,4 @@
-"""append, pack: one Triton kernel rotates, clips, quantizes and packs new tokens and writes all that a decode step changes.
+"""append, pack: one Triton kernel rotates, quantizes and packs new tokens and writes all that a decode step changes.
 
 x       [B, H, q, D] float16 | bfloat16 | float32 of any strides, D a multiple of 8 up to 256
 buffers those of kernels/layout.py, contiguous; the meaning is kernels/cache.py with kernels/quantizer.py
@@ -90,7 +90,7 @@ def store_codes(
     TEXT_BITS: tl.constexpr, LOW_WIDTH: tl.constexpr, TEXT_CLIP: tl.constexpr, GROUPS: tl.constexpr, TERM: tl.constexpr,
     ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Quantize x [ROWS, DP] and write codes and ranges to slots [ROWS] of [slots, D * BITS / 16] and [slots, 2 * GROUPS].
+    """Quantize x [ROWS, DP]; write codes and ranges to slots [ROWS] of [slots, D * BITS / 16], [slots, 2 * GROUPS].
 
     With TEXT_BITS, rows that are `text` are quantized to as many bits: the lower ones, LOW_WIDTH wide, go to slots `texts` of
     `lower` where the slot `fits`.
@@ -125,7 +125,7 @@ def store_codes(
 def store_words(
     values, codes, slots, live, D: tl.constexpr, DP: tl.constexpr, BITS: tl.constexpr, TERM: tl.constexpr
 ):  # fmt: skip
-    """Pack whole float32 numbers below 2**BITS [ROWS, DP] and write the words to slots [ROWS] of [slots, D * BITS / 16]."""
+    """Pack whole float32 numbers below 2**BITS [ROWS, DP]; write words to slots [ROWS] of [slots, D * BITS / 16]."""
     channel = tl.arange(0, DP)
     WORDS: tl.constexpr = D * BITS // 16
     # at least 32 wide, or the compiler has every warp of a decode step compute all products

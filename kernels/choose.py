@@ -19,12 +19,12 @@ class Unavailable(Exception):
 
 
 def choose(op: str, names: tuple[str, ...], *about) -> Callable | None:
-    """The op's function in the first of these modules whose refusal(*about) is empty; None where all refuse (the reference)."""
+    """The op's function in the first of these modules whose refusal(*about) is empty; None where all refuse."""
     return dispatch(lambda kernel: kernel, op, names, *about)
 
 
 def dispatch(run: Callable, op: str, names: tuple[str, ...], *about):
-    """run(kernel) with the first kernel that does not refuse, with the next one where it raises Unavailable, at last with None."""
+    """run(kernel) with the first kernel that neither refuses nor raises Unavailable; with None where there is none."""
     for name in names:
         module = _module(name)
         reason = module if isinstance(module, str) else module.refusal(*about)

@@ -1,4 +1,4 @@
-"""cpp: the C++ kernels of this folder, compiled at first use by the user's own compiler ($CXX, else c++, g++ or clang++).
+"""cpp: the C++ kernels of this folder, compiled at first use by the user's compiler ($CXX, else c++, g++, clang++).
 
 That takes a few seconds. Libraries are kept in $XDG_CACHE_HOME/akvq_fx, else ~/.cache/akvq_fx, under a name made of the sources,
 the flags and the processor's features.
@@ -28,7 +28,7 @@ EXTRA_FLAGS = (("-march=native", "-fopenmp"), ("-march=native",), ("-fopenmp",),
 
 @functools.cache
 def function(sources: tuple[str, ...], name: str, pointers: int) -> tuple:
-    """(the function, which takes so many pointers and returns an int; ""), or ((), why there is none). Tried once a process.
+    """(the function, of so many pointers, returning an int; ""), or ((), why there is none). Tried once a process.
 
     sources    the file to compile, then what it includes
     """

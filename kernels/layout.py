@@ -5,14 +5,14 @@ Attention does not depend on the order of its tokens, so a cache is a dense low-
 than the body's bits. B batch, H KV heads, D head dim, C capacity in tokens.
 
 state       [3]               int32  end of what was written, first position the ring holds, text slot minus position
-codes       [B, H, C, D*b/16] int16  body, of text tokens the upper body_bits of text_bits; or [B, H, C, D] in the cache's
-                                     dtype when body_bits is 16
+codes       [B, H, C, D*b/16] int16  body, of text tokens the upper body_bits of text_bits; or [B, H, C, D] in the
+                                     cache's dtype when body_bits is 16
 classes     [B, C]            uint8  VISION, TEXT, PIVOT or PADDING; values have none where they share their keys'
 range       [B, H, C, 2*G]    fp16   scale of each of the G channel groups, then their minima
 ring        [B, H, W, D]      dtype  the last W positions, slot = position mod W
 pivots      [B, H, P, D]      dtype  pivot tokens
 pivot_at    [B, P]            int32  their positions, -1 for a free slot
-text_codes  [B, H, Ct, D*l/16] int16 the lower bits of text tokens, l wide; slot = position + state[2] for appended tokens
+text_codes  [B, H, Ct, D*l/16] int16 lower bits of text tokens, l wide; slot = position + state[2] of appended ones
 text_at     [B, Ct]           int32  their positions, -1 for a free slot
 affine      [B, 2, H, D]      fp16   centre c and gain s: keys are stored as H((k - c)/s), asked by H(q*s);
                                      where `simulate` wants gains, keys are stored as they are and read through s
@@ -165,7 +165,7 @@ class Layout:
         return table[name]
 
     def allocate(self, batch, heads, capacity, text_capacity=0, device=None) -> list[Tensor]:
-        """Empty buffers: an unwritten slot reads as zero, a free overlay slot has position -1, no ring position is valid."""
+        """Empty buffers: an unwritten slot reads as zero, a free overlay slot has position -1, the ring is empty."""
         out = []
         for name in self.fields:
             shape, dtype = self.buffer(name, batch, heads, capacity, text_capacity)

@@ -1,11 +1,11 @@
-"""rotate(x): the normalised Walsh-Hadamard transform of the last axis. rotate_keys, rotate_queries: an affine map, then that.
+"""rotate(x): the normalised Walsh-Hadamard transform of the last axis; rotate_keys, rotate_queries: after a map.
 
 x       [..., D]  floating, D a multiple of 8; computed in float32 (float64 stays), returned in x's dtype
 H is Sylvester's matrix / sqrt(n) of order n = the largest power of two that divides D, repeated on the diagonal: it is
 symmetric and its own inverse for every D, so (qH)(kH)^T = q k^T.
 
-affine  [B, 2, H, D] float16: centre c, gain s. Keys become H((k - c)/s) and queries H(q*s): q (k - c) differs from q k by
-a constant per query, which softmax does not see, and (q*s)(k/s) = q k. Both hold for c and s as they are stored, rounded.
+affine  [B, 2, H, D] float16: centre c, gain s. Keys become H((k - c)/s) and queries H(q*s): q (k - c) differs from q k
+by a constant per query, which softmax does not see, and (q*s)(k/s) = q k. Both hold for c and s as stored, rounded.
 Raises ValueError for a D that is not a multiple of 8. Sources: QuaRot, arXiv 2404.00456 (rotated caches); AKVQ-VL eq. 7.
 """
 
@@ -67,7 +67,7 @@ def queries_reference(q: Tensor, affine: Tensor) -> Tensor:
 
 
 def rotate_directly(x: Tensor) -> Tensor:
-    """akvq::rotate without the dispatcher, for use inside other ops; so are rotate_keys_directly and rotate_queries_directly."""
+    """akvq::rotate without the dispatcher, for other ops; the next two are the same for rotate_keys, rotate_queries."""
     kernel = choose("rotate", FASTER.get(x.device.type, ()), x)
     return reference(x) if kernel is None else kernel(x)
 

@@ -159,7 +159,8 @@ def valid_tokens(mask: Tensor, batch: int, tokens: int | None = None) -> Tensor:
     """
     if mask.dim() > 4 or mask.dim() == 4 and mask.shape[0] not in (1, batch):
         raise ValueError(
-            f"akvq::valid_tokens: mask is {list(mask.shape)}, accepted: what broadcasts to [{batch}, heads, queries, tokens]"
+            f"akvq::valid_tokens: mask is {list(mask.shape)}, "
+            f"accepted: what broadcasts to [{batch}, heads, queries, tokens]"
         )
     seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
     seen = seen[(None,) * (4 - mask.dim())].flatten(1, 2).any(1)
@@ -174,7 +175,7 @@ def _(mask, batch, tokens=None):
 
 @torch.library.custom_op("akvq::token_classes", mutates_args=())
 def token_classes(x: Tensor, valid: Tensor | None, vision: Tensor | None) -> Tensor:
-    """Classes [B, q] uint8 of the tokens of x [B, H, q, D]: TEXT, VISION where vision [B, q], PADDING where not valid [B, q]."""
+    """Classes [B, q] uint8 of the tokens of x [B, H, q, D]: VISION where vision [B, q], PADDING where not valid, else TEXT."""
     classes = torch.full((x.shape[0], x.shape[2]), TEXT, dtype=torch.uint8, device=x.device)
     if vision is not None:
         classes[vision.to(torch.bool)] = VISION

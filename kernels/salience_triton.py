@@ -65,7 +65,7 @@ def peak_kernel(
     h, peaks, medians, tokens, stride_b, stride_t, stride_e,
     E: tl.constexpr, WIDTH: tl.constexpr, INTEGER: tl.constexpr, BITS: tl.constexpr, INFINITY: tl.constexpr,
 ):  # fmt: skip
-    """Bits of the peak and the lower median of |h|, [B, T]; both NaN where one number is. No medians where None is given."""
+    """Bits of the peak and the lower median of |h|, [B, T]; both NaN where one number is. medians may be None."""
     row = tl.program_id(0).to(tl.int64)
     place = tl.arange(0, WIDTH)
     source = h + row // tokens * stride_b + row % tokens * stride_t + place.to(tl.int64) * stride_e
@@ -110,7 +110,7 @@ def peaks_and_medians(h: Tensor, with_medians: bool) -> tuple[Tensor, Tensor | N
 def rank_kernel(
     peaks, valid, out, tokens, count, valid_b, valid_t, WIDTH: tl.constexpr, INFINITY: tl.constexpr
 ):  # fmt: skip
-    """out [B, count]: a batch row's first valid token, then those of the largest peaks, given as bits [B, T]; then -1."""
+    """out [B, count]: a batch row's first valid token, then those of the largest peaks (bits, [B, T]), then -1."""
     row = tl.program_id(0).to(tl.int64)
     place = tl.arange(0, WIDTH)
     live = place < tokens
@@ -120,7 +120,7 @@ def rank_kernel(
         live = live & (seen != 0)
     bits = tl.where(bits > INFINITY, 0, bits)  # NaN is no size
     bits = tl.where(place == tl.min(tl.where(live, place, WIDTH), 0), LARGEST_INT, bits)
-    # places below the peak's bits: a maximum finds both, no two keys are equal, and of equal peaks the first token leads
+    # places below the peak's bits: keys are distinct, and of equal peaks the first token wins
     key = tl.where(live, bits.to(tl.int64) * WIDTH + (WIDTH - 1 - place), -1)
     for slot in range(count):
         best = tl.max(key, 0)
@@ -234,7 +234,7 @@ def map_kernel(
     D: tl.constexpr, DP: tl.constexpr, PARTS: tl.constexpr, COUNTED: tl.constexpr,
     SAME: tl.constexpr, CENTRE: tl.constexpr,
 ):  # fmt: skip
-    """A key head's c, s to out [B, 2, heads, D], from chunk_sums of its keys and of the `sharing` query heads that read it.
+    """A key head's c, s to out [B, 2, heads, D], from chunk_sums of its keys and of its `sharing` query heads.
 
     The squares are `rows` rows [D], one query head's after another's, each head's over `asked` tokens or, where SAME, over the
     keys' valid ones. Without squares s = 1, without CENTRE c = 0.
@@ -304,7 +304,8 @@ def key_affine(k: Tensor, q: Tensor, valid: Tensor | None, centre: bool, balance
         return out
     if balance and (q.shape[0] != B or q.shape[1] % H or q.shape[3] != D):  # the kernel would read elsewhere
         raise ValueError(
-            f"akvq::key_affine: q is {list(q.shape)}, accepted with k {list(k.shape)}: [{B}, a multiple of {H}, tokens, {D}]"
+            f"akvq::key_affine: q is {list(q.shape)}, "
+            f"accepted with k {list(k.shape)}: [{B}, a multiple of {H}, tokens, {D}]"
         )
     same, sharing = q.shape[2] == T, q.shape[1] // H
     parts = chunk_sums(k, valid, squares=False)

@@ -15,7 +15,7 @@ from akvq_fx.recipes import Context
 
 
 def simulated(b: dict[str, Tensor], length: int, layout: Layout, past: int | None) -> Tensor:
-    """The first `length` tokens [B, H, length, D] of named buffers; those from position `past` on are read as they are."""
+    """The first `length` tokens [B, H, length, D] of named buffers; from position `past` on they are read as they are."""
     x = b["codes"][:, :, :length]
     past = length if past is None else past
     real = real_tokens(b, length)
@@ -38,7 +38,7 @@ def real_tokens(b: dict[str, Tensor], length: int) -> Tensor:
 
 
 def squeezed(q: Tensor, k: Tensor, b: dict[str, Tensor], layout: Layout, past: int, mask, scale, is_causal: bool):
-    """The mask that changes scores as the recipe does: q [B, Hq, q, D], k [B, H, T, D] -> float [B, Hq, q, T], causality in it.
+    """The mask that changes scores as the recipe does: q [B, Hq, q, D], k [B, H, T, D] -> float [B, Hq, q, T].
 
     The recipe's new scores minus the old ones are a bias, which is what a mask of floats adds.
     """

@@ -1,4 +1,4 @@
-"""Supports: which layouts a kernel takes. A field that the kernel does not name is refused, so a new one is never silently misread.
+"""Supports: which layouts a kernel takes. A field that it does not name is refused, so that new ones are not misread.
 
 A kernel names every field of Layout with the values that it takes, and properties (`groups`) where these are what matters to it.
 """

@@ -1,4 +1,4 @@
-"""Passes: verbs that rewrite one graph, in the order of PIPELINE. Each returns a PassReport of sites matched and missed."""
+"""Passes: verbs that rewrite one graph, in the order of PIPELINE. Each returns a PassReport."""
 
 if not __name__.startswith("akvq_fx."):
     raise ImportError(f"import akvq_fx.passes, not {__name__}: its ops would register twice")
@@ -34,7 +34,7 @@ PIPELINE = (
 
 
 def check_order(pipeline) -> None:
-    """Raise AssertionError where a pass stands before one that it follows, or before any that gives a fact that it needs.
+    """Raise AssertionError where a pass is before one that it follows, or before every one that gives what it needs.
 
     Facts are the fields of GraphState (passes/state.py) that passes fill; a pass reads its `needs` and writes its `gives`.
     """

@@ -91,7 +91,7 @@ def read_from(argument: Node) -> tuple[Node, object]:
 
 
 def fix_heads(*writes: CacheWrite | None) -> None:
-    """Make the number of heads a plain number, as a layout needs: int() of a symbol adds a guard. The batch stays a symbol."""
+    """Make the number of heads a plain number, which a layout needs: int() of a symbol adds a guard."""
     for write in writes:
         if write is not None:
             int(shape(write.whole)[1])

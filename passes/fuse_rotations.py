@@ -1,4 +1,4 @@
-"""Move rotations into the ops beside them: pack and append rotate what they quantize, attend its queries and its output.
+"""Move rotations into the ops beside them: pack and append rotate what they quantize, attend queries and output.
 
 Before   append(buffers, rotate_keys(k, affine))        After   append(buffers, k, rotate=True)
          pack(rotate(v))                                        pack(v, rotate=True)

@@ -3,7 +3,7 @@
 Before   whole = cat([past, new], 2); return whole      After   append(buffers, new, at); return the same cache, longer
          whole = cat([empty, new], 2); return whole             buffers = pack(new, at, classes, pivots); return them
 Needs    sites, vision, program   Gives    buffers, made, classes, affine, stored_uses, program
-Follows  fold_values              Leaves   what attention reads, and the append of several tokens before it (see attend_packed)
+Follows  fold_values              Leaves   what attention reads (attend_packed)
 
 A prompt's own attention still reads its 16-bit tokens, which are freed after the layer. A plain cache that is not empty is packed
 whole when it first gets new tokens.
@@ -99,7 +99,7 @@ def affine_map(state: GraphState, site: Site, x: Node, valid: Node | None) -> No
 
 
 def valid_tokens(state: GraphState, site: Site, write: CacheWrite, at: Node) -> Node | None:
-    """[B, q] bool: which of the tokens at these positions some query may see; None where there is no mask, so that all count."""
+    """[B, q] bool: which of the tokens at these positions a query may see; None where there is no mask: all."""
     mask = site.attention.mask
     if mask is None:
         return None
@@ -123,7 +123,7 @@ def token_classes(state: GraphState, site: Site, x: Node, valid: Node | None) ->
 
 
 def pivot_tokens(state: GraphState, site: Site, x: Node, valid: Node | None) -> Node:
-    """[B, P] int32, from the residual stream at the layer's input; where there is none to read, the first real token."""
+    """[B, P] int32, from the residual stream at the layer's input; where there is none, the first real token."""
     config = state.config
     residual = residual_of(site.attention, site.key.new) if site.key.new is not None else None
     if residual is not None and site.key.kind != "grow" and covers(residual, shape(x)[0], shape(x)[2]):

@@ -1,8 +1,8 @@
 """Carry packed caches through graphs whose attention was not matched: read them through a temporary 16-bit copy.
 
-Before   whole = cat([packed, new], 2); anything(whole)     After   append(buffers, new, at); anything(dequantize(buffers))
-Needs    sites, buffers, stored_uses                        Gives    buffers, unmatched, appended, dequantized, program
-Follows  attend_packed                                      Leaves   numbers equal to the dequantized cache's
+Before   whole = cat([packed, new], 2); read(whole)   After    append(buffers, new, at); read(dequantize(buffers))
+Needs    sites, buffers, stored_uses                  Gives    buffers, unmatched, appended, dequantized, program
+Follows  attend_packed                                Leaves   numbers equal to the dequantized cache's
 
 Only for caches that an earlier graph packed. The copy lives for the layer that reads it. A packed cache that this graph overwrites
 in a way that codes cannot take goes back to 16 bits, since no token is quantized twice.
@@ -45,7 +45,7 @@ def read_unmatched(state: GraphState) -> PassReport:
 
 
 def report_copy(state: GraphState, report: PassReport, past, new, reader) -> None:
-    """Report a read through a copy, once a layer. The layer's name comes from the projection that made the new tokens."""
+    """Report a read through a copy, once a layer, which is named by the projection of its new tokens."""
     reason = f"read by {op(reader)}: dequantized for it"
     layer, label = layer_of(weight_behind(new), len(state.sites) + len(state.dequantized))
     report.miss(label, reason, reader)
@@ -113,7 +113,7 @@ def returned(state: GraphState, whole, past) -> None:
 
 
 def read_rest(state: GraphState, past, report: PassReport) -> None:
-    """Handle what still reads the packed placeholder itself: static and read-only caches without a matched attention."""
+    """Handle other readers of the packed placeholder: static and read-only caches without a matched attention."""
     users = [u for u in past.users if op(u) != "output" and not is_growth(u, past)]
     writes = [u for u in users if op(u) == "index_copy_" and u.args[0] is past]
     overwrites = [u for u in users if is_mutation(u, past) and u not in writes]
@@ -137,7 +137,7 @@ def read_rest(state: GraphState, past, report: PassReport) -> None:
 
 
 def read_copies(state: GraphState, past, writes, appends, report: PassReport) -> None:
-    """A copy for the live readers of a placeholder; readers with a write between them see different tokens, so get their own."""
+    """A copy for the live readers of a placeholder; readers with a write between them get copies of their own."""
     order = {n: i for i, n in enumerate(state.graph.nodes)}
     copies: dict = {}
     for whole in (past, *writes):
@@ -160,7 +160,7 @@ def read_copies(state: GraphState, past, writes, appends, report: PassReport) ->
 
 
 def unpack(state: GraphState, past, write, report: PassReport) -> None:
-    """The graph moves tokens inside a static cache (a full sliding window rolls): codes would have to be quantized again.
+    """The graph moves tokens inside a static cache (a full sliding window rolls), which codes cannot do.
 
     The runtime turns the cache back to 16 bits, once, before this graph first runs; the graph then reads and writes it as it is.
     """

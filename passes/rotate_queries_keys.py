@@ -1,6 +1,6 @@
 """Rotate keys before they are packed, and the queries that meet packed keys.
 
-Before   pack(k), append(buffers, k), attend(q, ...)    After   pack(rotate(k)), append(.., rotate(k)), attend(rotate(q), ..)
+Before   pack(k), append(.., k), attend(q, ..)    After    pack(rotate(k)), append(.., rotate(k)), attend(rotate(q), ..)
 Needs    sites, affine, stored_uses, query_uses   Gives    none
 Follows  attend_packed                            Leaves   scores as they were: (qH)(kH)^T = q k^T because H H^T = I
 

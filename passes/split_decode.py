@@ -1,7 +1,7 @@
 """Split a decode graph, so that a CUDA graph can hold its larger part at every length of the cache.
 
 Before   mask = f(T), at = arange(T, T + q), append(.., at), attend(q, key, value, T + q, mask), ...
-After    prologue: mask = f(T)          body: append(.., positions[i]), attend(q, key, value, None, mask to the capacity), ...
+After    prologue: mask = f(T)     body: append(.., positions[i]), attend(q, key, value, None, padded mask), ...
 Needs    sites, buffers, made, program   Gives    split, capture
 Follows  clean_up                        Leaves   the graph as it was, and state.split; only for mode="reduce-overhead"
 
@@ -40,7 +40,7 @@ CAPTURED_MODE = "reduce-overhead"
 APPEND, ATTEND = torch.ops.akvq.append.default, torch.ops.akvq.attend.default
 APPEND_AT = place_of(APPEND, "at")
 ATTEND_LENGTH, ATTEND_MASK, ATTEND_AT = (place_of(ATTEND, name) for name in ("length", "mask", "at"))
-# int64 numbers: rows of positions start at multiples of 16 bytes, since kernels are compiled for their arguments' alignment
+# int64 numbers: rows of positions start at multiples of 16 bytes, since kernels are compiled for aligned arguments
 ALIGNED = 2
 
 

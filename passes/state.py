@@ -39,12 +39,12 @@ class Buffers:
 
 
 def traced(function: Callable) -> Callable:
-    """function(x) as a call in the graph that the proxy x belongs to; the dtype that torch's analysis passes is dropped."""
+    """function(x) as a call in the graph of the proxy x; the dtype that torch's analysis passes is dropped."""
     return staticmethod(lambda x, dtype: x.tracer.create_proxy("call_function", function, (x,), {}))
 
 
 class NodeAnalysis(PythonReferenceAnalysis):
-    """Turns size expressions into nodes, with other functions where torch's own analysis needs numbers rather than proxies."""
+    """Turns size expressions into nodes, with other functions where torch's own analysis needs numbers."""
 
     int_truediv = staticmethod(operator.truediv)
     where = staticmethod(torch.sym_ite)
@@ -194,7 +194,7 @@ class GraphState:
         return tuple(sorted(found))
 
     def capacity(self, write: CacheWrite):
-        """Capacity of a new packed cache as a graph argument: the buffer's for a static one, else T rounded up to a step."""
+        """Capacity of a new packed cache, as a graph argument: a static buffer's, else T rounded up to a step."""
         length = shape(write.whole)[2]
         if write.static:
             return self.size_node(length)

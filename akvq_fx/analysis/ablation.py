@@ -1,4 +1,4 @@
-"""ablation(model, prompts, option, values): akvq_fx.evaluate's fidelity along one option, e.g. the clip, pivots or window."""
+"""ablation(model, prompts, option, values): akvq_fx.evaluate's fidelity along one option, e.g. the window."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def ablation(
     progress=None,
     step: int | None = None,
 ) -> Ablation:
-    """prompt_fidelity(model, prompts, {**options, option: value}) for each value; `progress` is called after each prompt.
+    """prompt_fidelity(model, prompts, {**options, option: value}) for each value; `progress` as there.
 
     prompts   akvq_fx.evaluate.fidelity's: prompts_of(windows, prefix) of a text, or inputs with images and the text after them
     step      tokens after the prefix that are read in one call. None: all of them, but STEP for option="window", since tokens

@@ -82,7 +82,7 @@ class LayerStatistics:
 
     @property
     def text_over_vision(self) -> float:
-        """Attention to a text token over that to a vision token, outside the window and pivots left out; nan without either."""
+        """Attention to a text token over that to a vision token, outside window and pivots; nan without either."""
         text, vision = self.per_token("far_text"), self.per_token("far_vision")
         return text / vision if text and vision else float("nan")
 
@@ -91,7 +91,7 @@ class LayerStatistics:
         return self.text_over_vision >= ratio and self.share("far_text") >= self.share("far_pivots")
 
     def outlier(self, form: str) -> float:
-        """How far the largest channel stands out: its largest |x| over the mean of all channels', averaged over KV heads."""
+        """How far the largest channel stands out: its largest |x| over the channels' mean, averaged over heads."""
         largest = self.largest[form]
         return (largest.amax(-1) / largest.mean(-1).clamp_min(torch.finfo(largest.dtype).tiny)).mean().item()
 
@@ -102,7 +102,7 @@ class LayerStatistics:
 
 @dataclass(frozen=True)
 class Prompt:
-    """What was measured on: rows, tokens (padding included), and how many are vision tokens or read by the query tokens."""
+    """What was measured on: rows, tokens (padding included), and how many are vision or query tokens."""
 
     batch: int
     tokens: int
@@ -174,7 +174,7 @@ class Calibration:
         Path(path).write_text(json.dumps(self.policy(), indent=1) + "\n")
 
     def rows(self) -> list[tuple[str, ...]]:
-        """Cells of COLUMNS for each layer. The columns of keys and values say how far their largest channel stands out."""
+        """Cells of COLUMNS for each layer; those of keys and values are `outlier`."""
         tsa, found = self.tsa_layers, []
         for layer in self.layers:
             top = layer.top()

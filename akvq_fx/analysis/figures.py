@@ -1,4 +1,4 @@
-"""Pictures of a calibration and of ablations. Each function returns a matplotlib Figure; no global state of matplotlib is touched.
+"""Pictures of a calibration and of ablations. Functions return a matplotlib Figure and touch no global state.
 
 matplotlib is an extra, imported when a picture is asked for: pip install "akvq_fx[figures]".
 """

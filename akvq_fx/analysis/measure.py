@@ -1,4 +1,4 @@
-"""Statistics of one attention call over a prompt: where its attention goes, which activations are massive, which channels large.
+"""Statistics of one attention call over a prompt: where its attention goes, massive activations, large channels.
 
 Everything is computed in float32, summed in float64 and kept on the CPU.
 
@@ -6,9 +6,9 @@ Attention mass. Queries are the text tokens after the last image, at most `queri
 a prompt without images: these are most like the tokens that will follow the prompt. A share is the softmax probability, averaged
 over the queries, that falls on a kind of token:
     text + vision = 1, by modality
-    recent + far_pivots + far_text + far_vision = 1, by what the method can do for a token: `recent` are the last `window`
-        tokens before a query, at 16 bits in every layer; outside of it stand pivots (16 bits in PSA layers), other text (4 bits
-        in TSA layers) and other vision tokens (2 bits)
+    recent + far_pivots + far_text + far_vision = 1, by what the method can do for a token: the last `window` tokens
+        before a query are at 16 bits in every layer; of the others, pivots are at 16 bits in PSA layers, text at 4 bits
+        in TSA layers, vision tokens at 2 bits
     sink, the first real token, is a part of several of these
 The number of tokens in each far share is counted too, so that a share can be given per token.
 """
@@ -45,7 +45,7 @@ def whole_mask(mask: Tensor) -> Tensor:
 
 
 def peaks_of(call: AttentionCall) -> tuple[Tensor, Tensor, Tensor] | None:
-    """Per token, [B, q] each: largest |h| of the residual stream at the layer's input, its channel, and the median |h|."""
+    """Per token, [B, q] each: largest |h| of the residual stream at the layer's input, its channel, the median."""
     if call.residual is None:
         return None
     magnitude = call.residual.abs().float()
@@ -54,7 +54,7 @@ def peaks_of(call: AttentionCall) -> tuple[Tensor, Tensor, Tensor] | None:
 
 
 def pivots_of(peaks: tuple | None, valid: Tensor, config: AKVQConfig) -> Tensor:
-    """[B, P] positions that a PSA layer keeps, -1 for a free slot: find_pivots; without a residual stream the first real token."""
+    """[B, P] positions that a PSA layer keeps, -1 for a free slot; without a residual stream the first real token."""
     if peaks is None:
         nothing = torch.zeros(valid.shape, device=valid.device)
         return select_pivots(nothing, nothing, valid, config.pivots, torch.inf, 0.0)
@@ -106,7 +106,7 @@ def attention_mass(
 
 
 def probabilities(call: AttentionCall, row: int, queries: Tensor, window: int) -> tuple[Tensor, Tensor]:
-    """Softmax of one prompt's queries, summed over them: [Hq, C] float64, of all keys and of keys outside the recent window."""
+    """Softmax summed over one prompt's queries: [Hq, C] float64, of all keys and of those outside the window."""
     query, key = call.query[row], call.key[row].float()
     heads, slots = len(query), len(key[0])
     key = key.repeat_interleave(heads // len(key), 0)
@@ -129,9 +129,9 @@ def probabilities(call: AttentionCall, row: int, queries: Tensor, window: int) -
 
 
 def channel_magnitudes(call: AttentionCall, valid: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-    """Per form of FORMS: largest and mean |x| of every KV head and channel over a prompt's real tokens, float64 [H, D] each.
+    """Per form of FORMS: largest and mean |x| by KV head and channel over a prompt's real tokens, float64 [H, D].
 
-    "centred" keys have their mean taken away and their channels balanced before the rotation, as the backend stores them.
+    "centred" keys are centred and balanced before the rotation, as the backend stores them.
     """
     key, value = call.new_key.float(), call.new_value.float()
     affine = key_affine_reference(key, call.query.float(), valid, True, True)

@@ -1,4 +1,4 @@
-"""Watch: run dynamo's graphs node by node, and hand the tensors of every attention call over a prompt's cache to a callback.
+"""Watch: run dynamo's graphs node by node, and give a callback every attention call over a prompt's cache.
 
 The graphs are read by the same patterns as in the backend, and computed as they are: nothing is rotated, packed or compiled.
 The model need not return attention weights, and no tensor [B, H, T, T] is made here.
@@ -23,7 +23,7 @@ from akvq_fx.policy import prompt_site, sites_of
 
 @dataclass
 class AttentionCall:
-    """One attention call over a prompt of q tokens. C is the length of what attention reads, q or a static cache's slots.
+    """One attention call over a prompt of q tokens. C is the length that attention reads: q, or a static cache's.
 
     query, key      [B, Hq, q, D], [B, Hq or H, C, D] as attention gets them
     mask            [B or 1, 1 or Hq, q, C] bool or additive, None where is_causal says enough

@@ -1,13 +1,13 @@
 """Measure what a packed cache costs a model: a table of settings, models and tasks, with standard errors over samples.
 
-    python -m akvq_fx.evaluate fidelity  --model HuggingFaceTB/SmolLM2-135M --text book.txt --setting akvq --setting akvq-vl
+    python -m akvq_fx.evaluate fidelity  --model HuggingFaceTB/SmolLM2-135M --text book.txt --setting akvq
     python -m akvq_fx.evaluate fidelity  --model llava-hf/llava-1.5-7b-hf --prompts prompts.jsonl --setting akvq
-    python -m akvq_fx.evaluate images    --folder my-vlm --trust-remote-code --task match --setting none --setting akvq:window=128
-    python -m akvq_fx.evaluate milebench --root MileBench --model llava-hf/llava-1.5-7b-hf --setting none --setting akvq-vl
+    python -m akvq_fx.evaluate images    --folder my-vlm --trust-remote-code --setting none --setting akvq:window=128
+    python -m akvq_fx.evaluate milebench --root MileBench --model llava-hf/llava-1.5-7b-hf --setting none --setting akvq
 
 fidelity    how far predictions move against the model's own cache: dNLL, KL, top-1 agreement, 1 - total variation
-images      accuracy and loss on multi-image questions of a folder that holds a model and its task generator, whose code is run
-milebench   accuracy on a local copy of MileBench, scored as its released evaluator does; unanswered questions are counted too
+images      accuracy and loss on multi-image questions of a folder with a model and a task generator, whose code is run
+milebench   accuracy on a local copy of MileBench, scored as its released evaluator does, with unanswered ones counted
 
 A setting is a recipe, or a recipe and options after a colon; "none" is the model's own cache. Each is measured by compiling the
 model with the backend; weights are left alone. With --json, samples in the file are not measured again, and a stopped run
@@ -124,7 +124,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def fidelity_suites(args) -> Iterator:
-    """One suite a model. The tokenizer is needed to cut the text, so it comes with the model, when something is missing."""
+    """One suite a model. The tokenizer, which cuts the text, is loaded with the model, if something is missing."""
     from akvq_fx.evaluate.fidelity import FidelityTask
     from akvq_fx.evaluate.prompts import read_prompts
 

@@ -29,7 +29,7 @@ Options = Mapping[str, Any] | str | None
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """inputs: the prefix, input_ids [1, T] and what else the model takes; following: ids [n] of the text after it, n >= 2."""
+    """inputs: the prefix, input_ids [1, T] and what else the model takes; following: ids [n >= 2] of the text after it."""
 
     inputs: Mapping[str, Any]
     following: Tensor
@@ -129,11 +129,11 @@ def prompt_fidelity(
 
 @torch.no_grad()
 def measure(run: Any, prompt: Prompt, step: int | None = None) -> tuple[dict[str, Tensor], float]:
-    """Measures by position, [n - 1] each, and bits per cached number, of one prompt; `run` as settings.running gives it."""
+    """Measures by position, [n - 1] each, and bits per cached number, of one prompt; run: of settings.running."""
     if prompt.following.dim() != 1 or len(prompt.following) < 2:
         raise ValueError(
-            f"akvq_fx.evaluate: {list(prompt.following.shape)} ids after the prefix leave nothing to predict; accepted: a row of 2"
-            " or more"
+            f"akvq_fx.evaluate: {list(prompt.following.shape)} ids after the prefix leave nothing to predict; accepted: "
+            "a row of 2 or more"
         )
     own, cache = continuation(original(run), prompt, step)
     packed = own

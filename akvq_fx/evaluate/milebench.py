@@ -47,7 +47,7 @@ NO_LETTERS = "GPR1200"  # more choices than letters: listed without them, as the
 
 
 class Sample(NamedTuple):
-    """segments: the prompt, texts and image paths in their order; reference: the right answer; choices: () for open questions."""
+    """segments: the prompt's texts and image paths in order; reference: the answer; choices: () for open questions."""
 
     segments: list[str | Path]
     reference: str
@@ -61,9 +61,9 @@ class Task(NamedTuple):
 
 
 def read_task(root: str | Path, name: str) -> Task:
-    """One task of a local copy; capitals, "_" and "-" in its name do not matter, for the released scripts spell it in several ways.
+    """One task of a local copy. Capitals, "_" and "-" in its name do not matter: released scripts differ in them.
 
-    Raises OSError for a root without it, listing what is there, and ValueError for a file that is not laid out as above.
+    Raises OSError for a root without it, listing what is there, ValueError for a file in another layout.
     """
     folders = {simple(folder.name): folder for folder in sorted(Path(root).iterdir()) if folder.is_dir()}
     folder = folders.get(simple(name))
@@ -94,7 +94,8 @@ def paper_tasks_in(root: str | Path) -> tuple[list[str], list[str]]:
     if not found:
         others = ", ".join(there.values()) or "none"
         raise FileNotFoundError(
-            f"none of the paper's twelve MileBench tasks in {root}; tasks there: {others}; name some with --task, or --task all"
+            f"none of the paper's twelve MileBench tasks in {root}; tasks there: {others}; "
+            "name some with --task, or --task all"
         )
     return found, [name for name in PAPER_TASKS if simple(name) not in there]
 
@@ -134,7 +135,7 @@ def prompt_of(
 def shorten(segments: Sequence[str | Path], tokenizer: Any, context: int, image_tokens: int) -> list[str | Path]:
     """The instruction and as much of the prompt's end as fits `context` tokens, an image taking `image_tokens`.
 
-    As the released script does: whole pieces are left out, from the start; only a last text that does not fit alone is cut.
+    As the released script does, whole pieces are left out, from the start; only a last text that is too long is cut.
     """
     ids = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]
     left = context - len(ids(segments[0]))
@@ -151,7 +152,7 @@ def shorten(segments: Sequence[str | Path], tokenizer: Any, context: int, image_
 
 
 class MileBench:
-    """A table.Suite. A row is one sample: accuracy (ROUGE-L where a task is open-ended), unanswered, released, and the answer.
+    """A table.Suite. A row is one sample: accuracy (ROUGE-L of open-ended tasks), unanswered, released, answer.
 
     load           () -> (model, processor); called when the first sample is measured. The processor has a chat template
     tasks          names; None: those of PAPER_TASKS that are there;  samples   at most so many a task

@@ -1,4 +1,4 @@
-"""MileBench's scoring (Song et al., arXiv 2404.18532, as its released evaluator scores), from its rules, quirks included.
+"""MileBench's scoring (Song et al., arXiv 2404.18532) by the rules of its released evaluator, quirks included.
 
     multi-choice   the chosen option's letter is extracted from the answer and compared
     open-ended     ROUGE-L F of the `rouge` package 1.0.1, which counts distinct words
@@ -108,7 +108,7 @@ def extract(answer: str, options: Mapping[str, str]) -> str:
 
 
 def first_of(text: str, parts: Sequence[tuple[str, str]]) -> tuple[str, str] | None:
-    """The (key, part) that occurs first in the text; of two at one place, the earlier of the parts. None where none occurs."""
+    """The (key, part) that occurs first in the text, of two at one place the earlier part; None where none does."""
     found = [(text.find(part), i) for i, (_, part) in enumerate(parts) if part in text]
     return parts[min(found)[1]] if found else None
 
@@ -137,7 +137,7 @@ def distinct(parts: Sequence[Sequence[str]]) -> int:
 
 
 def common_words(reference: Sequence[str], answer: Sequence[str]) -> set[str]:
-    """Words of the longest common subsequence; of several, the one that a walk back from the ends finds, answer first."""
+    """Words of the longest common subsequence; of several, the one found by walking back, answer first."""
     n, m = len(reference), len(answer)
     length = [[0] * (m + 1) for _ in range(n + 1)]
     for i in range(1, n + 1):

@@ -1,4 +1,4 @@
-"""Settings of a table ("none" for the model's own cache, or a recipe and its options), and running a model under one."""
+"""Settings of a table ("none": the model's own cache; or a recipe and options), and running a model under one."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class NothingPacked(RuntimeError):
 
 
 def options_of(text: str) -> dict[str, Any] | None:
-    """recipe[:option=value,...] as backend options, None for "none". Raises ValueError for what AKVQConfig does not accept."""
+    """recipe[:option=value,...] as backend options, None for "none". Raises ValueError as AKVQConfig does."""
     if text == OWN:
         return None
     recipe, _, rest = text.partition(":")
@@ -42,7 +42,7 @@ def options_of(text: str) -> dict[str, Any] | None:
 
 
 def described(options: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """Every field of the configuration that these options mean, for a store's key: a changed default is another setting."""
+    """Every field of the configuration, for a store's key: a changed default is another setting."""
     return None if options is None else dataclasses.asdict(akvq_fx.AKVQConfig.from_options({**ALWAYS, **options}))
 
 
@@ -98,7 +98,7 @@ def read(model: Any, ids: Tensor, cache: Any, step: int | None = None) -> tuple[
 
 
 def bits_of(cache: Any, model: Any) -> float:
-    """Bits per cached number, of all tensors of the cache; `model` ran it. Of a simulated recipe: what its real cache would take.
+    """Bits per cached number of a cache that `model` filled; of a simulated recipe, what its real cache would take.
 
     Raises NothingPacked where a compiled model left no packed tensor.
     """

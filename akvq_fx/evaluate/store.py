@@ -17,7 +17,7 @@ FORMAT = "akvq_fx.evaluate 1"
 
 
 class Store:
-    """{"format", "cells": {digest of what: {"what": {...}, "rows": [{...}, ...]}}, "table": [...]}; in memory without a path.
+    """{"format", "cells": {digest of what: {"what": {...}, "rows": [{...}, ...]}}, "table": [...]}; no path: in memory.
 
     Raises ValueError for a file that is no such store.
     """

@@ -1,4 +1,4 @@
-"""Multi-image questions of a folder that holds a model and its task generator: answer accuracy and NLL per answer token.
+"""Multi-image questions of a folder with a model and a task generator: accuracy and NLL per answer token.
 
 The folder has load.py with load(dtype=...) -> (model, tokenizer) and inputs(tokenizer, images, question) -> model inputs whose
 image tokens come before the question; tasks.py with TASKS, Bank, make, example, specs and render; and sprites.pkl.
@@ -64,8 +64,8 @@ class ImageTasks:
     ):
         if not trust_remote_code:
             raise PermissionError(
-                f"{folder}: its load.py and tasks.py would be run and its sprites.pkl unpickled, which can do anything on this "
-                "machine; if you trust them, say --trust-remote-code (ImageTasks(..., trust_remote_code=True))"
+                f"{folder}: its load.py and tasks.py would be run and its sprites.pkl unpickled, which can do anything on "
+                "this machine; if you trust them, say --trust-remote-code (ImageTasks(..., trust_remote_code=True))"
             )
         if images < 2 or samples < 1 or questions < 1:
             raise ValueError(f"got {images=}, {samples=}, {questions=}; accepted: 2, 1 and 1, or more")
@@ -151,7 +151,7 @@ def answer_ids(tokenizer: Any, answer: str) -> Tensor:
 
 @torch.no_grad()
 def ask(run: Any, prefix: Mapping[str, Any], questions: Sequence[tuple[Tensor, Tensor]]) -> dict[str, float]:
-    """Accuracy and NLL per answer token, means over questions (ids [n], answer ids [m]) over one cached prefix; and its bits."""
+    """Accuracy and NLL per answer token, means over (question ids, answer ids); and bits of the cached prefix."""
     cache = prefill(run, prefix)
     right, nll = [], []
     for question, answer in questions:

@@ -1,4 +1,4 @@
-"""Arithmetic that several methods share: asymmetric rounding to nearest, numbers as they are stored, the Walsh-Hadamard rotation.
+"""Arithmetic that several methods share: rounding to nearest, numbers as they are stored, the Walsh-Hadamard rotation.
 
 Everything is computed in float32 (float64 stays). Scales and minima are used as they would be stored, so that what is read is
 what a packed cache of the counted bits could hold.
@@ -65,7 +65,7 @@ def round_trip_channels(x: Tensor, bits: int, group: int, clip: float = 1.0, sto
 
 
 def rotate(x: Tensor) -> Tensor:
-    """kernels/rotate.py's rotation of the last axis: Walsh-Hadamard, in blocks of the largest power of two that divides it."""
+    """kernels/rotate.py's rotation of the last axis: Walsh-Hadamard in blocks of its largest power of two."""
     x = wide(x)
     order = x.shape[-1] & -x.shape[-1]
     out, size = x.unflatten(-1, (-1, order)), 1

@@ -1,4 +1,4 @@
-"""KIVI (Liu et al., arXiv 2402.02750): keys per channel, values per token, the most recent tokens at 16 bits. Simulated.
+"""KIVI (Liu et al., arXiv 2402.02750): keys per channel, values per token, recent tokens at 16 bits. Simulated.
 
 Keys, after RoPE: groups of `group` consecutive tokens share a range per channel. They are quantized in blocks of `residual`
 tokens, when a block is full and has been used; the tokens of the block that is filling stay at 16 bits.

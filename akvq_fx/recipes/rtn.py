@@ -1,4 +1,4 @@
-"""RTN: round to nearest, per token, asymmetric, groups of 128 channels; no token is kept at more bits, nothing is rotated. Packed.
+"""RTN: round to nearest, per token, asymmetric, groups of 128 channels; every token alike, no rotation. Packed.
 
 The baseline of every paper in this folder. `rtn` is the same arithmetic for methods that change the tokens first.
 """

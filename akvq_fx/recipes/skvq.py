@@ -1,4 +1,4 @@
-"""SKVQ (Duanmu et al., arXiv 2405.06219): channels reordered, clipped groups with fp8 ranges, recent and first tokens at 16 bits.
+"""SKVQ (Duanmu et al., arXiv 2405.06219): channels reordered, clipped groups, recent and first tokens at 16 bits.
 
 Simulated. Per token, groups of channels of the heads laid side by side, so a group may span heads: minimum and maximum times
 `clip`, both stored as e4m3. The `sink` first tokens and the last `window` stay at 16 bits. 2 bits for both halves.
@@ -40,7 +40,7 @@ def read(
 
 
 def members(head_dim: int, heads: int, group: int) -> int:
-    """Channels in a group (in a cluster: on average): `group` where it divides the channels of all heads, else the head dim."""
+    """Channels in a group (on average in a cluster): `group` where it divides all heads' channels, else the head dim."""
     return group if heads * head_dim % group == 0 else head_dim
 
 
@@ -63,7 +63,7 @@ def ranges(x: Tensor) -> Tensor:
 
 
 def clusters(points: Tensor, count: int) -> Tensor:
-    """[C] labels below `count` of points [C, 2], by fast global k-means (Likas et al. 2003), in which nothing is random.
+    """[C] labels below `count` of points [C, 2], by fast global k-means (Likas et al. 2003); not random.
 
     Centres are added one by one, each at the point that leaves the least squared distance. In float64, so that the order of
     points has no influence. Where fewer than `count` points differ, some labels go unused.

@@ -115,7 +115,7 @@ def cache_write_of(whole: Node) -> CacheWrite | None:
 
 
 def grown(whole: Node, returned: list[Node]) -> CacheWrite | None:
-    """cat([past, new]) and its prompt form. None where no cache is grown: the result is not returned, or no past is among the parts.
+    """cat([past, new]) and its prompt form. None where no cache grows: nothing is returned, or no past is there.
 
     Raises NoMatch where a cache is grown in a form that cannot be packed.
     """
@@ -141,8 +141,8 @@ def grown(whole: Node, returned: list[Node]) -> CacheWrite | None:
         return CacheWrite("first", None, new, whole)
     if is_packed(past) and keeps_numbers(past) and value(whole).dtype != value(past).dtype:
         raise NoMatch(
-            f"the cache holds {value(past).dtype} and this step brings {value(new).dtype}: in lossless mode it becomes a plain "
-            f"{value(whole).dtype} tensor, as without packing",
+            f"the cache holds {value(past).dtype} and this step brings {value(new).dtype}: in lossless mode it becomes "
+            f"a plain {value(whole).dtype} tensor, as without packing",
             whole,
         )
     return CacheWrite("grow", past, new, whole, packed=is_packed(past))

@@ -1,4 +1,4 @@
-"""What the graph says about the prompt's tokens: which came from an image, and the residual stream that shows pivots."""
+"""What the graph says about the prompt's tokens: which came from an image, and the residual stream."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ PLAIN = (torch.arange, torch.index_select, torch.cat, torch.select)  # functions
 
 
 def values_of(graph: Graph, fake_mode) -> dict[Node, object]:
-    """The value of every node: as dynamo recorded it, or, for nodes that passes added, from running them on fake tensors."""
+    """The value of every node: as dynamo recorded it; nodes that passes added are run on fake tensors."""
     values: dict[Node, object] = {}
     for node in graph.nodes:
         values[node] = value(node)
