@@ -5,9 +5,9 @@ holds one JSON text under the key "akvq":
 
     {"version": 4, "caches": {name: {"layout": text, "length": T, "end": T | null, "prompt": T, "owner": text | null}}}
 
-length belongs to the view, the rest to its Storage. Loading executes no code and trusts nothing: sizes are compared with the
-layout before a buffer is read, positions with the capacity after, so no index that an op computes from a file leads
-outside a buffer.
+length belongs to the view, the rest to its Storage. Loading executes no code and trusts nothing: sizes are compared
+with the layout before a buffer is read, positions with the capacity after, so no index that an op computes from a file
+leads outside a buffer.
 
 PackedKV.save and PackedKV.load come here; `kind` is PackedKV, which this module does not import.
 """
@@ -60,7 +60,7 @@ class Place:
 
 
 def save(caches: dict[str, Tensor], path, kind: type) -> None:
-    """Write packed tensors by name. Names are printable text without "/"; views of one storage load as separate caches."""
+    """Write packed tensors by name (printable text without "/"); views of one storage load as separate caches."""
     file = Place(f"akvq cache file {os.fspath(path)}")
     tensors, entries, written = {}, {}, set()
     for name, packed in caches.items():

@@ -1,7 +1,8 @@
 """calibrate(model, *prompts): measure where a model's attention goes, and decide its TSA layers by that.
 
-The analysis of section III of the paper (arXiv 2501.15021) for any model that the backend understands. The prompts are run once
-each through dynamo's own graphs, uncompiled; attention weights are computed on the side, for a few queries, block by block.
+The analysis of section III of the paper (arXiv 2501.15021) for any model that the backend understands. The prompts are
+run once each through dynamo's own graphs, uncompiled; attention weights are computed on the side, for a few queries,
+block by block.
 """
 
 from __future__ import annotations
@@ -33,14 +34,15 @@ def calibrate(
 ) -> Calibration:
     """Run the model over each prompt and return a Calibration, which tsa_layers="auto" remembers for these weights.
 
-    prompts   each the inputs of one call with an empty cache: a mapping of keyword arguments, a tuple of arguments, or a tensor
+    prompts   each the inputs of one call with an empty cache: a mapping of keyword arguments, a tuple of arguments, or
+              a tensor
     options   of torch.compile(backend="akvq"); only window, pivots, pivot_mode and massive_* matter
     queries   at most this many query tokens of each prompt row, counted from its end: its text after the last image
     ratio     how much more attention a text token must get than a vision token in a TSA layer
     progress  called after each prompt
 
-    The model, its weights and its cache stay as they are. Raises ValueError for no prompts or numbers out of range, RuntimeError
-    for a prompt in which no attention over a cache was seen.
+    The model, its weights and its cache stay as they are. Raises ValueError for no prompts or numbers out of range,
+    RuntimeError for a prompt in which no attention over a cache was seen.
     """
     if not prompts:
         raise ValueError(

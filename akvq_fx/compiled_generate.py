@@ -1,8 +1,9 @@
 """The one thing outside itself that akvq_fx touches: `torch.compile(model, backend="akvq").generate(...)`.
 
-In plain PyTorch that call reaches the original module (OptimizedModule forwards unknown attributes), whose generate then calls the
-uncompiled forward: nothing is compiled, silently. Here OptimizedModule gets a `generate` attribute that, for modules compiled with
-this backend and for no others, runs the same method with the compiled forward in place for as long as the call lasts.
+In plain PyTorch that call reaches the original module (OptimizedModule forwards unknown attributes), whose generate
+then calls the uncompiled forward: nothing is compiled, silently. Here OptimizedModule gets a `generate` attribute that,
+for modules compiled with this backend and for no others, runs the same method with the compiled forward in place for as
+long as the call lasts.
 """
 
 from __future__ import annotations

@@ -42,21 +42,22 @@ class AKVQConfig:
 
     recipe          a method of akvq_fx.recipes; a simulated one takes none of PACKED_ONLY
     body_bits       bits of every token that is not salient; 16 is lossless mode, in which nothing is quantized
-    text_bits       bits of text tokens in TSA layers; 16 keeps TSA layers wholly at 16 bits; with body_bits or fewer they are
-                    treated like the others
+    text_bits       bits of text tokens in TSA layers; 16 keeps TSA layers wholly at 16 bits; with body_bits or fewer
+                    they are treated like the others
     psa_text_key_bits
-                    bits of text tokens' keys in the other (PSA) layers, where vision tokens are known and this is more than
-                    body_bits; values of text tokens have body_bits there
-    tsa_layers      decoder layers that attend to text first; where no vision tokens are known they act as PSA layers. "auto": as
-                    akvq_fx.calibrate measured, else the paper's table (akvq_fx/policy.py)
+                    bits of text tokens' keys in the other (PSA) layers, where vision tokens are known and this is more
+                    than body_bits; values of text tokens have body_bits there
+    tsa_layers      decoder layers that attend to text first; where no vision tokens are known they act as PSA layers.
+                    "auto": as akvq_fx.calibrate measured, else the paper's table (akvq_fx/policy.py)
     window          most recent tokens kept at 16 bits, in every layer
-    pivots          tokens kept at 16 bits in PSA layers; pivot_mode "topk" fills all slots by max |h|, "massive" only with
-                    tokens above massive_floor and massive_ratio times the median
+    pivots          tokens kept at 16 bits in PSA layers; pivot_mode "topk" fills all slots by max |h|, "massive" only
+                    with tokens above massive_floor and massive_ratio times the median
     group           channels that share a scale; a head dim that is no multiple of it is one group
     rotate          Walsh-Hadamard rotation of keys and values; None: on, but off in lossless mode
-    value_rotation  "online": in the graph, where tokens are written and read; "fold": into copies of W_V and W_O where the
-                    graph proves that legal, else online; "off"
-    prefill         "exact": the prompt attends to its own 16-bit keys, as serving systems do; "quantized": to the packed ones
+    value_rotation  "online": in the graph, where tokens are written and read; "fold": into copies of W_V and W_O where
+                    the graph proves that legal, else online; "off"
+    prefill         "exact": the prompt attends to its own 16-bit keys, as serving systems do; "quantized": to the
+                    packed ones
     inner, mode     the compiler of the rewritten graph, and its torch.compile mode (Inductor only)
     """
 

@@ -1,6 +1,7 @@
 """The cost model: bytes and bits of packed caches as sympy expressions, from the table that allocates them.
 
-B batch, H KV heads, C capacity, Ct text slots, T tokens. `bytes_of` with real sizes put in equals what `Layout.allocate` makes.
+B batch, H KV heads, C capacity, Ct text slots, T tokens. `bytes_of` with real sizes put in equals what
+`Layout.allocate` makes.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ def bits_at(layout: Layout, heads: int, tokens: int, vision: float = 0.0) -> flo
 def recipe_bits(
     name: str, head_dim: int, heads: int, tokens: int, vision: float, layers: int, dtype: torch.dtype = torch.float16
 ) -> float:
-    """bits_at of a recipe with its own options: the mean over keys, values and layers, of which the first may be TSA."""
+    """bits_at of a recipe with its own options, averaged over keys, values and layers (the first may be TSA)."""
     config = AKVQConfig(recipe=name)
     tsa = sum(layer < layers for layer in config.tsa_layers) if vision and not config.simulated else 0
 

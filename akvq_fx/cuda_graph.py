@@ -1,10 +1,10 @@
 """DecodeStep: a decode graph in two parts (passes/split_decode.py), the body of which a CUDA graph replays.
 
-A body reads and writes cache buffers and weights where they lie (held); everything else (tokens, masks, positions) is copied
-into tensors of its own before a replay, and results are cloned after it, so a later step overwrites nothing that the caller
-has. The first step over a set of buffers runs as it is, which compiles and tunes kernels; the second is captured; later ones
-are replayed. Capturing runs nothing, so every step runs exactly once. Buffers are recognised by their
-addresses and not kept alive; a CUDA graph whose buffers died is dropped.
+A body reads and writes cache buffers and weights where they lie (held); everything else (tokens, masks, positions) is
+copied into tensors of its own before a replay, and results are cloned after it, so a later step overwrites nothing that
+the caller has. The first step over a set of buffers runs as it is, which compiles and tunes kernels; the second is
+captured; later ones are replayed. Capturing runs nothing, so every step runs exactly once. Buffers are recognised by
+their addresses and not kept alive; a CUDA graph whose buffers died is dropped.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """Digests of weights: 128 bits that change with any bit of a tensor's contents, its shape or its dtype.
 
-Equal contents have equal digests in every process and on every device, so a cache that was written to a file knows the weights that
-made it. Not cryptographic: two sums, modulo 2**64, of differently mixed 64-bit words (the multipliers are MurmurHash3's and
-SplitMix64's finalizers). A weight is read where it lies, at memory speed, and only its sums are copied to the host.
+Equal contents have equal digests in every process and on every device, so a cache that was written to a file knows the
+weights that made it. Not cryptographic: two sums, modulo 2**64, of differently mixed 64-bit words (the multipliers are
+MurmurHash3's and SplitMix64's finalizers). A weight is read where it lies, at memory speed, and only its sums are
+copied to the host.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ EVENTS: list[Event] = []
 
 
 def modules_among(values: dict) -> list[nn.Module]:
-    """Modules among a function's arguments, `self` first; of a bound method that was passed, the module that it is bound to."""
+    """Modules among a function's arguments, `self` first; for a bound method, the module that it is bound to."""
     found: list[nn.Module] = []
     for name, value in values.items():
         for part in value if isinstance(value, (tuple, list)) else (value,):

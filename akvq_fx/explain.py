@@ -32,8 +32,9 @@ class ExplainBackend:
 def explain(model: nn.Module, *args: Any, akvq_options: dict | None = None, **kwargs: Any) -> Report:
     """Run model(*args, **kwargs) once, uncompiled, and report per attention site what the backend would do and why.
 
-    The model, its weights, its cache and what is compiled of it stay as they are, however often this is called. akvq_options: the
-    `options` of torch.compile(backend="akvq"). What dynamo gave up on before is in the report too: compiling would not pack it.
+    The model, its weights, its cache and what is compiled of it stay as they are, however often this is called.
+    akvq_options: the `options` of torch.compile(backend="akvq"). What dynamo gave up on before is in the report too:
+    compiling would not pack it.
     """
     look = ExplainBackend(AKVQConfig.from_options(akvq_options))
     found = look.found

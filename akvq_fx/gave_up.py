@@ -1,13 +1,15 @@
 """Where dynamo gives up: functions that run uncompiled from then on, though this backend was asked for.
 
 Dynamo makes at most eight graphs of a function (torch._dynamo.config.recompile_limit) and 256 in all
-(accumulated_recompile_limit). After that, calls that fit none of its graphs run uncompiled. Dynamo logs this once and calls no
-backend any more, so a backend never learns of it. This module therefore uses the hook that dynamo runs before every compilation,
-and checks there whether a limit is reached for a function that this backend is to compile. Other backends are left alone.
+(accumulated_recompile_limit). After that, calls that fit none of its graphs run uncompiled. Dynamo logs this once and
+calls no backend any more, so a backend never learns of it. This module therefore uses the hook that dynamo runs before
+every compilation, and checks there whether a limit is reached for a function that this backend is to compile. Other
+backends are left alone.
 
-Eight graphs are too few for a cache, which would then stay at 16 bits: all models of transformers share one decorator's function,
-a prompt's images come as a list of any length, a model of many layers may be compiled layer by layer, and each is another graph of
-one function. So unless the user chose a limit, functions of this backend may have GRAPHS graphs; after those the user is warned.
+Eight graphs are too few for a cache, which would then stay at 16 bits: all models of transformers share one decorator's
+function, a prompt's images come as a list of any length, a model of many layers may be compiled layer by layer, and
+each is another graph of one function. So unless the user chose a limit, functions of this backend may have GRAPHS
+graphs; after those the user is warned.
 """
 
 from __future__ import annotations
@@ -63,8 +65,8 @@ def warn_and_keep(event: Event) -> None:
 
 @contextlib.contextmanager
 def compiling_for(backend: Callable) -> Iterator[None]:
-    """Entered while the backend compiles a graph. Remembers the function that dynamo calls as its backend, where that is a wrapper
-    of the user's around this one, and warns of errors that dynamo is going to suppress."""
+    """Entered while the backend compiles a graph. Remembers the function that dynamo calls as its backend, where that
+    is a wrapper of the user's around this one, and warns of errors that dynamo is going to suppress."""
     register_hook()  # dynamo's hooks may have been cleared
     frame = torch_internals.compiling()
     if frame is not None and frame.backend is not backend and not any(ref() is frame.backend for ref in _wrappers):

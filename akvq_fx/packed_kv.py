@@ -1,11 +1,12 @@
 """PackedKV: a key or value cache tensor [B, H, T, D] whose tokens are packed codes.
 
-A traceable wrapper subclass: a cache object (DynamicCache, StaticCache, a tuple, a buffer) holds it like any tensor, dynamo
-traces it as an input, and the akvq backend swaps it for its buffers before the compiled code runs. Only `codes` is an inner
-tensor for tracing (its token axis brings the capacity symbol); the other buffers lie in `storage`, which tracing never sees.
+A traceable wrapper subclass: a cache object (DynamicCache, StaticCache, a tuple, a buffer) holds it like any tensor,
+dynamo traces it as an input, and the akvq backend swaps it for its buffers before the compiled code runs. Only `codes`
+is an inner tensor for tracing (its token axis brings the capacity symbol); the other buffers lie in `storage`, which
+tracing never sees.
 
-What happens to a cache outside the graph happens to the codes: rows are gathered, lengths change, nothing is quantized again.
-Any other op reads the cache through `dequantize()` and says so once.
+What happens to a cache outside the graph happens to the codes: rows are gathered, lengths change, nothing is quantized
+again. Any other op reads the cache through `dequantize()` and says so once.
 """
 
 from __future__ import annotations
@@ -44,7 +45,8 @@ with _quiet("torchao", "torch.utils._pytree"):
 class PackedKV(TensorBase):
     """A packed cache tensor of logical shape [B, H, T, D] and 16- or 32-bit dtype.
 
-    Made by the backend; `dequantize()` gives the plain tensor, `layout` says how it is packed, `nbytes_packed` what it costs.
+    Made by the backend; `dequantize()` gives the plain tensor, `layout` says how it is packed, `nbytes_packed` what it
+    costs.
     """
 
     tensor_data_names = ["codes"]
@@ -87,7 +89,7 @@ class PackedKV(TensorBase):
         return self
 
     def __getattr__(self, name: str):
-        """Reached for buffers that are still borrowed (Storage.expanded): reading them, as tracing and guards do, copies them."""
+        """Reached for buffers still borrowed (Storage.expanded): to read them, as tracing does, copies them."""
         if name in ("codes", "text_codes"):
             setattr(self, name, self.storage[name])
             return getattr(self, name)
@@ -142,7 +144,7 @@ class PackedKV(TensorBase):
         return self.storage.codes[:, :, : self.shape[TOKENS]]
 
     def classes(self) -> Tensor:
-        """[B, T] uint8, indices into akvq_fx.kernels.layout.CLASS_NAMES. Raises ValueError for values, which have none."""
+        """[B, T] uint8, indices into kernels.layout.CLASS_NAMES. Raises ValueError for values, which have none."""
         if self.layout_of.shares_classes:
             raise ValueError(
                 "PackedKV: values share their keys' token classes and hold none; ask the keys of their layer"

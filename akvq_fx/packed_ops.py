@@ -182,8 +182,8 @@ def _(func, types, args, kwargs):
 
 
 def alike(tensors: list[Tensor], same: str) -> bool:
-    """Whether the codes can be joined. same: what must agree besides layout, weights, heads and device: "rows" (the batch and the
-    affine map) or "length"."""
+    """Whether the codes can be joined. same: what must agree besides layout, weights, heads and device: "rows" (the
+    batch and the affine map) or "length"."""
     first = tensors[0]
     for t in tensors[1:]:
         if (t.layout_text, t.storage.owner, t.shape[1]) != (first.layout_text, first.storage.owner, first.shape[1]):
@@ -339,8 +339,8 @@ def _(func, types, args, kwargs):
     torch.Tensor.expand_as, torch.Tensor.broadcast_to, torch.broadcast_to,
 ])  # fmt: skip
 def _(func, types, args, kwargs):
-    """Without autograd's views: their `_base` would keep the longer view alive, so that the next write copied the cache, and dynamo
-    would trace how the view was made."""
+    """Without autograd's views: their `_base` would keep the longer view alive, so that the next write copied the
+    cache, and dynamo would trace how the view was made."""
     with torch._C.DisableTorchFunctionSubclass():
         if torch.compiler.is_compiling():
             return func(*args, **kwargs)

@@ -5,9 +5,10 @@
     concat_tokens, concat_rows    several Tokens as one
     .stored()                     a storage of its own
 
-A token is its code and range, its class, and where it has them, its copies in the ring, among the pivots and in the text overlay.
-Overlays get the new positions. The ring keeps what is still among the last W tokens, back to the latest one that it did not hold.
-Pivots for which there is no slot are read from the body, where every token has a code. Nothing here waits for the device.
+A token is its code and range, its class, and where it has them, its copies in the ring, among the pivots and in the
+text overlay. Overlays get the new positions. The ring keeps what is still among the last W tokens, back to the latest
+one that it did not hold. Pivots for which there is no slot are read from the body, where every token has a code.
+Nothing here waits for the device.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ ROOM = 128  # a storage has room for the next token, and is a multiple of this l
 class Tokens:
     """n tokens of B rows.
 
-    parts     by the name of the buffer that they come from: codes, range, classes of the n tokens; ring of the last min(W, n);
-              pivots and text_codes with positions in pivot_at and text_at, -1 for a free slot; affine
+    parts     by the name of the buffer that they come from: codes, range, classes of the n tokens; ring of the last
+              min(W, n); pivots and text_codes with positions in pivot_at and text_at, -1 for a free slot; affine
     held      [min(W, n)] bool: whether the ring held each of the last tokens
     room      capacity of the storage that they came from
     """
@@ -113,7 +114,7 @@ class Tokens:
         return replace(self, parts=self.parts | {"ring": ring}, held=torch.ones_like(self.held))
 
     def padding(self, count: int) -> Tokens:
-        """`count` zeros of class padding, to join with these. Masks hide them, so the ring may count as holding them."""
+        """`count` zeros of class padding. Masks hide them, so the ring may count as holding them."""
         codes = self.parts["codes"]
         B, H, device = *codes.shape[:2], codes.device
         affine = self.parts.get("affine")
@@ -136,7 +137,7 @@ class Tokens:
         return replace(self, parts=parts, held=held)
 
     def stored(self) -> Storage:
-        """New buffers of a growing cache that hold these tokens; the affine map is shared: nothing writes it in place."""
+        """New buffers of a growing cache that hold these tokens; nothing writes the affine map, so it is shared."""
         layout, parts, n = self.layout, self.parts, self.count
         capacity = max(n, min(self.room, -(-(n + 1) // ROOM) * ROOM))
         width = parts["text_at"].shape[1] if layout.text_bits else 0

@@ -5,8 +5,8 @@
 
 "auto" is settled when a prompt's graph is compiled, before any pass runs. It asks, in this order:
 1. what akvq_fx.calibrate decided in this process for these very weights;
-2. table I of the paper. A graph does not hold the model's name, so a row is found by the decoder's shape, which fine-tuned
-   and other models may share. Calibrate where that matters: a measurement goes before the table.
+2. table I of the paper. A graph does not hold the model's name, so a row is found by the decoder's shape, which
+   fine-tuned and other models may share. Calibrate where that matters: a measurement goes before the table.
 Where neither knows the model, it is an error; layers are never guessed.
 """
 
@@ -60,9 +60,9 @@ def resolve(config: AKVQConfig, gm: torch.fx.GraphModule, example_inputs: list) 
         known, source = PAPER.get(decoder_shape(state)), "the paper's table I"
         if known is None and any(prompt_site(site) for site in state.sites):
             raise ValueError(
-                f'akvq: option tsa_layers="auto" knows nothing of this model (its shape is {described(state)}); accepted: '
-                "a model that akvq_fx.calibrate(model, inputs) measured in this process, or one in the paper's table I. "
-                "Calibrate first, or give layer numbers, e.g. tsa_layers=(0, 1)"
+                f'akvq: option tsa_layers="auto" knows nothing of this model (its shape is {described(state)}); '
+                "accepted: a model that akvq_fx.calibrate(model, inputs) measured in this process, or one in the "
+                "paper's table I. Calibrate first, or give layer numbers, e.g. tsa_layers=(0, 1)"
             )
     if known is not None:
         log.info("tsa_layers: %s (%s)", known, source)
@@ -115,8 +115,8 @@ def described(state: GraphState) -> str:
 def load_policy(path: str | Path) -> dict[str, Any]:
     """The options of a policy file, ready for torch.compile(backend="akvq", options=...).
 
-    Raises ValueError for a file that is no policy or holds options that the backend does not accept, OSError where it cannot
-    be read.
+    Raises ValueError for a file that is no policy or holds options that the backend does not accept, OSError where it
+    cannot be read.
     """
     try:
         found = json.loads(Path(path).read_text())

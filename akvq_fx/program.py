@@ -62,8 +62,8 @@ class Program:
     unpacked  positions of PackedKV arguments that the graph takes as plain tensors
     owners    per PackedKV argument: positions of the weights that make its layer's keys and values
     folds     weights that the graph takes as folded copies
-    vision    "make": the last output is the vision mask of this call; "take": the last input is that mask, [batch, tokens]
-              of vision_size
+    vision    "make": the last output is the vision mask of this call; "take": the last input is that mask, [batch,
+              tokens] of vision_size
     step      a decode step: every cache takes one new token
     """
 
@@ -90,18 +90,20 @@ class Split:
 
     Numbers below are positions among the rewritten graph's inputs unless they say otherwise.
 
-    prologue   None where nothing is left for it to compute; its inputs are at `feeds`, its first results are `pads`' tensors
-    body       takes the inputs at `held`, at `numbers`, at `moved`, then the prologue's tensors, then positions, all contiguous
-               but the held ones
+    prologue   None where nothing is left for it to compute; its inputs are at `feeds`, its first results are `pads`'
+               tensors
+    body       takes the inputs at `held`, at `numbers`, at `moved`, then the prologue's tensors, then positions, all
+               contiguous but the held ones
     held       tensors read and written in place: cache buffers, weights, buffers of modules, whatever the body writes
     numbers    sizes that do not change from step to step
     moved      tensors that lie elsewhere in every step
-    pads       per tensor that the prologue makes for the body: None, or an input's position; the tensor's last axis is padded
-               to that input's size 2, with False or -inf
+    pads       per tensor that the prologue makes for the body: None, or an input's position; the tensor's last axis is
+               padded to that input's size 2, with False or -inf
     starts     per row of positions [n, q]: the position of the first of the q new tokens
     count      q
     sizes      (input, dimension) of every size of the body's inputs that is not a constant of the graph
-    results    per result of the graph: ("body" or "prologue", which of its results), ("input", position) or ("constant", value)
+    results    per result of the graph: ("body" or "prologue", which of its results), ("input", position) or
+               ("constant", value)
     """
 
     prologue: GraphModule | None

@@ -28,7 +28,8 @@ LIMIT = 4096  # graphs remembered
 class Record:
     """One compiled graph, the weights and modules that it ran with, and per row the key projections of its layers.
 
-    Where weights are moved in and out (offloading), a parameter lives for one call; the module that the function belongs to stays.
+    Where weights are moved in and out (offloading), a parameter lives for one call; the module that the function
+    belongs to stays.
     """
 
     def __init__(
@@ -164,8 +165,8 @@ def source_of(node) -> str:
 
 
 def continues_a_cache(graph: torch.fx.Graph) -> bool:
-    """The graph continues a filled 16-bit cache: it returns cat([past, new]), whole or sliced, or writes one new token into a buffer.
-    A prompt that writes into a buffer looks the same as a chunk of one, so several tokens count as a prompt."""
+    """The graph continues a filled 16-bit cache: it returns cat([past, new]), whole or sliced, or writes one new token
+    into a buffer. A prompt that writes into a buffer looks the same as a chunk of one, so it counts as a prompt."""
     returned = {n for n in outputs(graph) if isinstance(n, Node)}
     for node in graph.nodes:
         if op(node) == "cat" and isinstance(argument(node, 0, "tensors"), (tuple, list)) and len(shape(node)) == 4:

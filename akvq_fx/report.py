@@ -38,10 +38,11 @@ class PassReport:
 class SiteRow:
     """One attention call in one graph.
 
-    status  "packed" (attention reads codes), "prompt" (the prompt's cache is packed, attention reads its own 16-bit tokens),
-            "dequantized" (packed cache, read through a temporary 16-bit copy) or "16-bit" (left alone)
+    status  "packed" (attention reads codes), "prompt" (the prompt's cache is packed, attention reads its own 16-bit
+            tokens), "dequantized" (packed cache, read through a temporary 16-bit copy) or "16-bit" (left alone)
     bits    bits per element of each token class
-    reason  why it was left alone, or notes; node and source: the graph's node that says so, and the line of code that made it
+    reason  why it was left alone, or notes; node and source: the graph's node that says so, and the line of code that
+            made it
     """
 
     layer: int
@@ -128,9 +129,10 @@ class GaveUp:
                 "uncompiled, its cache at 16 bits. Turn that option off to see the error."
             )
         return (
-            f"dynamo gave up on {self.function}: it has {self.value} graphs, which is the limit. Calls that none of them "
-            f"fits run uncompiled from now on, any cache of theirs at 16 bits{last}.{reached} "
-            f"Raise the limit before the first call, e.g. {self.option} = {8 * self.value}; torch._dynamo.reset() starts anew."
+            f"dynamo gave up on {self.function}: it has {self.value} graphs, which is the limit. Calls that none of "
+            f"them fits run uncompiled from now on, any cache of theirs at 16 bits{last}.{reached} "
+            f"Raise the limit before the first call, e.g. {self.option} = {8 * self.value}; "
+            "torch._dynamo.reset() starts anew."
         )
 
 
@@ -144,9 +146,8 @@ class GraphReport:
     capture: Capture | None = None  # None in other modes than "reduce-overhead"
     function: str = ""  # whose graph it is
     recompiled: str = ""  # why the function was compiled again (the guard that failed), "" for its first graph
-    kernels: list = field(
-        default_factory=list
-    )  # ops called, which explain and report replace by the KernelAnswer of each
+    # calls of ops, which explain and report replace by the KernelAnswer of each
+    kernels: list = field(default_factory=list)
 
 
 PLACES = 3  # lines of code shown for one reason
@@ -191,8 +192,8 @@ class Report:
                 if place and place not in reasons[r.reason]:
                     reasons[r.reason].append(place)
                 why = f"({list(reasons).index(r.reason) + 1})"
-            lines.append((str(r.layer), graph.kind, r.status, r.pattern, str(r.head_dim or ""), r.heads, r.policy, r.bits,
-                          r.values, why))  # fmt: skip
+            cells = (r.status, r.pattern, str(r.head_dim or ""), r.heads, r.policy, r.bits, r.values)
+            lines.append((str(r.layer), graph.kind, *cells, why))
         body = _table(lines) if len(lines) > 1 else "no attention over a cache was compiled"
         footnotes = []
         for i, (text, places) in enumerate(reasons.items(), 1):

@@ -106,8 +106,8 @@ class Storage:
     def compact_text(self, length: int, slots: tuple[Tensor, Tensor] | None = None) -> None:
         """Keep only the text slots of positions below `length`; later tokens then take slot position + state[2].
 
-        Codes are moved, none is computed. slots: text_slots(text_at, length) of another layer that holds the same tokens as text.
-        Called after a prompt or a crop, never in a decode step.
+        Codes are moved, none is computed. slots: text_slots(text_at, length) of another layer that holds the same
+        tokens as text. Called after a prompt or a crop, never in a decode step.
         """
         order, kept_at = text_slots(self["text_at"], length) if slots is None else slots
         tail = self.capacity - length

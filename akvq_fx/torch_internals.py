@@ -1,7 +1,8 @@
 """Every private name of PyTorch and torchao that akvq_fx uses, in one place.
 
-tests/test_internals.py has a test for each, which says what stopped working. Where a name may be missing and something can be done
-without it, the function here does that and says so; where nothing can, the error names the PyTorch that was found.
+tests/test_internals.py has a test for each, which says what stopped working. Where a name may be missing and something
+can be done without it, the function here does that and says so; where nothing can, the error names the PyTorch that was
+found.
 """
 
 from __future__ import annotations
@@ -126,7 +127,8 @@ class Compiling:
     def let_pass(self, most: int) -> bool:
         """Have dynamo compile the function this once beyond recompile_limit, where it has fewer than `most` graphs.
 
-        Nothing but dynamo's count for this one compilation changes. False, and nothing done, where `limit_is_default` is False.
+        Nothing but dynamo's count for this one compilation changes. False, and nothing done, where `limit_is_default`
+        is False.
         """
         has = getattr(self.count, COUNT, most)
         if has >= most or not self.limit_is_default():
@@ -181,8 +183,9 @@ def before_compiling(listener: Callable[[], str]) -> None:
 def compile_isolated(function: Callable, backend: Callable) -> Callable:
     """torch.compile(function, backend) that leaves nothing behind for other torch.compile calls.
 
-    Dynamo keeps graphs by code object, at most eight of each, whoever asked for them. So the function is called from a frame whose
-    code object is new, and other frames that dynamo compiles (after a graph break) are isolated where PyTorch can do that.
+    Dynamo keeps graphs by code object, at most eight of each, whoever asked for them. So the function is called from a
+    frame whose code object is new, and other frames that dynamo compiles (after a graph break) are isolated where
+    PyTorch can do that.
     """
 
     def call(*args, **kwargs):

@@ -1,5 +1,5 @@
-"""Every name of transformers that akvq_fx uses and that changes between versions. Nothing is imported from it: a user of
-plain PyTorch need not have it.
+"""Every name of transformers that akvq_fx uses and that changes between versions. Nothing is imported from it: a user
+of plain PyTorch need not have it.
 
     5.17 to 5.23   model(past_key_values=cache), output.past_key_values
     5.24           model(cache=cache), output.cache; the old names warn

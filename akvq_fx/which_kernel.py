@@ -1,7 +1,7 @@
 """Which implementation answers an op of a compiled graph, and why a faster one does not: asked with fake tensors.
 
-Calls are noted while a graph is compiled, and asked about later, when nothing is traced. Sizes are the ones that dynamo saw; a call
-of another size, or with buffers that are not contiguous, may get another kernel.
+Calls are noted while a graph is compiled, and asked about later, when nothing is traced. Sizes are the ones that dynamo
+saw; a call of another size, or with buffers that are not contiguous, may get another kernel.
 """
 
 from __future__ import annotations
@@ -93,8 +93,9 @@ def attend_arguments(call: Call, query, new, keys: Layout, values: Layout) -> di
         mask = torch.empty(B, 1, q, call.capacity, dtype=call.masked, device=call.device)
     at = torch.empty(q, dtype=torch.int64, device=call.device) if q > 1 else None
     fresh = new if q > 1 else None
-    return {"q": query, "key": buffers[0], "value": buffers[1], "length": call.capacity, "mask": mask, "is_causal": call.is_causal,
-            "fresh_key": fresh, "fresh_value": fresh, "at": at, "key_layout": keys, "value_layout": values}  # fmt: skip
+    arguments = {"q": query, "key": buffers[0], "value": buffers[1], "length": call.capacity, "mask": mask}
+    arguments |= {"is_causal": call.is_causal, "fresh_key": fresh, "fresh_value": fresh, "at": at}
+    return arguments | {"key_layout": keys, "value_layout": values}
 
 
 def answer(call: Call, given: dict | list) -> KernelAnswer:

@@ -1,7 +1,8 @@
 """append on the CPU for decode steps: a C++ kernel (append_cpu.cpp) that quantizes, packs and writes a few tokens.
 
-The meaning is kernels/cache.py's, to the bit: the same float32 operations in the same order. The reference rotates the keys before.
-kernels/cpp.py compiles the kernel at first use. `refusal` says why tokens cannot be written by it, "" where they can:
+The meaning is kernels/cache.py's, to the bit: the same float32 operations in the same order. The reference rotates the
+keys before. kernels/cpp.py compiles the kernel at first use. `refusal` says why tokens cannot be written by it, ""
+where they can:
 the reference writes the others, prompts among them, and all of them where there is no compiler.
 """
 
@@ -67,7 +68,7 @@ def append(
     layout: Layout,
     rotate: bool = False,
 ) -> None:
-    """Write q tokens in place, as kernels.cache.append. For a position without a slot raises IndexError before writing."""
+    """kernels.cache.append for q tokens. Raises IndexError for a position without a slot, before writing."""
     b = named(cache, layout)
     check_call(b, x, at, classes, layout)
     reason = buffers_refusal(cache, layout, *x.shape[:2])

@@ -1,7 +1,7 @@
 """append and pack on NVIDIA GPUs: compiles and launches kernels/append_cuda.cu; the meaning is kernels/cache.py's.
 
-One launch rotates, clips, quantizes, packs and writes all that a decode step changes. `refusal` says why a call is left to
-kernels/cache_triton.py, whose checks of a call and order of steps serve this kernel too.
+One launch rotates, clips, quantizes, packs and writes all that a decode step changes. `refusal` says why a call is left
+to kernels/cache_triton.py, whose checks of a call and order of steps serve this kernel too.
 """
 
 from __future__ import annotations

@@ -7,16 +7,17 @@ length       int or None     T, tokens that attention sees; None: as many as the
 fresh_key, fresh_value  [B, H, q, D] and at [q]: this step's tokens and the consecutive positions that they take. They
              are read at full precision. Of the cache only positions before at[0] are read, and nothing after at[-1]: so
              append may have written the tokens already or not, and what a crop left at later positions is ignored
-mask         None, or bool / float broadcastable to [B, Hq, q, T], as torch's scaled_dot_product_attention takes it; where
-             length is None it may have more columns. Under a mask, positions that nothing was written to are not seen
+mask         None, or bool / float broadcastable to [B, Hq, q, T], as torch's scaled_dot_product_attention takes it;
+             where length is None it may have more columns. Under a mask, positions that nothing was written to are not
+             seen
 scale        None for 1/sqrt(D);  is_causal  as torch's (aligned to the top left)
 rotate       queries come as the model made them, so the op rotates them where the keys' layout is rotated or affine
 restore      the output leaves as the model made the values, so the op rotates it back where their layout is rotated
 ->           [B, Hq, q, Dv]  q's dtype, in the values' stored space, or with restore=True as the model made them
 
-The meaning is torch's own SDPA on the dequantized cache and, with restore=True, akvq::rotate after it: p (vH) H = p v. A
-kernel may apply H to its float32 sums, before they are rounded to q's dtype. A kernel's `fused` names which of rotate and
-restore it does in its own launch; this op does the others around it.
+The meaning is torch's own SDPA on the dequantized cache and, with restore=True, akvq::rotate after it: p (vH) H = p v.
+A kernel may apply H to its float32 sums, before they are rounded to q's dtype. A kernel's `fused` names which of rotate
+and restore it does in its own launch; this op does the others around it.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """attend for decode steps over a 2-bit cache on NVIDIA tensor cores: compiles and launches kernels/attend_cuda.cu.
 
-The meaning is kernels/attend.py's. This path takes few query tokens over bodies of 2 bits, with a text overlay of 4 or none
-(values may lack the one that keys have), which is nearly every decode step; `refusal` says why it does not take a call, and
-kernels/attend_triton.py takes those. Compiled at first use by NVRTC, which comes with PyTorch's CUDA builds (about a second per
-head dim and dtype, kept for the process).
+The meaning is kernels/attend.py's. This path takes few query tokens over bodies of 2 bits, with a text overlay of 4 or
+none (values may lack the one that keys have), which is nearly every decode step; `refusal` says why it does not take a
+call, and kernels/attend_triton.py takes those. Compiled at first use by NVRTC, which comes with PyTorch's CUDA builds
+(about a second per head dim and dtype, kept for the process).
 """
 
 from __future__ import annotations

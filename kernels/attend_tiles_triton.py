@@ -1,19 +1,20 @@
 """Device side of attend_triton: flash attention over the tiles of a packed cache (kernels/layout.py gives the buffers).
 
 Grid         (B * H * splits * M tiles,). A program owns M rows of one KV head and one share of that head's token tiles.
-rows         query tokens x SHARE query heads of the KV head, the token running slower, so that codes are unpacked once for all of
-             them and the rows of a tile are neighbours under a causal mask
-token tiles  N tokens each, of five segments: body, text overlay, pivots, ring, fresh tokens. Their tiles are numbered in this order
-             and a split takes a consecutive run of the numbers, found on the device from what the cache holds
+rows         query tokens x SHARE query heads of the KV head, the token running slower, so that codes are unpacked once
+             for all of them and the rows of a tile are neighbours under a causal mask
+token tiles  N tokens each, of five segments: body, text overlay, pivots, ring, fresh tokens. Their tiles are numbered
+             in this order and a split takes a consecutive run of the numbers, found on the device from what the cache
+             holds
 -> out       [B, Hq, q, Dv] q's dtype when there is one split; else fp32 [splits, B, Hq, q, Dv] with maxima and sums
              [splits, B, Hq, q] fp32 for `combine`
 
-Every position is read from one segment: fresh tokens by their range, the ring by its range, the others by their class, which
-names the one overlay that holds them (PIVOT, TEXT) or none. Where there are fresh tokens, the other segments end before them.
-Text tokens have the upper bits of their codes, and their ranges, in the body and LOW bits more in the overlay; values may lack
-the overlay (VALUE_TEXT 0) and are then read from the body alone.
-A slot that nothing was written to may hold NaN: its load is masked for keys and values alike, because 0 * NaN is NaN. DP is a
-head dim padded to a power of two of 16 or more, as tl.dot asks.
+Every position is read from one segment: fresh tokens by their range, the ring by its range, the others by their class,
+which names the one overlay that holds them (PIVOT, TEXT) or none. Where there are fresh tokens, the other segments end
+before them. Text tokens have the upper bits of their codes, and their ranges, in the body and LOW bits more in the
+overlay; values may lack the overlay (VALUE_TEXT 0) and are then read from the body alone.
+A slot that nothing was written to may hold NaN: its load is masked for keys and values alike, because 0 * NaN is NaN.
+DP is a head dim padded to a power of two of 16 or more, as tl.dot asks.
 Source: FlashAttention-2, arXiv 2307.08691 (online softmax); Flash-Decoding (splits over tokens).
 """
 
@@ -127,8 +128,9 @@ def step(q, k, v, position, valid, token, mask_row, row_valid, mask_stride, scal
     return higher, total, acc
 
 
-@triton.jit(do_not_specialize=["length", "columns", "tokens", "fresh_tokens", "capacity", "value_capacity", "text_capacity",
-                               "value_text_capacity", "tiles", "splits", "mask_b", "mask_h", "mask_q"])  # fmt: skip
+@triton.jit(do_not_specialize=["length", "columns", "tokens", "fresh_tokens", "capacity", "value_capacity",
+                               "text_capacity", "value_text_capacity", "tiles", "splits",
+                               "mask_b", "mask_h", "mask_q"])  # fmt: skip
 def attend_tiles(
     q, out, maxima, sums,
     state, classes, pivot_at, text_at,

@@ -1,11 +1,12 @@
 """attend on a GPU: Triton flash attention that unpacks the cache tile by tile, with the meaning of kernels/attend.py.
 
-For every low-bit layout, a query token or thousands of them: no 16-bit copy of the cache is made, whatever the length. The kernel
-is in attend_tiles_triton.py. Nothing here reads a number from the device, so a call may be captured in a CUDA graph.
+For every low-bit layout, a query token or thousands of them: no 16-bit copy of the cache is made, whatever the length.
+The kernel is in attend_tiles_triton.py. Nothing here reads a number from the device, so a call may be captured in a
+CUDA graph.
 
-Besides what attend.py asks, keys and values must be written together, as pack and append do: equal overlays, classes, pivots, text
-slots and state (those of the keys are read); values may lack the text overlay. With a length of None a mask has as many columns as
-the cache holds tokens, or one.
+Besides what attend.py asks, keys and values must be written together, as pack and append do: equal overlays, classes,
+pivots, text slots and state (those of the keys are read); values may lack the text overlay. With a length of None a
+mask has as many columns as the cache holds tokens, or one.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""What autocast means for the ops: attention takes tensors in autocast's dtype, as torch's does; others take them as is.
+"""What autocast means for the ops: attention takes tensors in its dtype, as torch's does; others take them as is.
 
-An op's body would otherwise run under the caller's autocast, which rounds the rotation's matrix products to 16 bits and refuses
-to join fp16 ranges under bf16. The kernels are registered for the autocast keys, so a call outside autocast does not pass through here.
+An op's body would otherwise run under the caller's autocast, which rounds the rotation's matrix products to 16 bits and
+refuses to join fp16 ranges under bf16. The kernels are registered for the autocast keys, so a call outside autocast
+does not pass through here.
 """
 
 from __future__ import annotations

@@ -1,15 +1,16 @@
 """pack, append, restart, dequantize: write and read the packed buffers of one key or value tensor (kernels/layout.py).
 
 cache    list of buffers in the order of Layout.parse(layout).fields
-x        [B, H, q, D] floating, in the stored space (rotated where the layout says so); with rotate=True as the model made it,
-         and the op rotates it: one launch rotates, clips, quantizes, packs and writes
+x        [B, H, q, D] floating, in the stored space (rotated where the layout says so); with rotate=True as the model
+         made it, and the op rotates it: one launch rotates, clips, quantizes, packs and writes
 at       [q] int64    positions that the q tokens take in the cache, ascending
 classes  [B, q] uint8 their token classes (TEXT where omitted)
 layout   str          Layout's text form
 
-Every token goes to the body, and to the ring too if it is among the last W: so no token is ever quantized twice, and one that
-leaves the ring is in the body already. Where text has more bits, a text token's code is cut in two: its upper bits and its range
-are in the body, its lower bits in the text overlay. Raises ValueError for buffers that do not fit the layout.
+Every token goes to the body, and to the ring too if it is among the last W: so no token is ever quantized twice, and
+one that leaves the ring is in the body already. Where text has more bits, a text token's code is cut in two: its upper
+bits and its range are in the body, its lower bits in the text overlay. Raises ValueError for buffers that do not fit
+the layout.
 """
 
 from __future__ import annotations
@@ -52,7 +53,8 @@ def check_tokens(b: dict[str, Tensor], x: Tensor, layout: Layout) -> None:
     if x.dim() != 4 or x.shape[3] != layout.head_dim or x.shape[:2] != b["codes"].shape[:2]:
         raise ValueError(
             f"akvq::append: x is {list(x.shape)}, accepted: [B, H, q, D] of a cache with codes "
-            f"{list(b['codes'].shape)} and head dim {layout.head_dim}; a cache from another model or batch cannot be continued"
+            f"{list(b['codes'].shape)} and head dim {layout.head_dim}; "
+            "a cache from another model or batch cannot be continued"
         )
 
 

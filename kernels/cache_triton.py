@@ -3,14 +3,14 @@
 x       [B, H, q, D] float16 | bfloat16 | float32 of any strides, D a multiple of 8 up to 256
 buffers those of kernels/layout.py, contiguous; the meaning is kernels/cache.py with kernels/quantizer.py
 
-Grid and rows are those of kernels/rotate_triton.py: a row is one token of one head. Head 0 also writes its batch row's classes,
-text positions and pivot positions; the first program alone moves state[END] and state[RING]. state[TEXT] is read by all and
-written by none, and no program reads what another one writes. Nothing waits for the device.
+Grid and rows are those of kernels/rotate_triton.py: a row is one token of one head. Head 0 also writes its batch row's
+classes, text positions and pivot positions; the first program alone moves state[END] and state[RING]. state[TEXT] is
+read by all and written by none, and no program reads what another one writes. Nothing waits for the device.
 
-Two bits need no division. With t = x - minimum, the code is how many of the steps 1/2, 3/2, 5/2 times the scale lie below t, and
-these products are exact: an fp16 scale has 11 bits. A float32 t that is not on a step is too far from it for t / scale to be
-rounded onto it, and on a step half to even goes to 0, 2 and 2. Packing is a product with powers of two: words below 2**16 are
-exact in float32.
+Two bits need no division. With t = x - minimum, the code is how many of the steps 1/2, 3/2, 5/2 times the scale lie
+below t, and these products are exact: an fp16 scale has 11 bits. A float32 t that is not on a step is too far from it
+for t / scale to be rounded onto it, and on a step half to even goes to 0, 2 and 2. Packing is a product with powers of
+two: words below 2**16 are exact in float32.
 """
 
 from __future__ import annotations
@@ -92,8 +92,8 @@ def store_codes(
 ):  # fmt: skip
     """Quantize x [ROWS, DP]; write codes and ranges to slots [ROWS] of [slots, D * BITS / 16], [slots, 2 * GROUPS].
 
-    With TEXT_BITS, rows that are `text` are quantized to as many bits: the lower ones, LOW_WIDTH wide, go to slots `texts` of
-    `lower` where the slot `fits`.
+    With TEXT_BITS, rows that are `text` are quantized to as many bits: the lower ones, LOW_WIDTH wide, go to slots
+    `texts` of `lower` where the slot `fits`.
     """
     channel = tl.arange(0, DP)
     scales, lows = tl.zeros([ROWS, 1], tl.float32), tl.zeros([ROWS, 1], tl.float32)

@@ -1,7 +1,7 @@
 """choose: which implementation of an op answers a call: the first that does not refuse it. Each refusal is logged once.
 
-An implementation is a module akvq_fx.kernels.<name> with a function of the op's name and `refusal(...) -> str`, "" where it takes
-the call. Modules are imported when they are first asked, since triton and a C++ compiler are optional.
+An implementation is a module akvq_fx.kernels.<name> with a function of the op's name and `refusal(...) -> str`, ""
+where it takes the call. Modules are imported when they are first asked, since triton and a C++ compiler are optional.
 """
 
 from __future__ import annotations

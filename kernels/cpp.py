@@ -1,7 +1,7 @@
 """cpp: the C++ kernels of this folder, compiled at first use by the user's compiler ($CXX, else c++, g++, clang++).
 
-That takes a few seconds. Libraries are kept in $XDG_CACHE_HOME/akvq_fx, else ~/.cache/akvq_fx, under a name made of the sources,
-the flags and the processor's features.
+That takes a few seconds. Libraries are kept in $XDG_CACHE_HOME/akvq_fx, else ~/.cache/akvq_fx, under a name made of the
+sources, the flags and the processor's features.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Layout: which buffers hold a packed key or value cache, their shapes, and how a channel finds its bits.
 
 Attention does not depend on the order of its tokens, so a cache is a dense low-bit *body* (slot = position) plus small
-*overlays* for the salient tokens: ring and pivots hold them again at 16 bits, the text overlay holds what text tokens have more
-than the body's bits. B batch, H KV heads, D head dim, C capacity in tokens.
+*overlays* for the salient tokens: ring and pivots hold them again at 16 bits, the text overlay holds what text tokens
+have more than the body's bits. B batch, H KV heads, D head dim, C capacity in tokens.
 
 state       [3]               int32  end of what was written, first position the ring holds, text slot minus position
 codes       [B, H, C, D*b/16] int16  body, of text tokens the upper body_bits of text_bits; or [B, H, C, D] in the

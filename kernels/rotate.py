@@ -6,7 +6,7 @@ symmetric and its own inverse for every D, so (qH)(kH)^T = q k^T.
 
 affine  [B, 2, H, D] float16: centre c, gain s. Keys become H((k - c)/s) and queries H(q*s): q (k - c) differs from q k
 by a constant per query, which softmax does not see, and (q*s)(k/s) = q k. Both hold for c and s as stored, rounded.
-Raises ValueError for a D that is not a multiple of 8. Sources: QuaRot, arXiv 2404.00456 (rotated caches); AKVQ-VL eq. 7.
+Raises ValueError for a D that is not a multiple of 8. Sources: QuaRot, arXiv 2404.00456; AKVQ-VL eq. 7.
 """
 
 from __future__ import annotations

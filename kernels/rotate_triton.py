@@ -4,9 +4,9 @@ x       [..., D] float16 | bfloat16 | float32 of any strides, D a multiple of 8 
 affine  [B, 2, Ha, D] float16: c, s; heads of x may be a multiple of Ha (GQA queries)
 ->      [..., D] in x's dtype, contiguous; the meaning is kernels/rotate.py
 
-The rotation is a product with H's signs on tensor cores. Signs are exact in 16 bits, so x is what must not lose digits: 16-bit
-x goes in as it is; a float32 tile t is cut into bfloat16 terms, t = t0 + t1 (16 digits: t came of 16-bit x) or t0 + t1 + t2
-(24 digits: float32 x). Sums are float32, scaled by order**-0.5 at the end (so |x| must stay below 1e36).
+The rotation is a product with H's signs on tensor cores. Signs are exact in 16 bits, so x is what must not lose digits:
+16-bit x goes in as it is; a float32 tile t is cut into bfloat16 terms, t = t0 + t1 (16 digits: t came of 16-bit x) or
+t0 + t1 + t2 (24 digits: float32 x). Sums are float32, scaled by order**-0.5 at the end (so |x| must stay below 1e36).
 
 Grid (heads / share, token tiles / steps). A program's rows are `share` heads times `tile` tokens: a decode step has one
 token, and many heads fill the 16 rows that a product needs at least.

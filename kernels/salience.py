@@ -1,15 +1,15 @@
 """find_pivots, key_affine, token_classes, mark_vision: which tokens and channels matter, read from the prompt itself.
 
 find_pivots(h [B, T, E], valid [B, T] bool or None) -> [B, P] int32
-    Indices of the tokens that keep 16 bits. A *massive* token has max |h| above `floor` and above `ratio` times the row's
-    median |h| (Sun et al., arXiv 2402.17762). The first real token always holds slot 0 (attention sink). mode "topk" fills the
-    other slots with the largest max |h|, massive tokens first by construction; mode "massive" only with massive tokens. -1 marks
-    a free slot. Padding is left out of everything.
+    Indices of the tokens that keep 16 bits. A *massive* token has max |h| above `floor` and above `ratio` times the
+    row's median |h| (Sun et al., arXiv 2402.17762). The first real token always holds slot 0 (attention sink). mode
+    "topk" fills the other slots with the largest max |h|, massive tokens first by construction; mode "massive" only
+    with massive tokens. -1 marks a free slot. Padding is left out of everything.
 
 key_affine(k [B, H, T, D], q [B, Hq, Tq, D], valid [B, T], centre, balance) -> [B, 2, H, D] float16: c, s
-    c = mean of the prompt's keys, s = sqrt(std K / rms Q) per head and channel: exact identities that take a key's constant
-    part and the mismatch of its channels away before two bits have to hold them. With alpha, SmoothQuant's gains instead
-    (arXiv 2211.10438): s = max|K|^alpha / max|Q|^(1 - alpha), c = 0.
+    c = mean of the prompt's keys, s = sqrt(std K / rms Q) per head and channel: exact identities that take a key's
+    constant part and the mismatch of its channels away before two bits have to hold them. With alpha, SmoothQuant's
+    gains instead (arXiv 2211.10438): s = max|K|^alpha / max|Q|^(1 - alpha), c = 0.
 """
 
 from __future__ import annotations
@@ -175,7 +175,7 @@ def _(mask, batch, tokens=None):
 
 @torch.library.custom_op("akvq::token_classes", mutates_args=())
 def token_classes(x: Tensor, valid: Tensor | None, vision: Tensor | None) -> Tensor:
-    """Classes [B, q] uint8 of the tokens of x [B, H, q, D]: VISION where vision [B, q], PADDING where not valid, else TEXT."""
+    """Classes [B, q] uint8 of x [B, H, q, D]: VISION where vision [B, q], PADDING where not valid, else TEXT."""
     classes = torch.full((x.shape[0], x.shape[2]), TEXT, dtype=torch.uint8, device=x.device)
     if vision is not None:
         classes[vision.to(torch.bool)] = VISION

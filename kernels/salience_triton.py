@@ -4,16 +4,17 @@ h       [B, T, E] float16 | bfloat16 | float32 of any strides, E up to 16384
 k, q    [B, H, T, D], [B, Hq, Tq, D] of any strides, D up to 1024
 valid   [B, T] bool or None
 
-find_pivots: a program holds one token in registers. The bits of |h| order as the numbers do, with infinity and then NaN on top,
-so the peak is a maximum of integers, and the lower median is the largest v with at most (E - 1) / 2 numbers below it, found
-bit by bit: 15 counts for 16-bit numbers, 31 for float32. Mode "topk" ranks the peaks of a batch row in one more program, as long
-as its registers hold them; else [B, T] numbers are left for the reference's own torch ops, a dozen launches.
+find_pivots: a program holds one token in registers. The bits of |h| order as the numbers do, with infinity and then NaN
+on top, so the peak is a maximum of integers, and the lower median is the largest v with at most (E - 1) / 2 numbers
+below it, found bit by bit: 15 counts for 16-bit numbers, 31 for float32. Mode "topk" ranks the peaks of a batch row in
+one more program, as long as its registers hold them; else [B, T] numbers are left for the reference's own torch ops, a
+dozen launches.
 
-key_affine: a program takes CHUNK tokens of one head or more, a tile at a time. Each place of the tile keeps n, mean and M2 (the
-sum of squares around the mean) of what passes there and is valid and finite, by Welford's update, so that no tile waits for a
-reduction; places, chunks and heads are combined by Chan's formula. In both nothing cancels even where the mean is far larger than
-the deviation. Queries need only their sum of squares. A program per key head then joins the chunks and writes its part of the
-map: three launches, since on a short prompt the host's time for each is what counts.
+key_affine: a program takes CHUNK tokens of one head or more, a tile at a time. Each place of the tile keeps n, mean and
+M2 (the sum of squares around the mean) of what passes there and is valid and finite, by Welford's update, so that no
+tile waits for a reduction; places, chunks and heads are combined by Chan's formula. In both nothing cancels even where
+the mean is far larger than the deviation. Queries need only their sum of squares. A program per key head then joins the
+chunks and writes its part of the map: three launches, since on a short prompt the host's time for each is what counts.
 """
 
 from __future__ import annotations
@@ -236,8 +237,8 @@ def map_kernel(
 ):  # fmt: skip
     """A key head's c, s to out [B, 2, heads, D], from chunk_sums of its keys and of its `sharing` query heads.
 
-    The squares are `rows` rows [D], one query head's after another's, each head's over `asked` tokens or, where SAME, over the
-    keys' valid ones. Without squares s = 1, without CENTRE c = 0.
+    The squares are `rows` rows [D], one query head's after another's, each head's over `asked` tokens or, where SAME,
+    over the keys' valid ones. Without squares s = 1, without CENTRE c = 0.
     """
     lead = tl.program_id(0).to(tl.int64)
     batch = lead // heads

@@ -1,7 +1,8 @@
 """simulated, squeezed: what attention reads of a cache that keeps original tokens and quantizes them on every read.
 
-The arithmetic is akvq_fx.recipes'. Here padding and unwritten slots are removed before it: a row is quantized as if it stood
-alone, at the positions among its own real tokens, so neither padding nor the other rows of a batch have any influence.
+The arithmetic is akvq_fx.recipes'. Here padding and unwritten slots are removed before it: a row is quantized as if it
+stood alone, at the positions among its own real tokens, so neither padding nor the other rows of a batch have any
+influence.
 It waits for the device and reads its numbers: a simulation is for measuring quality, not speed.
 """
 
@@ -15,7 +16,7 @@ from akvq_fx.recipes import Context
 
 
 def simulated(b: dict[str, Tensor], length: int, layout: Layout, past: int | None) -> Tensor:
-    """The first `length` tokens [B, H, length, D] of named buffers; from position `past` on they are read as they are."""
+    """The first `length` tokens [B, H, length, D] of named buffers, from position `past` on as they are."""
     x = b["codes"][:, :, :length]
     past = length if past is None else past
     real = real_tokens(b, length)

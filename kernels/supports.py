@@ -1,6 +1,7 @@
 """Supports: which layouts a kernel takes. A field that it does not name is refused, so that new ones are not misread.
 
-A kernel names every field of Layout with the values that it takes, and properties (`groups`) where these are what matters to it.
+A kernel names every field of Layout with the values that it takes, and properties (`groups`) where these are what
+matters to it.
 """
 
 from __future__ import annotations

@@ -36,7 +36,8 @@ PIPELINE = (
 def check_order(pipeline) -> None:
     """Raise AssertionError where a pass is before one that it follows, or before every one that gives what it needs.
 
-    Facts are the fields of GraphState (passes/state.py) that passes fill; a pass reads its `needs` and writes its `gives`.
+    Facts are the fields of GraphState (passes/state.py) that passes fill; a pass reads its `needs` and writes its
+    `gives`.
     """
     done: set[str] = set()
     facts: set[str] = set()

@@ -5,8 +5,8 @@ Before   x[:, :, at] = new                          After   x.index_copy_(2, at,
 Needs    none                                       Gives    none
 Follows  none                                       Leaves   numbers and shapes as they were
 
-Only exact equivalents: an indexed write into anything but a cache is left alone; one into a cache that means something else is
-left alone and reported.
+Only exact equivalents: an indexed write into anything but a cache is left alone; one into a cache that means something
+else is left alone and reported.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@ Before   cat(past, rope(k)), cat(past, v) -> expand GQA heads -> sdpa(q, k, v, m
 Needs    none                                                                            Gives    sites, refused
 Follows  canonicalize                                                                    Leaves   the graph as it was
 
-A call whose keys and values lead back to no cache (a vision tower, a model run without one) is not a site and not a refusal.
-A cache in a form that cannot be packed is refused with its reason and node, and stays exactly as it is.
+A call whose keys and values lead back to no cache (a vision tower, a model run without one) is not a site and not a
+refusal. A cache in a form that cannot be packed is refused with its reason and node, and stays exactly as it is.
 """
 
 from __future__ import annotations
@@ -30,6 +30,11 @@ from akvq_fx.passes.patterns.site import Site, layer_of
 from akvq_fx.passes.patterns.tokens import residual_of
 from akvq_fx.passes.state import GraphState
 from akvq_fx.report import PassReport
+
+FILL_USERS = (  # ops that may use a static cache that this graph allocates
+    "index_copy_", "getitem", "unsqueeze", "expand", "repeat_interleave", "output",
+    "scaled_dot_product_attention", "size", "shape", "contiguous", "to",
+)  # fmt: skip
 
 
 def find_sites(state: GraphState) -> PassReport:
@@ -129,11 +134,7 @@ def check(attention, key: CacheWrite | None, val: CacheWrite | None, length, val
             raise NoMatch(f"the head dim of the {name} is {size[3]}, accepted: a multiple of 8", write.whole)
         if value(write.whole).dtype not in DTYPE_NAMES:
             raise NoMatch(f"the {name} are {value(write.whole).dtype}, accepted: floating point", write.whole)
-        if write.kind == "fill" and not all(
-            u is attention.node or op(u) in ("index_copy_", "getitem", "unsqueeze", "expand", "repeat_interleave", "output",
-                                            "scaled_dot_product_attention", "size", "shape", "contiguous", "to")
-            for u in write.whole.users
-        ):  # fmt: skip
+        if write.kind == "fill" and not all(u is attention.node or op(u) in FILL_USERS for u in write.whole.users):
             raise NoMatch("the static cache is used by another op too", write.whole)
     heads, kv_heads = shape(attention.query)[1], shape(key.whole)[1]
     if heads % kv_heads or shape(val.whole)[1] != kv_heads:

@@ -5,9 +5,9 @@ Needs    sites                                          Gives    program
 Follows  plan_layers                                    Leaves   the graph as it was; state.program.folds
 
 H H = I, so W_O W_V is unchanged: the graph computes the same function, and its cache holds rotated values either way.
-Legal only where the values reach the cache from a linear and the attention output reaches a linear through layout-only ops,
-nothing else reads the values, and both weights are dense parameters that nothing else uses. Each graph is proved for itself.
-Which weight row is which (head, channel) is read off by pushing row numbers through the graph's own views.
+Legal only where the values reach the cache from a linear and the attention output reaches a linear through layout-only
+ops, nothing else reads the values, and both weights are dense parameters that nothing else uses. Each graph is proved
+for itself. Which weight row is which (head, channel) is read off by pushing row numbers through the graph's own views.
 """
 
 from __future__ import annotations

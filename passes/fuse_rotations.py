@@ -7,7 +7,8 @@ Before   append(buffers, rotate_keys(k, affine))        After   append(buffers, 
 Needs    none                                           Gives    none
 Follows  rotate_queries_keys, rotate_values             Leaves   every rotation that anything else reads
 
-This saves launches and copies. The ops rotate by their own layout and affine map, so only a rotation by the very same map may go.
+This saves launches and copies. The ops rotate by their own layout and affine map, so only a rotation by the very same
+map may go.
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@ Before   whole = cat([past, new], 2); return whole      After   append(buffers, 
 Needs    sites, vision, program   Gives    buffers, made, classes, affine, stored_uses, program
 Follows  fold_values              Leaves   what attention reads (attend_packed)
 
-A prompt's own attention still reads its 16-bit tokens, which are freed after the layer. A plain cache that is not empty is packed
-whole when it first gets new tokens.
+A prompt's own attention still reads its 16-bit tokens, which are freed after the layer. A plain cache that is not empty
+is packed whole when it first gets new tokens.
 """
 
 from __future__ import annotations

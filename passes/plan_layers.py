@@ -4,11 +4,11 @@ Before   state.sites                                After   site.policy, site.ke
 Needs    sites        Gives    sites, refused, vision, program
 Follows  find_sites   Leaves   the graph as it was, but for one node with the vision tokens
 
-TSA (first layers, where vision tokens can be told apart): text at text_bits, vision at body_bits. PSA (all others): pivots at 16
-bits, keys of text at psa_text_key_bits where it can be told apart, the rest at body_bits. The most recent tokens are at 16 bits in
-both. A cache that arrives packed keeps its layout.
-A layer's number is in its parameters' path, else it is the site's place in the graph (patterns/site.py): tsa_layers goes by it.
-A simulated recipe keeps every token as it is; its layout says how reads quantize them.
+TSA (first layers, where vision tokens can be told apart): text at text_bits, vision at body_bits. PSA (all others):
+pivots at 16 bits, keys of text at psa_text_key_bits where it can be told apart, the rest at body_bits. The most recent
+tokens are at 16 bits in both. A cache that arrives packed keeps its layout.
+A layer's number is in its parameters' path, else it is the site's place in the graph (patterns/site.py): tsa_layers
+goes by it. A simulated recipe keeps every token as it is; its layout says how reads quantize them.
 """
 
 from __future__ import annotations

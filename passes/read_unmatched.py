@@ -4,8 +4,8 @@ Before   whole = cat([packed, new], 2); read(whole)   After    append(buffers, n
 Needs    sites, buffers, stored_uses                  Gives    buffers, unmatched, appended, dequantized, program
 Follows  attend_packed                                Leaves   numbers equal to the dequantized cache's
 
-Only for caches that an earlier graph packed. The copy lives for the layer that reads it. A packed cache that this graph overwrites
-in a way that codes cannot take goes back to 16 bits, since no token is quantized twice.
+Only for caches that an earlier graph packed. The copy lives for the layer that reads it. A packed cache that this graph
+overwrites in a way that codes cannot take goes back to 16 bits, since no token is quantized twice.
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ def is_growth(user, past) -> bool:
     parts = tensors_of_cat(user)
     if len(parts) != 2 or parts[0] is not past:
         return False
-    # A wider dtype of the new tokens widens the result of cat. Codes keep their dtype all the same; a cache of plain numbers is
-    # widened as in torch, which makes it a plain tensor.
+    # A wider dtype of the new tokens widens the result of cat. Codes keep their dtype all the same; a cache of plain
+    # numbers is widened as in torch, which makes it a plain tensor.
     return value(user).dtype == value(past).dtype or not keeps_numbers(past)
 
 
@@ -162,7 +162,8 @@ def read_copies(state: GraphState, past, writes, appends, report: PassReport) ->
 def unpack(state: GraphState, past, write, report: PassReport) -> None:
     """The graph moves tokens inside a static cache (a full sliding window rolls), which codes cannot do.
 
-    The runtime turns the cache back to 16 bits, once, before this graph first runs; the graph then reads and writes it as it is.
+    The runtime turns the cache back to 16 bits, once, before this graph first runs; the graph then reads and writes it
+    as it is.
     """
     if past in state.buffers:
         raise AssertionError(f"akvq: {past.name} is both packed and overwritten by {op(write)}")

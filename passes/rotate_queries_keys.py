@@ -4,9 +4,9 @@ Before   pack(k), append(.., k), attend(q, ..)    After    pack(rotate(k)), appe
 Needs    sites, affine, stored_uses, query_uses   Gives    none
 Follows  attend_packed                            Leaves   scores as they were: (qH)(kH)^T = q k^T because H H^T = I
 
-H is the Walsh-Hadamard matrix (kernels/rotate.py). Outlier channels make 2-bit keys useless; H spreads them over the head. Where
-keys are centred and balanced, the same node does that too: H((k - c)/s) and H(q s), which leaves scores equal up to a constant per
-query that softmax does not see.
+H is the Walsh-Hadamard matrix (kernels/rotate.py). Outlier channels make 2-bit keys useless; H spreads them over the
+head. Where keys are centred and balanced, the same node does that too: H((k - c)/s) and H(q s), which leaves scores
+equal up to a constant per query that softmax does not see.
 """
 
 from __future__ import annotations

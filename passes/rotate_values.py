@@ -4,8 +4,8 @@ Before   pack(v), o = attend(...)       After   pack(rotate(v)), o = rotate(atte
 Needs    sites, stored_uses, query_uses   Gives    none
 Follows  attend_packed                    Leaves   the attention output as it was: p (vH) H = p v
 
-H is the same for every head, so grouped queries need no care. Values that were folded for another layer's output projection (layers
-that share a cache across graphs) arrive rotated; only the output is rotated back.
+H is the same for every head, so grouped queries need no care. Values that were folded for another layer's output
+projection (layers that share a cache across graphs) arrive rotated; only the output is rotated back.
 """
 
 from __future__ import annotations

@@ -5,11 +5,12 @@ After    prologue: mask = f(T)     body: append(.., positions[i]), attend(q, key
 Needs    sites, buffers, made, program   Gives    split, capture
 Follows  clean_up                        Leaves   the graph as it was, and state.split; only for mode="reduce-overhead"
 
-A CUDA graph has fixed shapes and no arguments, but the number T of tokens in a growing cache changes in every step. Sizes of
-the cache's buffers do not: they change when it grows. So whatever has T in a size or among its arguments goes into a prologue,
-with what it is computed from, and the rest is the body. Where the two meet, T is taken out: attention asks the device how many
-tokens there are, masks are filled up to the capacity (columns past the end are not looked at), and positions come from the
-host. A static cache has no T: the whole graph is its body. Every op on tensors runs exactly once, in one of the two.
+A CUDA graph has fixed shapes and no arguments, but the number T of tokens in a growing cache changes in every step.
+Sizes of the cache's buffers do not: they change when it grows. So whatever has T in a size or among its arguments goes
+into a prologue, with what it is computed from, and the rest is the body. Where the two meet, T is taken out: attention
+asks the device how many tokens there are, masks are filled up to the capacity (columns past the end are not looked at),
+and positions come from the host. A static cache has no T: the whole graph is its body. Every op on tensors runs exactly
+once, in one of the two.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """GraphState: one graph on its way through the pipeline, and what the passes found out about it.
 
-Fields that passes fill are facts: each pass names those that it reads in its `needs`, and those that it writes in its `gives`.
-How the runtime is to call the rewritten graph is collected in the program (akvq_fx/program.py).
+Fields that passes fill are facts: each pass names those that it reads in its `needs`, and those that it writes in its
+`gives`. How the runtime is to call the rewritten graph is collected in the program (akvq_fx/program.py).
 """
 
 from __future__ import annotations

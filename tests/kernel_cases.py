@@ -213,7 +213,8 @@ class Chunk:
         return cache
 
     def expected(self, appended: bool) -> Tensor:
-        """What the chunk's queries read, [B, H, end, D]: the chunk exactly, and of the prompt's ring what the chunk left of it."""
+        """What the chunk's queries read, [B, H, end, D]: the chunk exactly, and of the prompt's ring what the chunk
+        left of it."""
         case, layout = self.case, self.case.layout
         ends = (case.length, self.end) if appended else (case.length,)
         ring = range(max(0, *(end - layout.window for end in ends)), case.length)

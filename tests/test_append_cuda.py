@@ -71,7 +71,8 @@ def test_which_prompts_are_packed_four_lanes_a_token():
 
 
 def prompt(layout, tokens, seed=0):
-    """x, at, kinds and affine of a prompt on the GPU; with rows that are constant, huge, tiny, broken, and on edges of codes."""
+    """x, at, kinds and affine of a prompt on the GPU; with rows that are constant, huge, tiny, broken, and on edges of
+    codes."""
     x = randn(2, 3, tokens, layout.head_dim, seed=seed).cuda()
     x[0, 1] = x[0, 1] * 1e-6 + 3
     x[1, 0, :9] = torch.arange(layout.head_dim, device="cuda") % 7 * 0.5
@@ -152,7 +153,8 @@ def test_every_byte_of_new_buffers_is_written(head_dim, form, given, monkeypatch
 
 
 def without_other_text(cache, layout):
-    """The buffers with nothing in text slots of tokens that are no text: `append` fills those too, and nobody reads them."""
+    """The buffers with nothing in text slots of tokens that are no text: `append` fills those too, and nobody reads
+    them."""
     b = reference.named(cache, layout)
     free = (b["text_at"] < 0)[:, None, :, None]
     return [t.masked_fill(free, 0) if name == "text_codes" else t for name, t in b.items()]

@@ -192,7 +192,8 @@ def test_what_a_kernel_does_not_do_itself_is_done_around_it(fused):
 
 
 def draw_chunk(draw, key: Case, value: Case, groups: int, tokens: int):
-    """Two chunks over caches of one prompt, queries, and how they are asked: mask columns and length up to the capacity."""
+    """Two chunks over caches of one prompt, queries, and how they are asked: mask columns and length up to the
+    capacity."""
     start, spare = draw(st.integers(0, key.length)), draw(st.integers(0, 3))
     chunks = [chunk_of(case, start, tokens, draw(seeds), spare) for case in (key, value)]
     B, H, _, D = key.x.shape
@@ -206,7 +207,8 @@ def draw_chunk(draw, key: Case, value: Case, groups: int, tokens: int):
 
 
 def assert_chunk(attend_with, drawn) -> None:
-    """attend_with(q, key cache, value cache, layouts, length, fresh=, mask=, ...) reads prompt and chunk, in both orders."""
+    """attend_with(q, key cache, value cache, layouts, length, fresh=, mask=, ...) reads prompt and chunk, in both
+    orders."""
     q, key, value, length, rest = drawn
     fresh, layouts = (key.x, value.x, key.at), (key.case.layout, value.case.layout)
     seen = None if rest["mask"] is None else rest["mask"][..., : key.end]

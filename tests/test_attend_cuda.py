@@ -1,4 +1,5 @@
-"""attend_cuda: refusals and the launch's arithmetic anywhere; on a GPU, every form of call against the reference in float64."""
+"""attend_cuda: refusals and the launch's arithmetic anywhere; on a GPU, every form of call against the reference in
+float64."""
 
 import dataclasses
 import math
@@ -19,7 +20,8 @@ from tests.kernel_cases import case_of, few, random_affine
 
 bf16, f16 = torch.bfloat16, torch.float16
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="runs on a GPU")
-# of the norm: the cache reads as 8 or 11 bits, probabilities meet the codes as bf16 (2**-9 each), averages of many tokens are small
+# of the norm: the cache reads as 8 or 11 bits, probabilities meet the codes as bf16 (2**-9 each), averages of many
+# tokens are small
 RELATIVE = {f16: 8e-3, bf16: 1.2e-2}
 
 
@@ -232,12 +234,8 @@ def test_restores_the_output_in_its_own_launch(dtype, text_bits, head_dim):
     fresh = (*torch.randn(2, 2, 2, 3, head_dim, device="cuda").to(dtype), at)
     mask = torch.rand(2, 1, 3, 300, device="cuda") > 0.3
     mask[..., 0] = True
-    for heads, seen, new in (
-        (2, None, None),
-        (6, mask, None),
-        (14, None, fresh),
-        (2, mask, fresh),
-    ):  # 3 to 21 rows a KV head
+    cases = ((2, None, None), (6, mask, None), (14, None, fresh), (2, mask, fresh))  # 3 to 21 rows a KV head
+    for heads, seen, new in cases:
         q = torch.randn(2, heads, 3, head_dim, device="cuda").to(dtype)
         due = expected(q, key, value, layout, 300, seen, new) @ back
         for splits in (None, 1, 3):

@@ -1,4 +1,5 @@
-"""attend_triton: torch's own attention over what the packed cache reads as, whatever segment, tile and split a token falls into.
+"""attend_triton: torch's own attention over what the packed cache reads as, whatever segment, tile and split a token
+falls into.
 
 On the CPU the kernels run in Triton's interpreter (tests/conftest.py), on a GPU they are compiled.
 """
@@ -204,7 +205,8 @@ def test_what_was_never_written_does_not_matter(drawn):
 
 @pytest.mark.parametrize("columns", (45, 60), ids=str)
 def test_a_mask_over_the_capacity_sees_what_was_written(columns):
-    """A static cache: attention sees every slot, the mask none that is empty; the length is known to the device only."""
+    """A static cache: attention sees every slot, the mask none that is empty; the length is known to the device
+    only."""
     key, value = pair(ALL_OVERLAYS)
     q = randn(2, 4, 2, 16, seed=2)
     dirty = [poison(case.pack(), case.layout, case.length) for case in (key, value)]

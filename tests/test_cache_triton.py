@@ -1,4 +1,5 @@
-"""append and pack as one kernel (Triton, on a GPU CUDA C++ too): buffers equal to the bit, rotated tokens to a step of a code."""
+"""append and pack as one kernel (Triton, on a GPU CUDA C++ too): buffers equal to the bit, rotated tokens to a step of
+a code."""
 
 import importlib
 
@@ -199,14 +200,14 @@ def test_a_moved_text_overlay_and_its_end():
 
 
 def check_codes(name, due, done, bits, dtype):
-    """Codes and ranges of rotated tokens: a value may differ by the token's last digit, and by a step where it crosses an edge."""
+    """Codes and ranges of rotated tokens: a value may differ by the token's last digit, and by a step where it crosses
+    an edge."""
     values, others = (dequantize(*pair, bits, f32) for pair in (due, done))
     step = due[1].float().chunk(2, -1)[0].amax(-1, keepdim=True)
-    digit = (
-        4 * torch.finfo(dtype).eps * values.abs().amax(-1, keepdim=True)
-    )  # of a number that clipping cut, and twice rounded
-    apart = (values - others).abs()
-    assert (apart <= 1.01 * step + digit).all(), name
+    # a last digit of a number that was clipped and rounded twice
+    digit = 4 * torch.finfo(dtype).eps * values.abs().amax(-1, keepdim=True)
+    difference = (values - others).abs()
+    assert (difference <= 1.01 * step + digit).all(), name
     if bits == 2:
         crossed = (unpack_bits(due[0], 2) != unpack_bits(done[0], 2)).sum().item()
         assert crossed <= 2 + 0.02 * values.numel(), name

@@ -1,4 +1,5 @@
-"""choose and Supports: a kernel takes only layouts that it names in full; one that cannot be compiled makes way for the next."""
+"""choose and Supports: a kernel takes only layouts that it names in full; one that cannot be compiled makes way for the
+next."""
 
 import contextlib
 import dataclasses

@@ -1,4 +1,5 @@
-"""MileBench: its layout, its prompt, its scoring (values worked out by hand from the released rules), a real processor."""
+"""MileBench: its layout, its prompt, its scoring (values worked out by hand from the released rules), a real
+processor."""
 
 import json
 from pathlib import Path
@@ -186,9 +187,8 @@ def test_needles():
     assert score("needle", "It is Paris, sure.", "paris") == (1, 1, 0)
     assert score("needle", "parisian", "paris").score == 0
     assert score("contains", "parisian", "paris").score == 1
-    assert [kind_of(*pair) for pair in (("TextNeedleInAHaystack", "?"), ("MMCoQA", "open-ended"), ("IEdit", "open-ended"))] == [
-        "needle", "contains", "rouge",
-    ]  # fmt: skip
+    pairs = (("TextNeedleInAHaystack", "?"), ("MMCoQA", "open-ended"), ("IEdit", "open-ended"))
+    assert [kind_of(*pair) for pair in pairs] == ["needle", "contains", "rouge"]
     with pytest.raises(ValueError, match="question_type 'essay'"):
         kind_of("IEdit", "essay")
 

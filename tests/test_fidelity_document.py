@@ -1,4 +1,5 @@
-"""benchmarks/fidelity on tiny models: the document, going on after a stop, findings kept, weights that are not there."""
+"""benchmarks/fidelity on tiny models: the document, going on after a stop, findings kept, weights that are not
+there."""
 
 import importlib
 import json
@@ -134,7 +135,8 @@ def test_parts_that_have_no_room_say_so(run):
 
 
 def test_windows(fidelity, tiny):
-    """Pieces do not overlap and are spread; all prefixes of one reach predict the same tokens; <bos> is in the prefix."""
+    """Pieces do not overlap and are spread; all prefixes of one reach predict the same tokens; <bos> is in the
+    prefix."""
     texts, suites = sys.modules["texts"], sys.modules["suites"]
     ids = torch.arange(1000)
     pieces = [texts.piece_of(ids, 100, i) for i in range(10)]

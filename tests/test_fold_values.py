@@ -1,4 +1,5 @@
-"""fold_values: W_O W_V is what it was for any layout of heads; the model's own weights stay; refused where not proven legal."""
+"""fold_values: W_O W_V is what it was for any layout of heads; the model's own weights stay; refused where not proven
+legal."""
 
 import copy
 import pickle

@@ -1,5 +1,5 @@
-"""fuse_rotations: pack and append rotate what they store, where nothing else reads the rotated tokens and the map is their
-own; attend rotates its queries and, back, its output."""
+"""fuse_rotations: pack and append rotate what they store, where nothing else reads the rotated tokens and the map is
+their own; attend rotates its queries and, back, its output."""
 
 import dataclasses
 import operator

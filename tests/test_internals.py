@@ -1,4 +1,5 @@
-"""Every private name of PyTorch, torchao and transformers that we lean on: a test for each says what broke in a new version."""
+"""Every private name of PyTorch, torchao and transformers that we lean on: a test for each says what broke in a new
+version."""
 
 import types
 import warnings

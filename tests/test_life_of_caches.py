@@ -1,4 +1,5 @@
-"""What users make of a packed cache between steps: lossless, the uncompiled model's logits; at default bits, the same codes."""
+"""What users make of a packed cache between steps: lossless, the uncompiled model's logits; at default bits, the same
+codes."""
 
 import functools
 import warnings

@@ -1,5 +1,6 @@
-"""Weights that live: whatever happens to them between two calls, a compiled model answers as the uncompiled one does, with
-values that are rotated online and with folded copies; and a cache belongs to the contents of the weights that made it."""
+"""Weights that live: whatever happens to them between two calls, a compiled model answers as the uncompiled one does,
+with values that are rotated online and with folded copies; and a cache belongs to the contents of the weights that made
+it."""
 
 import copy
 import itertools
@@ -57,7 +58,8 @@ class Pair:
             change(self.plain)
 
     def agree(self) -> None:
-        """The same logits of a prompt, of steps and of a chunk, on a packed cache, by weights that are the same to the bit."""
+        """The same logits of a prompt, of steps and of a chunk, on a packed cache, by weights that are the same to the
+        bit."""
         want, _ = roll(self.plain, steps=2)
         got, cache = roll(self.model, steps=2)
         for a, b in zip(want, got, strict=True):
@@ -276,7 +278,8 @@ def test_copies_are_as_the_original(pair, tmp_path):
 
 
 class Lora(nn.Module):
-    """A linear with a low-rank term that can be switched on, or merged as adapters' libraries do it: through `.data`."""
+    """A linear with a low-rank term that can be switched on, or merged as adapters' libraries do it: through
+    `.data`."""
 
     def __init__(self, base: nn.Linear):
         super().__init__()
@@ -373,7 +376,8 @@ def test_dtypes_there_and_back(fresh):
 
 
 def test_hooks(fresh):
-    """Dynamo does not look for hooks that are added later unless it is told to, with any backend; told so, it compiles anew."""
+    """Dynamo does not look for hooks that are added later unless it is told to, with any backend; told so, it compiles
+    anew."""
 
     def after(model):
         for part in parts(model):

@@ -66,9 +66,8 @@ def assert_reads(name: str, expected: torch.Tensor, x: PackedKV) -> None:
     assert type(x) is PackedKV, f"{name}: got {type(x).__name__}"
     assert x.codes.dtype == (x.layout_of.dtype if x.layout_of.lossless else torch.int16)
     assert x.dtype == expected.dtype
-    if expected.numel() and (
-        x.layout_of.rotated or x.layout_of.affine
-    ):  # H is a matrix product, whose last bit depends on the number of rows
+    # a rotation is a matrix product, whose last bit depends on the number of rows
+    if expected.numel() and (x.layout_of.rotated or x.layout_of.affine):
         assert_close(name, expected, x.dequantize())
     else:
         assert_same(name, expected, x.dequantize())
@@ -253,7 +252,8 @@ def stored_states(layout, stored, classes, pivots):
 
 
 class Mirror:
-    """A PackedKV and what is known about the tokens that it must hold. pivots: [B, T] bool, those that must read as they were."""
+    """A PackedKV and what is known about the tokens that it must hold. pivots: [B, T] bool, those that must read as
+    they were."""
 
     def __init__(self, view, stored, classes, pivots):
         self.view, self.stored, self.classes, self.pivots = view, stored, classes, pivots
@@ -425,7 +425,8 @@ def test_token_ops_move_codes(layout, op):
 
 
 def test_sinks_and_recent_at_every_step():
-    """A cache that evicts after every token is as one that was cut once at the end: no token is quantized twice, none grows."""
+    """A cache that evicts after every token is as one that was cut once at the end: no token is quantized twice, none
+    grows."""
     x = packed_of(case_of(LAYOUTS["2bit-text4-bf16"], T=40, capacity=48))
     y, whole = x, x
     for seed in range(30):
@@ -825,7 +826,8 @@ WRITES = {
 
 
 def test_copy_of_plain_numbers():
-    """A static cache overwritten as a whole (a full sliding window rolls) goes back to 16 bits; a growing one refuses."""
+    """A static cache overwritten as a whole (a full sliding window rolls) goes back to 16 bits; a growing one
+    refuses."""
     growing = packed_of(case_of(LAYOUTS["2bit"]))
     with pytest.raises(NotImplementedError, match=r"akvq: .* would write"):
         growing.copy_(torch.ones(growing.shape))

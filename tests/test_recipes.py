@@ -1,4 +1,5 @@
-"""Recipes: each method's arithmetic against loops over single numbers, its bits against the literature's, its options."""
+"""Recipes: each method's arithmetic against loops over single numbers, its bits against the literature's, its
+options."""
 
 import dataclasses
 from functools import partial
@@ -257,7 +258,8 @@ def test_skvq_puts_channels_of_one_size_in_one_group(dtype):
 @given(seed=seeds, more=st.integers(1, 12), group=st.sampled_from((4, 8, 16)))
 @few
 def test_skvq_groups_by_first_tokens_and_for_good(seed, more, group):
-    """Later tokens, however large, and in several calls, leave what was read; before there is an order nothing is quantized."""
+    """Later tokens, however large, and in several calls, leave what was read; before there is an order nothing is
+    quantized."""
     x = randn(1, 2, 12 + more, 16, seed=seed)
     x[:, :, 12:, seed % 16] *= 1000
     assert_same("earlier tokens", skvq(x[:, :, :12], group=group)[:, :, :9], skvq(x, group=group)[:, :, :9])
@@ -454,9 +456,10 @@ def test_layout_text_round_trips(name):
 
 @pytest.mark.parametrize(
     "text",
-    ["kivi", "kivi()", "kivi_keys()", "kivi_keys(bits=2)", "kivi_keys(group=32,bits=2,residual=128)", "fp8", "fp8(bits=8)",
-     "rtn(bits=02,group=8)", "rtn(bits=2,group=8)/", "rtn(bits=2,group=8))", "rtn(bits=2.0,group=8)", "rtn(bits=-2,group=8)",
-     "rtn(bits=2,,group=8)", "rtn(bits=1.2.3,group=8)", "nothing(bits=2)", "()", "rtn(bits=2,group=8)\n"],
+    ["kivi", "kivi()", "kivi_keys()", "kivi_keys(bits=2)", "kivi_keys(group=32,bits=2,residual=128)", "fp8",
+     "fp8(bits=8)", "rtn(bits=02,group=8)", "rtn(bits=2,group=8)/", "rtn(bits=2,group=8))", "rtn(bits=2.0,group=8)",
+     "rtn(bits=-2,group=8)", "rtn(bits=2,,group=8)", "rtn(bits=1.2.3,group=8)", "nothing(bits=2)", "()",
+     "rtn(bits=2,group=8)\n"],
 )  # fmt: skip
 def test_other_texts_are_refused(text):
     with pytest.raises(ValueError, match="."):

@@ -1,4 +1,5 @@
-"""Simulated caches: rows stand alone, attention reads what the recipe makes of the tokens before it, the product runs them."""
+"""Simulated caches: rows stand alone, attention reads what the recipe makes of the tokens before it, the product runs
+them."""
 
 import copy
 

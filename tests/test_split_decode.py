@@ -1,4 +1,5 @@
-"""split_decode: both parts together compute what the whole graph does, and the body knows nothing of the cache's length."""
+"""split_decode: both parts together compute what the whole graph does, and the body knows nothing of the cache's
+length."""
 
 import re
 
@@ -207,7 +208,8 @@ def test_several_new_tokens_are_attended_before_they_are_appended(build):
 
 
 def test_a_crop_is_noticed_by_the_host():
-    """The device's own count of tokens is too large after a crop: positions come from the host, the append sets the rest."""
+    """The device's own count of tokens is too large after a crop: positions come from the host, the append sets the
+    rest."""
     torch._dynamo.reset()
     model, ids = Decoder(), token_ids(2, 12)
     compiled = torch.compile(model, backend=Spy(**CAPTURED, body_bits=16))

@@ -1,5 +1,5 @@
-"""README's ways in, by inner compiler, gradients, batch sizes and kinds of cache: a lossless cache gives the uncompiled model's
-tokens, every tensor of it is packed, and few graphs serve all batches."""
+"""README's ways in, by inner compiler, gradients, batch sizes and kinds of cache: a lossless cache gives the uncompiled
+model's tokens, every tensor of it is packed, and few graphs serve all batches."""
 
 import contextlib
 
@@ -185,8 +185,8 @@ SEARCHES = {
         (1, {}),
     ],
 }
-# Dynamo has a pair of graphs of its own for one row. Of a prompt it guards on the tensor that position_ids is a view of, [B, beams,
-# T]: another graph for the first number of beams or samples, for others, for one prompt, and for none.
+# Dynamo has a pair of graphs of its own for one row. Of a prompt it guards on the tensor that position_ids is a view
+# of, [B, beams, T]: another graph for the first number of beams or samples, for others, for one prompt, and for none.
 GRAPHS = {"down to one": 6, "all": 9}
 
 
@@ -236,12 +236,8 @@ def test_images(static):
     model, _ = ZOO["llava"]()
     model.compile(backend="akvq", options={**LOSSLESS, "inner": "eager"})
     kind = {"cache_implementation": "static"} if static else {}
-    for batch in (
-        1,
-        3,
-        2,
-        4,
-    ):  # images come as a list: each number of them is another graph of functions that all modules share
+    # images come as a list: each number of them is another graph of functions that all modules share
+    for batch in (1, 3, 2, 4):
         _, inputs = ZOO["llava"](batch=batch)
         arguments = {**inputs, **kind, "max_new_tokens": TOKENS, "return_dict_in_generate": True}
         out = model.generate(**arguments)

@@ -3,9 +3,9 @@
     python -m akvq_fx.analysis --model folder-or-hub-name --images photos --question "What is this?" --out found
     python -m akvq_fx.analysis --model folder --text book.txt --out found --ablate pivots=0,5,15 --ablate window=0,64
 
-With --images every prompt holds --per-prompt pictures of the folder, in the order of their names, before the question. With
---text, prompts are pieces evenly spread over it; --ablate (text only) also measures how packing changes the predictions after them.
-Pictures need matplotlib; where it is missing, a line on stderr says that they are left out.
+With --images every prompt holds --per-prompt pictures of the folder, in the order of their names, before the question.
+With --text, prompts are pieces evenly spread over it; --ablate (text only) also measures how packing changes the
+predictions after them. Pictures need matplotlib; where it is missing, a line on stderr says that they are left out.
 """
 
 from __future__ import annotations

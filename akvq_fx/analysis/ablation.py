@@ -29,8 +29,9 @@ class Ablation:
         lines = [(self.option, "bits", "dNLL", "KL", "top-1 agreement", "1 - TV")]
         for value, found in zip(self.values, self.results, strict=True):
             kl, tv = found.mean("kl"), found.mean("tv")
-            lines.append((str(value), f"{found.bits:.2f}", f"{found.mean('dnll'):+.4f}", f"{kl:.4f}", f"{found.mean('agree'):.3f}",
-                          f"{1 - tv:.4f}"))  # fmt: skip
+            dnll, agree = found.mean("dnll"), found.mean("agree")
+            cells = (f"{found.bits:.2f}", f"{dnll:+.4f}", f"{kl:.4f}", f"{agree:.3f}", f"{1 - tv:.4f}")
+            lines.append((str(value), *cells))
         return _table(lines)
 
 
@@ -45,9 +46,10 @@ def ablation(
 ) -> Ablation:
     """prompt_fidelity(model, prompts, {**options, option: value}) for each value; `progress` as there.
 
-    prompts   akvq_fx.evaluate.fidelity's: prompts_of(windows, prefix) of a text, or inputs with images and the text after them
-    step      tokens after the prefix that are read in one call. None: all of them, but STEP for option="window", since tokens
-              read in one call see each other at full precision whatever the window
+    prompts   akvq_fx.evaluate.fidelity's: prompts_of(windows, prefix) of a text, or inputs with images and the text
+              after them
+    step      tokens after the prefix that are read in one call. None: all of them, but STEP for option="window", since
+              tokens read in one call see each other at full precision whatever the window
     Raises ValueError where there are no values.
     """
     if not values:

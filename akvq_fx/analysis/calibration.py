@@ -1,13 +1,13 @@
 """Calibration: what was measured about a model, which layers are text-salient by it, and the policy to save.
 
-The rule. Both kinds of layer keep the recent window at 16 bits, so only attention outside of it counts, and of that not what goes
-to pivots. A layer is text-salient if
+The rule. Both kinds of layer keep the recent window at 16 bits, so only attention outside of it counts, and of that not
+what goes to pivots. A layer is text-salient if
     a text token gets on average at least `ratio` times the attention of a vision token, and
     all text tokens together get at least as much attention as the pivots.
-The first condition says that bits are better spent on text than on images; the second that text matters beyond the few tokens that
-PSA keeps anyway: in later layers most of the attention to text goes to a pivot, usually the first token. TSA layers are the
-unbroken run of text-salient layers from the first measured layer on; in the paper they are the first layers too. The paper gives
-no threshold; this rule is ours, and every row shows the numbers behind it.
+The first condition says that bits are better spent on text than on images; the second that text matters beyond the few
+tokens that PSA keeps anyway: in later layers most of the attention to text goes to a pivot, usually the first token.
+TSA layers are the unbroken run of text-salient layers from the first measured layer on; in the paper they are the first
+layers too. The paper gives no threshold; this rule is ours, and every row shows the numbers behind it.
 """
 
 from __future__ import annotations
@@ -182,8 +182,8 @@ class Calibration:
             if top is not None:
                 count = max(len(m.massive) for m in layer.massive)
                 massive = (str(count), f"{top.values[0].item():.4g}", str(int(top.positions[0])), f"{top.median:.3g}")
-            shares = [f"{layer.share(name):.3f}" for name in ("text", "vision", "sink", "recent", "far_pivots", "far_text",
-                                                             "far_vision")]  # fmt: skip
+            names = ("text", "vision", "sink", "recent", "far_pivots", "far_text", "far_vision")
+            shares = [f"{layer.share(name):.3f}" for name in names]
             shares.append(f"{layer.text_over_vision:.1f}")
             outliers = [f"{layer.outlier(form):.2f}" for form in FORMS]
             found.append((str(layer.layer), "TSA" if layer.layer in tsa else "PSA", *shares, *massive, *outliers))

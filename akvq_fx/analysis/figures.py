@@ -126,9 +126,9 @@ def channels(calibration: Calibration, layer: int | None = None):
 def outliers(calibration: Calibration):
     """By layer: how far the largest channel of keys and values stands out, before and after the rotation."""
     figure, axes = new_figure(8, 4)
+    layers = [layer.layer for layer in calibration.layers]
     for form in FORMS:
-        axes[0, 0].plot([layer.layer for layer in calibration.layers], [layer.outlier(form) for layer in calibration.layers],
-                        marker=".", label=form)  # fmt: skip
+        axes[0, 0].plot(layers, [layer.outlier(form) for layer in calibration.layers], marker=".", label=form)
     axes[0, 0].set(xlabel="layer", ylabel="largest channel over mean channel", ylim=(0, None))
     axes[0, 0].legend()
     return figure

@@ -2,9 +2,9 @@
 
 Everything is computed in float32, summed in float64 and kept on the CPU.
 
-Attention mass. Queries are the text tokens after the last image, at most `queries` of them, or the last `queries` real tokens of
-a prompt without images: these are most like the tokens that will follow the prompt. A share is the softmax probability, averaged
-over the queries, that falls on a kind of token:
+Attention mass. Queries are the text tokens after the last image, at most `queries` of them, or the last `queries` real
+tokens of a prompt without images: these are most like the tokens that will follow the prompt. A share is the softmax
+probability, averaged over the queries, that falls on a kind of token:
     text + vision = 1, by modality
     recent + far_pivots + far_text + far_vision = 1, by what the method can do for a token: the last `window` tokens
         before a query are at 16 bits in every layer; of the others, pivots are at 16 bits in PSA layers, text at 4 bits
@@ -80,8 +80,8 @@ def queries_of(valid: Tensor, vision: Tensor, count: int) -> Tensor:
 def attention_mass(
     call: AttentionCall, row: int, queries: Tensor, valid: Tensor, vision: Tensor, pivots: Tensor, window: int
 ) -> tuple[dict[str, Tensor], dict[str, int]]:
-    """Probability summed over the queries [n], per share and query head: float64 [Hq] each; and per far share its tokens, summed
-    over the queries. valid, vision [q]; pivots [P]."""
+    """Probability summed over the queries [n], per share and query head: float64 [Hq] each; and per far share its
+    tokens, summed over the queries. valid, vision [q]; pivots [P]."""
     slots = call.key.shape[2]
     spread = lambda chosen: torch.zeros(slots, dtype=torch.float64, device=chosen.device).index_put(
         (call.at,), chosen.double()

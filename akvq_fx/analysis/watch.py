@@ -1,7 +1,7 @@
 """Watch: run dynamo's graphs node by node, and give a callback every attention call over a prompt's cache.
 
-The graphs are read by the same patterns as in the backend, and computed as they are: nothing is rotated, packed or compiled.
-The model need not return attention weights, and no tensor [B, H, T, T] is made here.
+The graphs are read by the same patterns as in the backend, and computed as they are: nothing is rotated, packed or
+compiled. The model need not return attention weights, and no tensor [B, H, T, T] is made here.
 """
 
 from __future__ import annotations

@@ -9,10 +9,10 @@ fidelity    how far predictions move against the model's own cache: dNLL, KL, to
 images      accuracy and loss on multi-image questions of a folder with a model and a task generator, whose code is run
 milebench   accuracy on a local copy of MileBench, scored as its released evaluator does, with unanswered ones counted
 
-A setting is a recipe, or a recipe and options after a colon; "none" is the model's own cache. Each is measured by compiling the
-model with the backend; weights are left alone. With --json, samples in the file are not measured again, and a stopped run
-continues where it stopped (the file does not notice code changes within one version: use a new one then). A hub name needs a network or a
-local copy. See `python -m akvq_fx.evaluate fidelity --help` and so on.
+A setting is a recipe, or a recipe and options after a colon; "none" is the model's own cache. Each is measured by
+compiling the model with the backend; weights are left alone. With --json, samples in the file are not measured again,
+and a stopped run continues where it stopped (the file does not notice code changes within one version: use a new one
+then). A hub name needs a network or a local copy. See `python -m akvq_fx.evaluate fidelity --help` and so on.
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@
                                            "task_instance": {"context", "images_path", "choice_list" (multi-choice)}}]}
     <root>/<task>/images/       what images_path names
 
-The prompt is the instruction, a line break, the context with its images in place of {image#1}, {table#2} ..., and for multi-choice
-the list of choices. `prompt_of` builds it, milebench_score scores the greedy answer.
+The prompt is the instruction, a line break, the context with its images in place of {image#1}, {table#2} ..., and for
+multi-choice the list of choices. `prompt_of` builds it, milebench_score scores the greedy answer.
 """
 
 from __future__ import annotations
@@ -25,9 +25,10 @@ from akvq_fx.evaluate.settings import bits_of, running, to_model
 from akvq_fx.evaluate.table import Column
 from akvq_fx.transformers_names import cache_of
 
-# The AKVQ-VL paper's Table II measures 12 tasks, 200 samples each. Known by name are the first, object existence, the last,
-# document QA, and scene transition, webpage QA and textbook QA. The other seven are our reading: we take MileBench's own order
-# between the first and the last, which gives its groups T-2 and S-1 whole, two tasks of T-4 and two of S-2.
+# The AKVQ-VL paper's Table II measures 12 tasks, 200 samples each. Known by name are the first, object existence, the
+# last, document QA, and scene transition, webpage QA and textbook QA. The other seven are our reading: we take
+# MileBench's own order between the first and the last, which gives its groups T-2 and S-1 whole, two tasks of T-4 and
+# two of S-2.
 PAPER_TASKS = (
     "ObjectExistence",
     "ObjectInteraction",
@@ -118,7 +119,8 @@ def sample_of(entry: Mapping[str, Any], instructions: Any, folder: Path) -> Samp
 def prompt_of(
     instruction: str, context: str, images: Sequence[Path], choices: Sequence[str], task: str = ""
 ) -> list[str | Path]:
-    """The prompt as texts and image paths in order. The first text is the instruction; {image#9} stays as text where there are fewer than 9 images."""
+    """The prompt as texts and image paths in order. The first text is the instruction; {image#9} stays as text where
+    there are fewer than 9 images."""
     if choices:
         letters = [f"{letter_of(i)}. " if task != NO_LETTERS else "" for i in range(len(choices))]
         listed = "\n".join(letter + choice for letter, choice in zip(letters, choices, strict=True))

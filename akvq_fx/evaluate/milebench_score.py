@@ -4,8 +4,8 @@
     open-ended     ROUGE-L F of the `rouge` package 1.0.1, which counts distinct words
     needle tasks   the reference is one of the answer's words;  MMCoQA: it occurs anywhere in the answer
 
-The released evaluator takes an empty answer for a choice of "C". `Score.released` is its number; in `Score.score` an answer from
-which no option can be extracted is wrong, and `Score.unanswered` says so.
+The released evaluator takes an empty answer for a choice of "C". `Score.released` is its number; in `Score.score` an
+answer from which no option can be extracted is wrong, and `Score.unanswered` says so.
 """
 
 from __future__ import annotations
@@ -73,8 +73,8 @@ def letter_of(index: int) -> str:
 
 
 def normal(text: str) -> str:
-    """Text as it is compared: lower case, without periods except before a digit. A punctuation mark is removed where it occurs beside
-    a space, or where the text has a number like 1,000; else it becomes a space."""
+    """Text as it is compared: lower case, without periods except before a digit. A punctuation mark is removed where it
+    occurs beside a space, or where the text has a number like 1,000; else it becomes a space."""
     text = text.replace("\n", " ").replace("\t", " ").strip()
     numbers = re.search(r"\d,\d", text)
     result = text
@@ -89,8 +89,8 @@ def extract(answer: str, options: Mapping[str, str]) -> str:
     """The letter of the option that a normalized answer names, "" where none can be found.
 
     options   letter -> normalized text
-    In this order: the first "letter text" in the answer; the first option's text, spaces aside; an answer of one letter; the only
-    option letter among the answer's characters.
+    In this order: the first "letter text" in the answer; the first option's text, spaces aside; an answer of one
+    letter; the only option letter among the answer's characters.
     """
     if not answer:
         return ""

@@ -50,8 +50,8 @@ def described(options: Mapping[str, Any] | None) -> dict[str, Any] | None:
 def running(model: torch.nn.Module, options: Mapping[str, Any] | None) -> Iterator[Any]:
     """The model as it runs under these options: itself for None, else compiled with the backend.
 
-    Values are rotated in the graph unless the options say otherwise, so weights stay as they are. Dynamo's compiled code is
-    reset before and after.
+    Values are rotated in the graph unless the options say otherwise, so weights stay as they are. Dynamo's compiled
+    code is reset before and after.
     """
     if options is None:
         yield model

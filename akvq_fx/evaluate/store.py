@@ -1,7 +1,7 @@
 """Store: what was measured so far, in one JSON file that a later run goes on with.
 
-A cell is one task under one setting on one model. It holds one row (a dict of numbers, maybe texts) for each sample, in the
-order of the samples, so that a run that was stopped goes on at its sample and a run with more samples adds to it.
+A cell is one task under one setting on one model. It holds one row (a dict of numbers, maybe texts) for each sample, in
+the order of the samples, so that a run that was stopped goes on at its sample and a run with more samples adds to it.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ class Column(NamedTuple):
 
 
 class Suite(Protocol):
-    """Tasks of one model. `what`: all that a cell's numbers depend on but the setting; `headline`: measure of `wide`."""
+    """Tasks of one model. what: all that a cell's numbers depend on but the setting; headline: measure of wide."""
 
     model: str
     tasks: Sequence[str]
@@ -44,8 +44,8 @@ def fill(
 
     settings   by the name that the table shows, options of the backend; None: the model's own cache
     progress   tqdm.tqdm, or None for no bars
-    A row: model, task, setting, samples, and {measure: [mean, standard error or None]}. A setting is compiled once for all tasks,
-    and not at all where nothing is missing.
+    A row: model, task, setting, samples, and {measure: [mean, standard error or None]}. A setting is compiled once for
+    all tasks, and not at all where nothing is missing.
     """
     cells = {}
     for name, options in settings.items():
@@ -86,7 +86,7 @@ def cell_of(suite: Suite, task: str, options: Mapping[str, Any] | None) -> dict[
 def mean(rows: Sequence[Mapping[str, Any]], name: str) -> tuple[float | None, float | None]:
     """Mean over the samples that have this measure, and its standard error: s / sqrt(n), s with n - 1.
 
-    For shares of right answers that is sqrt(p (1 - p) / (n - 1)). The error of one sample and the mean of none are None.
+    For shares of right answers that is sqrt(p (1 - p) / (n - 1)). No samples have no mean, one sample no error: None.
     """
     values = [row[name] for row in rows if row.get(name) is not None]
     if not values:

@@ -1,12 +1,13 @@
 """Multi-image questions of a folder with a model and a task generator: accuracy and NLL per answer token.
 
-The folder has load.py with load(dtype=...) -> (model, tokenizer) and inputs(tokenizer, images, question) -> model inputs whose
-image tokens come before the question; tasks.py with TASKS, Bank, make, example, specs and render; and sprites.pkl.
+The folder has load.py with load(dtype=...) -> (model, tokenizer) and inputs(tokenizer, images, question) -> model
+inputs whose image tokens come before the question; tasks.py with TASKS, Bank, make, example, specs and render; and
+sprites.pkl.
 
-The prompt up to and including its last image token is run once and packed, then every question of the sample is asked over a copy
-of that cache. Question and reference answer are read in one call. Greedy decoding gives the reference answer if and only if, at
-every answer position and at the end token, the most likely token is the reference's: so exact match of the greedy answer is
-counted without decoding.
+The prompt up to and including its last image token is run once and packed, then every question of the sample is asked
+over a copy of that cache. Question and reference answer are read in one call. Greedy decoding gives the reference
+answer if and only if, at every answer position and at the end token, the most likely token is the reference's: so exact
+match of the greedy answer is counted without decoding.
 """
 
 from __future__ import annotations
@@ -36,10 +37,10 @@ class ImageTasks:
     images      images a sample;  samples   samples a task
     questions   questions a sample, of the task's own kind; fewer where a sample has fewer
     split       as tasks.example takes it
-    trust_remote_code   the folder's Python files are run and its sprites.pkl is unpickled, which can do anything: nothing is opened
-                        without it
-    Raises PermissionError without trust_remote_code, ValueError for a task that the folder does not have or that does not occur
-    with so many images, OSError for a folder without the files.
+    trust_remote_code   the folder's Python files are run and its sprites.pkl is unpickled, which can do anything:
+                        nothing is opened without it
+    Raises PermissionError without trust_remote_code, ValueError for a task that the folder does not have or that does
+    not occur with so many images, OSError for a folder without the files.
     """
 
     columns = (
@@ -64,8 +65,8 @@ class ImageTasks:
     ):
         if not trust_remote_code:
             raise PermissionError(
-                f"{folder}: its load.py and tasks.py would be run and its sprites.pkl unpickled, which can do anything on "
-                "this machine; if you trust them, say --trust-remote-code (ImageTasks(..., trust_remote_code=True))"
+                f"{folder}: its load.py and tasks.py would be run and its sprites.pkl unpickled, which can do anything "
+                "on this machine; if you trust them, say --trust-remote-code (ImageTasks(..., trust_remote_code=True))"
             )
         if images < 2 or samples < 1 or questions < 1:
             raise ValueError(f"got {images=}, {samples=}, {questions=}; accepted: 2, 1 and 1, or more")

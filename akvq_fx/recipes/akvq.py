@@ -1,7 +1,7 @@
 """akvq: AKVQ-VL plus two exact identities without which keys with a bias collapse at 2 bits. Packed.
 
-Also, keys of text in prompts with images keep 4 bits in every layer, not in the first two alone, and the window is half the
-paper's. docs/recipes.md says why, docs/fidelity.md what each is worth.
+Also, keys of text in prompts with images keep 4 bits in every layer, not in the first two alone, and the window is half
+the paper's. docs/recipes.md says why, docs/fidelity.md what each is worth.
 """
 
 from akvq_fx.recipes.recipe import Recipe

@@ -1,7 +1,7 @@
 """Arithmetic that several methods share: rounding to nearest, numbers as they are stored, the Walsh-Hadamard rotation.
 
-Everything is computed in float32 (float64 stays). Scales and minima are used as they would be stored, so that what is read is
-what a packed cache of the counted bits could hold.
+Everything is computed in float32 (float64 stays). Scales and minima are used as they would be stored, so that what is
+read is what a packed cache of the counted bits could hold.
 """
 
 from __future__ import annotations
@@ -47,7 +47,8 @@ def round_trip(
 ) -> Tensor:
     """Quantize and dequantize x, one range along `dim`.
 
-    lo = clip * min, hi = clip * max, scale = (hi - lo) / (2^b - 1), code = round((x - lo) / scale), read as code * scale + lo.
+    lo = clip * min, hi = clip * max, scale = (hi - lo) / (2^b - 1), code = round((x - lo) / scale), read as code *
+    scale + lo.
     stored  what storage makes of scale and minimum;  among  bool, broadcastable to x: members that make the range
     """
     x, top = wide(x), 2**bits - 1

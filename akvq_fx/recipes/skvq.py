@@ -1,12 +1,13 @@
 """SKVQ (Duanmu et al., arXiv 2405.06219): channels reordered, clipped groups, recent and first tokens at 16 bits.
 
-Simulated. Per token, groups of channels of the heads laid side by side, so a group may span heads: minimum and maximum times
-`clip`, both stored as e4m3. The `sink` first tokens and the last `window` stay at 16 bits. 2 bits for both halves.
-Reordering: k-means over every channel's (minimum, maximum) makes as many clusters as there are groups of `group` channels, and
-the clusters, of any size, are the groups. The original calibrates once per model, on 256 samples of WikiText. Here a row's own
-first `calibrate` tokens are the sample, and nothing is quantized before they are cached. They never change, so a row has one
-order for good; with `calibrate` up to `sink + window + 1` no token waits for it. 0 is no reordering: neighbours make a group.
-An order costs nothing in the bits: in the original it is the model's. Keys are after RoPE, where the cache has them, not before.
+Simulated. Per token, groups of channels of the heads laid side by side, so a group may span heads: minimum and maximum
+times `clip`, both stored as e4m3. The `sink` first tokens and the last `window` stay at 16 bits. 2 bits for both
+halves. Reordering: k-means over every channel's (minimum, maximum) makes as many clusters as there are groups of
+`group` channels, and the clusters, of any size, are the groups. The original calibrates once per model, on 256 samples
+of WikiText. Here a row's own first `calibrate` tokens are the sample, and nothing is quantized before they are cached.
+They never change, so a row has one order for good; with `calibrate` up to `sink + window + 1` no token waits for it. 0
+is no reordering: neighbours make a group. An order costs nothing in the bits: in the original it is the model's. Keys
+are after RoPE, where the cache has them, not before.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def read(
 
 
 def members(head_dim: int, heads: int, group: int) -> int:
-    """Channels in a group (on average in a cluster): `group` where it divides all heads' channels, else the head dim."""
+    """Channels in a group (a cluster: on average): `group` where it divides all heads' channels, else head_dim."""
     return group if heads * head_dim % group == 0 else head_dim
 
 
@@ -65,8 +66,8 @@ def ranges(x: Tensor) -> Tensor:
 def clusters(points: Tensor, count: int) -> Tensor:
     """[C] labels below `count` of points [C, 2], by fast global k-means (Likas et al. 2003); not random.
 
-    Centres are added one by one, each at the point that leaves the least squared distance. In float64, so that the order of
-    points has no influence. Where fewer than `count` points differ, some labels go unused.
+    Centres are added one by one, each at the point that leaves the least squared distance. In float64, so that the
+    order of points has no influence. Where fewer than `count` points differ, some labels go unused.
     """
     points = points.double()
     pairwise, centres = distances(points, points), points.mean(0, keepdim=True)

@@ -1,7 +1,8 @@
 """TurboQuant (Zandieh et al., arXiv 2504.19874): rotated unit vectors, coordinates quantized as a normal's. Simulated.
 
-y = H x / |x|; code = nearest Lloyd-Max centroid of N(0, 1/D); stored: codes, and one fp16 length per token and head, chosen so that
-what is read has x's length. Without the QJL residual, random signs, and layers kept at 16 bits. 2 bits for both halves.
+y = H x / |x|; code = nearest Lloyd-Max centroid of N(0, 1/D); stored: codes, and one fp16 length per token and head,
+chosen so that what is read has x's length. Without the QJL residual, random signs, and layers kept at 16 bits. 2 bits
+for both halves.
 """
 
 from __future__ import annotations

@@ -19,12 +19,8 @@ WORDS = {
 WORDS |= {"window": "half the window"}
 NEEDS_VISION = "psa_text_key_bits"
 DEFAULT, PAPER = "akvq", "akvq-vl"
-ASKED = (
-    "match",
-    "retrieval",
-    "counting",
-    "spatial",
-)  # image tasks of the parts that do not take all: they tell settings apart
+# image tasks of the parts that do not take all; settings differ most in these
+ASKED = ("match", "retrieval", "counting", "spatial")
 
 
 @dataclasses.dataclass(frozen=True)

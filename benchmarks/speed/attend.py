@@ -49,9 +49,8 @@ from akvq_fx.kernels.layout import PADDING, TEXT, Layout
 # Counted by ncu in the loop of attend_cuda.cu (D = 128, one query row a head): 397 instructions of a warp for 32 tokens
 # of 256 numbers. Unpacking alone is 0.66 of it; products run on tensor cores.
 LANE_OPS = 1.55
-ERROR_LIMIT = (
-    2e-2  # relative, bf16: probabilities, products and result each rounded at 2**-8; a larger one counts as wrong
-)
+# relative; probabilities, products and the result are each rounded to bfloat16, at 2**-8; a larger error is wrong
+ERROR_LIMIT = 2e-2
 STEP = akvq_fx.AKVQConfig().capacity_step  # a growing cache is allocated in steps of so many tokens
 BACKENDS = {
     "cuDNN": SDPBackend.CUDNN_ATTENTION,

@@ -77,8 +77,9 @@ def is_empty(node) -> bool:
 def cache_write_of(whole: Node) -> CacheWrite | None:
     """The write behind a [B, H, T, D] node that attention reads.
 
-    None means that the node is no cache: it has another rank, is a plain input that is only read, or is computed here and not
-    returned. Nobody asked for that to be packed, so it is no refusal. Raises NoMatch where it is a cache that cannot be packed.
+    None means that the node is no cache: it has another rank, is a plain input that is only read, or is computed here
+    and not returned. Nobody asked for that to be packed, so it is no refusal. Raises NoMatch where it is a cache that
+    cannot be packed.
     """
     returned = [n for n in outputs(whole.graph) if isinstance(n, Node)]
     if len(shape(whole)) != 4:
@@ -170,8 +171,8 @@ def is_mutation(user: Node, cache: Node) -> bool:
 def cache_like(graph: Graph) -> list[tuple[Node, str]]:
     """Cache tensors of the graph that no attention call was matched to, each with the reason to give.
 
-    Looks from the cache side: a cat of an empty tensor or placeholder along the tokens that is returned (whole or sliced), and
-    buffers written along the tokens.
+    Looks from the cache side: a cat of an empty tensor or placeholder along the tokens that is returned (whole or
+    sliced), and buffers written along the tokens.
     """
     found = []
     returned = {n for n in outputs(graph) if isinstance(n, Node)}
