@@ -16,7 +16,7 @@ from akvq_fx.kernels import append_cuda, attend_cuda, nvrtc
 from akvq_fx.kernels.layout import Layout
 
 bf16, f16, f32 = torch.bfloat16, torch.float16, torch.float32
-# the sources are the same for every GPU, so all forms are compiled for the oldest, and one of each source for a newer one
+# the sources are the same for every GPU: all forms are compiled for the oldest, one of each source for a newer one
 OLDEST, NEWER = "sm_80", "sm_90"
 PACKAGES = ("nvidia-cuda-nvrtc", "nvidia-cuda-nvrtc-cu12")
 SUCCESS = 0  # nvrtcResult
