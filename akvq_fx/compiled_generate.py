@@ -65,7 +65,8 @@ class Generate:
         return generate
 
     def __set__(self, module: OptimizedModule, value) -> None:
-        setattr(module._orig_mod, "generate", value)  # noqa: B010 - what OptimizedModule does for attributes it does not know
+        # as OptimizedModule does for attributes that it does not know
+        setattr(module._orig_mod, "generate", value)  # noqa: B010
 
 
 def install(backend: Callable) -> None:

@@ -17,7 +17,7 @@ from tests.test_find_sites import MUST_FIRE
 ONLINE = {"body_bits": 16, "rotate": True}
 ROTATED = {**ONLINE, "value_rotation": "fold"}
 TWO_BITS = {"tsa_layers": ()}
-ROTATED = (  # where the rotation or the fold takes another way; test_properties mixes the others in
+SPELLINGS = (  # where the rotation or the fold takes another way; test_properties mixes the others in
     models.Direct,
     models.StaticSetItem,
     models.Mqa,
@@ -41,7 +41,7 @@ def test_lossless_equals_eager(spelling):
     assert lossless(spelling).error <= 1e-6
 
 
-@pytest.mark.parametrize("spelling", ROTATED, ids=name)
+@pytest.mark.parametrize("spelling", SPELLINGS, ids=name)
 def test_rotated_and_folded_equals_eager(spelling):
     seen = evidence(Decoder(spelling).double(), ROTATED, steps=2, chunk=3)
     assert seen.error <= 1e-10
