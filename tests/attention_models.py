@@ -73,7 +73,7 @@ class Attention(nn.Module):
         return x[:, :, None].expand(B, H, self.heads // H, T, D).reshape(B, self.heads, T, D)
 
     def mask(self, at, total, padding, past, dtype):
-        """None where torch's is_causal says enough, else bool."""
+        """None where torch's is_causal is enough, else bool."""
         if padding is None and (past is None or at.shape[0] == 1):
             return None
         return seen(at, total, padding)
@@ -99,7 +99,7 @@ class Attention(nn.Module):
 
 
 def whole_prompt(q: Tensor, mask: Tensor | None) -> bool:
-    """is_causal of an attention call, decided by a branch: a symbolic bool is no argument of attention."""
+    """is_causal of an attention call, as a plain bool: attention does not take a symbolic one."""
     if q.shape[2] == 1:
         return False
     return mask is None
@@ -482,7 +482,7 @@ class OutputUsedTwice(Attention):
 
 
 class ValueResidual(Attention):
-    """The projection of the values has another reader (a residual of values): packed, the values rotate online."""
+    """The values' projection has another reader (a residual of values): packed, the values rotate online."""
 
     def project(self, x):
         q, k, self.values = super().project(x)

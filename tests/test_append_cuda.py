@@ -71,8 +71,7 @@ def test_which_prompts_are_packed_four_lanes_a_token():
 
 
 def prompt(layout, tokens, seed=0):
-    """x, at, kinds and affine of a prompt on the GPU; with rows that are constant, huge, tiny, broken, and on edges of
-    codes."""
+    """x, at, kinds and affine of a prompt on the GPU; constant, huge, tiny, broken, and on edges of codes."""
     x = randn(2, 3, tokens, layout.head_dim, seed=seed).cuda()
     x[0, 1] = x[0, 1] * 1e-6 + 3
     x[1, 0, :9] = torch.arange(layout.head_dim, device="cuda") % 7 * 0.5
@@ -114,7 +113,7 @@ def test_four_lanes_or_a_warp_a_token_give_the_same_bits(head_dim, tokens, form,
 
 
 def assert_same_but_for_rounded_pivots(due, cache, layout):
-    """PyTorch's transform adds in another order: pivots may be a rounding apart, nothing else may be."""
+    """PyTorch's rotation adds in another order: pivots may differ by a rounding, nothing else."""
     due, cache = ([buffer.cpu() for buffer in buffers] for buffers in (due, cache))
     assert_caches_same(due, cache, layout, skip=("pivots",))
     at = layout.fields.index("pivots")
@@ -153,8 +152,7 @@ def test_every_byte_of_new_buffers_is_written(head_dim, form, given, monkeypatch
 
 
 def without_other_text(cache, layout):
-    """The buffers with nothing in text slots of tokens that are no text: `append` fills those too, and nobody reads
-    them."""
+    """The buffers, with text slots of other tokens cleared: `append` fills these too, but nothing reads them."""
     b = reference.named(cache, layout)
     free = (b["text_at"] < 0)[:, None, :, None]
     return [t.masked_fill(free, 0) if name == "text_codes" else t for name, t in b.items()]

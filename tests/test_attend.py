@@ -192,8 +192,7 @@ def test_what_a_kernel_does_not_do_itself_is_done_around_it(fused):
 
 
 def draw_chunk(draw, key: Case, value: Case, groups: int, tokens: int):
-    """Two chunks over caches of one prompt, queries, and how they are asked: mask columns and length up to the
-    capacity."""
+    """Two chunks over caches of one prompt, queries, and mask columns and length up to the capacity."""
     start, spare = draw(st.integers(0, key.length)), draw(st.integers(0, 3))
     chunks = [chunk_of(case, start, tokens, draw(seeds), spare) for case in (key, value)]
     B, H, _, D = key.x.shape
@@ -236,7 +235,7 @@ def test_a_chunk_sees_the_cache_before_it_and_itself(drawn):
 
 
 def test_a_chunk_leaves_its_queries_the_whole_ring():
-    """As many tokens as the ring holds: attended before the append, the last of the prompt are still exact."""
+    """A chunk that fills the ring: attended before its append, the prompt's last tokens are still exact."""
     layout = Layout(16, f32, body_bits=2, window=5)
     chunk = chunk_of(case_of(layout), 11, 5)
     exact = (chunk.expected(False)[:, :, :11] == chunk.case.x).all(3).all(1)[0]

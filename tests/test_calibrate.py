@@ -41,8 +41,7 @@ def images(batch: int, count: int, start: int, stop: int) -> dict:
 
 
 def attention_calls(model, monkeypatch, *args, **kwargs) -> list[tuple]:
-    """(query, key, value, probabilities [B, Hq, q, C]) of every attention call of an uncompiled run, keys expanded to
-    Hq heads."""
+    """(query, key, value, probabilities [B, Hq, q, C]) of every attention call of an uncompiled run."""
     calls, real = [], F.scaled_dot_product_attention
 
     def spy(q, k, v, attn_mask=None, is_causal=False, enable_gqa=False, **rest):

@@ -44,8 +44,7 @@ def test_bits_of_the_papers_settings():
     ids=str,
 )
 def test_two_bits_take_at_most_2_6(head_dim, heads, layers, text):
-    """The default recipe outside the tokens at 16 bits, metadata counted; text: its share among vision tokens, 0 for
-    text alone."""
+    """The default recipe outside the tokens at 16 bits, metadata counted; text: share of text, 0 without images."""
     config = akvq_fx.AKVQConfig(window=0, pivots=0)
     has_vision, tokens = (
         text > 0,

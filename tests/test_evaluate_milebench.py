@@ -1,5 +1,4 @@
-"""MileBench: its layout, its prompt, its scoring (values worked out by hand from the released rules), a real
-processor."""
+"""MileBench: its layout, its prompt, its scoring (by hand from the released rules), a real processor."""
 
 import json
 from pathlib import Path

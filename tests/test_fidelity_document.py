@@ -1,5 +1,4 @@
-"""benchmarks/fidelity on tiny models: the document, going on after a stop, findings kept, weights that are not
-there."""
+"""benchmarks/fidelity on tiny models: the document, continuing after a stop, findings kept, missing weights."""
 
 import importlib
 import json

@@ -1,5 +1,4 @@
-"""fold_values: W_O W_V is what it was for any layout of heads; the model's own weights stay; refused where not proven
-legal."""
+"""fold_values: W_O W_V is what it was for any layout of heads; the model's own weights stay; else refused."""
 
 import copy
 import pickle

@@ -1,5 +1,4 @@
-"""What users see: where dynamo gives up, reasons with their lines of code, kernels, and that explain leaves compile
-alone."""
+"""What users see: where dynamo gives up, reasons with lines of code, kernels, and that explain changes nothing."""
 
 import warnings
 
@@ -96,8 +95,7 @@ def test_reset_and_another_call_take_it_back():
 
 @torch._dynamo.config.patch(recompile_limit=2)
 def test_layers_compiled_one_by_one():
-    """Each layer is a graph of one function: as many as the limit are packed, and both the warning and the report say
-    so."""
+    """Each layer is a graph of one function: as many as the limit are packed, as warning and report say."""
     model = llama(4)
     for layer in model.model.layers:
         layer.compile(backend="akvq", options=SMALL)

@@ -286,8 +286,7 @@ def modules() -> dict[str, Path]:
 
 
 def imported(tree: ast.AST, known) -> set[str]:
-    """Modules of ours that a file imports anywhere, in functions too: the module itself, not the packages that it lies
-    in."""
+    """Modules of ours that a file imports anywhere, in functions too: not the packages around them."""
     found = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):

@@ -1,5 +1,4 @@
-"""Every private name of PyTorch, torchao and transformers that we lean on: a test for each says what broke in a new
-version."""
+"""A test for each private name of PyTorch, torchao and transformers that we use: it says what broke."""
 
 import types
 import warnings

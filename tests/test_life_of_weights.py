@@ -45,7 +45,7 @@ def compiled(model, rotation: str):
 
 
 class Pair:
-    """A compiled model and a twin that nobody compiled; both are told the same."""
+    """A compiled model and an uncompiled twin, to which the same changes are applied."""
 
     def __init__(self, rotation: str):
         self.rotation = rotation
@@ -376,8 +376,7 @@ def test_dtypes_there_and_back(fresh):
 
 
 def test_hooks(fresh):
-    """Dynamo does not look for hooks that are added later unless it is told to, with any backend; told so, it compiles
-    anew."""
+    """With any backend, dynamo finds hooks that are added later only if configured to; then it compiles again."""
 
     def after(model):
         for part in parts(model):
@@ -496,7 +495,7 @@ def test_any_change_changes_the_digest(drawn, data):
 
 
 def test_large_weights_are_read_whole():
-    """Longer than what is mixed at a time: every part counts, and so does where it stands."""
+    """Longer than one chunk of the digest: every part counts, and so does its place."""
     x = torch.zeros(3 << 17, dtype=torch.float64)
     texts = {digest(x)}
     for at in (0, (1 << 17) - 1, 1 << 17, (2 << 17) + 5, (3 << 17) - 1):

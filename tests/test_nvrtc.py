@@ -67,7 +67,7 @@ def test_the_compiler_is_found_in_the_wheels_of_either_cuda(place, tmp_path):
 
 
 def compile_for(architecture: str, source: str, macros: dict) -> str:
-    """The compiler's words; "" where it has none to say."""
+    """The compiler's messages, "" where there are none."""
     text = nvrtc.text_of(source).encode()
     options = [f"--gpu-architecture={architecture}", "--std=c++17", *(f"-D{k}={v}" for k, v in macros.items())]
     program = ctypes.c_void_p()

@@ -81,7 +81,7 @@ def through_torch_save(x):
 
 
 def mixed(x) -> torch.Tensor:
-    """Row numbers in no order, one twice, one perhaps missing."""
+    """Row numbers in random order, one of them twice, some perhaps missing."""
     return torch.arange(x.shape[0] + 1).mul(2).add(1) % x.shape[0]
 
 
@@ -425,8 +425,7 @@ def test_token_ops_move_codes(layout, op):
 
 
 def test_sinks_and_recent_at_every_step():
-    """A cache that evicts after every token is as one that was cut once at the end: no token is quantized twice, none
-    grows."""
+    """A cache that evicts after every token equals one that is cut once at the end: nothing is quantized twice."""
     x = packed_of(case_of(LAYOUTS["2bit-text4-bf16"], T=40, capacity=48))
     y, whole = x, x
     for seed in range(30):

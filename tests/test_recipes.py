@@ -258,8 +258,7 @@ def test_skvq_puts_channels_of_one_size_in_one_group(dtype):
 @given(seed=seeds, more=st.integers(1, 12), group=st.sampled_from((4, 8, 16)))
 @few
 def test_skvq_groups_by_first_tokens_and_for_good(seed, more, group):
-    """Later tokens, however large, and in several calls, leave what was read; before there is an order nothing is
-    quantized."""
+    """Later tokens, however large, and in several calls, leave what was read; before that nothing is quantized."""
     x = randn(1, 2, 12 + more, 16, seed=seed)
     x[:, :, 12:, seed % 16] *= 1000
     assert_same("earlier tokens", skvq(x[:, :, :12], group=group)[:, :, :9], skvq(x, group=group)[:, :, :9])

@@ -5,8 +5,8 @@
     python benchmarks/conformance/versions.py --env folder --torch 2.14.1     an environment that is there already
 
 Each pair gets a virtual environment of its own in a temporary folder, so this takes a download of PyTorch for each and
-as long as the suite; its Python must be on PATH. With --env nothing is installed. What follows -- goes to pytest. A row
-is replaced by a later run of the same versions and tests.
+as long as the suite; its Python must be on PATH. With --env nothing is installed. What follows -- goes to pytest. A
+later run of the same versions and tests replaces the row.
 """
 
 from __future__ import annotations

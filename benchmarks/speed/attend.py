@@ -5,9 +5,9 @@
 
 A shape is B/Hq/Hkv/T[/D][/padded]. The bf16 peer is the fastest of cuDNN, flash and memory-efficient attention, each
 asked in every form that it accepts: enable_gqa, a group's query heads as query tokens (what transformers does),
-repeated keys. The packed cache has the backend's default layout. Both are CUDA graph replays that rotate over caches
-larger than the L2. "akvq" takes queries and leaves its output in the space in which the cache is stored; "with restore"
-is the same call that also rotates its output back, as the default value_rotation="online" has it.
+repeated keys. The packed cache has the backend's default layout. Both are CUDA graph replays that cycle through
+caches larger than the L2. "akvq" takes queries and leaves its output in the space in which the cache is stored; "with
+restore" is the same call that also rotates its output back, as the default value_rotation="online" has it.
 
 Two limits stand behind every row. Bytes: what must be read at least (both halves; the ring instead of the body where it
 holds a token; q and out), over the bandwidth of a large copy in the same run. Operations: lane operations to unpack one
@@ -93,7 +93,7 @@ CPU_SHAPES = [Shape(1, 32, 32, 8192), Shape(1, 32, 8, 8192)]
 
 
 def layouts(head_dim: int, dtype: torch.dtype) -> tuple[Layout, Layout]:
-    """The backend's defaults for a PSA layer; what is packed as values stands for values that are rotated already."""
+    """The backend's defaults for a PSA layer; the values that are packed count as rotated already."""
     chosen = akvq_fx.AKVQConfig()
     same = {name: getattr(chosen, name) for name in ("body_bits", "window", "pivots", "body_clip", "group")}
     key = Layout(head_dim, dtype, **same, rotated=True, affine=True)
@@ -172,7 +172,7 @@ def sdpa_forms(p: Problem):
 
 
 def best_sdpa(p: Problem, device: torch.device) -> tuple[Timing, str, str]:
-    """(timing, which, what the others took)."""
+    """(timing, name of the fastest, timings of the others)."""
     taken: list[tuple[float, Timing, str]] = []
     refused = []
     for form, q, k, v, kwargs in sdpa_forms(p):
@@ -330,7 +330,7 @@ def main() -> None:
     args.budget = Budget(args.seconds)
     device = torch.device(args.device)
     with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")  # SDPA warns why a backend does not take a shape; the table tells
+        warnings.simplefilter("ignore")  # SDPA warns why a backend does not take a shape; the table says that
         tables = on_cuda(args, device) if device.type == "cuda" else on_cpu(args, device)
         finish(tables, device, args.markdown)
 

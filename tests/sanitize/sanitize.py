@@ -5,11 +5,12 @@
     compute-sanitizer --tool racecheck python3 tests/sanitize/sanitize.py --only attend_cuda
     python3 tests/sanitize/sanitize.py --list                                # names of the cases; needs no GPU
 
-The sanitizer makes a kernel 10 to 100 times slower, so inputs, caches and what is due are made on the CPU, and little
-but the kernels runs on the GPU. Each tensor has an allocation of its own (no caching allocator), so that memcheck sees
+The sanitizer makes a kernel 10 to 100 times slower, so inputs, caches and expected results are made on the CPU, and
+little but the kernels runs on the GPU. Each tensor has an allocation of its own (no caching allocator), so that
+memcheck sees
 a byte past its end. A case prints `ok NAME`, `refused NAME: reason` or `failed NAME: error` as it ends; the exit status
-is 0 if all were ok. Its result must be finite and about what the CPU's reference gives: a kernel that did nothing
-fails. What is exact, the tests say.
+is 0 if all were ok. Its result must be finite and close to the CPU reference's, so that a kernel that did nothing
+fails; exactness is for the tests.
 """
 
 from __future__ import annotations
@@ -38,9 +39,9 @@ from akvq_fx.kernels.layout import DTYPE_NAMES, DTYPES, PIVOT, STATE_TEXT, TEXT,
 from akvq_fx.kernels.quantizer import dequantize
 
 Cases = Iterator[tuple[str, Callable[[], None]]]
-LIMIT = 0.03  # of the norm; kernels at 16 bits are a third of it off
+LIMIT = 0.03  # of the norm; kernels at 16 bits differ by a third of it
 ROTATED_LIMIT = 0.15  # of what was rotated and then cut to codes: a number at an edge is a whole step off
-# the rows or programs from which one takes several tiles: so few where a case is "many"
+# rows or programs from which on one takes several tiles; lowered to this where a case is "many"
 FEW = {"append_cuda": ("append_cuda.MANY", 64), "cache_triton": ("rotate_triton.PROGRAMS", 1)}
 FEW["rotate_triton"] = FEW["cache_triton"]
 
@@ -190,7 +191,7 @@ def write(module: str, lanes: bool, call: Write) -> None:
 
 
 def compare(due: dict[str, Tensor], got: dict[str, Tensor], layout: Layout, rotated: bool) -> None:
-    """Codes by what they stand for, in text slots only where there is text; whole numbers to the bit."""
+    """Compare codes by the numbers that they stand for, text slots only where there is text, integers to the bit."""
     limit = ROTATED_LIMIT if rotated else LIMIT
     if layout.text_bits:
         texts = (ops.read_text(b, layout).masked_fill((b["text_at"] < 0)[:, None, :, None], 0) for b in (due, got))
