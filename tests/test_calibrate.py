@@ -13,7 +13,7 @@ import akvq_fx
 from akvq_fx import policy
 from akvq_fx.analysis import measure
 from akvq_fx.analysis.calibration import Calibration, LayerStatistics, Prompt
-from akvq_fx.analysis.watch import Seen
+from akvq_fx.analysis.watch import AttentionCall
 from akvq_fx.backend import akvq
 from akvq_fx.config import AKVQConfig
 from akvq_fx.kernels.rotate import matrix
@@ -92,7 +92,7 @@ def test_shares_are_sums_of_the_softmax(data):
         "float": torch.where(mask, 0.0, -torch.inf).expand(B, 1, q, q),
     }[kind]
     at = torch.arange(q)
-    seen = Seen(0, "", query, key, given_mask, kind == "causal", None, key, key, None, None, at)
+    seen = AttentionCall(0, "", query, key, given_mask, kind == "causal", None, key, key, None, None, at)
     row, vision, valid = draw(0, B - 1), random(q) > 0, torch.ones(q, dtype=torch.bool)
     pivots = torch.tensor([draw(0, q - 1), -1], dtype=torch.int32)
     asked = torch.tensor(sorted(data.draw(st.sets(st.integers(0, q - 1), min_size=1))))
