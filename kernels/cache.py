@@ -107,7 +107,7 @@ def write(
     if layout.window:
         newest = x[:, :, -layout.window :]
         b["ring"].index_copy_(2, at[-layout.window :] % layout.window, newest.to(b["ring"].dtype))
-    # a crop may have moved the end back: pivots from here on are gone, and positions that the ring lost stay lost
+    # after a crop the tokens may start before the end: later pivots are gone, and what the ring lost stays lost
     if layout.pivots:
         b["pivot_at"].masked_fill_(b["pivot_at"] >= start, -1)
     if layout.pivots and pivots is not None:

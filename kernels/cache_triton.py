@@ -218,7 +218,7 @@ def write_kernel(
             )  # fmt: skip
 
     if tl.program_id(1) == 0:
-        if PIVOTS:  # a crop may have moved the end back: pivots from here on are gone
+        if PIVOTS:  # after a crop the tokens may start before the end: later pivots are gone
             pivot = tl.arange(0, PIVOTS_P)[None, :]
             where = pivot_at + (batch * PIVOTS + tl.zeros([ROWS], tl.int64))[:, None] + pivot
             mine = (first_head & (place == 0))[:, None] & (pivot < PIVOTS)

@@ -153,12 +153,12 @@ class VisionTasks(ImageTasks):
             yield functools.partial(self._count_too, run)
 
     def _count_too(self, run: Any, task: str, index: int) -> dict[str, Any]:
-        seen = Seen(run)
+        seen = FirstCache(run)
         row = self._measure(seen, task, index)
         return {**row, **counted(seen.cache)}
 
 
-class Seen:
+class FirstCache:
     """A model that remembers the cache of its first call, the prefix's; everything else is the model's."""
 
     def __init__(self, run: Any):
