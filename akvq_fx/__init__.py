@@ -1,4 +1,4 @@
-"""akvq_fx: torch.compile(model, backend="akvq") gives any traced vision-language model the AKVQ-VL 2-bit key-value cache.
+"""akvq_fx: torch.compile(model, backend="akvq") gives any traced vision-language model a 2-bit KV cache (AKVQ-VL).
 
 import torch
 model.compile(backend="akvq")            # or torch.compile(model, backend="akvq"); no import of akvq_fx is needed

@@ -1,6 +1,6 @@
 """akvq: the backend that torch.compile(model, backend="akvq") calls with every graph that dynamo captures.
 
-dynamo graph -> passes.PIPELINE -> inner compiler (Inductor unless told otherwise) -> Runtime. One module-level callable: a new
+dynamo graph -> passes.PIPELINE -> inner compiler (default: Inductor) -> Runtime. One module-level callable: a new
 function object per call would recompile. The graph that dynamo passes in is never edited.
 """
 
@@ -38,7 +38,7 @@ def akvq(gm: GraphModule, example_inputs: list, *, mode: str | None = None, opti
     Raises ValueError for options that AKVQConfig does not accept.
     """
     versions.warn_of_untried()
-    with gave_up.noticed(akvq):
+    with gave_up.compiling_for(akvq):
         return compile_graph(gm, example_inputs, AKVQConfig.from_options(options, mode))
 
 
@@ -58,8 +58,8 @@ def compile_graph(gm: GraphModule, example_inputs: list, config: AKVQConfig):
     return runtime
 
 
-akvq.dynamo_gave_up = gave_up.tell
-gave_up.listen()
+akvq.dynamo_gave_up = gave_up.warn_and_keep
+gave_up.register_hook()
 compiled_generate.install(akvq)
 
 
@@ -69,7 +69,7 @@ def _register_checkout() -> None:
 
 
 class Passthrough:
-    """A graph without a cache that begins a call: only the vision mask of the call before is forgotten."""
+    """Runs a graph without a cache that begins a call, and drops the vision mask that the previous call left."""
 
     def __init__(self, inner):
         self.inner = inner
@@ -80,14 +80,14 @@ class Passthrough:
 
 
 def rewrite(gm: GraphModule, example_inputs: list, config: AKVQConfig) -> GraphState:
-    """Run the pipeline over a copy of the graph; every pass leaves a numbered artifact for TORCH_TRACE and one debug line."""
+    """Run the pipeline over a copy of the graph; every pass leaves an artifact for TORCH_TRACE and a debug line."""
     tensors = {i: x for i, x in enumerate(example_inputs) if isinstance(x, torch.Tensor)}
     state = GraphState(gm, policy.resolve(config, gm, example_inputs), tensors)
     done: list[str] = []
     disabled = os.environ.get(DISABLE, "")
     steps = without(PIPELINE, disabled)
     if len(steps) < len(PIPELINE):
-        say_disabled(disabled)
+        warn_of_disabled(disabled)
     for number, step in enumerate(steps):
         begin = time.perf_counter()
         try:
@@ -104,7 +104,7 @@ def rewrite(gm: GraphModule, example_inputs: list, config: AKVQConfig) -> GraphS
 
 
 @functools.cache
-def say_disabled(names: str) -> None:
+def warn_of_disabled(names: str) -> None:
     """Once a process: a variable that was left set is easily forgotten."""
     log.warning("%s=%s: these passes do not run", DISABLE, names)
 
@@ -147,7 +147,7 @@ def fake_vision(state: GraphState):
 def compile_rewritten(state: GraphState, examples: list):
     """The rewritten graph, whole or in the two parts that a captured decode step has.
 
-    Inductor's own CUDA graphs would be recorded anew for every length of a cache; these graphs are captured here or not at all.
+    Inductor's own CUDA graphs would be recorded anew for every length of a cache, so they are not used.
     """
     config, split = state.config, state.split
     mode = None if config.mode == CAPTURED_MODE else config.mode
@@ -169,7 +169,7 @@ def compile_inner(gm: GraphModule, example_inputs: list, config: AKVQConfig, mod
         return gm
     if config.inner == "aot_eager":
         return torch_internals.aot_eager(gm, example_inputs)
-    # Inductor's disk cache knows an op by its name: graphs of another version of the ops would be taken for this one's
+    # Inductor's disk cache identifies an op by its name alone; the digest keeps it from mixing up versions of our ops
     with torch.compiler.config.patch(cache_key_tag=f"{torch.compiler.config.cache_key_tag} akvq_fx {ops_digest()}"):
         return torch_internals.inductor(gm, example_inputs, mode)
 

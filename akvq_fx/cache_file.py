@@ -3,11 +3,11 @@
 Tensor `{name}/{field}` is one buffer of one cache (kernels/layout.py), whole, capacity included. The file's metadata
 holds one JSON text under the key "akvq":
 
-    {"version": 3, "caches": {name: {"layout": text, "length": T, "end": T | null, "prompt": T, "owner": text | null}}}
+    {"version": 4, "caches": {name: {"layout": text, "length": T, "end": T | null, "prompt": T, "owner": text | null}}}
 
-length is the view's, the rest is Storage's. Loading executes no code and believes nothing: sizes are compared with the
-layout before a buffer is read, positions with the capacity after, so no index that an op computes from a file leads
-outside a buffer.
+length belongs to the view, the rest to its Storage. Loading executes no code and trusts nothing: sizes are compared
+with the layout before a buffer is read, positions with the capacity after, so no index that an op computes from a file
+leads outside a buffer.
 
 PackedKV.save and PackedKV.load come here; `kind` is PackedKV, which this module does not import.
 """
@@ -60,7 +60,7 @@ class Place:
 
 
 def save(caches: dict[str, Tensor], path, kind: type) -> None:
-    """Write packed tensors by name. A name is printable text without "/"; two views of one storage come back apart."""
+    """Write packed tensors by name (printable text without "/"); views of one storage load as separate caches."""
     file = Place(f"akvq cache file {os.fspath(path)}")
     tensors, entries, written = {}, {}, set()
     for name, packed in caches.items():
@@ -123,7 +123,11 @@ def read(place: Place, file, keys: dict[str, str], entry: dict, device, kind: ty
 
 def check_name(place: Place, name) -> None:
     if not isinstance(name, str) or not name or not name.isprintable() or "/" in name:
-        place.refuse("a cache's name", repr(name), 'printable text without "/", which parts a cache from its buffers')
+        place.refuse(
+            "a cache's name",
+            repr(name),
+            'printable text without "/", which separates the name of a cache from that of a buffer',
+        )
 
 
 def unique(pairs: list) -> dict:

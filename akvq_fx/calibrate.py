@@ -1,7 +1,8 @@
 """calibrate(model, *prompts): measure where a model's attention goes, and decide its TSA layers by that.
 
-The analysis of section III of the paper (arXiv 2501.15021) for any model that the backend understands. The prompts are run once
-each through dynamo's own graphs, uncompiled; attention weights are computed on the side, for a few queries, block by block.
+The analysis of section III of the paper (arXiv 2501.15021) for any model that the backend understands. The prompts are
+run once each through dynamo's own graphs, uncompiled; attention weights are computed on the side, for a few queries,
+block by block.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from akvq_fx import policy, torch_internals
 from akvq_fx.analysis import measure
 from akvq_fx.analysis.calibration import Calibration, LayerStatistics, Massive, Prompt
-from akvq_fx.analysis.watch import Seen, Watch
+from akvq_fx.analysis.watch import AttentionCall, Watch
 from akvq_fx.config import AKVQConfig
 
 GRAPHS = 256  # graphs that dynamo may make of one function: prompts differ in length and batch
@@ -33,14 +34,15 @@ def calibrate(
 ) -> Calibration:
     """Run the model over each prompt and return a Calibration, which tsa_layers="auto" remembers for these weights.
 
-    prompts   each the inputs of one call with an empty cache: a mapping of keyword arguments, a tuple of arguments, or a tensor
-    options   as of torch.compile(backend="akvq"): window, pivots, pivot_mode, massive_floor and massive_ratio count here
+    prompts   each the inputs of one call with an empty cache: a mapping of keyword arguments, a tuple of arguments, or
+              a tensor
+    options   of torch.compile(backend="akvq"); only window, pivots, pivot_mode and massive_* matter
     queries   at most this many query tokens of each prompt row, counted from its end: its text after the last image
     ratio     how much more attention a text token must get than a vision token in a TSA layer
     progress  called after each prompt
 
-    The model, its weights and its cache stay as they are. Raises ValueError for no prompts or numbers out of range, RuntimeError
-    for a prompt in which no attention over a cache was seen.
+    The model, its weights and its cache stay as they are. Raises ValueError for no prompts or numbers out of range,
+    RuntimeError for a prompt in which no attention over a cache was seen.
     """
     if not prompts:
         raise ValueError(
@@ -56,7 +58,7 @@ def calibrate(
     collector = Collector(config, queries)
     names = {id(p): name for name, p in original.named_parameters()} if is_module else {}
     watch = Watch(config, names, collector.look)
-    run = torch_internals.apart(original._call_impl if is_module else original, watch.backend)
+    run = torch_internals.compile_isolated(original._call_impl if is_module else original, watch.backend)
     with torch._dynamo.config.patch(recompile_limit=GRAPHS, accumulated_recompile_limit=GRAPHS):
         for number, prompt in enumerate(prompts):
             watch.vision = None
@@ -103,25 +105,25 @@ class Collector:
     def begin(self) -> None:
         self.prompt = None
 
-    def look(self, seen: Seen) -> None:
-        layer = self.layers.setdefault(seen.label, LayerStatistics(seen.layer, seen.label))
-        valid = measure.valid_of(seen)
-        vision = seen.vision & valid if seen.vision is not None else torch.zeros_like(valid)
-        peaks = measure.peaks_of(seen)
+    def look(self, call: AttentionCall) -> None:
+        layer = self.layers.setdefault(call.label, LayerStatistics(call.layer, call.label))
+        valid = measure.valid_of(call)
+        vision = call.vision & valid if call.vision is not None else torch.zeros_like(valid)
+        peaks = measure.peaks_of(call)
         pivots = measure.pivots_of(peaks, valid, self.config)
         asked = 0
         for row in range(len(valid)):
             at = measure.queries_of(valid[row], vision[row], self.queries)
             asked += len(at)
             found, tokens = measure.attention_mass(
-                seen, row, at, valid[row], vision[row], pivots[row], self.config.window
+                call, row, at, valid[row], vision[row], pivots[row], self.config.window
             )
             layer.sums = {name: layer.sums.get(name, 0) + mass for name, mass in found.items()}
             layer.tokens = {name: layer.tokens.get(name, 0) + count for name, count in tokens.items()}
         layer.queries += asked
         if peaks is not None:
             layer.massive += self.massive(peaks, valid)
-        for name, (largest, mean) in measure.channel_magnitudes(seen, valid).items():
+        for name, (largest, mean) in measure.channel_magnitudes(call, valid).items():
             before = layer.largest.get(name, largest)
             layer.largest[name] = torch.maximum(before, largest)
             layer.mean[name] = (layer.mean.get(name, 0) * layer.calls + mean) / (layer.calls + 1)

@@ -1,8 +1,9 @@
 """The one thing outside itself that akvq_fx touches: `torch.compile(model, backend="akvq").generate(...)`.
 
-In plain PyTorch that call reaches the original module (OptimizedModule forwards unknown attributes), whose generate then calls the
-uncompiled forward: nothing is compiled, silently. Here OptimizedModule gets a `generate` attribute that, for modules compiled with
-this backend and for no others, runs the same method with the compiled forward in place for as long as the call lasts.
+In plain PyTorch that call reaches the original module (OptimizedModule forwards unknown attributes), whose generate
+then calls the uncompiled forward: nothing is compiled, silently. Here OptimizedModule gets a `generate` attribute that,
+for modules compiled with this backend and for no others, runs the same method with the compiled forward in place for as
+long as the call lasts.
 """
 
 from __future__ import annotations
@@ -17,9 +18,8 @@ from akvq_fx import torch_internals
 
 OptimizedModule = torch_internals.optimized_module()
 _calls: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # OptimizedModule -> its compiled _call_impl
-_depth: weakref.WeakKeyDictionary = (
-    weakref.WeakKeyDictionary()
-)  # original module -> (generate calls under way, what to restore)
+# original module -> (generate calls under way, what to restore)
+_depth: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 _lock = threading.Lock()
 
 
@@ -45,7 +45,7 @@ def compiled_forward(module: OptimizedModule):
 
 
 class Generate:
-    """Descriptor: OptimizedModule.generate, for modules compiled with `backend` (by its name or the function itself)."""
+    """Descriptor: OptimizedModule.generate, for modules compiled with `backend`, given by name or itself."""
 
     def __init__(self, backend: Callable):
         self.backend = backend
@@ -65,7 +65,8 @@ class Generate:
         return generate
 
     def __set__(self, module: OptimizedModule, value) -> None:
-        setattr(module._orig_mod, "generate", value)  # noqa: B010 - what OptimizedModule does for attributes it does not know
+        # as OptimizedModule does for attributes that it does not know
+        setattr(module._orig_mod, "generate", value)  # noqa: B010
 
 
 def install(backend: Callable) -> None:

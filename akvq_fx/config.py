@@ -1,4 +1,4 @@
-"""AKVQConfig: every number of the method in one frozen place, each with its source. `options=` of torch.compile maps onto it."""
+"""AKVQConfig: every number of the method in one frozen place, each with its source: torch.compile's `options=`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from akvq_fx.recipes import RECIPES
 
-# where neither the user nor the recipe says anything: AKVQ-VL's numbers, from its paper's
+# what an option is where neither the user nor the recipe sets it: AKVQ-VL's numbers, with their place in its paper
 DEFAULTS = {
     "body_bits": 2,
     "text_bits": 4,  # section III-B, text-salient attention
@@ -18,9 +18,9 @@ DEFAULTS = {
     "window": 128,  # section IV-A
     "pivots": 15,  # figure 8
     "tsa_layers": (0, 1),  # table I, LLaVA-1.5, LLaVA-1.6-vicuna, Qwen2-VL
-    "value_rotation": "online",  # nobody's weights are held twice unless asked for; the paper folds
+    "value_rotation": "online",  # the paper folds, which needs these weights a second time, so it is opt-in
 }
-# a simulated recipe has its own numbers: what the packed path would do has no meaning for it
+# options of the packed path; a simulated recipe takes none of them, since it has its own numbers
 PACKED_ONLY = ("body_bits", "text_bits", "psa_text_key_bits", "body_clip", "text_clip", "group", "window", "pivots",
                "center_keys", "balance_keys", "rotate")  # fmt: skip
 CLIPS = {2: 0.8, 4: 1.0, 8: 1.0, 16: 1.0}  # range clipping by bits: paper section IV-A; no clipping above 2 bits
@@ -38,24 +38,26 @@ CHOICES = {
 
 @dataclasses.dataclass(frozen=True)
 class AKVQConfig:
-    """Settings of one compiled model. What is None is the recipe's choice, else a default; after construction nothing but mode is.
+    """Settings of one compiled model. On construction None is replaced by the recipe's choice, else by a default.
 
     recipe          a method of akvq_fx.recipes; a simulated one takes none of PACKED_ONLY
-    body_bits       bits of every token that is not salient; 16 is lossless mode: the cache is carried, nothing is quantized
-    text_bits       bits of text tokens in TSA layers; 16 keeps TSA layers wholly at 16 bits, and with no more
-                    than body_bits they are as the others
-    psa_text_key_bits  bits of the keys of text tokens in the other layers, where vision tokens can be told apart and these are more
+    body_bits       bits of every token that is not salient; 16 is lossless mode, in which nothing is quantized
+    text_bits       bits of text tokens in TSA layers; 16 keeps TSA layers wholly at 16 bits; with body_bits or fewer
+                    they are treated like the others
+    psa_text_key_bits
+                    bits of text tokens' keys in the other (PSA) layers, where vision tokens are known and this is more
                     than body_bits; values of text tokens have body_bits there
-    tsa_layers      decoder layers that attend to text first; they need vision tokens to be told apart (else they act as PSA);
+    tsa_layers      decoder layers that attend to text first; where no vision tokens are known they act as PSA layers.
                     "auto": as akvq_fx.calibrate measured, else the paper's table (akvq_fx/policy.py)
     window          most recent tokens kept at 16 bits, in every layer
-    pivots          tokens kept at 16 bits in PSA layers; pivot_mode "topk" fills all slots by max |h|, "massive" only with
-                    tokens above massive_floor and massive_ratio times the median
+    pivots          tokens kept at 16 bits in PSA layers; pivot_mode "topk" fills all slots by max |h|, "massive" only
+                    with tokens above massive_floor and massive_ratio times the median
     group           channels that share a scale; a head dim that is no multiple of it is one group
-    rotate          Walsh-Hadamard transform of keys and values; None: on, but off in lossless mode
-    value_rotation  "online" where tokens are written and attention reads them; "fold": into copies of W_V and W_O where the graph
-                    proves it legal, else online; "off"
-    prefill         "exact": the prompt attends to its own 16-bit keys, as serving systems do; "quantized": to the packed ones
+    rotate          Walsh-Hadamard rotation of keys and values; None: on, but off in lossless mode
+    value_rotation  "online": in the graph, where tokens are written and read; "fold": into copies of W_V and W_O where
+                    the graph proves that legal, else online; "off"
+    prefill         "exact": the prompt attends to its own 16-bit keys, as serving systems do; "quantized": to the
+                    packed ones
     inner, mode     the compiler of the rewritten graph, and its torch.compile mode (Inductor only)
     """
 
@@ -84,7 +86,7 @@ class AKVQConfig:
     def __post_init__(self):
         if self.recipe not in tuple(RECIPES):
             self._refuse("recipe", "one of " + ", ".join(map(repr, RECIPES)))
-        self._choose()
+        self._fill_in()
         for name, accepted in CHOICES.items():
             if getattr(self, name) not in accepted:
                 self._refuse(name, "one of " + ", ".join(map(repr, accepted)))
@@ -107,14 +109,14 @@ class AKVQConfig:
                 object.__setattr__(self, name, CLIPS[bits])
             elif not _is_number(clip) or not 0 < clip <= 1:
                 self._refuse(name, "a number in (0, 1]")
-        if self.tsa_layers != "auto":  # which akvq_fx/policy.py makes layer numbers of, before any pass runs
+        if self.tsa_layers != "auto":  # akvq_fx/policy.py replaces "auto" by layer numbers, before any pass runs
             if isinstance(self.tsa_layers, (str, bytes)) or not all(_is_int(i) and i >= 0 for i in self.tsa_layers):
                 self._refuse("tsa_layers", 'a sequence of layer numbers >= 0, or "auto"')
             object.__setattr__(self, "tsa_layers", tuple(sorted(set(self.tsa_layers))))
         if self.mode is not None and self.inner != "inductor":
             self._refuse("mode", f"None when inner={self.inner!r}: only Inductor has modes")
 
-    def _choose(self):
+    def _fill_in(self):
         """Put the recipe's choice, else the default, where the user gave none."""
         recipe = RECIPES[self.recipe]
         if recipe.simulated:
@@ -123,7 +125,8 @@ class AKVQConfig:
                     packed = ", ".join(repr(r.name) for r in RECIPES.values() if not r.simulated)
                     self._refuse(
                         name,
-                        f"no value with recipe={self.recipe!r}, which has its own numbers, or a packed recipe: {packed}",
+                        f"no value with recipe={self.recipe!r}, which has its own numbers, "
+                        f"or a packed recipe: {packed}",
                     )
             if self.mode == "reduce-overhead":
                 self._refuse(
@@ -133,7 +136,7 @@ class AKVQConfig:
         if recipe.simulated:
             chosen |= {"body_bits": 16, "window": 0, "pivots": 0}
         bits = chosen["body_bits"] if self.body_bits is None else self.body_bits
-        if bits == 16:  # the cache is carried as it is
+        if bits == 16:  # lossless
             chosen |= {"center_keys": False, "balance_keys": False, "rotate": False}
         chosen.setdefault("rotate", True)
         for name, value in chosen.items():
@@ -150,7 +153,7 @@ class AKVQConfig:
 
     @property
     def keeps_psa_text_keys(self) -> bool:
-        """PSA layers hold keys of text at more bits than the rest, where it can be told apart."""
+        """PSA layers keep text tokens' keys at more bits than other keys, where vision tokens are known."""
         return self.psa_text_key_bits > self.body_bits
 
     @property

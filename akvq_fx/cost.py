@@ -1,6 +1,7 @@
-"""The cost model: bytes and bits of a packed cache as sympy expressions, from the same table that allocates it; bits of recipes.
+"""The cost model: bytes and bits of packed caches as sympy expressions, from the table that allocates them.
 
-B batch, H KV heads, C capacity, Ct text slots, T tokens. `bytes_of` with real sizes put in equals what `Layout.allocate` makes.
+B batch, H KV heads, C capacity, Ct text slots, T tokens. `bytes_of` with real sizes put in equals what
+`Layout.allocate` makes.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ def bytes_of(layout: Layout) -> sympy.Expr:
 def bits_per_element(layout: Layout, heads: int, text_fraction: float = 0.0) -> sympy.Expr:
     """Bits per cached number at T tokens with no spare capacity, batch 1; an expression in T.
 
-    text_fraction: share of text tokens, of which a text overlay holds what they have more than body_bits.
+    text_fraction: share of tokens that are text; a text overlay holds their bits beyond body_bits.
     """
     exact = bytes_of(layout).subs({B: 1, H: heads, C: T, CT: text_fraction * T})
     return sympy.simplify(8 * exact / (heads * T * layout.head_dim))
@@ -57,7 +58,7 @@ def bits_at(layout: Layout, heads: int, tokens: int, vision: float = 0.0) -> flo
 def recipe_bits(
     name: str, head_dim: int, heads: int, tokens: int, vision: float, layers: int, dtype: torch.dtype = torch.float16
 ) -> float:
-    """bits_at of a recipe with its own options: the mean over keys and values, and over layers, of which the first may be TSA."""
+    """bits_at of a recipe with its own options, averaged over keys, values and layers (the first may be TSA)."""
     config = AKVQConfig(recipe=name)
     tsa = sum(layer < layers for layer in config.tsa_layers) if vision and not config.simulated else 0
 

@@ -1,10 +1,10 @@
 """DecodeStep: a decode graph in two parts (passes/split_decode.py), the body of which a CUDA graph replays.
 
-A body reads and writes cache buffers and weights where they lie (held); everything else (tokens, masks, positions) is copied
-into tensors of its own before a replay, and results are cloned after it, so a later step overwrites nothing that the caller
-has. The first step over a set of buffers runs as it is, which compiles and tunes kernels; the second is captured; later ones
-are replayed. Capturing runs nothing, so every step runs exactly once. Buffers are known by their addresses, not held: a CUDA
-graph whose buffers died is dropped.
+A body reads and writes cache buffers and weights where they lie (held); everything else (tokens, masks, positions) is
+copied into tensors of its own before a replay, and results are cloned after it, so a later step overwrites nothing that
+the caller has. The first step over a set of buffers runs as it is, which compiles and tunes kernels; the second is
+captured; later ones are replayed. Capturing runs nothing, so every step runs exactly once. Buffers are recognised by
+their addresses and not kept alive; a CUDA graph whose buffers died is dropped.
 """
 
 from __future__ import annotations
@@ -22,9 +22,8 @@ from torch import Tensor
 from akvq_fx.program import Split
 from akvq_fx.report import Capture
 
-KEPT = (
-    8  # sets of buffers known at a time: generations that take turns; more would keep memory that nobody comes back to
-)
+# sets of buffers remembered at a time, for generations that alternate; more would hold memory of caches no longer used
+KEPT = 8
 NO_CUDA = "there is no CUDA device under these tensors"
 Replay = Callable[[], Sequence]
 
@@ -33,14 +32,14 @@ def compared_one_by_one(tensors: list[Tensor], addresses: list[int], indices: li
     return all(tensors[i].data_ptr() == addresses[i] for i in indices)
 
 
-# of PyTorch built for CUDA: 800 tensors in some ten microseconds
+# only in PyTorch built for CUDA; compares 800 tensors in about ten microseconds
 same_addresses = getattr(torch._C, "_tensors_data_ptrs_at_indices_equal", compared_one_by_one)
 
 
 class CudaRecorder:
-    """record(function, arguments) -> a call that runs the recorded work again and gives its results, in the same memory.
+    """record(function, arguments) -> a call that runs the recorded work again, in the same memory.
 
-    Graphs on one stream share a pool: they run one after another, so what one uses in passing, another may use too.
+    Graphs on one stream share a memory pool: they run one after another, so they can use the same scratch memory.
     """
 
     def __init__(self):
@@ -49,13 +48,13 @@ class CudaRecorder:
         self.streams: dict[torch.device, torch.cuda.Stream] = {}
 
     def place(self, device: torch.device) -> int:
-        """What a recording is bound to beside memory: the stream that replays it."""
+        """The current CUDA stream, as a number. A recording is used only on the stream that it was made for."""
         return torch._C._cuda_getCurrentRawStream(device.index)
 
     def __call__(self, function: Callable, arguments: list, device: torch.device) -> Replay:
         place = self.place(device)
         alive = self.alive.setdefault(place, weakref.WeakSet())
-        if not alive:  # the allocator refuses a pool that all graphs have left
+        if not alive:  # the allocator refuses a pool that no graph uses any more
             self.pools[place] = torch.cuda.graph_pool_handle()
         with torch.cuda.device(device):
             if device not in self.streams:
@@ -73,12 +72,12 @@ class CudaRecorder:
 
 
 class Recording:
-    """One set of buffers: where they lie, whether they live, and once captured, how to run the body over them again.
+    """One set of cache buffers: their addresses, and, once captured, a replay of the body over them.
 
     key       sizes, numbers and stream
     addresses of the held tensors
     inputs    tensors that the moved inputs are copied into
-    own       per result: it is memory of its own (else a held tensor, which is given as it is)
+    own       per result: True if it lies in the graph's memory and must be cloned, False if it is a held tensor
     """
 
     def __init__(self, key: tuple, held: list[Tensor], owner: DecodeStep):
@@ -132,7 +131,7 @@ class DecodeStep:
         moved = [x.contiguous() for x in self.moved(inputs)]
         for x, capacity in zip(made, self.split.pads, strict=False):
             if capacity is not None:
-                x = torch.nn.functional.pad(x, (0, inputs[capacity].shape[2] - x.shape[-1]), value=nothing_seen(x))
+                x = torch.nn.functional.pad(x, (0, inputs[capacity].shape[2] - x.shape[-1]), value=masked_value(x))
             moved.append(x.contiguous())
         if self.split.starts:
             moved.append(self.place_rows(inputs, None))
@@ -192,7 +191,7 @@ class DecodeStep:
             self.drop(self.known[0])
 
     def forget_later(self, recording: Recording) -> None:
-        """Called when a held tensor dies, which can be anywhere: in a step, or in another capture. Then the next step does it."""
+        """Called when a held tensor dies. During a step or another capture, dropping the recording waits."""
         self.dead.append(recording)
         if self.lock.acquire(blocking=False):
             try:
@@ -211,14 +210,14 @@ class DecodeStep:
             self.counts.dropped += recording.replay is not None
 
     def inputs_like(self, inputs, made) -> list[Tensor]:
-        """Memory for the moved inputs, contiguous; masks are as wide as the cache can grow before its buffers change."""
+        """Contiguous memory for the moved inputs; masks are as wide as the capacity of the cache."""
         found = []
         with torch.inference_mode(False), torch.no_grad():
             for x, capacity in zip(
                 (*self.moved(inputs), *made), (*[None] * len(self.split.moved), *self.split.pads), strict=False
             ):
                 size = x.shape if capacity is None else (*x.shape[:-1], inputs[capacity].shape[2])
-                fill = 0 if capacity is None else nothing_seen(x)
+                fill = 0 if capacity is None else masked_value(x)
                 found.append(torch.full(size, fill, dtype=x.dtype, device=x.device))
             if self.split.starts:
                 found.append(torch.empty_like(self.place_rows(inputs, None)))
@@ -232,7 +231,7 @@ class DecodeStep:
         for place, x, capacity in zip(places[count:], made, self.split.pads, strict=False):
             if capacity is None:
                 place.copy_(x)
-            else:  # columns past the end are never looked at, so what a longer sequence left there may stay
+            else:  # columns past the end are never read, so leftovers of a longer sequence may stay
                 place.narrow(-1, 0, x.shape[-1]).copy_(x)
         if self.split.starts:
             self.place_rows(inputs, places[-1])
@@ -261,7 +260,7 @@ def is_capturing() -> bool:
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
-def nothing_seen(mask: Tensor):
+def masked_value(mask: Tensor):
     return False if mask.dtype == torch.bool else -torch.inf
 
 

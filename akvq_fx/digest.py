@@ -1,8 +1,9 @@
 """Digests of weights: 128 bits that change with any bit of a tensor's contents, its shape or its dtype.
 
-Equal contents have equal digests in every process and on every device, so a cache that was written to a file knows the weights that
-made it. Not cryptographic: two sums, modulo 2**64, of differently mixed 64-bit words (the multipliers are MurmurHash3's and
-SplitMix64's finalizers). A weight is read where it lies, at memory speed, and only its sums are copied to the host.
+Equal contents have equal digests in every process and on every device, so a cache that was written to a file knows the
+weights that made it. Not cryptographic: two sums, modulo 2**64, of differently mixed 64-bit words (the multipliers are
+MurmurHash3's and SplitMix64's finalizers). A weight is read where it lies, at memory speed, and only its sums are
+copied to the host.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ def words_of(x: Tensor) -> Tensor:
 
 
 def sums(words: Tensor) -> Tensor:
-    """[2] int64 on the device of words [n] int64; equal wherever they lie, since 64-bit integer sums wrap around in any order."""
+    """[2] int64, of words [n] int64; the same on every device, since integer sums wrap around in any order."""
     size = CHUNK.get(words.device.type, CHUNK_ELSEWHERE)
     found = torch.zeros(2, dtype=torch.int64, device=words.device)
     steps = (torch.arange(min(size, len(words)), device=words.device) + 1) * STEP

@@ -1,4 +1,4 @@
-"""Events: functions that dynamo gave up on, kept so that report(model) can tell. akvq_fx/gave_up.py notices them."""
+"""Events: functions that dynamo gave up on, kept for report(model). akvq_fx/gave_up.py detects them."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ LIMIT = 256  # events kept at a time
 class Event:
     """A function that dynamo gave up on, and the modules that it was called with."""
 
-    def __init__(self, told: GaveUp, code: types.CodeType, modules: list[nn.Module]):
-        self.told, self.code = told, code
+    def __init__(self, gave_up: GaveUp, code: types.CodeType, modules: list[nn.Module]):
+        self.gave_up, self.code = gave_up, code
         self.modules = [weakref.ref(module) for module in modules]
 
     def concerns(self, modules: set[int], codes: set[int]) -> bool:
-        """Of a model: ids of its modules, and of the code that its graphs were compiled from."""
+        """Whether it belongs to a model, given the ids of its modules and of the code behind its graphs."""
         return id(self.code) in codes or any(id(ref()) in modules for ref in self.modules if ref() is not None)
 
 
@@ -28,7 +28,7 @@ EVENTS: list[Event] = []
 
 
 def modules_among(values: dict) -> list[nn.Module]:
-    """Modules that a function was called with: itself where it is a method, arguments, what a wrapper calls."""
+    """Modules among a function's arguments, `self` first; for a bound method, the module that it is bound to."""
     found: list[nn.Module] = []
     for name, value in values.items():
         for part in value if isinstance(value, (tuple, list)) else (value,):

@@ -1,4 +1,4 @@
-"""explain: what would be packed, before anything is. report: what was, after it ran."""
+"""explain: what would be packed, before compiling. report: what was packed, after the model ran."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from akvq_fx.config import AKVQConfig
 from akvq_fx.report import Report
 
 
-class Look:
+class ExplainBackend:
     """A backend that plans as the real one would, for a report, and runs the graph as it is."""
 
     def __init__(self, config: AKVQConfig):
@@ -26,33 +26,36 @@ class Look:
         return gm.forward
 
     def dynamo_gave_up(self, event: gave_up.Event) -> None:
-        self.found.gave_up.append(event.told)
+        self.found.gave_up.append(event.gave_up)
 
 
 def explain(model: nn.Module, *args: Any, akvq_options: dict | None = None, **kwargs: Any) -> Report:
-    """Run model(*args, **kwargs) once, uncompiled in effect, and tell per attention site what the backend would do and why.
+    """Run model(*args, **kwargs) once, uncompiled, and report per attention site what the backend would do and why.
 
-    The model, its weights, its cache and what is compiled of it stay as they are, however often this is called. akvq_options: the
-    `options` of torch.compile(backend="akvq"). What dynamo gave up on before is in the report too: compiling would not pack it.
+    The model, its weights, its cache and what is compiled of it stay as they are, however often this is called.
+    akvq_options: the `options` of torch.compile(backend="akvq"). What dynamo gave up on before is in the report too:
+    compiling would not pack it.
     """
-    look = Look(AKVQConfig.from_options(akvq_options))
+    look = ExplainBackend(AKVQConfig.from_options(akvq_options))
     found = look.found
     original = getattr(model, "_orig_mod", model)
     is_module = isinstance(original, nn.Module)
-    gave_up.listen()
+    gave_up.register_hook()
     with torch.no_grad():
-        torch_internals.apart(original._call_impl if is_module else original, look)(*args, **kwargs)
-    found.gave_up += [told for told in (records.of(original).gave_up if is_module else ()) if told not in found.gave_up]
-    settle(found)
+        torch_internals.compile_isolated(original._call_impl if is_module else original, look)(*args, **kwargs)
+    earlier = records.of(original).gave_up if is_module else ()
+    found.gave_up += [event for event in earlier if event not in found.gave_up]
+    find_kernels(found)
     if not found.rows:
         found.hints.append(
-            "no attention over a cache was seen; is the cache on (use_cache=True), and does this module hold the decoder?"
+            "no attention over a cache was seen; is the cache on (use_cache=True), "
+            "and does this module hold the decoder?"
         )
     return found
 
 
-def settle(found: Report) -> None:
-    """Ask, now that nothing is being traced, which kernels answer."""
+def find_kernels(found: Report) -> None:
+    """Fill in which kernels answer; to be called when nothing is being traced."""
     for graph in found.graphs:
         graph.kernels = which_kernel.answers(graph.kernels)
 
@@ -61,7 +64,7 @@ def report(model: nn.Module) -> Report:
     """What was compiled for a model so far: one row per attention site and graph, packed or why not."""
     original = getattr(model, "_orig_mod", model)
     found = records.of(original)
-    settle(found)
+    find_kernels(found)
     if not found.graphs:
         inner = [name for name, part in original.named_modules() if name and callable(getattr(part, "generate", None))]
         found.hints.append("nothing was compiled for this model yet: call it, or its generate, after compiling it")

@@ -1,9 +1,10 @@
 """Folded copies of projection weights: W_V' = H W_V, b_V' = H b_V and W_O' = W_O H per head, computed in float64.
 
-A graph whose values are folded gets the copies in place of the model's own weights, which stay as they are: whatever the
-model saves, copies, merges or prunes is the original. The copies of a weight are shared by all graphs that run it, keep their
-addresses, and are computed anew with every prompt and after every change that akvq_fx.digest.mark sees, so no change of the
-originals is missed that happens before a prompt. They cost the memory of the value and output projections once more.
+A graph whose values are folded gets the copies in place of the model's own weights, which stay as they are: whatever
+the model saves, copies, merges or prunes is the original. The copies of a weight are shared by all graphs that run it
+and keep their addresses. They are computed again with every prompt and after every change that akvq_fx.digest.mark
+sees, so a change of the originals takes effect with the next prompt at the latest. They cost the memory of the value
+and output projections once more.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from akvq_fx.kernels.rotate import matrix
 class Folded:
     """Copies of one value projection and its output projection.
 
-    rows, columns    [H, D] and [Hq, D] int64: rows of the value weight and columns of the output weight by head and channel
+    rows, columns    [H, D] and [Hq, D] int64: rows of the value weight and columns of the output weight by head and
+                     channel
     """
 
     def __init__(self, value: Tensor, bias: Tensor | None, output: Tensor, rows: Tensor, columns: Tensor):
@@ -42,13 +44,14 @@ class Folded:
         marks = [None if x is None else mark(x) for x in sources]
         if marks == self.marks and not anew:
             return
-        with torch.inference_mode(False), torch.no_grad():  # an inference tensor could not be renewed outside that mode
+        # inference tensors could not be updated outside inference mode
+        with torch.inference_mode(False), torch.no_grad():
             for i, source in enumerate(sources):
                 if source is not None:
-                    self.copies[i] = into(self.copies[i], self.turned(i, source))
+                    self.copies[i] = into(self.copies[i], self.rotated(i, source))
         self.marks = marks
 
-    def turned(self, i: int, source: Tensor) -> Tensor:
+    def rotated(self, i: int, source: Tensor) -> Tensor:
         h = matrix(self.rows.shape[1], device=source.device)
         rows, columns = self.rows.to(source.device), self.columns.to(source.device)
         made = source.detach().clone()
@@ -97,9 +100,9 @@ FOLDED = FoldedWeights()
 
 
 def unfold(model: nn.Module) -> int:
-    """Free the folded copies of a model's weights; returns of how many value projections there were some.
+    """Free the folded copies of a model's weights; returns the number of value projections that had any.
 
-    The model's own weights were never changed. A graph that was compiled with value_rotation="fold" makes its copies again when it
-    next runs; compile with value_rotation="online" to do without them.
+    The model's own weights were never changed. A graph that was compiled with value_rotation="fold" makes its copies
+    again when it next runs; compile with value_rotation="online" to do without them.
     """
     return sum(FOLDED.forget(parameter) for parameter in model.parameters())

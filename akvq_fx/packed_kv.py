@@ -1,11 +1,12 @@
 """PackedKV: a key or value cache tensor [B, H, T, D] whose tokens are packed codes.
 
-A traceable wrapper subclass: a cache object (DynamicCache, StaticCache, a tuple, a buffer) holds it like any tensor, dynamo
-traces it as an input, and the akvq backend swaps it for its buffers before the compiled code runs. Only `codes` is an inner
-tensor for tracing (its token axis brings the capacity symbol); the other buffers lie in `storage`, which tracing never sees.
+A traceable wrapper subclass: a cache object (DynamicCache, StaticCache, a tuple, a buffer) holds it like any tensor,
+dynamo traces it as an input, and the akvq backend swaps it for its buffers before the compiled code runs. Only `codes`
+is an inner tensor for tracing (its token axis brings the capacity symbol); the other buffers lie in `storage`, which
+tracing never sees.
 
-What happens to a cache outside the graph happens to the codes: rows are gathered, lengths change, nothing is quantized again.
-Any other op reads the cache through `dequantize()` and says so once.
+What happens to a cache outside the graph happens to the codes: rows are gathered, lengths change, nothing is quantized
+again. Any other op reads the cache through `dequantize()` and says so once.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from akvq_fx.storage import GROWING, STATIC, TOKENS, Storage
 
 @contextlib.contextmanager
 def _quiet(*names: str):
-    """torchao reports kernels of other platforms that it cannot load, which nobody asked about here."""
+    """Silence loggers: when imported, torchao reports kernels of other platforms that it cannot load."""
     loggers = [logging.getLogger(name) for name in names]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
@@ -44,7 +45,8 @@ with _quiet("torchao", "torch.utils._pytree"):
 class PackedKV(TensorBase):
     """A packed cache tensor of logical shape [B, H, T, D] and 16- or 32-bit dtype.
 
-    Made by the backend; `dequantize()` gives the plain tensor, `layout` says how it is packed, `nbytes_packed` what it costs.
+    Made by the backend; `dequantize()` gives the plain tensor, `layout` says how it is packed, `nbytes_packed` what it
+    costs.
     """
 
     tensor_data_names = ["codes"]
@@ -58,7 +60,7 @@ class PackedKV(TensorBase):
         )
 
     def __init__(self, codes: Tensor, layout_text: str, size=None, stride=None):
-        """A tensor for tracing: codes bring the shapes, there are no other buffers behind it. `view_of` makes the real ones."""
+        """A tensor for tracing, with no buffers but `codes`, which gives the shapes. `view_of` makes real ones."""
         self.codes, self.layout_text, self.storage = codes, layout_text, None
         self.traced, self.text_codes, self.static, self.length = ["codes"], None, False, None
 
@@ -86,7 +88,7 @@ class PackedKV(TensorBase):
         return self
 
     def __getattr__(self, name: str):
-        """Buffers of rows that are another cache's yet: asking for them, as tracing and guards do, makes the copy."""
+        """Reached for buffers still borrowed (Storage.expanded): to read them, as tracing does, copies them."""
         if name in ("codes", "text_codes"):
             setattr(self, name, self.storage[name])
             return getattr(self, name)
@@ -121,7 +123,7 @@ class PackedKV(TensorBase):
         return self.storage
 
     def dequantize(self) -> Tensor:
-        """[B, H, T, D] as the model made it, rotation undone, quantization error in."""
+        """[B, H, T, D] as the model made it: rotation undone, quantization error included."""
         storage = self._storage()
         return ops.dequantize(storage.held, self.shape[TOKENS], self.layout_text)
 
@@ -141,7 +143,7 @@ class PackedKV(TensorBase):
         return self.storage.codes[:, :, : self.shape[TOKENS]]
 
     def classes(self) -> Tensor:
-        """[B, T] uint8, indices into akvq_fx.kernels.layout.CLASS_NAMES. Raises ValueError for values: their keys have them."""
+        """[B, T] uint8, indices into kernels.layout.CLASS_NAMES. Raises ValueError for values, which have none."""
         if self.layout_of.shares_classes:
             raise ValueError(
                 "PackedKV: values share their keys' token classes and hold none; ask the keys of their layer"
@@ -149,7 +151,7 @@ class PackedKV(TensorBase):
         return self._storage()["classes"][:, : self.shape[TOKENS]]
 
     def writable(self, extra: int, step: int) -> Storage:
-        """The storage, fit to take `extra` tokens after this view's last: a copy if a longer view is still alive elsewhere."""
+        """The storage, ready for `extra` tokens after this view's last: a copy if a longer view is still alive."""
         storage, length = self._storage(), self.length
         if storage.end is None:
             return storage
@@ -162,12 +164,12 @@ class PackedKV(TensorBase):
             storage.end = length
         if length + extra > storage.capacity:
             storage.grow(-(-(length + extra) // step) * step)
-        if storage.lent:
-            storage.keep_to_itself()
+        if storage.borrowers:
+            storage.release_borrowers()
         return storage
 
     def append(self, x: Tensor, step: int = 128) -> PackedKV:
-        """One view, q tokens longer: x [B, H, q, D] is rotated and quantized, nothing that is here already is touched."""
+        """A view that is q tokens longer: x [B, H, q, D] is rotated and quantized, earlier tokens stay."""
         length = self.shape[TOKENS]
         storage = self.writable(x.shape[TOKENS], step)
         at = torch.arange(length, length + x.shape[TOKENS], device=x.device)
@@ -182,7 +184,7 @@ class PackedKV(TensorBase):
         return packed_ops.resized(self, self.shape[TOKENS])
 
     def __deepcopy__(self, memo) -> PackedKV:
-        """A clone: torch's own would copy `storage` with the list of the original's views, not knowing the copy."""
+        """A clone. torch's own deepcopy would copy `storage` with its list of views, which are the original's."""
         return self.clone()
 
     def __reduce_ex__(self, protocol):
@@ -203,7 +205,7 @@ class PackedKV(TensorBase):
     @staticmethod
     def save(caches: dict[str, PackedKV], path) -> None:
         """Write packed tensors to a safetensors file; see akvq_fx.cache_file."""
-        from akvq_fx import cache_file  # safetensors is loaded for who asks for it
+        from akvq_fx import cache_file  # here, since it imports safetensors
 
         cache_file.save(caches, path, PackedKV)
 
@@ -226,7 +228,7 @@ def _rebuild(buffers, layout_text, end, prompt, owner, length) -> PackedKV:
 
 
 def token_counts(packed: PackedKV) -> dict[str, int]:
-    """Tokens by class over the batch, the recent ones apart (they are at 16 bits whatever their class)."""
+    """Tokens by class over the batch; recent tokens count as a class of their own (they are at 16 bits anyway)."""
     layout, classes = packed.layout_of, packed.classes()
     end = packed.shape[TOKENS] if packed.storage.end is not None else int(packed.storage["state"][STATE_END])
     classes = classes[:, :end].long()

@@ -1,9 +1,9 @@
-"""What happens to a PackedKV outside a graph: rows and tokens are chosen, joined and padded on codes, none is quantized again.
+"""What happens to a PackedKV outside a graph: rows and tokens are chosen, joined and padded as codes.
 
 Handlers return NotImplemented for a case that codes do not cover; the op then reads the cache through `dequantize()`
 and says so once, and what it gives is a plain tensor.
 
-akvq_fx/packed_kv.py imports this module and registers the handlers on its class, so the class is taken from the tensors here.
+akvq_fx/packed_kv.py imports this module and registers the handlers on its class; here the class is that of the tensors.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from akvq_fx.kernels import autocast  # noqa: F401 - says what it means for the ops
+from akvq_fx.kernels import autocast  # noqa: F401 - registers the ops for autocast
 from akvq_fx.kernels import cache as ops
-from akvq_fx.packed_tokens import Tokens, row_upon_row, tail_to_tail
+from akvq_fx.packed_tokens import Tokens, concat_rows, concat_tokens
 from akvq_fx.storage import TOKENS
 
 aten = torch.ops.aten
-_said: set[str] = set()
+_warned: set[str] = set()
 _handlers: list[tuple[list, Callable]] = []  # aten ops, and what answers them
 _function_handlers: list[tuple[list, Callable]] = []  # the same for functions of torch as Python calls them
 
@@ -31,7 +31,7 @@ def implements(targets: list) -> Callable:
 
 
 def implements_function(targets: list) -> Callable:
-    """Decorator: the same for functions and methods of torch, which come before autograd has seen them."""
+    """Decorator: the same for functions and methods of torch, which are intercepted before autograd."""
     return lambda handler: _function_handlers.append((targets, handler))
 
 
@@ -51,12 +51,12 @@ def is_packed(x) -> bool:
 def plain_of(packed: Tensor, op: str) -> Tensor:
     if packed.storage is None:  # tracing: only the shape matters
         return torch.empty(packed.shape, dtype=packed.dtype, device=packed.device)
-    if op not in _said:
-        _said.add(op)
+    if op not in _warned:
+        _warned.add(op)
         warnings.warn(
             f"akvq: {op} is not defined on packed codes, the cache is read through dequantize() for it "
-            f"(a {packed.dtype} copy of {list(packed.shape)}); what it gives is plain, and its tokens are quantized anew "
-            "if a compiled step packs them",
+            f"(a {packed.dtype} copy of {list(packed.shape)}); what it gives is plain, and its tokens are quantized "
+            "anew if a compiled step packs them",
             UserWarning,
             stacklevel=4,
         )
@@ -100,7 +100,7 @@ def rowwise(packed: Tensor, index: Tensor) -> Tensor:
 
 
 def is_growing(packed) -> bool:
-    """Its tokens can be chosen and joined on codes: the host knows how many there are. Not so while tracing."""
+    """A growing cache outside of tracing: the host knows its length, so tokens can be chosen and joined."""
     return is_packed(packed) and packed.storage is not None and packed.storage.end is not None
 
 
@@ -113,7 +113,7 @@ def wrap(packed: Tensor, tokens: Tokens) -> Tensor:
 
 
 def take(packed: Tensor, positions: Iterable[int] | Tensor) -> Tensor:
-    """The tokens at these positions of a growing cache, in their order, on codes: an int64 tensor [m], or ascending numbers."""
+    """The tokens at these positions of a growing cache: an int64 tensor [m] in any order, or ascending numbers."""
     distinct = not isinstance(positions, Tensor)
     index = torch.tensor(list(positions), dtype=torch.int64, device=packed.device) if distinct else positions
     if not len(index):
@@ -153,7 +153,7 @@ def _(func, types, args, kwargs):
 
 @implements([aten.to.dtype_layout])
 def _(func, types, args, kwargs):
-    return NotImplemented  # composite, met in inference mode only; torchao's would drop the storage
+    return NotImplemented  # a composite op, seen in inference mode only; torchao's handler would drop the storage
 
 
 @implements([aten.cat.default])
@@ -167,11 +167,11 @@ def _(func, types, args, kwargs):
         return NotImplemented
     first, rest = tensors[0], tensors[packed:]
     if any(t.dtype != first.dtype for t in tensors):
-        return NotImplemented  # as torch has it, the result is of the wider dtype
+        return NotImplemented  # the result has the wider dtype, as in torch
     if packed > 1:
         if not all(map(is_growing, tensors[:packed])) or not alike(tensors[:packed], "rows"):
             return NotImplemented
-        first = wrap(first, tail_to_tail([tokens_of(t) for t in tensors[:packed]]))
+        first = wrap(first, concat_tokens([tokens_of(t) for t in tensors[:packed]]))
     if first.storage is None:  # tracing; outside a graph the op itself checks
         for t in rest:
             require_same_rows(first, t)
@@ -182,15 +182,14 @@ def _(func, types, args, kwargs):
 
 
 def alike(tensors: list[Tensor], same: str) -> bool:
-    """The codes of all mean the same. same: "rows", with one centre and gain, or "length"."""
+    """Whether the codes can be joined. same: what must agree besides layout, weights, heads and device: "rows" (the
+    batch and the affine map) or "length"."""
     first = tensors[0]
     for t in tensors[1:]:
         if (t.layout_text, t.storage.owner, t.shape[1]) != (first.layout_text, first.storage.owner, first.shape[1]):
             return False
-        if (
-            t.device != first.device
-            or t.shape[TOKENS if same == "length" else 0] != first.shape[TOKENS if same == "length" else 0]
-        ):
+        dim = TOKENS if same == "length" else 0
+        if t.device != first.device or t.shape[dim] != first.shape[dim]:
             return False
         if same == "rows" and "affine" in first.storage.layout.fields:
             mine, other = first.storage["affine"], t.storage["affine"]
@@ -213,11 +212,11 @@ def stack_rows(tensors: list[Tensor]) -> Tensor:
     if len({t.static for t in tensors}) > 1 or not alike(tensors, "length"):
         return NotImplemented
     if not tensors[0].static:
-        return wrap(tensors[0], row_upon_row([tokens_of(t) for t in tensors]))
+        return wrap(tensors[0], concat_rows([tokens_of(t) for t in tensors]))
     stores = [t.storage for t in tensors]
     ends = {tuple(s["state"].tolist()) for s in stores}
     if len(ends) > 1 or len({s["text_at"].shape for s in stores if s.layout.text_bits}) > 1:
-        return NotImplemented  # one end, which lies on the device, for all rows
+        return NotImplemented  # all rows share one end, which is on the device
     joined = stores[0].map(lambda name, b: b.clone() if name == "state" else torch.cat([s[name] for s in stores], 0))
     return tensors[0].view_of(joined, tensors[0].shape[TOKENS])
 
@@ -235,7 +234,7 @@ def _(func, types, args, kwargs):
 
 @implements([aten.constant_pad_nd.default])
 def _(func, types, args, kwargs):
-    """Zeros before the first token are padding, which masks hide; fewer tokens at either end are a choice of them."""
+    """Zeros in front become padding tokens, which masks hide; negative padding selects tokens."""
     packed, pad, fill = (*args, 0)[:3]
     before, after = (*pad, 0, 0, 0, 0)[2:4]
     others = [*pad[:2], *pad[4:]]
@@ -248,7 +247,7 @@ def _(func, types, args, kwargs):
     if before <= 0:
         return packed
     tokens = tokens_of(packed)
-    return wrap(packed, tail_to_tail([tokens.padding(before), tokens]))
+    return wrap(packed, concat_tokens([tokens.padding(before), tokens]))
 
 
 @implements([aten.slice.Tensor])
@@ -331,7 +330,7 @@ def _(func, types, args, kwargs):
 
 @implements_function([torch.Tensor.contiguous])
 def _(func, types, args, kwargs):
-    return args[0]  # torchao's would drop the storage, and the length for the capacity
+    return args[0]  # torchao's handler would drop the storage, and take the capacity for the length
 
 
 @implements_function([
@@ -340,8 +339,8 @@ def _(func, types, args, kwargs):
     torch.Tensor.expand_as, torch.Tensor.broadcast_to, torch.broadcast_to,
 ])  # fmt: skip
 def _(func, types, args, kwargs):
-    """Not as autograd's view, whose `_base` would keep the longer view alive: a crop would be copied, rows
-    would stay, and dynamo would trace how the view was made."""
+    """Without autograd's views: their `_base` would keep the longer view alive, so that the next write copied the
+    cache, and dynamo would trace how the view was made."""
     with torch._C.DisableTorchFunctionSubclass():
         if torch.compiler.is_compiling():
             return func(*args, **kwargs)
@@ -407,10 +406,9 @@ def _(func, types, args, kwargs):
         return target
     if not same or [b.shape for b in source.storage.buffers] != [b.shape for b in target.storage.buffers]:
         return NotImplemented
-    target.storage.keep_to_itself()
-    if (
-        not target.static and "affine" in target.storage.layout.fields
-    ):  # what was taken of a growing cache shares its map
+    target.storage.release_borrowers()
+    # caches that were selected from a growing one share its affine map
+    if not target.static and "affine" in target.storage.layout.fields:
         target.storage["affine"] = target.storage["affine"].clone()
     for into, out_of in zip(target.storage.buffers, source.storage.buffers, strict=True):
         into.copy_(out_of)

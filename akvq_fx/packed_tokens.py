@@ -1,12 +1,14 @@
-"""Tokens: packed tokens apart from the slots that they lie in, to be chosen, joined and laid out again without quantizing any.
+"""Tokens: packed tokens without the slots that held them, to be chosen, joined and stored again without quantizing any.
 
     Tokens.of(storage, length)    its first tokens
-    .take(index)                  some of them;  tail_to_tail, row_upon_row  several of them as one
+    .take(index)                  some of them
+    concat_tokens, concat_rows    several Tokens as one
     .stored()                     a storage of its own
 
-A token is its code and range, its class, and where it has them, its copies in the ring, among the pivots and in the text overlay.
-Positions in overlays become the new ones. Of the ring stays what is still among the last W tokens, up to the latest that the ring
-did not hold; pivots that find no slot are read from the body, where every token has a code. Nothing here asks the device.
+A token is its code and range, its class, and where it has them, its copies in the ring, among the pivots and in the
+text overlay. Overlays get the new positions. The ring keeps what is still among the last W tokens, back to the latest
+one that it did not hold. Pivots for which there is no slot are read from the body, where every token has a code.
+Nothing here waits for the device.
 """
 
 from __future__ import annotations
@@ -27,9 +29,9 @@ ROOM = 128  # a storage has room for the next token, and is a multiple of this l
 class Tokens:
     """n tokens of B rows.
 
-    parts     by the name of the buffer that they come from: codes, range, classes of the n tokens; ring of the last min(W, n);
-              pivots and text_codes with positions in pivot_at and text_at, -1 for a free slot; affine
-    held      [min(W, n)] bool: the ring held this token
+    parts     by the name of the buffer that they come from: codes, range, classes of the n tokens; ring of the last
+              min(W, n); pivots and text_codes with positions in pivot_at and text_at, -1 for a free slot; affine
+    held      [min(W, n)] bool: whether the ring held each of the last tokens
     room      capacity of the storage that they came from
     """
 
@@ -70,7 +72,7 @@ class Tokens:
         return self.parts["codes"].shape[2]
 
     def take(self, index: Tensor, distinct: bool) -> Tokens:
-        """Tokens at the positions `index` [m], in its order. distinct: no position comes twice, which needs fewer text slots.
+        """Tokens at the positions `index` [m], in its order. distinct: none comes twice, which takes fewer text slots.
 
         Raises IndexError for a position that is not there.
         """
@@ -103,7 +105,7 @@ class Tokens:
         return replace(self, parts=parts, held=held)
 
     def with_whole_ring(self) -> Tokens:
-        """The same, all of the last tokens in the ring: what it did not hold is put there as it is read, at 16 bits."""
+        """The same tokens with a full ring: those that it did not hold are dequantized into it."""
         recent = len(self.held)
         if not recent:
             return self
@@ -112,7 +114,7 @@ class Tokens:
         return replace(self, parts=self.parts | {"ring": ring}, held=torch.ones_like(self.held))
 
     def padding(self, count: int) -> Tokens:
-        """`count` padding tokens, zeros, to stand with these: masks hide them, so that the ring may be said to hold them."""
+        """`count` zeros of class padding. Masks hide them, so the ring may count as holding them."""
         codes = self.parts["codes"]
         B, H, device = *codes.shape[:2], codes.device
         affine = self.parts.get("affine")
@@ -135,7 +137,7 @@ class Tokens:
         return replace(self, parts=parts, held=held)
 
     def stored(self) -> Storage:
-        """New buffers of a growing cache that hold these tokens; the affine map is shared, as nothing writes it in place."""
+        """New buffers of a growing cache that hold these tokens; nothing writes the affine map, so it is shared."""
         layout, parts, n = self.layout, self.parts, self.count
         capacity = max(n, min(self.room, -(-(n + 1) // ROOM) * ROOM))
         width = parts["text_at"].shape[1] if layout.text_bits else 0
@@ -168,8 +170,8 @@ def first_used(at: Tensor, tokens: Tensor, count: int) -> tuple[Tensor, Tensor]:
     )
 
 
-def tail_to_tail(runs: list[Tokens]) -> Tokens:
-    """Runs of the same rows, one after the other, as one; the affine map is the first one's."""
+def concat_tokens(runs: list[Tokens]) -> Tokens:
+    """Concatenate along the tokens; the affine map is the first one's."""
     layout, parts, total = runs[0].layout, dict(runs[0].parts), sum(run.count for run in runs)
     starts = [sum(run.count for run in runs[:i]) for i in range(len(runs))]
     of_all = lambda name, dim: torch.cat([run.parts[name] for run in runs], dim)
@@ -193,8 +195,8 @@ def tail_to_tail(runs: list[Tokens]) -> Tokens:
     return replace(runs[0], parts=parts, held=held, room=max(*(run.room for run in runs), total))
 
 
-def row_upon_row(rows: list[Tokens]) -> Tokens:
-    """Rows of one number of tokens as one batch: one ring for all, which holds what each of the last tokens is read as."""
+def concat_rows(rows: list[Tokens]) -> Tokens:
+    """Concatenate along the batch; all have as many tokens. Rows share one ring state, so rings are filled first."""
     rows, parts = [row.with_whole_ring() for row in rows], {}
     for name in rows[0].parts:
         given = [row.parts[name] for row in rows]

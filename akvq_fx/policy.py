@@ -1,12 +1,12 @@
-"""A policy: options that were decided by measuring a model, as a small JSON file, and what tsa_layers="auto" means.
+"""A policy: options decided by measuring a model, kept in a small JSON file; and the meaning of tsa_layers="auto".
 
     torch.compile(model, backend="akvq", options=akvq_fx.load_policy("policy.json"))
     torch.compile(model, backend="akvq", options={"tsa_layers": "auto"})
 
 "auto" is settled when a prompt's graph is compiled, before any pass runs. It asks, in this order:
 1. what akvq_fx.calibrate decided in this process for these very weights;
-2. table I of the paper. A graph holds no model's name, so a row is found by the decoder's shape, which a fine-tuned model, or
-   another model of the same shape, shares. Calibrate where that matters: a measurement goes before the table.
+2. table I of the paper. A graph does not hold the model's name, so a row is found by the decoder's shape, which
+   fine-tuned and other models may share. Calibrate where that matters: a measurement goes before the table.
 Where neither knows the model, it is an error; layers are never guessed.
 """
 
@@ -32,7 +32,7 @@ from akvq_fx.passes.state import GraphState
 log = logging.getLogger(__name__)
 AUTO = "auto"
 FORMAT = "akvq-policy-1"
-# arXiv 2501.15021, table I: (layers, width, query heads, KV heads, head dim, vocabulary) -> TSA layers; shapes as their config.json
+# arXiv 2501.15021, table I: (layers, width, query heads, KV heads, head dim, vocabulary) -> TSA layers
 PAPER = {
     (32, 4096, 32, 32, 128, 32064): (0, 1),  # LLaVA-1.5-7B, LLaVA-1.6-vicuna-7B
     (32, 4096, 32, 8, 128, 32064): (),  # LLaVA-1.6-mistral-7B
@@ -60,15 +60,14 @@ def resolve(config: AKVQConfig, gm: torch.fx.GraphModule, example_inputs: list) 
         known, source = PAPER.get(decoder_shape(state)), "the paper's table I"
         if known is None and any(prompt_site(site) for site in state.sites):
             raise ValueError(
-                f'akvq: option tsa_layers="auto" knows nothing of this model (its shape is {described(state)}); accepted: a '
-                "model that akvq_fx.calibrate(model, inputs) measured in this process, or one in the paper's table I. "
-                "Calibrate first, or give layer numbers, e.g. tsa_layers=(0, 1)"
+                f'akvq: option tsa_layers="auto" knows nothing of this model (its shape is {described(state)}); '
+                "accepted: a model that akvq_fx.calibrate(model, inputs) measured in this process, or one in the "
+                "paper's table I. Calibrate first, or give layer numbers, e.g. tsa_layers=(0, 1)"
             )
     if known is not None:
         log.info("tsa_layers: %s (%s)", known, source)
-    settled = copy.copy(
-        config
-    )  # not replace(): a config that is made already would be checked as a user's options again
+    # not dataclasses.replace(), which would check the values that were filled in as if the user had given them
+    settled = copy.copy(config)
     object.__setattr__(settled, "tsa_layers", known or ())
     return settled
 
@@ -94,7 +93,7 @@ def prompt_site(site) -> bool:
 
 
 def decoder_shape(state: GraphState) -> tuple | None:
-    """(layers, width, query heads, KV heads, head dim, vocabulary) of a prompt's graph; None where it does not show them all."""
+    """(layers, width, query heads, KV heads, head dim, vocabulary) of a prompt's graph; None where one is missing."""
     sites = [site for site in state.sites if prompt_site(site) and site.weights[0] is not None]
     if not sites:
         return None
@@ -116,8 +115,8 @@ def described(state: GraphState) -> str:
 def load_policy(path: str | Path) -> dict[str, Any]:
     """The options of a policy file, ready for torch.compile(backend="akvq", options=...).
 
-    Raises ValueError for a file that is no policy or holds options that the backend does not accept, OSError where it cannot
-    be read.
+    Raises ValueError for a file that is no policy or holds options that the backend does not accept, OSError where it
+    cannot be read.
     """
     try:
         found = json.loads(Path(path).read_text())
@@ -125,7 +124,8 @@ def load_policy(path: str | Path) -> dict[str, Any]:
         raise ValueError(f"akvq: {path} is no policy: {error}") from error
     if not isinstance(found, dict) or found.get("format") != FORMAT or not isinstance(found.get("options"), dict):
         raise ValueError(
-            f'akvq: {path} is no policy; accepted: JSON with "format": "{FORMAT}" and "options", as Calibration.save writes'
+            f'akvq: {path} is no policy; accepted: JSON with "format": "{FORMAT}" and "options", '
+            "as Calibration.save writes"
         )
     AKVQConfig.from_options(found["options"])
     return found["options"]

@@ -1,4 +1,4 @@
-"""Program: how to call a rewritten graph. The passes write it; runtime.py and cuda_graph.py read it, and nothing else of theirs."""
+"""Program: how to call a rewritten graph. Written by the passes for runtime.py and cuda_graph.py."""
 
 from __future__ import annotations
 
@@ -62,7 +62,8 @@ class Program:
     unpacked  positions of PackedKV arguments that the graph takes as plain tensors
     owners    per PackedKV argument: positions of the weights that make its layer's keys and values
     folds     weights that the graph takes as folded copies
-    vision    "make": the last output is the vision mask of this call; "take": the last input is, of vision_size tokens
+    vision    "make": the last output is the vision mask of this call; "take": the last input is that mask, [batch,
+              tokens] of vision_size
     step      a decode step: every cache takes one new token
     """
 
@@ -89,18 +90,20 @@ class Split:
 
     Numbers below are positions among the rewritten graph's inputs unless they say otherwise.
 
-    prologue   None where nothing is left for it to compute; its inputs are at `feeds`, its first results are `pads`' tensors
-    body       takes the inputs at `held`, at `numbers`, at `moved`, then the prologue's tensors, then positions, all contiguous
-               but the held ones
-    held       tensors read and written where they lie: cache buffers, weights, buffers of modules, whatever the body writes
+    prologue   None where nothing is left for it to compute; its inputs are at `feeds`, its first results are `pads`'
+               tensors
+    body       takes the inputs at `held`, at `numbers`, at `moved`, then the prologue's tensors, then positions, all
+               contiguous but the held ones
+    held       tensors read and written in place: cache buffers, weights, buffers of modules, whatever the body writes
     numbers    sizes that do not change from step to step
     moved      tensors that lie elsewhere in every step
-    pads       per tensor that the prologue makes for the body: None, or the input whose third size its last axis is filled
-               up to, with False or -inf
+    pads       per tensor that the prologue makes for the body: None, or an input's position; the tensor's last axis is
+               padded to that input's size 2, with False or -inf
     starts     per row of positions [n, q]: the position of the first of the q new tokens
     count      q
     sizes      (input, dimension) of every size of the body's inputs that is not a constant of the graph
-    results    per result of the graph: ("body" or "prologue", which of its results), ("input", position) or ("constant", value)
+    results    per result of the graph: ("body" or "prologue", which of its results), ("input", position) or
+               ("constant", value)
     """
 
     prologue: GraphModule | None
@@ -140,7 +143,7 @@ class Size:
 
 
 def compiled(expr: sympy.Expr, symbols: list[sympy.Symbol]) -> Callable[..., int | float]:
-    """A size expression as a Python function of its symbols, printed as dynamo prints its guards: all of torch's functions."""
+    """A size expression as a Python function of its symbols, in the syntax of dynamo's guards, which has them all."""
     names = [f"n{i}" for i in range(len(symbols))]
     renamed = expr.xreplace({s: sympy.Symbol(n, **s.assumptions0) for s, n in zip(symbols, names, strict=True)})
     namespace = {"math": math, "torch": torch, "Where": lambda condition, yes, no: yes if condition else no}
@@ -148,7 +151,7 @@ def compiled(expr: sympy.Expr, symbols: list[sympy.Symbol]) -> Callable[..., int
 
 
 class SizePrinter(PythonPrinter):
-    """As dynamo prints its guards; torch 2.11 takes every exponent for a number."""
+    """dynamo's printer of guards; that of torch 2.11 assumes that every exponent is a number."""
 
     def _print_Pow(self, expr: sympy.Pow) -> str:
         if expr.exp.is_number:

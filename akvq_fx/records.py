@@ -1,5 +1,4 @@
-"""Records: what was compiled for which weights, kept so that report(model) can tell. Weak: a model that goes away
-takes them along."""
+"""Records: what was compiled for which weights, kept for report(model) by weak references to the weights."""
 
 from __future__ import annotations
 
@@ -22,14 +21,15 @@ from akvq_fx.passes.patterns.site import Site
 from akvq_fx.passes.state import GraphState
 from akvq_fx.report import GaveUp, GraphReport, Report, SiteRow
 
-TORCH = str(Path(torch.__file__).parent)  # where no line of a user's stands
-LIMIT = 4096  # graphs remembered; a process that compiles more has other worries
+TORCH = str(Path(torch.__file__).parent)  # lines in these files are not the user's
+LIMIT = 4096  # graphs remembered
 
 
 class Record:
-    """One compiled graph, the weights and modules that it ran with, and per row the key projections: layers may share a graph.
+    """One compiled graph, the weights and modules that it ran with, and per row the key projections of its layers.
 
-    Where weights are moved in and out (offloading), a parameter lives for one call; the module that the function belongs to stays.
+    Where weights are moved in and out (offloading), a parameter lives for one call; the module that the function
+    belongs to stays.
     """
 
     def __init__(
@@ -51,12 +51,12 @@ class Record:
         return any(ref() is not None for ref in (*self.weights, *self.modules))
 
     def concerns(self, parameters: set[int], modules: set[int]) -> bool:
-        """Of a model: ids of its parameters and of its modules."""
+        """Whether it belongs to a model, given the ids of its parameters and of its modules."""
         known = ((self.weights, parameters), (self.modules, modules))
         return any(ref() is not None and id(ref()) in ids for refs, ids in known for ref in refs)
 
     def rows(self, names: dict[int, str], modules: dict[int, str]) -> list[SiteRow]:
-        """The rows, one for each of the model's layers that ran them; id of a parameter, or of a module -> its name."""
+        """One row for each layer that ran the graph. names, modules: id of a parameter, of a module -> its name."""
         found, prefix = [], next((modules[id(ref())] for ref in self.modules if id(ref()) in modules), "")
         for row, refs in zip(self.report.rows, self.keys, strict=True):
             labels = [names[id(ref())] for ref in refs if id(ref()) in names]
@@ -71,7 +71,7 @@ def remember(refs: list[weakref.ref], weights: list) -> None:
 
 
 def renamed(row: SiteRow, label: str) -> SiteRow:
-    """The row under a module's name, and of the layer that the name counts."""
+    """The row under a module's name, with the layer's number in it."""
     numbers = [int(part) for part in label.split(".") if part.isdigit()]
     return dataclasses.replace(row, layer=numbers[0] if numbers else row.layer, label=label)
 
@@ -107,32 +107,31 @@ def of(model: nn.Module) -> Report:
     codes = {id(record.code) for record in mine if record.code is not None}
     return Report(
         [dataclasses.replace(r.report, rows=r.rows(names, modules)) for r in mine],
-        gave_up=[told_of(event, model) for event in events.EVENTS if event.concerns(modules.keys(), codes)],
+        gave_up=[gave_up_report(event, model) for event in events.EVENTS if event.concerns(modules.keys(), codes)],
     )
 
 
-def told_of(event: events.Event, model: nn.Module) -> GaveUp:
-    """What happened, and where it is one layer's function, how many of the model's layers have a graph."""
+def gave_up_report(event: events.Event, model: nn.Module) -> GaveUp:
+    """The event, and, for a layer's function, how many of the model's layers have a graph."""
     kind = type(next((ref() for ref in event.modules if ref() is not None), None))
     parts = [part for part in model.modules() if type(part) is kind]
     served = {id(ref()) for record in RECORDS if record.code is event.code for ref in record.modules}
     compiled = sum(id(part) in served for part in parts)
     return dataclasses.replace(
-        event.told, reached=f"{compiled} of {len(parts)} {kind.__name__}" if len(parts) > 1 else ""
+        event.gave_up, reached=f"{compiled} of {len(parts)} {kind.__name__}" if len(parts) > 1 else ""
     )
 
 
 def layers_packed(code) -> int:
-    """Attention calls, told apart by the weights of their keys or by the module, whose prompt's cache graphs of this code pack."""
+    """How many layers' caches the graphs of this code pack. Layers are told apart by key weights, else by module."""
     found = set()
     for record in RECORDS:
         if record.code is code:
             for row, refs in zip(record.report.rows, record.keys, strict=True):
                 if row.status in ("packed", "prompt"):
-                    alive = [id(ref()) for ref in refs if ref() is not None] or [
-                        id(ref()) for ref in record.modules[:1]
-                    ]
-                    found.update((row.label, i) for i in alive)
+                    weights = [id(ref()) for ref in refs if ref() is not None]
+                    owners = weights or [id(ref()) for ref in record.modules[:1]]
+                    found.update((row.label, i) for i in owners)
     return len(found)
 
 
@@ -152,7 +151,7 @@ def left_alone(layer: int, label: str, status: str, bits: str, values: str, reas
 
 
 def source_of(node) -> str:
-    """'file:line: code' of the user's line that made a node, or the first that uses a graph's input; "" where dynamo kept none."""
+    """'file:line: code' of the user's line that made a node, or first used an input; "" where dynamo kept none."""
     if not isinstance(node, Node):
         return ""
     for made in (node, *node.users):
@@ -166,8 +165,8 @@ def source_of(node) -> str:
 
 
 def continues_a_cache(graph: torch.fx.Graph) -> bool:
-    """A 16-bit cache that came in filled goes on here: cat([past, new]) that is returned, whole or a slice of it, or one new token
-    written into a buffer. A prompt that writes into a buffer looks like a chunk of one, and counts as a prompt."""
+    """The graph continues a filled 16-bit cache: it returns cat([past, new]), whole or sliced, or writes one new token
+    into a buffer. A prompt that writes into a buffer looks the same as a chunk of one, so it counts as a prompt."""
     returned = {n for n in outputs(graph) if isinstance(n, Node)}
     for node in graph.nodes:
         if op(node) == "cat" and isinstance(argument(node, 0, "tensors"), (tuple, list)) and len(shape(node)) == 4:
@@ -184,7 +183,7 @@ def continues_a_cache(graph: torch.fx.Graph) -> bool:
 
 
 def filled(node) -> bool:
-    """A plain [B, H, T, D] tensor with tokens in it that the graph was called with, and no weight."""
+    """A graph input that is a plain [B, H, T, D] tensor with tokens in it, and no weight."""
     if op(node) != "placeholder" or is_packed(node) or isinstance(value(node), torch.nn.Parameter):
         return False
     return len(shape(node)) == 4 and 0 not in shape(node)
@@ -193,9 +192,8 @@ def filled(node) -> bool:
 def row_of(site: Site, state: GraphState) -> SiteRow:
     layout = site.key_layout
     status = "packed" if site.packed or state.config.prefill == "quantized" else "prompt"
-    values = site.value_rotation + (
-        f": {site.value_reason}" if site.value_rotation == "online" and site.value_reason else ""
-    )
+    why = f": {site.value_reason}" if site.value_rotation == "online" and site.value_reason else ""
+    values = site.value_rotation + why
     return SiteRow(site.layer, site.label, status, site.rope, layout.head_dim, site.groups, site.policy,
                    bits_of(layout, site.value_layout), values,
                    "; ".join(dict.fromkeys(site.notes)))  # fmt: skip

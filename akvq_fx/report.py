@@ -38,10 +38,11 @@ class PassReport:
 class SiteRow:
     """One attention call in one graph.
 
-    status  "packed" (attention reads codes), "prompt" (the prompt's cache is packed, attention reads its own 16-bit tokens),
-            "dequantized" (packed cache, read through a temporary 16-bit copy) or "16-bit" (left alone)
+    status  "packed" (attention reads codes), "prompt" (the prompt's cache is packed, attention reads its own 16-bit
+            tokens), "dequantized" (packed cache, read through a temporary 16-bit copy) or "16-bit" (left alone)
     bits    bits per element of each token class
-    reason  why it was left alone, or notes; node and source: the graph's node that says so, and the line of code that made it
+    reason  why it was left alone, or notes; node and source: the graph's node that says so, and the line of code that
+            made it
     """
 
     layer: int
@@ -79,8 +80,8 @@ class Capture:
         if self.reason:
             return f"no CUDA graph: {self.reason}"
         return (
-            f"{self.captured} CUDA graphs captured, {self.dropped} of them dropped since; {self.replayed} steps replayed, "
-            f"{self.ran} ran without one"
+            f"{self.captured} CUDA graphs captured, {self.dropped} of them dropped since; "
+            f"{self.replayed} steps replayed, {self.ran} ran without one"
         )
 
 
@@ -124,13 +125,14 @@ class GaveUp:
         reached = f" {self.reached} have a graph." if self.reached else ""
         if isinstance(self.value, bool):
             return (
-                f"dynamo gave up on {self.function}: the backend failed{last}, and {self.option} is on, so it runs uncompiled, "
-                "its cache at 16 bits. Turn that option off to see the error."
+                f"dynamo gave up on {self.function}: the backend failed{last}, and {self.option} is on, so it runs "
+                "uncompiled, its cache at 16 bits. Turn that option off to see the error."
             )
         return (
-            f"dynamo gave up on {self.function}: it has {self.value} graphs, which is the limit. Calls that none of them fits run "
-            f"uncompiled from now on, any cache of theirs at 16 bits{last}.{reached} Raise the limit before the first call, e.g. "
-            f"{self.option} = {8 * self.value}; torch._dynamo.reset() starts anew."
+            f"dynamo gave up on {self.function}: it has {self.value} graphs, which is the limit. Calls that none of "
+            f"them fits run uncompiled from now on, any cache of theirs at 16 bits{last}.{reached} "
+            f"Raise the limit before the first call, e.g. {self.option} = {8 * self.value}; "
+            "torch._dynamo.reset() starts anew."
         )
 
 
@@ -143,8 +145,9 @@ class GraphReport:
     passes: list[PassReport] = field(default_factory=list)
     capture: Capture | None = None  # None in other modes than "reduce-overhead"
     function: str = ""  # whose graph it is
-    recompiled: str = ""  # why the function's graphs before this one did not do, "" for a first one
-    kernels: list = field(default_factory=list)  # KernelAnswer of every op; what explain and report are given
+    recompiled: str = ""  # why the function was compiled again (the guard that failed), "" for its first graph
+    # calls of ops, which explain and report replace by the KernelAnswer of each
+    kernels: list = field(default_factory=list)
 
 
 PLACES = 3  # lines of code shown for one reason
@@ -189,8 +192,8 @@ class Report:
                 if place and place not in reasons[r.reason]:
                     reasons[r.reason].append(place)
                 why = f"({list(reasons).index(r.reason) + 1})"
-            lines.append((str(r.layer), graph.kind, r.status, r.pattern, str(r.head_dim or ""), r.heads, r.policy, r.bits,
-                          r.values, why))  # fmt: skip
+            cells = (r.status, r.pattern, str(r.head_dim or ""), r.heads, r.policy, r.bits, r.values)
+            lines.append((str(r.layer), graph.kind, *cells, why))
         body = _table(lines) if len(lines) > 1 else "no attention over a cache was compiled"
         footnotes = []
         for i, (text, places) in enumerate(reasons.items(), 1):
@@ -206,9 +209,9 @@ class Report:
         if not self.graphs:
             return []
         kinds = [graph.kind for graph in self.graphs]
-        told = ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds))
+        counts = ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds))
         again = [graph.recompiled for graph in self.graphs if graph.recompiled]
-        return [f"graphs: {told}; {len(again)} of them recompiled" + (f", last because {again[-1]}" if again else "")]
+        return [f"graphs: {counts}; {len(again)} of them recompiled" + (f", last because {again[-1]}" if again else "")]
 
     def to_dict(self) -> dict:
         """Plain data, for JSON."""

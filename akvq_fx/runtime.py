@@ -1,4 +1,4 @@
-"""Runtime: the callable that dynamo gets. Unwraps PackedKV arguments into buffers, calls the compiled graph, wraps what comes back.
+"""Runtime: the callable that dynamo gets. Unwraps PackedKV arguments, calls the compiled graph, wraps its results.
 
 Host work only, a few microseconds a layer; nothing here reads the device in a decode step.
 """
@@ -19,11 +19,11 @@ from akvq_fx.packed_kv import PackedKV, Storage
 from akvq_fx.program import Appended, Packed, Program
 from akvq_fx.storage import text_slots
 
-MODELS = 8  # of one class whose weights a graph remembers at a time; one more is looked at anew when its turn comes
+MODELS = 8  # whose weights a graph remembers at a time; those of another are digested again when it runs
 
 
 class Weights:
-    """What is known of one model's weights in one graph: who they were when they were last looked at, and whose tokens they make.
+    """One model's weights in one graph, as last checked, and the owners of the caches that they make.
 
     owners    positions of weights -> the digests of their contents, as one text; None where there are no weights
     """
@@ -33,14 +33,14 @@ class Weights:
         me = weakref.ref(self)
 
         def forget(_):
-            alive = me()
-            if alive is not None:
-                alive.gone = True
+            weights = me()
+            if weights is not None:
+                weights.gone = True
 
         self.refs = [weakref.ref(weight, forget) for weight in weights]
 
     def are_same(self, weights: Sequence[torch.Tensor]) -> bool:
-        """Some ten microseconds for a hundred weights: it is asked in every decode step."""
+        """Called in every decode step; takes about ten microseconds for a hundred weights."""
         return not self.gone and list(map(id, weights)) == self.ids and versions(weights) == self.versions
 
 
@@ -54,21 +54,20 @@ def versions(weights: Sequence[torch.Tensor]) -> list[int]:
 class Runtime:
     """One rewritten graph, ready to be called with the arguments of the original one.
 
-    Nothing of a call is kept but what is known of weights, so that threads may call it at once.
+    Of a call it keeps nothing but what it learned about weights, so threads may call it concurrently.
     """
 
     def __init__(self, program: Program, inner, step: int, starts_call: bool):
         self.program, self.inner, self.step, self.starts_call = program, inner, step, starts_call
         self.growth = dict(program.appends)
         made = [output.owner for output in program.outputs if isinstance(output, Packed)]
-        self.makes = bool(made)
+        self.makes_caches = bool(made)
         self.groups = {*program.owners.values(), *made}
         self.watched = sorted({i for group in self.groups for i in group})
         self.watched_of = picker(self.watched)
-        self.weights: dict[
-            int, Weights
-        ] = {}  # by the id of the first watched weight: models of one class share a graph
-        # placeholders stand in this order: own arguments, the carried vision mask, the buffers of each packed tensor
+        # by the id of the first watched weight, since models of one class share a graph
+        self.weights: dict[int, Weights] = {}
+        # the order of placeholders: own arguments, the carried vision mask, the buffers of each packed tensor
         self.plain = [i for i in program.inputs if type(i) is int]
         self.bound = list(dict.fromkeys(i[0] for i in program.inputs if type(i) is not int))
         fields = [
@@ -78,10 +77,10 @@ class Runtime:
 
     def __call__(self, *args):
         program = self.program
-        owners = self.owners_of(args, anew=self.makes)
+        owners = self.owners_of(args, anew=self.makes_caches)
         if self.starts_call and program.vision is None or program.packed:
             vision_carry.put(None)
-        storages = self.open(args, owners)
+        storages = self.writable_storages(args, owners)
         given = args
         if program.unpacked or program.folds:
             given = list(args)
@@ -103,10 +102,10 @@ class Runtime:
             vision_carry.put(results.pop().detach())
         if program.inference and torch.is_grad_enabled():
             results = refuse_backward(results, args)
-        return self.close(given, storages, results, owners)
+        return self.wrap_outputs(given, storages, results, owners)
 
     def owners_of(self, args, anew: bool) -> dict[tuple[int, ...], str | None]:
-        """Digests of what makes each cache's tokens; `anew`: from the weights' contents, since `.data` changes leave no mark."""
+        """Digests of what makes each cache's tokens; `anew`: read again, since `.data` changes leave no mark."""
         if not self.watched:
             return dict.fromkeys(self.groups)
         weights = self.watched_of(args)
@@ -122,10 +121,10 @@ class Runtime:
         self.weights = {**dict(kept), first: Weights(weights, owners)}
         return owners
 
-    on_weights = None  # called with the arguments whenever other weights run this graph; the report listens
+    on_weights = None  # the report's callback: gets the arguments when the graph first runs with other weights
 
     def fold(self, args: list) -> None:
-        """Put folded copies in place of weights; `.data` changes are met by computing them anew for every prompt."""
+        """Replace weights by folded copies, computed again for every prompt: `.data` changes leave no mark."""
         for fold in self.program.folds:
             at = (fold.value_weight, fold.value_bias, fold.output_weight)
             sources = [None if i is None else args[i] for i in at]
@@ -133,8 +132,8 @@ class Runtime:
                 if i is not None:
                     args[i] = copy
 
-    def open(self, args, owners) -> dict[int, Storage]:
-        """Storages of the PackedKV arguments, fit to be written."""
+    def writable_storages(self, args, owners) -> dict[int, Storage]:
+        """Storages of the PackedKV arguments, ready to be written."""
         storages, growth = {}, self.growth
         for position in self.program.packed:
             packed = args[position]
@@ -154,12 +153,12 @@ class Runtime:
         return storages
 
     def check_owner(self, packed, storage: Storage, expected: str | None, group, args) -> None:
-        """Raises ValueError for a cache of other weights; looks at their contents once more before it does."""
+        """Raises ValueError for a cache of other weights, after their contents have been digested once more."""
         if storage.owner is None or expected is None:
             return
-        if not alike(storage.owner, expected) or storage.loaded:
+        if not same_weights(storage.owner, expected) or storage.loaded:
             expected = self.owners_of(args, anew=True)[group]
-        if not alike(storage.owner, expected) and not self.is_a_cast(storage, group, args):
+        if not same_weights(storage.owner, expected) and not self.is_a_cast(storage, group, args):
             raise ValueError(
                 f"akvq: the packed cache of shape {list(packed.shape)} was made by other weights than the ones that "
                 "continue it (another model or layer, or weights changed since); start with an empty cache, or pass "
@@ -168,13 +167,13 @@ class Runtime:
         storage.owner, storage.loaded = expected, False
 
     def is_a_cast(self, storage: Storage, group: tuple[int, ...], args) -> bool:
-        """The weights are those of the cache but for a wider dtype, which holds the same numbers."""
+        """The weights are those of the cache, cast to a wider dtype, which holds the same numbers."""
         narrow, weights = storage.layout.dtype, [args[i] for i in group]
         if all(weight.dtype == narrow or not weight.is_floating_point() for weight in weights):
             return False
-        return alike(storage.owner, " ".join(compute([weight.detach().to(narrow) for weight in weights])))
+        return same_weights(storage.owner, " ".join(compute([weight.detach().to(narrow) for weight in weights])))
 
-    def close(self, args, storages, results, owners) -> tuple:
+    def wrap_outputs(self, args, storages, results, owners) -> tuple:
         out, views, slots, i = [], {}, {}, 0
         for spec in self.program.outputs:
             if spec is None:
@@ -199,7 +198,7 @@ class Runtime:
 
 
 def wrap(spec: Packed, buffers: list, args, owner, slots: dict[str, tuple]) -> PackedKV:
-    """slots: of this call's text tokens by Packed.classes, so that the device is asked once for all layers."""
+    """slots: text slots of this call by Packed.classes; they wait for the device, so are found once for all layers."""
     length, prompt = spec.length(args), spec.prompt(args)
     storage = Storage(spec.layout, [b.detach() for b in buffers], None if spec.static else length, prompt, owner)
     # a static cache may be written again from its start: its slots stay positions
@@ -211,8 +210,8 @@ def wrap(spec: Packed, buffers: list, args, owner, slots: dict[str, tuple]) -> P
     return PackedKV.view_of(storage, length)
 
 
-def alike(one: str, other: str) -> bool:
-    """Digests of the same weights; a graph that shows fewer of them (no norm, no adapter) may continue one that shows more."""
+def same_weights(one: str, other: str) -> bool:
+    """Digests of the same weights; a graph that shows fewer (no norm, no adapter) may continue one with more."""
     one, other = set(one.split()), set(other.split())
     return one <= other or other <= one
 
@@ -233,7 +232,7 @@ class NoBackward(torch.autograd.Function):
 
 
 def refuse_backward(results: list, inputs) -> list:
-    """The results as if they had a gradient wherever the uncompiled graph's would, so that losing it is an error and no silence."""
+    """Have results require a gradient where the uncompiled graph's would, so that backward() raises."""
     anchor = next((x for x in inputs if isinstance(x, torch.Tensor) and x.requires_grad), None)
     places = [i for i, x in enumerate(results) if isinstance(x, torch.Tensor) and x.is_floating_point()]
     if anchor is None or not places:

@@ -15,11 +15,11 @@ from akvq_fx.packed_kv import TOKENS, PackedKV, token_counts
 
 @dataclass
 class CacheStats:
-    """tokens: by class, from the keys of the first packed layer of each policy; bytes as allocated, spare capacity included.
+    """tokens: by class, from the first packed keys of each policy; bytes: as allocated, spare capacity included.
 
     packed_bytes     packed tensors          plain_bytes      tensors that stayed at 16 (or 32) bits
     bytes_16bit      the same cache at 16 bits a number       bits_per_element  of the packed tensors
-    simulated_tensors  packed tensors of a simulated recipe, which keep every number; their bytes are those of the originals
+    simulated_tensors  packed tensors of a simulated recipe; they keep original numbers, and their bytes
     method_bits        per cached number of those: what a real cache of the method would take at these tokens
     """
 
@@ -49,7 +49,8 @@ class CacheStats:
 
     def __str__(self) -> str:
         lines = [
-            f"packed tensors {self.packed_tensors}, {self.packed_bytes:,} bytes, {self.bits_per_element:.2f} bits per element",
+            f"packed tensors {self.packed_tensors}, {self.packed_bytes:,} bytes, "
+            f"{self.bits_per_element:.2f} bits per element",
             f"plain tensors {self.plain_tensors}, {self.plain_bytes:,} bytes",
             f"the same cache at 16 bits {self.bytes_16bit:,} bytes, {self.ratio:.2f} times as much",
         ]
@@ -66,7 +67,7 @@ class CacheStats:
 
 
 def cache_stats(cache: Any) -> CacheStats:
-    """Count a cache: a transformers cache object, nested tuples, lists or dicts of tensors, a module's buffers, or one tensor.
+    """Count a cache: a transformers cache object, nested containers of tensors, a module's buffers, or one tensor.
 
     Raises TypeError where no tensor is found in it.
     """
@@ -91,7 +92,8 @@ def cache_stats(cache: Any) -> CacheStats:
             stats.plain_elements += tensor.numel()
     if not stats.packed_tensors and not stats.plain_tensors:
         raise TypeError(
-            f"akvq: no cache tensors found in {type(cache).__name__}; accepted: a cache object, tensors, or containers of them"
+            f"akvq: no cache tensors found in {type(cache).__name__}; "
+            "accepted: a cache object, tensors, or containers of them"
         )
     if method_bits:
         stats.simulated_tensors, stats.method_bits = len(method_bits), sum(method_bits) / len(method_bits)

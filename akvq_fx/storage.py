@@ -9,7 +9,7 @@ from torch import Tensor
 
 from akvq_fx import torch_internals
 from akvq_fx.kernels.layout import CODES, GAIN, PADDING, STATE_TEXT, Layout
-from akvq_fx.kernels.rotate import turn_as_stored
+from akvq_fx.kernels.rotate import rotate_as_stored
 
 ROWS, TOKENS = 0, 2  # axes of [B, H, T, D]
 # The sizes that are symbols from the first decode step on. A static cache has as many tokens as it was made for.
@@ -17,9 +17,9 @@ GROWING, STATIC = torch_internals.dynamic_marks([ROWS, TOKENS]), torch_internals
 
 
 def text_slots(at: Tensor, length: int) -> tuple[Tensor, Tensor]:
-    """Text slots of positions below `length`, and these positions or -1, both [B, n]: at [B, Ct], n the most that a row uses.
+    """(slots, positions) of the text tokens before position `length`, both [B, n], position -1 where a row has fewer.
 
-    Asks the device for n.
+    at: the text_at buffer [B, Ct]. n is the most that any row uses; to find it waits for the device.
     """
     used = (at >= 0) & (at < length)
     width = int(used.sum(1).max()) if at.numel() else 0
@@ -33,22 +33,22 @@ class Storage:
     end     tokens written, where the host knows it (a growing cache); None for a static one, whose end is on the device
     prompt  tokens of the prompt: text overlay slots before it are compacted, later ones follow the position
     owner   digests of the weights that made the tokens, None if unknown
-    loaded  it comes from a file or a pickle: who continues it is looked at closely
-    lent    storages that read this one's memory until one of the two is written (`expanded`)
+    loaded  it comes from a file or a pickle: the weights that continue it are checked by their contents
+    borrowers  storages that read this one's memory until one of the two is written (`expanded`)
     """
 
-    __slots__ = ("layout", "text", "held", "borrowed", "lent", "rows", "device", "end", "prompt", "owner", "views")
+    __slots__ = ("layout", "text", "held", "borrowed", "borrowers", "rows", "device", "end", "prompt", "owner", "views")
     __slots__ += ("loaded", "__weakref__")
 
     def __init__(self, layout: Layout, buffers: list[Tensor], end: int | None, prompt: int, owner: str | None):
         self.layout, self.held, self.end, self.prompt, self.owner = layout, buffers, end, prompt, owner
-        self.borrowed, self.lent, self.loaded = False, [], False
+        self.borrowed, self.borrowers, self.loaded = False, [], False
         self.text, self.rows, self.device = str(layout), tuple(buffers[CODES].shape[:2]), buffers[CODES].device
         self.views: list[weakref.ref] = []
 
     @property
     def buffers(self) -> list[Tensor]:
-        """Contiguous buffers of its own, in the order of the layout's fields. `held` may be rows of another storage yet."""
+        """Contiguous buffers of its own, in the layout's order. `held` may still be memory of another storage."""
         if self.borrowed:
             self.held, self.borrowed = [buffer.contiguous() for buffer in self.held], False
             self.mark_dynamic()
@@ -59,19 +59,19 @@ class Storage:
         held = [b.clone() if name == "state" else b.expand(rows, *b.shape[1:]) for name, b in self.named()]
         made = Storage(self.layout, held, self.end, self.prompt, self.owner)
         made.borrowed, made.loaded = True, self.loaded
-        self.lent.append(weakref.ref(made))
+        self.borrowers.append(weakref.ref(made))
         return made
 
     def named(self) -> list[tuple[str, Tensor]]:
         return list(zip(self.layout.fields, self.buffers, strict=True))
 
-    def keep_to_itself(self) -> None:
-        """Before a write: who reads this memory takes a copy."""
-        for ref in self.lent:
+    def release_borrowers(self) -> None:
+        """To be called before a write: storages that borrow this memory copy it."""
+        for ref in self.borrowers:
             other = ref()
             if other is not None:
                 other.buffers  # noqa: B018 - the copy is made
-        self.lent = []
+        self.borrowers = []
 
     def __getitem__(self, name: str) -> Tensor:
         return self.buffers[self.layout.fields.index(name)]
@@ -105,8 +105,8 @@ class Storage:
     def compact_text(self, length: int, slots: tuple[Tensor, Tensor] | None = None) -> None:
         """Keep only the text slots of positions below `length`; later tokens then take slot position + state[2].
 
-        Codes move, none is made. slots: text_slots(text_at, length) of another layer that holds the same tokens as text.
-        Called after a prompt or a crop, never in a decode step.
+        Codes are moved, none is computed. slots: text_slots(text_at, length) of another layer that holds the same
+        tokens as text. Called after a prompt or a crop, never in a decode step.
         """
         order, kept_at = text_slots(self["text_at"], length) if slots is None else slots
         tail = self.capacity - length
@@ -137,14 +137,13 @@ class Storage:
 
     def clear(self) -> None:
         """Forget every token, in place."""
-        self.keep_to_itself()
+        self.release_borrowers()
         B, H, C = self["codes"].shape[:3]
         empty = self.layout.allocate(B, H, C, C if self.layout.text_bits else 0, self["codes"].device)
         for name, fresh in zip(self.layout.fields, empty, strict=True):
             compacted = name.startswith("text") and self[name].shape != fresh.shape  # for a prompt that is gone
-            if (
-                compacted or name == "affine" and self.end is not None
-            ):  # what was taken of a growing cache shares its map
+            # caches that were selected from a growing one share its affine map
+            if compacted or name == "affine" and self.end is not None:
                 self[name] = fresh
             else:
                 self[name].copy_(fresh)
@@ -154,7 +153,7 @@ class Storage:
 
     def to_stored(self, x: Tensor) -> Tensor:
         """x as the model made it -> the space of the buffers."""
-        return turn_as_stored(x, self["affine"] if self.layout.affine else None, self.layout.rotated)
+        return rotate_as_stored(x, self["affine"] if self.layout.affine else None, self.layout.rotated)
 
     @property
     def nbytes(self) -> int:

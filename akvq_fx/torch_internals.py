@@ -1,7 +1,8 @@
-"""Every private name of PyTorch and torchao that akvq_fx leans on, in one place.
+"""Every private name of PyTorch and torchao that akvq_fx uses, in one place.
 
-tests/test_internals.py has a test for each, which says what stopped working. Where a name may be missing and something can be done
-without it, the function here does that and says so; where nothing can, the error names the PyTorch that was found.
+tests/test_internals.py has a test for each, which says what stopped working. Where a name may be missing and something
+can be done without it, the function here does that and says so; where nothing can, the error names the PyTorch that was
+found.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 
 import torch
 
-OLDEST, NEWEST = (2, 11), (2, 15)  # seen to run; docs/versions.md says what was run with which
+OLDEST, NEWEST = (2, 11), (2, 15)  # tried; docs/versions.md has the combinations
 COUNT = "num_cache_entries_with_same_id_matched_objs"  # what dynamo compares with recompile_limit
 _numbers = itertools.count()
 
@@ -27,7 +28,7 @@ def version() -> tuple[int, ...]:
     return tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
 
 
-# ---- torch.compile's wrapper of a module ----------------------------------------------------------------------------------------
+# ---- torch.compile's wrapper of a module -----------------------------------------------------------------------------
 
 
 def optimized_module() -> type:
@@ -56,11 +57,11 @@ def set_own_call(module: torch.nn.Module, call: Callable | None) -> None:
     module._compiled_call_impl = call
 
 
-# ---- backends -------------------------------------------------------------------------------------------------------------------
+# ---- backends --------------------------------------------------------------------------------------------------------
 
 
 def innermost(backend) -> Any:
-    """The function that somebody gave as a backend, without the wrappers that dynamo and torch.compile put around it."""
+    """The function that the user gave as a backend, without dynamo's and torch.compile's wrappers."""
     links = ("_torchdynamo_orig_backend", "_torchdynamo_orig_callable", "compiler_fn")  # they differ between versions
     found = True
     while found:
@@ -96,7 +97,7 @@ def aot_eager(gm: torch.fx.GraphModule, example_inputs: list) -> Callable:
     return aot_eager(gm, example_inputs)
 
 
-# ---- what dynamo is doing -------------------------------------------------------------------------------------------------------
+# ---- what dynamo is doing --------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass
@@ -108,7 +109,7 @@ class Compiling:
     backend  as the user gave it
     limit    name of the option of torch._dynamo.config because of which it will not be compiled, "" where it will be
     reason   why it is compiled again, "" the first time
-    hard     dynamo raises at a limit (fullgraph=True), so that nobody needs to be told
+    hard     dynamo raises at a limit (fullgraph=True), so that no warning is needed
     count    dynamo's own count of the graphs that the function has
     """
 
@@ -127,9 +128,10 @@ class Compiling:
         return self.limit == "recompile_limit" and config.recompile_limit == config._config["recompile_limit"].default
 
     def let_pass(self, most: int) -> bool:
-        """Have dynamo compile the function this once although it has recompile_limit graphs, where it has fewer than `most`.
+        """Have dynamo compile the function this once beyond recompile_limit, where it has fewer than `most` graphs.
 
-        Nothing but dynamo's count for this one compilation changes. False, and nothing done, where `limit_is_default` is False.
+        Nothing but dynamo's count for this one compilation changes. False, and nothing done, where `limit_is_default`
+        is False.
         """
         has = getattr(self.count, COUNT, most)
         if has >= most or not self.limit_is_default():
@@ -139,7 +141,7 @@ class Compiling:
 
 
 def compiling() -> Compiling | None:
-    """The innermost frame that dynamo compiles on this thread; None outside of dynamo, or where it works otherwise than is known.
+    """The innermost frame that dynamo compiles on this thread; None outside of dynamo or where its frames are unknown.
 
     Dynamo passes a backend neither the function nor why it was called, so both are read off its own frame on the stack.
     """
@@ -166,14 +168,14 @@ def _limit(seen: dict) -> str:
 
 
 def guard_of(reason: str) -> str:
-    """The guard that failed, out of dynamo's reason for a recompile, which goes on with the line of code and a stack trace."""
+    """The guard that failed, out of dynamo's reason for a recompile, which also has code and a stack trace."""
     return " ".join(reason.split("User stack trace")[0].split("  #")[0].split())
 
 
 def before_compiling(listener: Callable[[], str]) -> None:
-    """Have the listener called before dynamo compiles any frame, in time to see that it will not. Once, however often it is asked.
+    """Have the listener called before dynamo compiles any frame, in time to see that it will not; at most once.
 
-    It is what PyTorch offers for notes about recompiles; the listener's answer, "" for nothing to note, goes into its logs.
+    PyTorch offers this hook for notes in its logs of recompiles: the listener returns such a note, "" for none.
     """
     from torch._dynamo.utils import get_hook_for_recompile_user_context
 
@@ -181,18 +183,19 @@ def before_compiling(listener: Callable[[], str]) -> None:
         torch._dynamo.register_hook_for_recompile_user_context(listener)
 
 
-def apart(function: Callable, backend: Callable) -> Callable:
-    """torch.compile(function, backend), with nothing of it left in what other torch.compile calls find.
+def compile_isolated(function: Callable, backend: Callable) -> Callable:
+    """torch.compile(function, backend) that leaves nothing behind for other torch.compile calls.
 
-    Dynamo keeps what it compiled by code object, and eight graphs of one are its limit, whoever asked for them. So the function is
-    called by a frame whose code is new, and what dynamo compiles beside it (after a graph break) goes to a region of its own.
+    Dynamo keeps graphs by code object, at most eight of each, whoever asked for them. So the function is called from a
+    frame whose code object is new, and other frames that dynamo compiles (after a graph break) are isolated where
+    PyTorch can do that.
     """
 
     def call(*args, **kwargs):
         return function(*args, **kwargs)
 
-    # what dynamo learnt of sizes it keeps by the name of the code, so that is new too
-    code = call.__code__.replace(co_name=f"apart_{next(_numbers)}")
+    # dynamo remembers which sizes are dynamic by the code's name, so that is new too
+    code = call.__code__.replace(co_name=f"isolated_{next(_numbers)}")
     fresh = types.FunctionType(code, call.__globals__, code.co_name, None, call.__closure__)
     known = inspect.signature(torch.compile).parameters
     isolated = {"isolate_recompiles": True} if "isolate_recompiles" in known else {}  # from torch 2.13 on
@@ -200,7 +203,7 @@ def apart(function: Callable, backend: Callable) -> Callable:
 
 
 def dynamic_marks(dims: list[int]) -> dict[str, Any]:
-    """What torch._dynamo.maybe_mark_dynamic(x, dims) leaves on a tensor; to copy it is 50 times quicker than to call that."""
+    """What torch._dynamo.maybe_mark_dynamic(x, dims) leaves on a tensor; copying it is 50 times faster than the call."""
     probe = torch.empty((1,) * (max(dims) + 1))
     torch._dynamo.maybe_mark_dynamic(probe, dims)
     return dict(vars(probe))
@@ -214,7 +217,7 @@ def hint(size) -> int:
     return int(known) if known is not None else 2
 
 
-# ---- CUDA -----------------------------------------------------------------------------------------------------------------------
+# ---- CUDA ------------------------------------------------------------------------------------------------------------
 
 
 def nvrtc() -> tuple[Callable, Callable] | str:
@@ -226,7 +229,7 @@ def nvrtc() -> tuple[Callable, Callable] | str:
     return utils._nvrtc_compile, utils._cuda_load_module
 
 
-# ---- torchao --------------------------------------------------------------------------------------------------------------------
+# ---- torchao ---------------------------------------------------------------------------------------------------------
 
 
 def tensor_base() -> type:

@@ -1,5 +1,5 @@
-"""Every name of transformers that akvq_fx leans on, and that changes between its versions. Nothing is imported from it: a user of
-plain PyTorch need not have it.
+"""Every name of transformers that akvq_fx uses and that changes between versions. Nothing is imported from it: a user
+of plain PyTorch need not have it.
 
     5.17 to 5.23   model(past_key_values=cache), output.past_key_values
     5.24           model(cache=cache), output.cache; the old names warn
@@ -11,7 +11,7 @@ import importlib.metadata
 import inspect
 from typing import Any
 
-OLDEST, NEWEST = (5, 17), (5, 24)  # seen to run; docs/versions.md says what was run with which
+OLDEST, NEWEST = (5, 17), (5, 24)  # tried; docs/versions.md has the combinations
 CACHE_NAMES = ("cache", "past_key_values")  # of an argument and of an output's field, the newest first
 
 

@@ -1,4 +1,4 @@
-"""Versions of PyTorch and transformers that akvq_fx was tried with. Newer ones are not refused: they get one warning."""
+"""Versions of PyTorch and transformers that akvq_fx was tried with. Others are not refused: they get one warning."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ def warn_of_untried() -> None:
     ):
         if found is not None and not oldest <= found <= newest:
             warnings.warn(
-                f"akvq: {name} {dotted(found)} was never tried; {dotted(oldest)} to {dotted(newest)} were (docs/versions.md). "
-                "If something fails, see whether it does with one of these",
+                f"akvq: {name} {dotted(found)} was never tried; {dotted(oldest)} to {dotted(newest)} were "
+                "(docs/versions.md). If something fails, see whether it does with one of these",
                 UserWarning,
                 stacklevel=2,
             )

@@ -1,6 +1,6 @@
 """Carry the vision mask of a call from the graph that places image features to the graphs that hold the decoder layers.
 
-A graph break may separate them. The mask is kept per thread until the call's decode steps begin or the next call starts.
+A graph break may separate them. The mask is kept per thread until the call's decode steps or the next call begin.
 """
 
 from __future__ import annotations

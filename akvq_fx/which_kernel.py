@@ -1,7 +1,7 @@
 """Which implementation answers an op of a compiled graph, and why a faster one does not: asked with fake tensors.
 
-What a graph calls is noted while it is compiled; the question is put later, when nothing is traced. Sizes are the ones that dynamo
-saw; a call of another size, or with buffers that are not contiguous, may be answered otherwise.
+Calls are noted while a graph is compiled, and asked about later, when nothing is traced. Sizes are the ones that dynamo
+saw; a call of another size, or with buffers that are not contiguous, may get another kernel.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ FASTER = {
     "pack": cache.FASTER,
     "append": cache.FASTER_APPEND,
     "attend": attend.FASTER,
-    **dict.fromkeys(("hadamard", "rotate_keys", "rotate_queries"), rotate.FASTER),
+    **dict.fromkeys(("rotate", "rotate_keys", "rotate_queries"), rotate.FASTER),
     **dict.fromkeys(("find_pivots", "key_affine"), salience.FASTER),
 }
 
@@ -63,12 +63,12 @@ def calls_of(state: GraphState) -> list[Call]:
 
 
 def answers(calls: list[Call]) -> list[KernelAnswer]:
-    """Of every call, keys and values apart where they are written. Builds a kernel where that is how it is known to work."""
-    found = dict.fromkeys(answer for call in calls for answer in asked(call))
+    """Answers to all calls, each once; of writes, keys and values separately. May compile a kernel to try it."""
+    found = dict.fromkeys(answer for call in calls for answer in answers_to(call))
     return list(found)
 
 
-def asked(call: Call) -> list[KernelAnswer]:
+def answers_to(call: Call) -> list[KernelAnswer]:
     B, Hq, H, q, D = call.sizes
     keys, values = map(Layout.parse, call.layouts)
     with FakeTensorMode():
@@ -77,12 +77,12 @@ def asked(call: Call) -> list[KernelAnswer]:
         if call.op in ("pack", "append"):
             return [answer(call, {"x": new, "layout": layout}) for layout in (keys, values)]
         if call.op == "attend":
-            return [answer(call, attended(call, query, new, keys, values))]
+            return [answer(call, attend_arguments(call, query, new, keys, values))]
         tensors = {"rotate_queries": [query], "find_pivots": [empty(B, q, call.width)], "key_affine": [new, query]}
         return [answer(call, tensors.get(call.op, [new]))]
 
 
-def attended(call: Call, query, new, keys: Layout, values: Layout) -> dict:
+def attend_arguments(call: Call, query, new, keys: Layout, values: Layout) -> dict:
     B, _, H, q, _ = call.sizes
     buffers = []
     for layout in (keys, values):
@@ -93,8 +93,9 @@ def attended(call: Call, query, new, keys: Layout, values: Layout) -> dict:
         mask = torch.empty(B, 1, q, call.capacity, dtype=call.masked, device=call.device)
     at = torch.empty(q, dtype=torch.int64, device=call.device) if q > 1 else None
     fresh = new if q > 1 else None
-    return {"q": query, "key": buffers[0], "value": buffers[1], "length": call.capacity, "mask": mask, "is_causal": call.is_causal,
-            "fresh_key": fresh, "fresh_value": fresh, "at": at, "key_layout": keys, "value_layout": values}  # fmt: skip
+    arguments = {"q": query, "key": buffers[0], "value": buffers[1], "length": call.capacity, "mask": mask}
+    arguments |= {"is_causal": call.is_causal, "fresh_key": fresh, "fresh_value": fresh, "at": at}
+    return arguments | {"key_layout": keys, "value_layout": values}
 
 
 def answer(call: Call, given: dict | list) -> KernelAnswer:

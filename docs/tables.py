@@ -1,4 +1,5 @@
-"""Write the tables of docs/options.md and docs/recipes.md: defaults, accepted values and bits come from the code, words from here.
+"""Write the tables of docs/options.md and docs/recipes.md: defaults, accepted values and bits come from the code, words
+from here.
 
 python docs/tables.py            rewrites both pages between their markers
 python docs/tables.py --check    exits with 1 where a page is not what would be written
@@ -22,18 +23,19 @@ PAPER, OURS = "arXiv 2501.15021", "ours"
 OPTIONS = {
     "recipe": ("the method; see [recipes.md](recipes.md)", ""),
     "body_bits": (
-        "bits of every token that is not kept at more bits; 16 is lossless mode: the cache is carried, nothing is quantized",
+        "bits of every token that is not kept at more bits; 16 is lossless mode, in which nothing is quantized",
         PAPER,
     ),
     "window": ("most recent tokens, kept at 16 bits in every layer", f"{PAPER}, section IV-A"),
     "pivots": ("pivot tokens, kept at 16 bits in PSA layers", f"{PAPER}, figure 8"),
     "tsa_layers": (
-        'layers that attend to text first; `"auto"`: as `akvq_fx.calibrate` measured, else the paper\'s table for models that it '
-        "names, else an error",
+        'layers that attend to text first; `"auto"`: as `akvq_fx.calibrate` measured, else the paper\'s table for '
+        "models that it names, else an error",
         f"{PAPER}, table I",
     ),
     "text_bits": (
-        "bits of text tokens in TSA layers; 16 leaves these layers unpacked, no more than `body_bits` makes them like the others",
+        "bits of text tokens in TSA layers; 16 leaves these layers unpacked, "
+        "no more than `body_bits` makes them like the others",
         f"{PAPER}, section III-B",
     ),
     "psa_text_key_bits": (
@@ -41,12 +43,12 @@ OPTIONS = {
         OURS,
     ),
     "value_rotation": (
-        '`"online"`: values are rotated when they are written, and attention rotates its output back; `"fold"`: by copies of the '
-        'projection weights where the graph proves it exact, else online; `"off"`',
+        '`"online"`: values are rotated when they are written, and attention rotates its output back; `"fold"`: by '
+        'copies of the projection weights where the graph proves it exact, else online; `"off"`',
         f"{PAPER}, section III",
     ),
     "rotate": (
-        "Walsh-Hadamard transform of keys and values; without it nothing is centred or balanced either",
+        "Walsh-Hadamard rotation of keys and values; without it nothing is centred or balanced either",
         f"{PAPER}, section III",
     ),
     "center_keys": ("subtract each head's mean key, which softmax does not notice", OURS),
@@ -58,7 +60,8 @@ OPTIONS = {
         f"{PAPER}, section IV-A",
     ),
     "prefill": (
-        '`"exact"`: the prompt attends to its own unpacked tokens; `"quantized"`: to its packed ones, as the paper evaluates',
+        '`"exact"`: the prompt attends to its own unpacked tokens; `"quantized"`: to its packed ones, '
+        "as the paper evaluates",
         OURS,
     ),
     "pivot_mode": (
@@ -70,7 +73,8 @@ OPTIONS = {
     "capacity_step": ("tokens by which a growing cache is enlarged", OURS),
     "inner": ("compiler of the rewritten graph", ""),
     "mode": (
-        '`"reduce-overhead"`: CUDA graphs of decode steps; other modes are Inductor\'s. `mode=` of `torch.compile` lands here',
+        '`"reduce-overhead"`: CUDA graphs of decode steps; other modes are Inductor\'s. '
+        "`mode=` of `torch.compile` is this option",
         "",
     ),
 }
@@ -78,7 +82,8 @@ OPTIONS = {
 # recipe: what it does
 RECIPE_WORDS = {
     "akvq": "AKVQ-VL with centred and balanced keys, 4-bit keys of text in every layer and half the window",
-    "akvq-vl": "the paper to the letter: text first in early layers, pivots in late ones, Walsh-Hadamard, 2 bits, folded values",
+    "akvq-vl": "the paper to the letter: text first in early layers, pivots in late ones, Walsh-Hadamard, 2 bits, "
+    "folded values",
     "rtn2": "round to nearest per token, groups of 128; the baseline of every paper here",
     "rtn4": "the same at 4 bits",
     "smoothquant": "keys divided and queries multiplied per channel, then round to nearest at 2 bits",
@@ -86,7 +91,8 @@ RECIPE_WORDS = {
     "kivi-g128": "the same with groups of 128",
     "skvq": "channels reordered by clustering, clipped groups with fp8 ranges, recent and first tokens at 16 bits",
     "quarot": "Walsh-Hadamard of keys and values, then round to nearest; no token at 16 bits",
-    "turboquant": "rotated unit vectors, each coordinate at the best levels of a normal distribution; without the QJL residual",
+    "turboquant": "rotated unit vectors, each coordinate at the best levels of a normal distribution; "
+    "without the QJL residual",
     "calibquant": "vision tokens at 1 bit per channel with calibrated scores, text at 16 bits",
     "fp8": "every number as e4m3 without a scale",
 }

@@ -63,7 +63,8 @@ def main() -> int:
         return 1
     print(f"\nAll of it took {time.perf_counter() - began:.0f} s.")
     print(
-        "Seconds on a CPU say little: a prompt is packed by plain PyTorch there, and a first use builds two C++ kernels."
+        "Seconds on a CPU say little: a prompt is packed by plain PyTorch there, "
+        "and a first use builds two C++ kernels."
     )
     return 0
 

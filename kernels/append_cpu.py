@@ -1,7 +1,8 @@
-"""append on the CPU for decode steps: a C++ kernel (append_cpu.cpp) that quantizes, packs and writes a few tokens in one call.
+"""append on the CPU for decode steps: a C++ kernel (append_cpu.cpp) that quantizes, packs and writes a few tokens.
 
-The meaning is kernels/cache.py's, to the bit: the same float32 operations in the same order. Keys are turned by the reference
-before. kernels/cpp.py compiles the kernel at first use. `refusal` says why tokens cannot be written by it, "" where they can:
+The meaning is kernels/cache.py's, to the bit: the same float32 operations in the same order. The reference rotates the
+keys before. kernels/cpp.py compiles the kernel at first use. `refusal` says why tokens cannot be written by it, ""
+where they can:
 the reference writes the others, prompts among them, and all of them where there is no compiler.
 """
 
@@ -16,7 +17,7 @@ from akvq_fx.kernels import cpp
 from akvq_fx.kernels.attend_cpu import buffers_refusal
 from akvq_fx.kernels.cache import check_call, keep_pivots, named
 from akvq_fx.kernels.layout import CODE_BITS, Layout
-from akvq_fx.kernels.rotate import turn_as_stored
+from akvq_fx.kernels.rotate import rotate_as_stored
 from akvq_fx.kernels.supports import ANY, NOT_SIMULATED, Supports
 
 LONGEST = 16  # tokens; more are a prompt, for which the reference's few large operations are right
@@ -65,15 +66,15 @@ def append(
     classes: Tensor | None,
     pivots: Tensor | None,
     layout: Layout,
-    turn: bool = False,
+    rotate: bool = False,
 ) -> None:
-    """Write q tokens in place, as kernels.cache.append. Raises IndexError for a position without a slot, and writes nothing."""
+    """kernels.cache.append for q tokens. Raises IndexError for a position without a slot, before writing."""
     b = named(cache, layout)
     check_call(b, x, at, classes, layout)
     reason = buffers_refusal(cache, layout, *x.shape[:2])
     if reason:
         raise ValueError(f"akvq::append: {reason}")
-    x = turn_as_stored(x, b.get("affine"), layout.rotated) if turn else x
+    x = rotate_as_stored(x, b.get("affine"), layout.rotated) if rotate else x
     B, H, q, D = x.shape
     x, at = x.contiguous(), at.to(torch.int64).contiguous()
     kinds = None if classes is None else classes.to(torch.uint8)
@@ -88,7 +89,7 @@ def append(
     if library()[0](ctypes.byref(call)) == BAD_POSITION:
         raise IndexError(f"akvq::append: at is {at.tolist()}, accepted: 0 to the capacity {call.capacity} (excluded)")
     if layout.pivots and pivots is not None:
-        keep_pivots(b, x, at, classes, pivots, None, layout, turn=False)
+        keep_pivots(b, x, at, classes, pivots, None, layout, rotate=False)
 
 
 def library() -> tuple:

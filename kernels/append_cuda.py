@@ -1,7 +1,7 @@
 """append and pack on NVIDIA GPUs: compiles and launches kernels/append_cuda.cu; the meaning is kernels/cache.py's.
 
-One launch turns, clips, quantizes, packs and writes all that a decode step changes. `refusal` says why a call is left to
-kernels/cache_triton.py, whose checks of a call and order of steps serve this kernel too.
+One launch rotates, clips, quantizes, packs and writes all that a decode step changes. `refusal` says why a call is left
+to kernels/cache_triton.py, whose checks of a call and order of steps serve this kernel too.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ SUPPORTS = Supports(
     **dict.fromkeys(("rotated", "affine", "shares_classes"), ANY),
 )
 WARPS = 4
-SHARE = 8  # tokens a warp (in pack: every four lanes of it) takes where there are many, so that it reads the affine map once
+SHARE = 8  # tokens a warp (in pack: four lanes) takes where there are many, to read the affine map once
 PACKED_DIMS = (64, 128)  # of pack: four lanes hold a token, and its centre and gains, in registers
 PACKED_TOKENS = 64  # fewer are appended a warp each
 PACK_ROWS = 8  # tokens that a warp packs at a time
@@ -60,15 +60,15 @@ def refusal(x: Tensor, layout: Layout) -> str:
     return nvrtc.refusal(x.device.index, "append_cuda")
 
 
-def append(cache, x, at, classes, pivots, layout: Layout, turn: bool = False) -> None:
+def append(cache, x, at, classes, pivots, layout: Layout, rotate: bool = False) -> None:
     """Write q tokens in place, as kernels.cache.append."""
-    cache_triton.append(cache, x, at, classes, pivots, layout, turn, launch)
+    cache_triton.append(cache, x, at, classes, pivots, layout, rotate, launch)
 
 
-def pack(x, at, classes, pivots, affine, capacity: int, layout: Layout, turn: bool = False) -> list[Tensor]:
-    """New buffers that hold the prompt, as kernels.cache.pack, each byte written once where `packs`, but for a text overlay."""
+def pack(x, at, classes, pivots, affine, capacity: int, layout: Layout, rotate: bool = False) -> list[Tensor]:
+    """New buffers that hold the prompt, as kernels.cache.pack. Where `packs`, all but text overlays is written once."""
     if not packs(x, layout) or x.shape[2] < layout.window or (layout.pivots and pivots is None):
-        return cache_triton.pack(x, at, classes, pivots, affine, capacity, layout, turn, launch)
+        return cache_triton.pack(x, at, classes, pivots, affine, capacity, layout, rotate, launch)
     B, H, *_ = x.shape
     cache = []
     for name in layout.fields:
@@ -80,7 +80,7 @@ def pack(x, at, classes, pivots, affine, capacity: int, layout: Layout, turn: bo
     if layout.affine:
         b["affine"].copy_(affine)
     check_fits(b, x, at, classes, layout)
-    launch(b, x, at, classes, pivots, affine, layout, turn, fresh=True)
+    launch(b, x, at, classes, pivots, affine, layout, rotate, fresh=True)
     return cache
 
 
@@ -92,13 +92,13 @@ def launch(
     pivots: Tensor | None,
     affine: Tensor | None,
     layout: Layout,
-    turn: bool,
+    rotate: bool,
     fresh: bool = False,
 ) -> None:
-    """Write x and, where the kernel does not, keep its pivots; fresh: the buffers are unwritten, and `packs(x, layout)` holds."""
+    """Write x and, where the kernel does not, keep its pivots; fresh: buffers are unwritten, and `packs(x, layout)`."""
     B, H, q, _ = x.shape
     at, form = at.contiguous(), 0
-    if turn:
+    if rotate:
         form = 2 if affine is not None else int(layout.rotated)
     params = Params(x.data_ptr(), at.data_ptr(), fresh=fresh)
     for name in POINTERS[4:-1]:
@@ -126,7 +126,7 @@ def launch(
         launches.append(("append", B * H * -(-q // params.share), macros(layout, form, False, text_only=True)))
     run(launches, params, x.device)
     if keep and not fast:
-        keep_pivots(b, x, at, classes, pivots, affine, layout, turn)
+        keep_pivots(b, x, at, classes, pivots, affine, layout, rotate)
 
 
 def run(launches: list[tuple[str, int, tuple]], params: Params, device: torch.device) -> None:
@@ -138,7 +138,7 @@ def run(launches: list[tuple[str, int, tuple]], params: Params, device: torch.de
 
 
 def packs(x: Tensor, layout: Layout) -> bool:
-    """The tokens are a prompt in a form that the kernel `pack` takes: 2 bits, one range a token, rows of whole 16 bytes."""
+    """The tokens are a prompt that the kernel `pack` takes: 2 bits, one range a token, rows of whole 16 bytes."""
     simple = layout.body_bits == 2 and layout.groups == 1 and layout.head_dim in PACKED_DIMS
     aligned = x.itemsize == 2 and x.data_ptr() % 16 == 0 and all(step % 8 == 0 for step in x.stride()[:3])
     return simple and aligned and x.shape[2] >= PACKED_TOKENS
@@ -147,18 +147,17 @@ def packs(x: Tensor, layout: Layout) -> bool:
 def macros(layout: Layout, form: int, fast: bool, text_only: bool = False) -> tuple:
     exact = lambda number: f"{float(number)!r}f"
     return (
-        *(("HEAD_DIM", layout.head_dim), ("DTYPE", DTYPES[layout.dtype]), ("TURN", form), ("GROUPS", layout.groups)),
-        *(
-            ("BITS", layout.body_bits),
-            ("CLIP", exact(layout.body_clip)),
-            ("NORM", exact(order_of(layout.head_dim) ** -0.5)),
-        ),
-        *(
-            ("TEXT_BITS", 0 if fast else layout.text_bits),
-            ("LOW_WIDTH", 0 if fast else layout.low_width),
-            ("TEXT_CLIP", exact(layout.text_clip)),
-            ("TEXT_ONLY", int(text_only)),
-            ("WARPS", WARPS),
-            ("PACKS", int(fast)),
-        ),
+        ("HEAD_DIM", layout.head_dim),
+        ("DTYPE", DTYPES[layout.dtype]),
+        ("TURN", form),
+        ("GROUPS", layout.groups),
+        ("BITS", layout.body_bits),
+        ("CLIP", exact(layout.body_clip)),
+        ("NORM", exact(order_of(layout.head_dim) ** -0.5)),
+        ("TEXT_BITS", 0 if fast else layout.text_bits),
+        ("LOW_WIDTH", 0 if fast else layout.low_width),
+        ("TEXT_CLIP", exact(layout.text_clip)),
+        ("TEXT_ONLY", int(text_only)),
+        ("WARPS", WARPS),
+        ("PACKS", int(fast)),
     )

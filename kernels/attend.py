@@ -1,22 +1,23 @@
-"""attend(q, key, value): scaled dot-product attention over a packed cache, without a 16-bit copy that outlives the call.
+"""attend(q, key, value): scaled dot-product attention over a packed cache; no 16-bit copy outlives the call.
 
-q            [B, Hq, q, D]   floating, rotated as the keys are, or with turn=True as the model made it; Hq a multiple of the
-                             cache's H (GQA, MQA)
+q            [B, Hq, q, D]   floating, rotated as the keys are, or with rotate=True as the model made it; Hq is a
+                             multiple of the cache's H (GQA, MQA)
 key, value   buffers of one packed tensor each (kernels/layout.py); layouts may differ
 length       int or None     T, tokens that attention sees; None: as many as the key cache holds, read on the device
-fresh_key, fresh_value  [B, H, q, D] and at [q]: this step's tokens and the positions, one after the other, that they take. They
-                             are read at full precision. Of the cache only what stands before at[0] is read, and nothing after
-                             at[-1] is seen: whether append has written them already or not, and whatever a crop left behind
-mask         None, or bool / float broadcastable to [B, Hq, q, T], as torch's scaled_dot_product_attention takes it; where
-             length is None it may have more columns. Under a mask, positions that nothing was written to are not seen
+fresh_key, fresh_value  [B, H, q, D] and at [q]: this step's tokens and the consecutive positions that they take. They
+             are read at full precision. Of the cache only positions before at[0] are read, and nothing after at[-1]: so
+             append may have written the tokens already or not, and what a crop left at later positions is ignored
+mask         None, or bool / float broadcastable to [B, Hq, q, T], as torch's scaled_dot_product_attention takes it;
+             where length is None it may have more columns. Under a mask, positions that nothing was written to are not
+             seen
 scale        None for 1/sqrt(D);  is_causal  as torch's (aligned to the top left)
-turn, restore  queries come, and the output leaves, as the model made them rather than in the stored space: each has its effect
-             where the keys' or the values' layout is rotated or affine
+rotate       queries come as the model made them, so the op rotates them where the keys' layout is rotated or affine
+restore      the output leaves as the model made the values, so the op rotates it back where their layout is rotated
 ->           [B, Hq, q, Dv]  q's dtype, in the values' stored space, or with restore=True as the model made them
 
-The meaning is torch's own SDPA on the dequantized cache and, with restore=True, akvq::hadamard after it: p (vH) H = p v. A kernel
-may apply H to its float32 sums, before they are rounded to q's dtype. A kernel's `itself` names what it does of turn and restore in
-its own launch; this op does the rest around it.
+The meaning is torch's own SDPA on the dequantized cache and, with restore=True, akvq::rotate after it: p (vH) H = p v.
+A kernel may apply H to its float32 sums, before they are rounded to q's dtype. A kernel's `fused` names which of rotate
+and restore it does in its own launch; this op does the others around it.
 """
 
 from __future__ import annotations
@@ -26,9 +27,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from akvq_fx.kernels.cache import named, read
-from akvq_fx.kernels.choose import answer
+from akvq_fx.kernels.choose import dispatch
 from akvq_fx.kernels.layout import STATE_END, Layout
-from akvq_fx.kernels.rotate import turn_queries, turn_tokens
+from akvq_fx.kernels.rotate import rotate_directly, rotate_queries_directly
 from akvq_fx.kernels.simulate import squeezed
 
 FASTER = {"cuda": ("attend_cuda", "attend_triton"), "cpu": ("attend_cpu",)}  # before the reference, by device
@@ -64,7 +65,7 @@ def reference(q, key, value, key_layout: Layout, value_layout: Layout, length, m
 def past_of(q: Tensor, end: Tensor, fresh) -> int:
     """Tokens cached before this call: a simulation quantizes no token in the step that brings it.
 
-    A prompt that attends to its own packed tokens (prefill="quantized") has no fresh ones and reads all of them quantized.
+    A prompt that attends to its own packed tokens (prefill="quantized") has no fresh ones and reads all quantized.
     """
     if fresh is not None:
         return min(int(end), int(fresh[2][0]))
@@ -85,34 +86,34 @@ def attend(
     at: Tensor | None,
     key_layout: str,
     value_layout: str,
-    turn: bool = False,
+    rotate: bool = False,
     restore: bool = False,
 ) -> Tensor:
     layouts = Layout.parse(key_layout), Layout.parse(value_layout)
     check(q, key, value, *layouts)
     call = (q, key, value, length, mask, scale, is_causal, fresh_key, fresh_value, at, *layouts)
-    wanted = {"turn": turn, "restore": restore and layouts[1].rotated}
+    wanted = {"rotate": rotate, "restore": restore and layouts[1].rotated}
 
     def run(kernel) -> Tensor:
-        itself = () if kernel is None else kernel.itself
-        asked = turn_query(q, key, layouts[0]) if turn and "turn" not in itself else q
+        fused = () if kernel is None else kernel.fused
+        asked = rotate_query(q, key, layouts[0]) if rotate and "rotate" not in fused else q
         if kernel is not None:
-            out = kernel(asked, *call[1:], **{name: True for name in itself if wanted[name]})
+            out = kernel(asked, *call[1:], **{name: True for name in fused if wanted[name]})
         else:
             fresh = (fresh_key, fresh_value, at) if at is not None and at.shape[0] else None
             out = reference(asked, key, value, *layouts, length, mask, scale, is_causal, fresh)
-        if wanted["restore"] and "restore" not in itself:
-            return turn_tokens(out)
+        if wanted["restore"] and "restore" not in fused:
+            return rotate_directly(out)
         return out if kernel is not None else out.clone(memory_format=torch.contiguous_format)
 
-    return answer(run, "attend", FASTER.get(q.device.type, ()), *call)
+    return dispatch(run, "attend", FASTER.get(q.device.type, ()), *call)
 
 
-def turn_query(q: Tensor, key: list[Tensor], layout: Layout) -> Tensor:
+def rotate_query(q: Tensor, key: list[Tensor], layout: Layout) -> Tensor:
     """Queries as the model made them -> as the stored keys are asked."""
     if layout.affine:
-        return turn_queries(q, named(key, layout)["affine"])
-    return turn_tokens(q) if layout.rotated else q
+        return rotate_queries_directly(q, named(key, layout)["affine"])
+    return rotate_directly(q) if layout.rotated else q
 
 
 @attend.register_fake
@@ -129,7 +130,7 @@ def _(
     at,
     key_layout,
     value_layout,
-    turn=False,
+    rotate=False,
     restore=False,
 ):
     layouts = Layout.parse(key_layout), Layout.parse(value_layout)
@@ -138,7 +139,7 @@ def _(
 
 
 def check(q: Tensor, key, value, key_layout: Layout, value_layout: Layout) -> None:
-    """Raises ValueError where q does not fit the cache, or the keys are no keys."""
+    """Raises ValueError where q does not fit the cache, or the keys' layout is one of values."""
     if key_layout.shares_classes:
         raise ValueError(
             f"akvq::attend: the keys' layout is {key_layout}, accepted: keys that hold their tokens' classes"
@@ -147,5 +148,6 @@ def check(q: Tensor, key, value, key_layout: Layout, value_layout: Layout) -> No
     named(value, value_layout)
     if q.dim() != 4 or q.shape[3] != key_layout.head_dim or q.shape[1] % heads:
         raise ValueError(
-            f"akvq::attend: q is {list(q.shape)}, accepted: [B, Hq, q, {key_layout.head_dim}] with Hq a multiple of {heads}"
+            f"akvq::attend: q is {list(q.shape)}, accepted: [B, Hq, q, {key_layout.head_dim}] "
+            f"with Hq a multiple of {heads}"
         )

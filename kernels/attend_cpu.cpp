@@ -36,12 +36,13 @@ struct Plan {
   Owners *key_owners, *value_owners;  // [B]
   uint8_t* used[2][2];                // [key, value][BODY, TEXT], see find_used
   float *peak, *mass, *sums;          // [B * H * splits][R], the same, [..][R][out_stride]
-  const Hadamard* back;               // null: the output stays in the stored space
+  const Rotation* back;               // null: the output stays in the stored space
 
   Packed packed(const Cache& cache, int64_t head, int kind) const {
     const int64_t bits = kind == BODY ? cache.bits : cache.text_bits, D = cache.head_dim;
     const bool text = kind == TEXT && bits;
-    return {cache.codes + head * cache.capacity * (D * cache.bits / 16), cache.range + head * cache.capacity * 2 * cache.groups,
+    return {cache.codes + head * cache.capacity * (D * cache.bits / 16),
+            cache.range + head * cache.capacity * 2 * cache.groups,
             text ? cache.text_codes + head * cache.text_capacity * (D * cache.low_width / 16) : nullptr,
             bits, D, cache.groups, cache.bits, cache.low_width, cache.dtype == F16};
   }
@@ -326,7 +327,7 @@ extern "C" int akvq_attend(const Call* call_, const Cache* key, const Cache* val
   const int64_t threads = std::max<int64_t>(1, std::min(call.threads, work / WORK_PER_THREAD));
   int64_t splits = threads == 1 ? 1 : (UNITS_PER_THREAD * threads + heads - 1) / heads;
   splits = std::max<int64_t>(1, std::min(splits, chunks));
-  const Hadamard back(value->head_dim);
+  const Rotation back(value->head_dim);
   Plan plan{call, *key, *value, R, call.length, chunk, chunks, chunk + PAD, round_up(value->head_dim, LANES), splits,
             nullptr, nullptr, {}, nullptr, nullptr, nullptr, call.restore ? &back : nullptr};
 
@@ -352,7 +353,7 @@ extern "C" int akvq_attend(const Call* call_, const Cache* key, const Cache* val
     for (int which : {0, 1})
       if (const Packed source = plan.packed(which ? *value : *key, 0, kind); source.bits)
         find_used(source, plan.used[which][kind]);
-  // The small loops go alone where they are short: each parallel one waits for the slowest thread to come round.
+  // Short loops run on one thread: every parallel loop waits for its slowest thread.
 #pragma omp parallel for num_threads(threads) if (call.batch * call.length > ALONE)
   for (int64_t i = 0; i < 2 * call.batch; i++) {
     Owners& owners = (i % 2 ? plan.value_owners : plan.key_owners)[i / 2];

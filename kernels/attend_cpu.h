@@ -1,4 +1,4 @@
-// What attend_cpu.cpp works on: numbers, packed tokens in tiles, and who is read at each position.
+// What attend_cpu.cpp works on: numbers, packed tokens in tiles, and which copy is read at each position.
 //
 // A tile has a token per vector lane: a 32-bit column of codes gives 32 / bits channels by masking alone, since the
 // power of two that the mask leaves on a code is taken out of the query (exactly) or out of the finished sum. So a code
@@ -37,7 +37,9 @@ struct Call {
   const void* mask;
   const int64_t* at;  // [fresh_count]
   int64_t q_dtype, mask_dtype, mask_stride[4];
-  int64_t batch, heads, query_heads, tokens, length, fresh_count, is_causal, restore, threads;  // length < 0: read from state
+  int64_t batch, heads, query_heads, tokens;
+  int64_t length;  // negative: read from state
+  int64_t fresh_count, is_causal, restore, threads;
   double scale;
 };
 
@@ -61,8 +63,8 @@ constexpr int64_t CHUNK = 512, CHUNK_MIN = 64;  // positions: a tile of 2-bit co
 constexpr int64_t CHUNK_ROWS = 32;              // rows from which chunks shrink, so that scores stay in the cache
 constexpr int64_t PAD = 16;                     // keeps the columns of a tile off the same cache set
 constexpr int64_t WORK_PER_THREAD = 1 << 18;    // multiply-adds that pay for waking another thread
-constexpr int64_t ALONE = 1 << 16;              // steps of a small loop that one thread does sooner than several
-constexpr int64_t UNITS_PER_THREAD = 4;         // shares of the work, so that an unlucky thread is not waited for long
+constexpr int64_t ALONE = 1 << 16;              // up to so many steps of a small loop one thread is faster
+constexpr int64_t UNITS_PER_THREAD = 4;         // shares of the work, so that a slow thread does not hold up the others
 constexpr int64_t PREFETCH = 48, LINE = 32;      // tokens ahead; 16-bit words of a cache line
 constexpr int SKIP = 4;  // codes of a column that are skipped together where no channel of the group is among them
 constexpr float FP16_MAX = 65504.0f, INFINITE = std::numeric_limits<float>::infinity();
@@ -147,13 +149,13 @@ inline void unpack_over(const uint16_t* words, int64_t head_dim, int64_t bits, i
     for (int64_t w = 0; w < count; w++) out[s * count + w] |= (words[w] >> bits * s & ((1 << bits) - 1)) << up;
 }
 
-// kernels/rotate.py's transform of a row: blocks of `order`, the largest power of two that divides the head dim. Channels of one vector
-// by a product with H's entries, vectors by butterflies. The row has zeros up to a whole number of vectors.
-struct Hadamard {
+// kernels/rotate.py's rotation of a row: blocks of `order`, the largest power of two that divides the head dim. Channels
+// of one vector by a product with H's entries, vectors by butterflies. The row has zeros up to a whole number of vectors.
+struct Rotation {
   int64_t order;
   float entries[LANES][LANES];  // of H; symmetric
 
-  explicit Hadamard(int64_t head_dim) : order(head_dim & -head_dim) {
+  explicit Rotation(int64_t head_dim) : order(head_dim & -head_dim) {
     const float norm = 1.0f / std::sqrt(float(order));
     for (int i = 0; i < LANES; i++)
       for (int j = 0; j < LANES; j++)
@@ -215,7 +217,8 @@ struct Tile {
 
   // not inlined: beside the loop over text the compiler lays out the one over the body worse, by 4 % of the whole
   template <bool TEXT>
-  [[gnu::noinline]] void fill_with(const Packed& source, const int32_t* slot, const int32_t* place, int64_t first, int64_t n) {
+  [[gnu::noinline]] void fill_with(const Packed& source, const int32_t* slot, const int32_t* place, int64_t first,
+                                   int64_t n) {
     count = n, padded = round_up(n, BLOCK);
     const int64_t words = source.words(), groups = source.groups, step = stride;
     const int64_t stored = TEXT ? source.head_dim * source.body_bits / 16 : words;  // words of a token in the body
@@ -355,7 +358,7 @@ void gather_rows(const Tile& tile, const Packed& source, int64_t rows, const uin
     }
 }
 
-// Who is read at each position, chunk by chunk: body tokens first, then text, then dense ones. Positions count from the
+// Which copy of a token is read at each position, chunk by chunk: body tokens first, then text, then dense ones. Positions count from the
 // chunk's first. A dense slot is a ring slot, or window + a pivot's slot, or window + pivot_count + a fresh token's.
 struct Owners {
   int32_t *slot, *position;  // [T]

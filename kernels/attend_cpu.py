@@ -1,11 +1,12 @@
 """attend on the CPU for decode steps: a C++ kernel (attend_cpu.cpp) that reads the codes where they lie.
 
-Arguments and meaning are those of kernels/attend.py; layouts are `Layout`s. Codes are never written out as keys and values:
-each 2-bit code costs a mask, a conversion and a multiply-add, so a long cache is attended several times as fast as torch's
-attention reads 16- or 32-bit tokens. Scores, softmax and sums are fp32; tokens are not rounded to the cache's dtype on the way.
+Arguments and meaning are those of kernels/attend.py; layouts are `Layout`s. Codes are never written out as keys and
+values: each 2-bit code costs a mask, a conversion and a multiply-add, so a long cache is attended several times as fast
+as torch's attention reads 16- or 32-bit tokens. Scores, softmax and sums are fp32; tokens are not rounded to the
+cache's dtype on the way.
 
-kernels/cpp.py compiles it at first use. `refusal` says why a call cannot be taken, "" where it can: the reference answers the
-others, and all of them where there is no compiler.
+kernels/cpp.py compiles it at first use. `refusal` says why a call cannot be taken, "" where it can: the reference
+answers the others, and all of them where there is no compiler.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ def attend(
     value_layout: Layout,
     restore: bool = False,
 ) -> Tensor:
-    """[B, Hq, q, Dv] contiguous, for a call that refusal() has nothing against; restore=True applies H to the float32 output."""
+    """[B, Hq, q, Dv] contiguous, for a call that is not refused; restore=True applies H to the float32 output."""
     B, query_heads, tokens, D = q.shape
     heads = key[CODES].shape[1]
     q = q.contiguous()
@@ -100,7 +101,7 @@ def attend(
     return out
 
 
-attend.itself = ("restore",)  # of turn and restore
+attend.fused = ("restore",)  # of rotate and restore
 
 
 def address(tensor: Tensor | None) -> int:
@@ -144,9 +145,8 @@ def refusal(
     B, heads = q.shape[0], key[CODES].shape[1]
     if heads == 0 or q.shape[1] % heads or q.shape[3] != key_layout.head_dim:
         return f"q is {list(q.shape)}, accepted: head dim {key_layout.head_dim} and a multiple of {heads} heads"
-    if (
-        not q.dtype == key_layout.dtype == value_layout.dtype
-    ):  # tokens would have to be rounded to the cache's dtype first
+    # else tokens would have to be rounded to the cache's dtype first
+    if not q.dtype == key_layout.dtype == value_layout.dtype:
         return f"q is {q.dtype} over {key_layout.dtype} keys and {value_layout.dtype} values, accepted: one dtype"
     for name, cache, layout in (("key", key, key_layout), ("value", value, value_layout)):
         reason = SUPPORTS.refusal(layout) or buffers_refusal(cache, layout, B, heads)
@@ -163,7 +163,7 @@ def refusal(
 
 
 def buffers_refusal(cache: list[Tensor], layout: Layout, batch: int, heads: int) -> str:
-    """The kernel goes by sizes alone: every buffer must be just what the layout says."""
+    """The kernel checks nothing but sizes, so every buffer must be just what the layout says."""
     fields = layout.fields
     if len(cache) != len(fields):
         return f"{len(cache)} buffers, accepted: {fields}"

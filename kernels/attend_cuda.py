@@ -1,9 +1,9 @@
 """attend for decode steps over a 2-bit cache on NVIDIA tensor cores: compiles and launches kernels/attend_cuda.cu.
 
-The meaning is kernels/attend.py's. This path takes few query tokens over bodies of 2 bits, with a text overlay of 4 or none
-(values may lack the one that keys have), which is nearly every decode step; `refusal` says why it does not take a call, and
-kernels/attend_triton.py takes those. Compiled at first use by NVRTC, which comes with PyTorch's CUDA builds (about a second per
-head dim and dtype, kept for the process).
+The meaning is kernels/attend.py's. This path takes few query tokens over bodies of 2 bits, with a text overlay of 4 or
+none (values may lack the one that keys have), which is nearly every decode step; `refusal` says why it does not take a
+call, and kernels/attend_triton.py takes those. Compiled at first use by NVRTC, which comes with PyTorch's CUDA builds
+(about a second per head dim and dtype, kept for the process).
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ WARPS = 4
 DEPTH = 2  # 16-token tiles a warp takes at a time
 STAGES = 4  # tiles in shared memory, all but one of them on their way
 BLOCKS = 3  # on one multiprocessor: bounds the registers
-WORTH = 0.82  # of the best use of the chip is enough: a part more costs its sums (H100, 1,280 caches of 640 tokens)
+WORTH = 0.82  # share of the best utilization that is enough, as more parts cost more sums; measured on an H100
 SPLITS_MAX = 96  # a multiple of 32: a lane of the last step takes every 32nd
 MASKS = {torch.bool: 1, torch.float16: 2, torch.bfloat16: 3, torch.float32: 4}
 
@@ -120,11 +120,11 @@ def attend(
     at: Tensor | None,
     key_layout: Layout,
     value_layout: Layout,
-    turn: bool = False,
+    rotate: bool = False,
     restore: bool = False,
     splits: int | None = None,
 ) -> Tensor:
-    """As kernels.attend.attend, for calls that `refusal` has nothing against; restore: H; splits: as splits_for where omitted."""
+    """kernels.attend.attend, for calls that `refusal` does not refuse; splits: chosen by splits_for where omitted."""
     layout = key_layout
     k, v = named(key, key_layout), named(value, value_layout)
     fresh = None
@@ -144,8 +144,8 @@ def attend(
     params.state, params.scale = k["state"].data_ptr(), (layout.head_dim**-0.5 if scale is None else scale) * LOG2_E
     params.heads, params.capacity, params.rows, params.queries = heads, capacity, rows, queries
     params.window, params.pivots, params.length = layout.window, layout.pivots, -1 if length is None else length
-    params.splits, params.turn, params.restore = splits, turn and layout.rotated, restore
-    if turn and layout.affine:
+    params.splits, params.turn, params.restore = splits, rotate and layout.rotated, restore
+    if rotate and layout.affine:
         params.affine = k["affine"].data_ptr()
     if layout.pivots:
         params.pivot_at = k["pivot_at"].data_ptr()
@@ -167,14 +167,14 @@ def attend(
     return out
 
 
-attend.itself = ("turn", "restore")
+attend.fused = ("rotate", "restore")
 
 
 @functools.lru_cache(4096)
 def splits_for(blocks: int, tokens: int, multiprocessors: int) -> int:
-    """Parts to divide each cache into: the fewest that leave hardly a multiprocessor idle in the last wave of blocks.
+    """Parts to divide each cache into: the fewest that leave hardly any multiprocessor idle in the last wave of blocks.
 
-    Every warp keeps two tiles or more, since a part costs its sums' way through memory.
+    Every warp has two tiles or more, since each part costs a trip of its sums through memory.
     """
     slots = BLOCKS * multiprocessors
     most = max(1, min(SPLITS_MAX, tokens // (2 * 16 * DEPTH * WARPS)))

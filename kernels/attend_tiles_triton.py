@@ -1,19 +1,20 @@
 """Device side of attend_triton: flash attention over the tiles of a packed cache (kernels/layout.py gives the buffers).
 
 Grid         (B * H * splits * M tiles,). A program owns M rows of one KV head and one share of that head's token tiles.
-rows         query tokens x SHARE query heads of the KV head, the token running slower, so that codes are unpacked once for all of
-             them and the rows of a tile are neighbours under a causal mask
-token tiles  N tokens each, of five segments: body, text overlay, pivots, ring, fresh tokens. Their tiles are numbered in this order
-             and a split takes a consecutive run of the numbers, found on the device from what the cache holds
+rows         query tokens x SHARE query heads of the KV head, the token running slower, so that codes are unpacked once
+             for all of them and the rows of a tile are neighbours under a causal mask
+token tiles  N tokens each, of five segments: body, text overlay, pivots, ring, fresh tokens. Their tiles are numbered
+             in this order and a split takes a consecutive run of the numbers, found on the device from what the cache
+             holds
 -> out       [B, Hq, q, Dv] q's dtype when there is one split; else fp32 [splits, B, Hq, q, Dv] with maxima and sums
              [splits, B, Hq, q] fp32 for `combine`
 
-Every position is read from one segment: fresh tokens by their range, the ring by its range, the others by their class, which
-names the one overlay that holds them (PIVOT, TEXT) or none. Where there are fresh tokens, the other segments end before them.
-Text tokens have the upper bits of their codes, and their ranges, in the body and LOW bits more in the overlay; values may lack
-the overlay (VALUE_TEXT 0) and are then read from the body alone.
-A slot that nothing was written to may hold NaN: its load is masked for keys and values alike, because 0 * NaN is NaN. DP is a
-head dim padded to a power of two of 16 or more, as tl.dot asks.
+Every position is read from one segment: fresh tokens by their range, the ring by its range, the others by their class,
+which names the one overlay that holds them (PIVOT, TEXT) or none. Where there are fresh tokens, the other segments end
+before them. Text tokens have the upper bits of their codes, and their ranges, in the body and LOW bits more in the
+overlay; values may lack the overlay (VALUE_TEXT 0) and are then read from the body alone.
+A slot that nothing was written to may hold NaN: its load is masked for keys and values alike, because 0 * NaN is NaN.
+DP is a head dim padded to a power of two of 16 or more, as tl.dot asks.
 Source: FlashAttention-2, arXiv 2307.08691 (online softmax); Flash-Decoding (splits over tokens).
 """
 
@@ -34,9 +35,8 @@ STATE_END, STATE_RING, STATE_TEXT = (
     tl.constexpr(layout.STATE_RING),
     tl.constexpr(layout.STATE_TEXT),
 )
-PRECISION = tl.constexpr(
-    "tf32x3"
-)  # of fp32 dots: 22 bits from three tensor core products; ieee's scalar dots spill kilobytes
+# of float32 products: 22 bits from three tensor core products; the scalar products of "ieee" spill kilobytes
+PRECISION = tl.constexpr("tf32x3")
 NO_MASK, BOOL_MASK, FLOAT_MASK = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
 
@@ -62,7 +62,7 @@ def codes_at(codes, slot, valid, D: tl.constexpr, DP: tl.constexpr, BITS: tl.con
 @triton.jit
 def numbers_of(code, range_, slot, valid, D: tl.constexpr, DP: tl.constexpr, GROUPS: tl.constexpr, ROUND: tl.constexpr,
                DOT: tl.constexpr):  # fmt: skip
-    """Codes [N, DP] with the ranges in slots [N] as quantizer.decode reads them in dtype ROUND: [N, DP] in dtype DOT."""
+    """Codes [N, DP] with ranges in slots [N], as quantizer.decode reads them in dtype ROUND: [N, DP] in dtype DOT."""
     channel = tl.arange(0, DP)
     if GROUPS == 1:
         scale = tl.load(range_ + slot * 2, mask=valid, other=0.0).to(tl.float32)[:, None]
@@ -88,7 +88,7 @@ def code_tile(codes, range_, slot, valid, D: tl.constexpr, DP: tl.constexpr, BIT
 def text_tile(codes, range_, lower, position, slot, valid, D: tl.constexpr, DP: tl.constexpr, BITS: tl.constexpr,
               LOW: tl.constexpr, LOW_WIDTH: tl.constexpr, GROUPS: tl.constexpr, ROUND: tl.constexpr,
               DOT: tl.constexpr):  # fmt: skip
-    """Text tokens at `position` [N] of the body, LOW bits more of which, LOW_WIDTH wide, are in `slot` [N] of the overlay."""
+    """Text tokens at `position` [N] of the body; LOW bits more, LOW_WIDTH wide, are in `slot` [N] of the overlay."""
     code = codes_at(codes, position, valid, D, DP, BITS) << LOW
     code += codes_at(lower, slot, valid, D, DP, LOW_WIDTH)
     return numbers_of(code, range_, position, valid, D, DP, GROUPS, ROUND, DOT)
@@ -106,9 +106,9 @@ def exact_tile(tokens, slot, valid, stride, D: tl.constexpr, DP: tl.constexpr, R
 @triton.jit
 def step(q, k, v, position, valid, token, mask_row, row_valid, mask_stride, scale, top, total, acc,
          MASK: tl.constexpr, IS_CAUSAL: tl.constexpr):  # fmt: skip
-    """One tile of the online softmax: q [M, DP], k [N, DP], v [N, DVP]; top (maximum), total [M] and acc [M, DVP] move on.
+    """One tile of the online softmax: q [M, DP], k [N, DP], v [N, DVP]; top (maximum), total [M], acc [M, DVP] move.
 
-    Natural units until the exponent: log2(e) times a mask of finfo.min would be -inf, and such a row must be an average.
+    Scores meet log2(e) only in the exponent: times a mask of finfo.min it is -inf, but such rows must be averages.
     """
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
     seen = row_valid[:, None] & valid[None, :]
@@ -128,8 +128,9 @@ def step(q, k, v, position, valid, token, mask_row, row_valid, mask_stride, scal
     return higher, total, acc
 
 
-@triton.jit(do_not_specialize=["length", "columns", "tokens", "fresh_tokens", "capacity", "value_capacity", "text_capacity",
-                               "value_text_capacity", "tiles", "splits", "mask_b", "mask_h", "mask_q"])  # fmt: skip
+@triton.jit(do_not_specialize=["length", "columns", "tokens", "fresh_tokens", "capacity", "value_capacity",
+                               "text_capacity", "value_text_capacity", "tiles", "splits",
+                               "mask_b", "mask_h", "mask_q"])  # fmt: skip
 def attend_tiles(
     q, out, maxima, sums,
     state, classes, pivot_at, text_at,
@@ -177,7 +178,7 @@ def attend_tiles(
     if IS_CAUSAL:
         seen = tl.minimum(seen, (tl.minimum(tile * M + M, tokens * SHARE) - 1) // SHARE + 1)
 
-    # how much of it the cache holds, from where on the ring does, and where the body ends if the ring holds its tail
+    # stored: how much of it the cache holds; held: the ring's first position; body: its end, less what the ring holds
     stored, held = seen, end
     if FRESH:
         stored = tl.minimum(seen, first)
@@ -300,7 +301,7 @@ def attend_tiles(
 
 @triton.jit(do_not_specialize=["rows", "splits"])
 def combine(parts, maxima, sums, out, rows, splits, DV: tl.constexpr, DVP: tl.constexpr, SPLITS: tl.constexpr):
-    """Grid (rows,): one row of B * Hq * q. parts [splits, rows, DV], maxima, sums [splits, rows] fp32 -> out [rows, DV]."""
+    """Grid (rows,): one row of B * Hq * q. parts [splits, rows, DV], maxima, sums [splits, rows] -> out [rows, DV]."""
     row = tl.program_id(0).to(tl.int64)
     split, channel = tl.arange(0, SPLITS), tl.arange(0, DVP)
     made = split < splits

@@ -1,11 +1,12 @@
 """attend on a GPU: Triton flash attention that unpacks the cache tile by tile, with the meaning of kernels/attend.py.
 
-For every low-bit layout, a query token or thousands of them: no 16-bit copy of the cache is made, whatever the length. The kernel
-is in attend_tiles_triton.py. Nothing here asks the device for a number, so a call may be captured in a CUDA graph.
+For every low-bit layout, a query token or thousands of them: no 16-bit copy of the cache is made, whatever the length.
+The kernel is in attend_tiles_triton.py. Nothing here reads a number from the device, so a call may be captured in a
+CUDA graph.
 
-Besides what attend.py asks, keys and values must be written together, as pack and append do: equal overlays, classes, pivots, text
-slots and state (those of the keys are read); values may lack the text overlay. With a length of None a mask has as many columns as
-the cache holds tokens, or one.
+Besides what attend.py asks, keys and values must be written together, as pack and append do: equal overlays, classes,
+pivots, text slots and state (those of the keys are read); values may lack the text overlay. With a length of None a
+mask has as many columns as the cache holds tokens, or one.
 """
 
 from __future__ import annotations
@@ -72,7 +73,8 @@ def named_dtypes() -> str:
 def count_splits(programs: int, bound: int, processors: int) -> int:
     """Splits of the tokens of one head: enough programs to fill the processors, while every split has tokens to read.
 
-    programs    B * H * M tiles, there without any split;  bound  tokens at most (the capacity where the length is on the device)
+    programs   B * H * tiles of M rows, the number without splits
+    bound      most tokens that there can be (the capacity where the length is on the device)
     """
     wanted = PROGRAMS_A_PROCESSOR * processors // max(programs, 1)
     return max(1, min(wanted, triton.cdiv(bound, SPLIT_TOKENS), MAX_SPLITS))
@@ -84,9 +86,9 @@ def processors_of(device: torch.device) -> int:
 
 
 def tile_sizes(rows: int, dtype: torch.dtype, padded: int) -> tuple[int, int, int]:
-    """Query rows and tokens of a tile, and warps: M, N, warps. More rows share what is unpacked and need more registers.
+    """Query rows and tokens of a tile, and warps: M, N, warps. More rows share what is unpacked, in more registers.
 
-    As ptxas sees it for sm_86 and sm_90: nearly nothing spills, and 99 KB of shared memory are enough.
+    Chosen by ptxas' reports for sm_86 and sm_90: almost nothing spills, and 99 KB of shared memory are enough.
     """
     wide = padded > 128
     if dtype == torch.float32:
@@ -97,7 +99,7 @@ def tile_sizes(rows: int, dtype: torch.dtype, padded: int) -> tuple[int, int, in
 
 
 def read_mask(mask: Tensor | None, sizes: tuple[int, int, int], length: int | None) -> tuple:
-    """The mask as the kernel reads it, its columns, and its strides for batch row, query head, query token and position."""
+    """The mask as the kernel reads it, its columns, and strides for batch row, query head, token and position."""
     if mask is None:
         return None, ANY_COLUMNS, [0, 0, 0, 0]
     wide = mask[(None,) * (4 - mask.dim())]
@@ -161,7 +163,7 @@ def attend(
     if splits > 1:
         parts = out.new_empty((splits, *out.shape), dtype=torch.float32)
         maxima, sums = out.new_empty((2, splits, B, Hq, tokens), dtype=torch.float32)
-    # Triton's interpreter, for which tensors are on the CPU, has no bfloat16 dot and cuts where bfloat16 should round
+    # Triton's interpreter (tensors on the CPU) has no bfloat16 dot, and truncates where bfloat16 should round
     seen_as = {**TL_DTYPES, torch.bfloat16: tl.bfloat16 if q.is_cuda else tl.float32}
     with torch.cuda.device(q.device) if q.is_cuda else contextlib.nullcontext():
         attend_tiles[(B * H * splits * tiles,)](
@@ -191,4 +193,4 @@ def attend(
     return out
 
 
-attend.itself = ()  # kernels/rotate_triton.py turns the queries before and the output after it
+attend.fused = ()  # kernels/rotate_triton.py rotates the queries before and the output after it

@@ -1,7 +1,8 @@
-"""What autocast means for the ops: attention takes its tensors in autocast's dtype, as torch's own does; all else is left as it is.
+"""What autocast means for the ops: attention takes tensors in its dtype, as torch's does; others take them as is.
 
-An op's body would otherwise run under the caller's autocast, which rounds the transform's matrix products to 16 bits and refuses
-to join fp16 ranges under bf16. The kernels are registered for the autocast keys, so a call outside autocast passes none of it.
+An op's body would otherwise run under the caller's autocast, which rounds the rotation's matrix products to 16 bits and
+refuses to join fp16 ranges under bf16. The kernels are registered for the autocast keys, so a call outside autocast
+does not pass through here.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from akvq_fx.kernels import attend, cache, rotate, salience  # noqa: F401 - the 
 from akvq_fx.kernels.in_place import LIBRARY
 
 KEYS = {"cpu": DispatchKey.AutocastCPU, "cuda": DispatchKey.AutocastCUDA}
-AS_IS = ("pack", "append", "restart", "dequantize", "hadamard", "rotate_keys", "rotate_queries")
+AS_IS = ("pack", "append", "restart", "dequantize", "rotate", "rotate_keys", "rotate_queries")
 AS_IS += ("find_pivots", "key_affine", "mark_vision", "valid_tokens", "token_classes")
 CAST = {"attend": ("q", "mask")}  # arguments in autocast's dtype; keys and values follow the query's
 

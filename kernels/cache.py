@@ -1,16 +1,16 @@
 """pack, append, restart, dequantize: write and read the packed buffers of one key or value tensor (kernels/layout.py).
 
 cache    list of buffers in the order of Layout.parse(layout).fields
-x        [B, H, q, D] floating, in the stored space (rotated where the layout says so); with turn=True as the model made it,
-         and the op turns it: one launch rotates, clips, quantizes, packs and writes
+x        [B, H, q, D] floating, in the stored space (rotated where the layout says so); with rotate=True as the model
+         made it, and the op rotates it: one launch rotates, clips, quantizes, packs and writes
 at       [q] int64    positions that the q tokens take in the cache, ascending
 classes  [B, q] uint8 their token classes (TEXT where omitted)
 layout   str          Layout's text form
 
-Every token goes to the body and to the ring if it is among the last W; so no token is ever quantized twice, and one that falls
-out of the ring is already there. Where text has more bits, a text token's code is cut in two: its upper bits and its range stand
-in the body, its lower bits in the text overlay. Raises ValueError for buffers that
-do not fit the layout.
+Every token goes to the body, and to the ring too if it is among the last W: so no token is ever quantized twice, and
+one that leaves the ring is in the body already. Where text has more bits, a text token's code is cut in two: its upper
+bits and its range are in the body, its lower bits in the text overlay. Raises ValueError for buffers that do not fit
+the layout.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from akvq_fx.kernels import quantizer
-from akvq_fx.kernels.choose import answer
+from akvq_fx.kernels.choose import dispatch
 from akvq_fx.kernels.in_place import in_place
 from akvq_fx.kernels.layout import (
     PADDING,
@@ -32,7 +32,7 @@ from akvq_fx.kernels.layout import (
     pack_bits,
     unpack_bits,
 )
-from akvq_fx.kernels.rotate import restore, turn_as_stored
+from akvq_fx.kernels.rotate import restore, rotate_as_stored
 from akvq_fx.kernels.simulate import simulated
 
 FASTER = {"cuda": ("append_cuda", "cache_triton")}  # before the reference, by device
@@ -52,8 +52,9 @@ def check_tokens(b: dict[str, Tensor], x: Tensor, layout: Layout) -> None:
     """Raises ValueError where x is not a cache's next tokens."""
     if x.dim() != 4 or x.shape[3] != layout.head_dim or x.shape[:2] != b["codes"].shape[:2]:
         raise ValueError(
-            f"akvq::append: x is {list(x.shape)}, accepted: [B, H, q, D] of a cache with codes {list(b['codes'].shape)} "
-            f"and head dim {layout.head_dim}; a cache from another model or batch cannot be continued"
+            f"akvq::append: x is {list(x.shape)}, accepted: [B, H, q, D] of a cache with codes "
+            f"{list(b['codes'].shape)} and head dim {layout.head_dim}; "
+            "a cache from another model or batch cannot be continued"
         )
 
 
@@ -69,12 +70,12 @@ def check_call(b: dict[str, Tensor], x: Tensor, at: Tensor, classes: Tensor | No
 
 
 def check_fits(b: dict[str, Tensor], x: Tensor, at: Tensor, classes: Tensor | None, layout: Layout) -> None:
-    """Raises ValueError where a kernel, which goes by sizes alone, cannot take the call."""
+    """Raises ValueError where a kernel, which relies on sizes, cannot take the call."""
     check_call(b, x, at, classes, layout)
-    apart = [name for name, buffer in b.items() if not buffer.is_contiguous()]
-    if apart:
+    scattered = [name for name, buffer in b.items() if not buffer.is_contiguous()]
+    if scattered:
         raise ValueError(
-            f"akvq::append: {', '.join(apart)} not contiguous, accepted: buffers as Layout.allocate makes them"
+            f"akvq::append: {', '.join(scattered)} not contiguous, accepted: buffers as Layout.allocate makes them"
         )
 
 
@@ -106,15 +107,14 @@ def write(
     if layout.window:
         newest = x[:, :, -layout.window :]
         b["ring"].index_copy_(2, at[-layout.window :] % layout.window, newest.to(b["ring"].dtype))
-    # a crop may have moved the end back: pivots from here on are gone, and positions that the ring lost stay lost
+    # after a crop the tokens may start before the end: later pivots are gone, and what the ring lost stays lost
     if layout.pivots:
         b["pivot_at"].masked_fill_(b["pivot_at"] >= start, -1)
     if layout.pivots and pivots is not None:
-        keep_pivots(b, x, at, classes, pivots, None, layout, turn=False)
+        keep_pivots(b, x, at, classes, pivots, None, layout, rotate=False)
     ring, last = b["state"][STATE_RING : STATE_RING + 1], b["state"][STATE_END : STATE_END + 1]
-    held = torch.where(
-        start > last, start, torch.minimum(ring, start)
-    )  # a write past the end leaves a gap that the ring never held
+    # a write past the end leaves a gap that the ring never held
+    held = torch.where(start > last, start, torch.minimum(ring, start))
     b["state"][STATE_RING : STATE_RING + 1] = torch.maximum(held, end - layout.window)
     b["state"][STATE_END : STATE_END + 1] = end
 
@@ -133,26 +133,26 @@ def keep_pivots(
     pivots: Tensor,
     affine: Tensor | None,
     layout: Layout,
-    turn: bool,
+    rotate: bool,
 ) -> None:
     """Fill the pivot slots from tokens pivots [B, P] of x, where x starts a cache (its first position is 0).
 
-    A pivot on padding is dropped: nobody sees it. With turn=True the few chosen tokens are turned, not all of x.
+    A pivot on padding is dropped, since no query sees it. With rotate=True only the chosen tokens are rotated.
     """
     B, H, _, D = x.shape
     begins = at[0] == 0
-    # the padding also cuts what is too many
+    # where there are more pivots than slots, this pads by a negative number, which cuts them off
     row = torch.nn.functional.pad(pivots.long(), (0, layout.pivots - pivots.shape[1]), value=-1)
     given, row = row >= 0, row.clamp_min(0)
     position = at[row].long()
     given &= kinds_of(x, classes).gather(1, row) != PADDING
     chosen = x.gather(2, row[:, None, :, None].expand(B, H, -1, D))
-    chosen = turn_as_stored(chosen, affine, layout.rotated) if turn else chosen
+    chosen = rotate_as_stored(chosen, affine, layout.rotated) if rotate else chosen
     kept = torch.where(given, position, -1).to(torch.int32)
     b["pivots"].copy_(torch.where(begins, chosen.to(b["pivots"].dtype), b["pivots"]))
     b["pivot_at"].copy_(torch.where(begins, kept, b["pivot_at"]))
     if "classes" in b:
-        # several slots may name one position, of which one counts: the class of a pivot is above those of vision and text
+        # unused slots point at a position too, so take the maximum: PIVOT is above the classes of vision and text
         mark = torch.where(given & begins, PIVOT, 0).to(torch.uint8)
         b["classes"].scatter_reduce_(1, position, mark, "amax")
 
@@ -174,7 +174,7 @@ def create(
     return cache
 
 
-def place(target: Tensor, at: Tensor, source: Tensor) -> None:
+def scatter_tokens(target: Tensor, at: Tensor, source: Tensor) -> None:
     """target[b, :, at[b, i]] = source[b, :, i] wherever 0 <= at[b, i] < target's length."""
     row, slot = torch.nonzero((at >= 0) & (at < target.shape[2]), as_tuple=True)
     target[row, :, at[row, slot].long()] = source[row, :, slot]
@@ -192,15 +192,15 @@ def read(cache: list[Tensor], length: int, layout: Layout, past: int | None = No
         return b["codes"][:, :, :length]
     out = quantizer.dequantize(b["codes"][:, :, :length], b["range"][:, :, :length], layout.body_bits, layout.dtype)
     if layout.text_bits:
-        place(out, b["text_at"], read_text(b, layout))
+        scatter_tokens(out, b["text_at"], read_text(b, layout))
     if layout.pivots:
-        place(out, b["pivot_at"], b["pivots"])
+        scatter_tokens(out, b["pivot_at"], b["pivots"])
     if layout.window:
         slots = torch.arange(layout.window, device=out.device)
         last = b["state"][STATE_END] - 1
         position = last - (last - slots) % layout.window
         position = torch.where(position >= b["state"][STATE_RING], position, -1)
-        place(out, position.expand(out.shape[0], -1), b["ring"])
+        scatter_tokens(out, position.expand(out.shape[0], -1), b["ring"])
     return out
 
 
@@ -222,22 +222,22 @@ def pack(
     affine: Tensor | None,
     capacity: int,
     layout: str,
-    turn: bool = False,
+    rotate: bool = False,
 ) -> list[Tensor]:
     """x [B, H, q, D] -> new buffers of `capacity` tokens; pivots [B, P] int32 index the q tokens, -1 for none."""
     parsed = Layout.parse(layout)
 
     def run(kernel) -> list[Tensor]:
         if kernel is not None:
-            return kernel(x, at, classes, pivots, affine, capacity, parsed, turn)
-        stored = turn_as_stored(x, affine, parsed.rotated) if turn else x
+            return kernel(x, at, classes, pivots, affine, capacity, parsed, rotate)
+        stored = rotate_as_stored(x, affine, parsed.rotated) if rotate else x
         return create(stored, at, classes, pivots, affine, capacity, parsed)
 
-    return answer(run, "pack", FASTER.get(x.device.type, ()), x, parsed)
+    return dispatch(run, "pack", FASTER.get(x.device.type, ()), x, parsed)
 
 
 @pack.register_fake
-def _(x, at, classes, pivots, affine, capacity, layout, turn=False):
+def _(x, at, classes, pivots, affine, capacity, layout, rotate=False):
     parsed = Layout.parse(layout)
     B, H = x.shape[:2]
     text = capacity if parsed.text_bits else 0
@@ -253,26 +253,26 @@ def append(
     classes: Tensor | None,
     pivots: Tensor | None,
     layout: str,
-    turn: bool = False,
+    rotate: bool = False,
 ) -> None:
     """Write q tokens in place: one in a decode step, more when a filled cache takes another prompt.
 
-    pivots [B, P] int32 index the q tokens; they count only where the tokens start the cache (a static cache used again).
+    pivots [B, P] int32 index the q tokens; they count only where the tokens start the cache.
     """
     parsed = Layout.parse(layout)
 
     def run(kernel) -> None:
         if kernel is not None:
-            kernel(cache, x, at, classes, pivots, parsed, turn)
+            kernel(cache, x, at, classes, pivots, parsed, rotate)
             return
-        stored = turn_as_stored(x, named(cache, parsed).get("affine"), parsed.rotated) if turn else x
+        stored = rotate_as_stored(x, named(cache, parsed).get("affine"), parsed.rotated) if rotate else x
         write(cache, stored, at, classes, pivots, parsed)
 
-    answer(run, "append", FASTER_APPEND.get(x.device.type, ()), x, parsed)
+    dispatch(run, "append", FASTER_APPEND.get(x.device.type, ()), x, parsed)
 
 
 @torch.library.register_fake("akvq::append")
-def _(cache, x, at, classes, pivots, layout, turn=False):
+def _(cache, x, at, classes, pivots, layout, rotate=False):
     named(cache, Layout.parse(layout))
 
 
@@ -280,7 +280,7 @@ def _(cache, x, at, classes, pivots, layout, turn=False):
 def restart(cache: list[Tensor], at: Tensor, affine: Tensor | None, layout: str) -> None:
     """Where the tokens to come start the cache (position 0), forget the last prompt's overlays and take its affine map.
 
-    A static cache that was reset is written again by the same graph that continues one; the choice is made on the device.
+    A static cache that was reset is written by the same graph that continues one; the device tells them apart.
     """
     parsed = Layout.parse(layout)
     b, begins = named(cache, parsed), at[0] == 0

@@ -1,16 +1,16 @@
-"""append, pack: one Triton kernel turns, clips, quantizes and packs new tokens and writes all that a decode step changes.
+"""append, pack: one Triton kernel rotates, quantizes and packs new tokens and writes all that a decode step changes.
 
 x       [B, H, q, D] float16 | bfloat16 | float32 of any strides, D a multiple of 8 up to 256
 buffers those of kernels/layout.py, contiguous; the meaning is kernels/cache.py with kernels/quantizer.py
 
-Grid and rows are those of kernels/rotate_triton.py: a row is one token of one head. Head 0 also writes its batch row's classes,
-text positions and pivot positions; the first program alone moves state[END] and state[RING]. state[TEXT] is read by all and
-written by none, and no program reads what another one writes. Nothing waits for the device.
+Grid and rows are those of kernels/rotate_triton.py: a row is one token of one head. Head 0 also writes its batch row's
+classes, text positions and pivot positions; the first program alone moves state[END] and state[RING]. state[TEXT] is
+read by all and written by none, and no program reads what another one writes. Nothing waits for the device.
 
-Two bits need no division. With t = x - minimum, the code is how many of the steps 1/2, 3/2, 5/2 times the scale lie below t, and
-these products are exact: an fp16 scale has 11 bits. A float32 t that is not on a step is too far from it for t / scale to be
-rounded onto it, and on a step half to even goes to 0, 2 and 2. Packing is a product with powers of two: words below 2**16 are
-exact in float32.
+Two bits need no division. With t = x - minimum, the code is how many of the steps 1/2, 3/2, 5/2 times the scale lie
+below t, and these products are exact: an fp16 scale has 11 bits. A float32 t that is not on a step is too far from it
+for t / scale to be rounded onto it, and on a step half to even goes to 0, 2 and 2. Packing is a product with powers of
+two: words below 2**16 are exact in float32.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch import Tensor
 from akvq_fx.kernels import quantizer, rotate_triton
 from akvq_fx.kernels.cache import check_fits, keep_pivots, named
 from akvq_fx.kernels.layout import CODE_BITS, STATE_END, STATE_RING, STATE_TEXT, TEXT, Layout
-from akvq_fx.kernels.rotate_triton import KEYS, affine_rows, head_rows, turned
+from akvq_fx.kernels.rotate_triton import KEYS, affine_rows, head_rows, rotated
 from akvq_fx.kernels.supports import ANY, NOT_SIMULATED, Supports
 
 SUPPORTS = Supports(
@@ -90,10 +90,10 @@ def store_codes(
     TEXT_BITS: tl.constexpr, LOW_WIDTH: tl.constexpr, TEXT_CLIP: tl.constexpr, GROUPS: tl.constexpr, TERM: tl.constexpr,
     ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Quantize x [ROWS, DP] and write codes and ranges to slots [ROWS] of [slots, D * BITS / 16] and [slots, 2 * GROUPS].
+    """Quantize x [ROWS, DP]; write codes and ranges to slots [ROWS] of [slots, D * BITS / 16], [slots, 2 * GROUPS].
 
-    With TEXT_BITS the rows that are `text` have so many: what is below the body's, LOW_WIDTH wide, goes to rows `texts` of `lower`
-    where it `fits`.
+    With TEXT_BITS, rows that are `text` are quantized to as many bits: the lower ones, LOW_WIDTH wide, go to slots
+    `texts` of `lower` where the slot `fits`.
     """
     channel = tl.arange(0, DP)
     scales, lows = tl.zeros([ROWS, 1], tl.float32), tl.zeros([ROWS, 1], tl.float32)
@@ -125,10 +125,10 @@ def store_codes(
 def store_words(
     values, codes, slots, live, D: tl.constexpr, DP: tl.constexpr, BITS: tl.constexpr, TERM: tl.constexpr
 ):  # fmt: skip
-    """Pack whole float32 numbers below 2**BITS [ROWS, DP] and write the words to slots [ROWS] of [slots, D * BITS / 16]."""
+    """Pack whole float32 numbers below 2**BITS [ROWS, DP]; write words to slots [ROWS] of [slots, D * BITS / 16]."""
     channel = tl.arange(0, DP)
     WORDS: tl.constexpr = D * BITS // 16
-    # wider than it is high, or the compiler gives every warp of a decode step all of its products
+    # at least 32 wide, or the compiler has every warp of a decode step compute all products
     WIDTH: tl.constexpr = DP * BITS // 16 if DP * BITS > 512 else 32
     word = tl.arange(0, WIDTH)
     lane = channel // WORDS
@@ -154,7 +154,7 @@ def write_kernel(
     heads, owners, leads, tokens, steps, capacity, text_capacity,
     stride_b, stride_h, stride_t, stride_d, kinds_b, kinds_t,
     D: tl.constexpr, DP: tl.constexpr, ORDER: tl.constexpr, DEPTH: tl.constexpr,
-    TURN: tl.constexpr, MAP: tl.constexpr, TERMS: tl.constexpr, TERM: tl.constexpr, NORM: tl.constexpr,
+    ROTATE: tl.constexpr, MAP: tl.constexpr, TERMS: tl.constexpr, TERM: tl.constexpr, NORM: tl.constexpr,
     BITS: tl.constexpr, CLIP: tl.constexpr, TEXT_BITS: tl.constexpr, LOW_WIDTH: tl.constexpr, TEXT_CLIP: tl.constexpr,
     GROUPS: tl.constexpr,
     WINDOW: tl.constexpr, PIVOTS: tl.constexpr, PIVOTS_P: tl.constexpr, PACK_TERM: tl.constexpr,
@@ -166,7 +166,7 @@ def write_kernel(
     lead, place, exists = head_rows(leads, SHARE, TILE)
     batch, wide_lead = (lead // heads).to(tl.int64), lead.to(tl.int64)
     row = x + batch * stride_b + (lead % heads).to(tl.int64) * stride_h
-    speaks = exists & (lead % heads + place * 0 == 0)  # for its batch row
+    first_head = exists & (lead % heads + place * 0 == 0)  # for its batch row
     maps, has_map = row, exists
     if MAP:
         maps, has_map = affine_rows(affine, lead, heads, owners, leads, D, SHARE)
@@ -179,11 +179,11 @@ def write_kernel(
         slot = tl.load(at + token, mask=live, other=0).to(tl.int32)
         kept = live & (slot >= 0) & (slot < capacity)  # the kernel cannot raise, and must not write elsewhere
         source = row + token.to(tl.int64) * stride_t
-        if TURN:
-            tile = turned(
+        if ROTATE:
+            tile = rotated(
                 source, stride_d, live, maps, has_map, owners * D, D, DP, ORDER, DEPTH, MAP, TERMS, TERM, NORM, ROWS
             )
-            tile = tile.to(x.dtype.element_ty).to(tl.float32)  # as the turned keys of the reference are
+            tile = tile.to(x.dtype.element_ty).to(tl.float32)  # as the rotated keys of the reference are
         else:
             tile = tl.load(source[:, None] + channel[None, :] * stride_d, mask=live[:, None] & real, other=0)
             tile = tile.to(tl.float32)
@@ -199,14 +199,14 @@ def write_kernel(
             where = kinds + batch * kinds_b + token.to(tl.int64) * kinds_t
             kind = tl.load(where, mask=live, other=TEXT_CLASS).to(tl.uint8)
         if classes is not None:
-            tl.store(classes + batch * capacity + slot, kind, mask=kept & speaks)
+            tl.store(classes + batch * capacity + slot, kind, mask=kept & first_head)
         text, texts, fits = live, wide_lead, live
         if TEXT_BITS:
             overlay = slot + shift
             fits = live & (overlay >= 0) & (overlay < text_capacity)
             text, texts = kind == TEXT_CLASS, wide_lead * text_capacity + overlay
             position = tl.where(text, slot, -1).to(tl.int32)
-            tl.store(text_at + batch * text_capacity + overlay, position, mask=fits & speaks)
+            tl.store(text_at + batch * text_capacity + overlay, position, mask=fits & first_head)
         if BITS == 16:
             where = codes + ((wide_lead * capacity + slot) * D)[:, None] + channel[None, :]
             tl.store(where, tile.to(codes.dtype.element_ty), mask=kept[:, None] & real)
@@ -218,27 +218,27 @@ def write_kernel(
             )  # fmt: skip
 
     if tl.program_id(1) == 0:
-        if PIVOTS:  # a crop may have moved the end back: pivots from here on are gone
+        if PIVOTS:  # after a crop the tokens may start before the end: later pivots are gone
             pivot = tl.arange(0, PIVOTS_P)[None, :]
             where = pivot_at + (batch * PIVOTS + tl.zeros([ROWS], tl.int64))[:, None] + pivot
-            mine = (speaks & (place == 0))[:, None] & (pivot < PIVOTS)
+            mine = (first_head & (place == 0))[:, None] & (pivot < PIVOTS)
             position = tl.load(where, mask=mine, other=-1)
             tl.store(where, -1, mask=mine & (position >= tl.load(at)))
         if tl.program_id(0) == 0:
             write_state(state, at, tokens, WINDOW)
 
 
-def launch(b: dict[str, Tensor], x: Tensor, at: Tensor, classes, pivots, affine, layout: Layout, turn: bool) -> None:
+def launch(b: dict[str, Tensor], x: Tensor, at: Tensor, classes, pivots, affine, layout: Layout, rotate: bool) -> None:
     """Write x to buffers that fit it, then its pivots."""
     reason = refusal(x, layout)
     if reason:
         raise ValueError(f"akvq::append: {reason}")
     B, H, q, D = x.shape
-    kind = KEYS if turn and affine is not None else 0
+    kind = KEYS if rotate and affine is not None else 0
     if kind:
         rotate_triton.check_affine("append", x, affine)
         affine = affine.contiguous()
-    constants = rotate_triton.turn_constants(x.dtype, D, kind)
+    constants = rotate_triton.rotation_constants(x.dtype, D, kind)
     plan = rotate_triton.plan_of(B * H, q, D)
     text_capacity = b["text_codes"].shape[2] if layout.text_bits else 0
     kinds_strides = (0, 0) if classes is None else classes.stride()
@@ -248,7 +248,7 @@ def launch(b: dict[str, Tensor], x: Tensor, at: Tensor, classes, pivots, affine,
             b.get("range"), b.get("ring"), b.get("pivot_at"), b.get("text_codes"), b.get("text_at"),
             H, affine.shape[2] if kind else H, B * H, q, plan.steps, b["codes"].shape[2], text_capacity,
             *x.stride(), *kinds_strides,
-            **constants, TURN=bool(kind) or (turn and layout.rotated),
+            **constants, ROTATE=bool(kind) or (rotate and layout.rotated),
             BITS=layout.body_bits, CLIP=layout.body_clip, TEXT_BITS=layout.text_bits, LOW_WIDTH=layout.low_width,
             TEXT_CLIP=layout.text_clip,
             GROUPS=layout.groups, WINDOW=layout.window, PIVOTS=layout.pivots,
@@ -256,7 +256,7 @@ def launch(b: dict[str, Tensor], x: Tensor, at: Tensor, classes, pivots, affine,
             SHARE=plan.share, TILE=plan.tile, num_warps=plan.warps, num_stages=1,
         )  # fmt: skip
     if layout.pivots and pivots is not None:
-        keep_pivots(b, x, at, classes, pivots, affine, layout, turn)
+        keep_pivots(b, x, at, classes, pivots, affine, layout, rotate)
 
 
 def append(
@@ -266,7 +266,7 @@ def append(
     classes: Tensor | None,
     pivots: Tensor | None,
     layout: Layout,
-    turn: bool = False,
+    rotate: bool = False,
     run=launch,
 ) -> None:
     """Write q tokens in place, one launch (and a few small ones where pivots are given, in a prompt).
@@ -275,7 +275,7 @@ def append(
     """
     b = named(cache, layout)
     check_fits(b, x, at, classes, layout)
-    run(b, x, at, classes, pivots, b.get("affine"), layout, turn)
+    run(b, x, at, classes, pivots, b.get("affine"), layout, rotate)
 
 
 def pack(
@@ -286,7 +286,7 @@ def pack(
     affine: Tensor | None,
     capacity: int,
     layout: Layout,
-    turn: bool = False,
+    rotate: bool = False,
     run=launch,
 ) -> list[Tensor]:
     """pack: new buffers of `capacity` tokens that hold the prompt."""
@@ -295,5 +295,5 @@ def pack(
     if layout.affine:
         b["affine"].copy_(affine)
     check_fits(b, x, at, classes, layout)
-    run(b, x, at, classes, pivots, affine, layout, turn)
+    run(b, x, at, classes, pivots, affine, layout, rotate)
     return cache

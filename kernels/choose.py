@@ -1,7 +1,7 @@
-"""choose: which implementation of an op answers a call. The first with nothing against it; each refusal is said once.
+"""choose: which implementation of an op answers a call: the first that does not refuse it. Each refusal is logged once.
 
-An implementation is a module akvq_fx.kernels.<name> with a function of the op's name and `refusal(...) -> str`, "" where it takes
-the call. Modules are imported when they are first asked, since triton and a C++ compiler are optional.
+An implementation is a module akvq_fx.kernels.<name> with a function of the op's name and `refusal(...) -> str`, ""
+where it takes the call. Modules are imported when they are first asked, since triton and a C++ compiler are optional.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ class Unavailable(Exception):
 
 
 def choose(op: str, names: tuple[str, ...], *about) -> Callable | None:
-    """The op's function in the first of these modules whose refusal(*about) is empty; None where the reference is left."""
-    return answer(lambda kernel: kernel, op, names, *about)
+    """The op's function in the first of these modules whose refusal(*about) is empty; None where all refuse."""
+    return dispatch(lambda kernel: kernel, op, names, *about)
 
 
-def answer(run: Callable, op: str, names: tuple[str, ...], *about):
-    """run(kernel), with what choose gives, or with the next in line where that one raises Unavailable."""
+def dispatch(run: Callable, op: str, names: tuple[str, ...], *about):
+    """run(kernel) with the first kernel that neither refuses nor raises Unavailable; with None where there is none."""
     for name in names:
         module = _module(name)
         reason = module if isinstance(module, str) else module.refusal(*about)
@@ -33,7 +33,7 @@ def answer(run: Callable, op: str, names: tuple[str, ...], *about):
                 return run(getattr(module, op))
             except Unavailable as error:
                 reason = str(error)
-        _say(op, name, reason)
+        _log_refusal(op, name, reason)
     return run(None)
 
 
@@ -47,5 +47,5 @@ def _module(name: str):
 
 
 @functools.lru_cache(1024)
-def _say(op: str, name: str, reason: str) -> None:
+def _log_refusal(op: str, name: str, reason: str) -> None:
     log.info("akvq::%s is not answered by %s: %s", op, name, reason)

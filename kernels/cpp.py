@@ -1,7 +1,7 @@
-"""cpp: the C++ kernels of this folder, compiled at first use by the user's own compiler ($CXX, else c++, g++ or clang++).
+"""cpp: the C++ kernels of this folder, compiled at first use by the user's compiler ($CXX, else c++, g++, clang++).
 
-A few seconds; kept in $XDG_CACHE_HOME/akvq_fx, else ~/.cache/akvq_fx, under a name that the sources, the flags and the
-processor's features make.
+That takes a few seconds. Libraries are kept in $XDG_CACHE_HOME/akvq_fx, else ~/.cache/akvq_fx, under a name made of the
+sources, the flags and the processor's features.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ log = logging.getLogger(__name__)
 
 COMPILE_SECONDS = 120
 FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-ffp-contract=fast", "-shared", "-fPIC")
-EXTRA_FLAGS = (("-march=native", "-fopenmp"), ("-march=native",), ("-fopenmp",), ())  # the first that compiles is taken
+EXTRA_FLAGS = (("-march=native", "-fopenmp"), ("-march=native",), ("-fopenmp",), ())  # the first that compiles is used
 
 
 @functools.cache
 def function(sources: tuple[str, ...], name: str, pointers: int) -> tuple:
-    """(a function of so many pointers that returns an int, ""), or nothing callable and why; tried once a process.
+    """(the function, of so many pointers, returning an int; ""), or ((), why there is none). Tried once a process.
 
     sources    the file to compile, then what it includes
     """

@@ -1,8 +1,8 @@
 """in_place: registers an op that writes its buffers and returns nothing.
 
-torch.library.custom_op with mutates_args does so too, but every call then goes through Python twice more, for autograd and for the
-buffers' version counters: 30 to 40 us of the host, twice a layer of a decode step. Nothing that such an op returns needs a
-gradient, and codes are no numbers that a backward pass would save.
+torch.library.custom_op with mutates_args does so too, but every call then goes through Python twice more, for autograd
+and for the buffers' version counters: 30 to 40 us of the host, twice a layer of a decode step. Nothing that such an op
+returns needs a gradient, and codes are no numbers that a backward pass would save.
 """
 
 from __future__ import annotations

@@ -1,23 +1,23 @@
 """Layout: which buffers hold a packed key or value cache, their shapes, and how a channel finds its bits.
 
 Attention does not depend on the order of its tokens, so a cache is a dense low-bit *body* (slot = position) plus small
-*overlays* for the salient tokens: ring and pivots hold them again at 16 bits, the text overlay holds what text tokens have more
-than the body's bits. B batch, H KV heads, D head dim, C capacity in tokens.
+*overlays* for the salient tokens: ring and pivots hold them again at 16 bits, the text overlay holds what text tokens
+have more than the body's bits. B batch, H KV heads, D head dim, C capacity in tokens.
 
 state       [3]               int32  end of what was written, first position the ring holds, text slot minus position
-codes       [B, H, C, D*b/16] int16  body, of text tokens the upper body_bits of text_bits; or [B, H, C, D] in the cache's
-                                     dtype when body_bits is 16
+codes       [B, H, C, D*b/16] int16  body, of text tokens the upper body_bits of text_bits; or [B, H, C, D] in the
+                                     cache's dtype when body_bits is 16
 classes     [B, C]            uint8  VISION, TEXT, PIVOT or PADDING; values have none where they share their keys'
 range       [B, H, C, 2*G]    fp16   scale of each of the G channel groups, then their minima
 ring        [B, H, W, D]      dtype  the last W positions, slot = position mod W
 pivots      [B, H, P, D]      dtype  pivot tokens
 pivot_at    [B, P]            int32  their positions, -1 for a free slot
-text_codes  [B, H, Ct, D*l/16] int16 the lower bits of text tokens, l wide; slot = position + state[2] for appended tokens
+text_codes  [B, H, Ct, D*l/16] int16 lower bits of text tokens, l wide; slot = position + state[2] of appended ones
 text_at     [B, Ct]           int32  their positions, -1 for a free slot
 affine      [B, 2, H, D]      fp16   centre c and gain s: keys are stored as H((k - c)/s), asked by H(q*s);
                                      where `simulate` wants gains, keys are stored as they are and read through s
 
-A layout with `simulate` keeps the originals (body_bits 16); what is read of them is akvq_fx.recipes' to say.
+A layout with `simulate` keeps the originals (body_bits 16); akvq_fx.recipes defines what reads make of them.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ class Layout:
 
     @functools.cached_property
     def _hash(self) -> int:
-        """Kept, as every call of an op looks up several things by layout; the same in every process, since pickles keep it too."""
+        """Cached, since every op looks things up by layout. The same in every process, since pickles contain it."""
         return zlib.crc32(str(self).encode())
 
     @property
@@ -113,7 +113,7 @@ class Layout:
 
     @property
     def policy(self) -> str:
-        """What a report calls a layer whose keys have this layout."""
+        """The policy shown in reports for a layer whose keys have this layout."""
         if self.simulate:
             return f"simulated {self.simulation.name.split('_')[0]}"
         return "lossless" if self.lossless else "TSA" if self.text_bits and not self.pivots else "PSA"
@@ -130,7 +130,7 @@ class Layout:
 
     @property
     def low_width(self) -> int:
-        """Bits that they take in a word: `low_bits`, or 8 for the 6 that do not divide one."""
+        """Bits that these take in a word: `low_bits`, but 8 for 6, which does not divide a word."""
         return 8 if self.low_bits == 6 else self.low_bits
 
     @functools.cached_property
@@ -165,7 +165,7 @@ class Layout:
         return table[name]
 
     def allocate(self, batch, heads, capacity, text_capacity=0, device=None) -> list[Tensor]:
-        """Empty buffers: an unwritten slot reads as zero, a free overlay slot has position -1, no ring position is valid."""
+        """Empty buffers: an unwritten slot reads as zero, a free overlay slot has position -1, the ring is empty."""
         out = []
         for name in self.fields:
             shape, dtype = self.buffer(name, batch, heads, capacity, text_capacity)

@@ -18,7 +18,7 @@ from akvq_fx import torch_internals
 from akvq_fx.kernels.choose import Unavailable
 
 COMPUTE_CAPABILITY = (8, 0)  # bf16 conversions and mma.m16n8k16 (PTX ISA)
-REASON_LENGTH = 500  # characters of a compiler's words that a reason keeps
+REASON_LENGTH = 500  # characters of a compiler's message that a reason keeps
 SHARED_LIMIT = 48 << 10  # bytes of shared memory that a block may have without asking the driver
 INCLUDE = re.compile(r'#include "(.+)"')
 
@@ -83,11 +83,11 @@ def compiled(
             kernels = load(binary, list(names))
             if shared:
                 # The limit holds for `shared` and the arrays that the kernel declares together, but PyTorch asks the
-                # driver only where `shared` alone reaches it. So we never name less.
+                # driver only where `shared` alone reaches it. So we ask for no less than the limit.
                 kernels[names[0]].set_shared_memory_config(max(shared, SHARED_LIMIT))
         _driver()
     except (RuntimeError, OSError, TypeError, AttributeError) as error:
-        # of compiler and driver; a library that is not there; PyTorch's own functions with other arguments
+        # of the compiler or driver; of a missing library; of PyTorch's functions where their arguments have changed
         if "out of memory" in str(error):
             raise
         reason = f"kernels/{source}.cu could not be compiled or loaded: {str(error).strip()[:REASON_LENGTH]}"

@@ -1,12 +1,12 @@
-"""hadamard(x): the normalised Walsh-Hadamard transform of the last axis; rotate_keys, rotate_queries: the same after an affine map.
+"""rotate(x): the normalised Walsh-Hadamard transform of the last axis; rotate_keys, rotate_queries: after a map.
 
 x       [..., D]  floating, D a multiple of 8; computed in float32 (float64 stays), returned in x's dtype
 H is Sylvester's matrix / sqrt(n) of order n = the largest power of two that divides D, repeated on the diagonal: it is
 symmetric and its own inverse for every D, so (qH)(kH)^T = q k^T.
 
-affine  [B, 2, H, D] float16: centre c, gain s. Keys become H((k - c)/s) and queries H(q*s): q (k - c) differs from q k by
-a constant per query, which softmax does not see, and (q*s)(k/s) = q k. Both hold for c and s as they are stored, rounded.
-Raises ValueError for a D that is not a multiple of 8. Sources: QuaRot, arXiv 2404.00456 (rotated caches); AKVQ-VL eq. 7.
+affine  [B, 2, H, D] float16: centre c, gain s. Keys become H((k - c)/s) and queries H(q*s): q (k - c) differs from q k
+by a constant per query, which softmax does not see, and (q*s)(k/s) = q k. Both hold for c and s as stored, rounded.
+Raises ValueError for a D that is not a multiple of 8. Sources: QuaRot, arXiv 2404.00456; AKVQ-VL eq. 7.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ FASTER = {"cuda": ("rotate_triton",)}  # before the reference, by device
 
 
 def order_of(head_dim: int) -> int:
-    """Order of the Hadamard blocks: the largest power of two dividing head_dim."""
+    """Order of the Walsh-Hadamard blocks: the largest power of two dividing head_dim."""
     if head_dim <= 0 or head_dim % 8:
-        raise ValueError(f"akvq::hadamard: the last dim must be a positive multiple of 8, got {head_dim}")
+        raise ValueError(f"akvq::rotate: the last dim must be a positive multiple of 8, got {head_dim}")
     return head_dim & -head_dim
 
 
 def matrix(head_dim: int, dtype: torch.dtype = torch.float64, device=None) -> Tensor:
-    """The [D, D] matrix that hadamard multiplies by."""
+    """The [D, D] matrix that rotate multiplies by."""
     order = order_of(head_dim)
     h = torch.ones(1, 1, dtype=dtype, device=device)
     while h.shape[0] < order:
@@ -36,10 +36,10 @@ def matrix(head_dim: int, dtype: torch.dtype = torch.float64, device=None) -> Te
     return torch.block_diag(*[h * order**-0.5] * (head_dim // order))
 
 
-_matrices: dict = {}  # (D, dtype, device) -> matrix; a matmul with it is the quickest plain-PyTorch transform for D <= 256
+_matrices: dict = {}  # (D, dtype, device) -> matrix; a matmul with it is the quickest way in plain PyTorch for D <= 256
 
 
-def transform(x: Tensor) -> Tensor:
+def rotate_wide(x: Tensor) -> Tensor:
     """H x in float32, or in float64 for float64."""
     x = x if x.dtype == torch.float64 else x.float()
     key = (x.shape[-1], x.dtype, x.device)
@@ -49,13 +49,13 @@ def transform(x: Tensor) -> Tensor:
 
 
 def reference(x: Tensor) -> Tensor:
-    return transform(x).to(x.dtype)
+    return rotate_wide(x).to(x.dtype)
 
 
 def keys_reference(k: Tensor, affine: Tensor) -> Tensor:
     wide = torch.promote_types(k.dtype, torch.float32)
     rows = affine.to(wide).unsqueeze(3)
-    return transform((k.to(wide) - rows[:, CENTRE]) * rows[:, GAIN].reciprocal()).to(k.dtype)
+    return rotate_wide((k.to(wide) - rows[:, CENTRE]) * rows[:, GAIN].reciprocal()).to(k.dtype)
 
 
 def queries_reference(q: Tensor, affine: Tensor) -> Tensor:
@@ -63,32 +63,32 @@ def queries_reference(q: Tensor, affine: Tensor) -> Tensor:
     wide = torch.promote_types(q.dtype, torch.float32)
     gain = affine[:, GAIN, :, None, None].to(wide)  # [B, H, 1, 1, D]
     grouped = q.to(wide).unflatten(1, (affine.shape[2], -1)) * gain
-    return transform(grouped.flatten(1, 2)).to(q.dtype)
+    return rotate_wide(grouped.flatten(1, 2)).to(q.dtype)
 
 
-def turn_tokens(x: Tensor) -> Tensor:
-    """What akvq::hadamard computes; ops call this one, without the way through the dispatcher. turn_keys, turn_queries likewise."""
-    kernel = choose("hadamard", FASTER.get(x.device.type, ()), x)
+def rotate_directly(x: Tensor) -> Tensor:
+    """akvq::rotate without the dispatcher, for other ops; the next two are the same for rotate_keys, rotate_queries."""
+    kernel = choose("rotate", FASTER.get(x.device.type, ()), x)
     return reference(x) if kernel is None else kernel(x)
 
 
-def turn_keys(k: Tensor, affine: Tensor) -> Tensor:
+def rotate_keys_directly(k: Tensor, affine: Tensor) -> Tensor:
     kernel = choose("rotate_keys", FASTER.get(k.device.type, ()), k)
     if kernel is not None:
         return kernel(k, affine)
     return keys_reference(k, affine)
 
 
-def turn_queries(q: Tensor, affine: Tensor) -> Tensor:
+def rotate_queries_directly(q: Tensor, affine: Tensor) -> Tensor:
     kernel = choose("rotate_queries", FASTER.get(q.device.type, ()), q)
     if kernel is not None:
         return kernel(q, affine)
     return queries_reference(q, affine)
 
 
-hadamard = torch.library.custom_op("akvq::hadamard", turn_tokens, mutates_args=())
-rotate_keys = torch.library.custom_op("akvq::rotate_keys", turn_keys, mutates_args=())
-rotate_queries = torch.library.custom_op("akvq::rotate_queries", turn_queries, mutates_args=())
+rotate = torch.library.custom_op("akvq::rotate", rotate_directly, mutates_args=())
+rotate_keys = torch.library.custom_op("akvq::rotate_keys", rotate_keys_directly, mutates_args=())
+rotate_queries = torch.library.custom_op("akvq::rotate_queries", rotate_queries_directly, mutates_args=())
 
 
 def _fake(x: Tensor, affine: Tensor | None = None) -> Tensor:
@@ -96,20 +96,20 @@ def _fake(x: Tensor, affine: Tensor | None = None) -> Tensor:
     return x.new_empty(x.shape)
 
 
-for _op in (hadamard, rotate_keys, rotate_queries):
+for _op in (rotate, rotate_keys, rotate_queries):
     _op.register_fake(_fake)
 
 
-def turn_as_stored(x: Tensor, affine: Tensor | None, rotated: bool) -> Tensor:
+def rotate_as_stored(x: Tensor, affine: Tensor | None, rotated: bool) -> Tensor:
     """Keys or values as the model made them -> the space of the buffers, [B, H, T, D]."""
     if affine is not None:
-        return turn_keys(x, affine)
-    return turn_tokens(x) if rotated else x
+        return rotate_keys_directly(x, affine)
+    return rotate_directly(x) if rotated else x
 
 
 def restore(stored: Tensor, affine: Tensor | None, rotated: bool) -> Tensor:
-    """Undo the transform: stored [B, H, T, D] -> keys or values as the model made them."""
-    x = transform(stored) if rotated else stored
+    """Undo rotate_as_stored: stored [B, H, T, D] -> keys or values as the model made them."""
+    x = rotate_wide(stored) if rotated else stored
     if affine is not None:
         rows = affine.to(torch.promote_types(x.dtype, torch.float32)).unsqueeze(3)
         x = x * rows[:, GAIN] + rows[:, CENTRE]

@@ -1,12 +1,12 @@
-"""hadamard, rotate_keys, rotate_queries as Triton kernels; `turned`, the device function that the append kernel shares.
+"""rotate, rotate_keys, rotate_queries as Triton kernels; `rotated`, the device function that the append kernel shares.
 
 x       [..., D] float16 | bfloat16 | float32 of any strides, D a multiple of 8 up to 256
 affine  [B, 2, Ha, D] float16: c, s; heads of x may be a multiple of Ha (GQA queries)
 ->      [..., D] in x's dtype, contiguous; the meaning is kernels/rotate.py
 
-The transform is a product with H's signs on tensor cores. Signs are exact in 16 bits, so x is what must not lose digits: 16-bit
-x goes in as it is; a float32 tile t is cut into bfloat16 terms, t = t0 + t1 (16 digits: t came of 16-bit x) or t0 + t1 + t2
-(24 digits: float32 x). Sums are float32, scaled by order**-0.5 at the end (so |x| must stay below 1e36).
+The rotation is a product with H's signs on tensor cores. Signs are exact in 16 bits, so x is what must not lose digits:
+16-bit x goes in as it is; a float32 tile t is cut into bfloat16 terms, t = t0 + t1 (16 digits: t came of 16-bit x) or
+t0 + t1 + t2 (24 digits: float32 x). Sums are float32, scaled by order**-0.5 at the end (so |x| must stay below 1e36).
 
 Grid (heads / share, token tiles / steps). A program's rows are `share` heads times `tile` tokens: a decode step has one
 token, and many heads fill the 16 rows that a product needs at least.
@@ -135,7 +135,7 @@ def add_product(
 
 
 @triton.jit
-def turned(
+def rotated(
     x, step, live, affine, has_affine, plane,
     D: tl.constexpr, DP: tl.constexpr, ORDER: tl.constexpr, DEPTH: tl.constexpr,
     MAP: tl.constexpr, TERMS: tl.constexpr, TERM: tl.constexpr, NORM: tl.constexpr, ROWS: tl.constexpr,
@@ -171,7 +171,7 @@ def rotate_kernel(
     for step in range(steps):
         token = (tl.program_id(1) * steps + step) * TILE + place
         live = exists & (token < tokens)
-        y = turned(
+        y = rotated(
             rows + token.to(tl.int64) * stride_t, stride_d, live, maps, has_map, owners * D,
             D, DP, ORDER, DEPTH, MAP, TERMS, TERM, NORM, SHARE * TILE,
         )  # fmt: skip
@@ -189,8 +189,8 @@ def product_type(dtype: torch.dtype = torch.bfloat16) -> tl.dtype:
     return TERM_TYPES[dtype] if COMPILED else tl.float32
 
 
-def turn_constants(dtype: torch.dtype, head_dim: int, kind: int) -> dict:
-    """The compile-time arguments of `turned`; kind is 0, KEYS or QUERIES."""
+def rotation_constants(dtype: torch.dtype, head_dim: int, kind: int) -> dict:
+    """The compile-time arguments of `rotated`; kind is 0, KEYS or QUERIES."""
     order, wide = order_of(head_dim), padded(head_dim)
     terms = 3 if dtype == torch.float32 else 2 if kind else 1
     return dict(
@@ -219,7 +219,7 @@ def launch(op: str, x: Tensor, affine: Tensor | None, kind: int) -> Tensor:
     reason = refusal(x)
     if reason:
         raise ValueError(f"akvq::{op}: {reason}")
-    constants, out = turn_constants(x.dtype, x.shape[-1], kind), x.new_empty(x.shape)
+    constants, out = rotation_constants(x.dtype, x.shape[-1], kind), x.new_empty(x.shape)
     x = x[(None,) * (4 - x.dim())] if x.dim() <= 4 else x.flatten(0, x.dim() - 4)
     if affine is not None:
         check_affine(op, x, affine)
@@ -236,8 +236,8 @@ def launch(op: str, x: Tensor, affine: Tensor | None, kind: int) -> Tensor:
     return out
 
 
-def hadamard(x: Tensor) -> Tensor:
-    return launch("hadamard", x, None, 0)
+def rotate(x: Tensor) -> Tensor:
+    return launch("rotate", x, None, 0)
 
 
 def rotate_keys(k: Tensor, affine: Tensor) -> Tensor:

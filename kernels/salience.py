@@ -1,15 +1,15 @@
-"""find_pivots, key_affine, token_classes, mark_vision: what the prompt itself says about which tokens and channels matter.
+"""find_pivots, key_affine, token_classes, mark_vision: which tokens and channels matter, read from the prompt itself.
 
 find_pivots(h [B, T, E], valid [B, T] bool or None) -> [B, P] int32
-    Indices of the tokens that keep 16 bits. A *massive* token has max |h| above `floor` and above `ratio` times the row's
-    median |h| (Sun et al., arXiv 2402.17762). The first real token always holds slot 0 (attention sink). mode "topk" fills the
-    other slots with the largest max |h|, massive tokens first by construction; mode "massive" only with massive tokens. -1 marks
-    a free slot. Padding is left out of everything.
+    Indices of the tokens that keep 16 bits. A *massive* token has max |h| above `floor` and above `ratio` times the
+    row's median |h| (Sun et al., arXiv 2402.17762). The first real token always holds slot 0 (attention sink). mode
+    "topk" fills the other slots with the largest max |h|, massive tokens first by construction; mode "massive" only
+    with massive tokens. -1 marks a free slot. Padding is left out of everything.
 
 key_affine(k [B, H, T, D], q [B, Hq, Tq, D], valid [B, T], centre, balance) -> [B, 2, H, D] float16: c, s
-    c = mean of the prompt's keys, s = sqrt(std K / rms Q) per head and channel: exact identities that take a key's constant
-    part and the mismatch of its channels away before two bits have to hold them. With alpha, SmoothQuant's gains instead
-    (arXiv 2211.10438): s = max|K|^alpha / max|Q|^(1 - alpha), c = 0.
+    c = mean of the prompt's keys, s = sqrt(std K / rms Q) per head and channel: exact identities that take a key's
+    constant part and the mismatch of its channels away before two bits have to hold them. With alpha, SmoothQuant's
+    gains instead (arXiv 2211.10438): s = max|K|^alpha / max|Q|^(1 - alpha), c = 0.
 """
 
 from __future__ import annotations
@@ -83,9 +83,9 @@ def key_affine_reference(k: Tensor, q: Tensor, valid: Tensor | None, centre: boo
     s = torch.ones_like(mean)
     if balance:
         deviation = (finite(k - mean[:, :, None]).square() * weight).sum(2).sqrt()
-        heard = finite(q).square()  # [B, Hq, Tq, D]
-        heard = (heard * weight).sum(2) if q.shape[2] == T else heard.mean(2)
-        s = gains(deviation, heard)
+        squares = finite(q).square()  # [B, Hq, Tq, D]
+        squares = (squares * weight).sum(2) if q.shape[2] == T else squares.mean(2)
+        s = gains(deviation, squares)
     return as_stored(c, s)
 
 
@@ -95,8 +95,8 @@ def smooth_affine(k: Tensor, q: Tensor, valid: Tensor | None, alpha: float) -> T
     if valid is not None:
         k = k.where(valid[:, None, :, None], 0.0)
         q = q.where(valid[:, None, :, None], 0.0) if q.shape[2] == k.shape[2] else q
-    peak, heard = k.amax(2), q.unflatten(1, (k.shape[1], -1)).amax((2, 3))
-    s = peak.clamp_min(STD_FLOOR) ** alpha / heard.clamp_min(STD_FLOOR) ** (1 - alpha)
+    key_peak, query_peak = k.amax(2), q.unflatten(1, (k.shape[1], -1)).amax((2, 3))
+    s = key_peak.clamp_min(STD_FLOOR) ** alpha / query_peak.clamp_min(STD_FLOOR) ** (1 - alpha)
     return as_stored(torch.zeros_like(s), s.clamp_min(STD_FLOOR))
 
 
@@ -105,10 +105,10 @@ def as_stored(c: Tensor, s: Tensor) -> Tensor:
     return torch.stack([c, s], 1).clamp(-FP16_MAX, FP16_MAX).half()
 
 
-def gains(deviation: Tensor, heard: Tensor) -> Tensor:
-    """s [B, H, D] from the keys' deviations [B, H, D] and the queries' mean squares [B, Hq, D]."""
-    heard = heard.unflatten(1, (deviation.shape[1], -1)).mean(2).sqrt()
-    log = 0.5 * (deviation.clamp_min(STD_FLOOR).log() - heard.clamp_min(STD_FLOOR).log())
+def gains(deviation: Tensor, squares: Tensor) -> Tensor:
+    """s [B, H, D] from the keys' standard deviations [B, H, D] and the queries' mean squares [B, Hq, D]."""
+    rms = squares.unflatten(1, (deviation.shape[1], -1)).mean(2).sqrt()
+    log = 0.5 * (deviation.clamp_min(STD_FLOOR).log() - rms.clamp_min(STD_FLOOR).log())
     log = log - log.mean(-1, keepdim=True)
     return log.clamp(-math.log(GAIN_RANGE), math.log(GAIN_RANGE)).exp()
 
@@ -159,7 +159,8 @@ def valid_tokens(mask: Tensor, batch: int, tokens: int | None = None) -> Tensor:
     """
     if mask.dim() > 4 or mask.dim() == 4 and mask.shape[0] not in (1, batch):
         raise ValueError(
-            f"akvq::valid_tokens: mask is {list(mask.shape)}, accepted: what broadcasts to [{batch}, heads, queries, tokens]"
+            f"akvq::valid_tokens: mask is {list(mask.shape)}, "
+            f"accepted: what broadcasts to [{batch}, heads, queries, tokens]"
         )
     seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
     seen = seen[(None,) * (4 - mask.dim())].flatten(1, 2).any(1)
@@ -174,7 +175,7 @@ def _(mask, batch, tokens=None):
 
 @torch.library.custom_op("akvq::token_classes", mutates_args=())
 def token_classes(x: Tensor, valid: Tensor | None, vision: Tensor | None) -> Tensor:
-    """Classes [B, q] uint8 of the tokens of x [B, H, q, D]: TEXT, VISION where vision [B, q], PADDING where not valid [B, q]."""
+    """Classes [B, q] uint8 of x [B, H, q, D]: VISION where vision [B, q], PADDING where not valid, else TEXT."""
     classes = torch.full((x.shape[0], x.shape[2]), TEXT, dtype=torch.uint8, device=x.device)
     if vision is not None:
         classes[vision.to(torch.bool)] = VISION

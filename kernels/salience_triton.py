@@ -4,16 +4,17 @@ h       [B, T, E] float16 | bfloat16 | float32 of any strides, E up to 16384
 k, q    [B, H, T, D], [B, Hq, Tq, D] of any strides, D up to 1024
 valid   [B, T] bool or None
 
-find_pivots: a program holds one token in registers. The bits of |h| order as the numbers do, with infinity and then NaN on top,
-so the peak is a maximum of integers, and the lower median is the largest v with at most (E - 1) / 2 numbers below it, found
-bit by bit: 15 counts for 16-bit numbers, 31 for float32. Mode "topk" ranks the peaks of a batch row in one more program, as long
-as its registers hold them; else [B, T] numbers are left for the reference's own torch ops, a dozen launches.
+find_pivots: a program holds one token in registers. The bits of |h| order as the numbers do, with infinity and then NaN
+on top, so the peak is a maximum of integers, and the lower median is the largest v with at most (E - 1) / 2 numbers
+below it, found bit by bit: 15 counts for 16-bit numbers, 31 for float32. Mode "topk" ranks the peaks of a batch row in
+one more program, as long as its registers hold them; else [B, T] numbers are left for the reference's own torch ops, a
+dozen launches.
 
-key_affine: a program takes CHUNK tokens of one head or more, a tile at a time. Each place of the tile keeps n, mean and M2 (the
-sum of squares around the mean) of what passes there and is valid and finite, by Welford's update, so that no tile waits for a
-reduction; places, chunks and heads are combined by Chan's formula. In both nothing cancels even where the mean is far larger than
-the deviation. Queries need only their sum of squares. A program per key head then joins the chunks and writes its part of the
-map: three launches, since on a short prompt the host's time for each is what counts.
+key_affine: a program takes CHUNK tokens of one head or more, a tile at a time. Each place of the tile keeps n, mean and
+M2 (the sum of squares around the mean) of what passes there and is valid and finite, by Welford's update, so that no
+tile waits for a reduction; places, chunks and heads are combined by Chan's formula. In both nothing cancels even where
+the mean is far larger than the deviation. Queries need only their sum of squares. A program per key head then joins the
+chunks and writes its part of the map: three launches, since on a short prompt the host's time for each is what counts.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ MAX_WIDTH = 16384  # numbers of a token that a program's registers hold
 MAX_DIM = 1024  # channels of a head: tiles of 16 tokens
 MAX_RANKED = 16384  # peaks of a batch row that a program's registers hold
 CHUNK = 256  # tokens a program reads of a head; its result is 3 float32 a channel, 2 % of what it read
-CHUNK_MOST = 1024  # of a prompt that makes PROGRAMS even so: less to join
+CHUNK_MOST = 1024  # the same for prompts that make PROGRAMS even so: fewer chunks to join
 PROGRAMS = 1056  # 8 a multiprocessor of an H100
 TILE_NUMBERS = 2048  # numbers of a tile: three in registers for each
 MOMENT_WARPS = 4
@@ -65,7 +66,7 @@ def peak_kernel(
     h, peaks, medians, tokens, stride_b, stride_t, stride_e,
     E: tl.constexpr, WIDTH: tl.constexpr, INTEGER: tl.constexpr, BITS: tl.constexpr, INFINITY: tl.constexpr,
 ):  # fmt: skip
-    """Bits of the peak and the lower median of |h|, [B, T]; both NaN where one number is. No medians where None is given."""
+    """Bits of the peak and the lower median of |h|, [B, T]; both NaN where one number is. medians may be None."""
     row = tl.program_id(0).to(tl.int64)
     place = tl.arange(0, WIDTH)
     source = h + row // tokens * stride_b + row % tokens * stride_t + place.to(tl.int64) * stride_e
@@ -110,7 +111,7 @@ def peaks_and_medians(h: Tensor, with_medians: bool) -> tuple[Tensor, Tensor | N
 def rank_kernel(
     peaks, valid, out, tokens, count, valid_b, valid_t, WIDTH: tl.constexpr, INFINITY: tl.constexpr
 ):  # fmt: skip
-    """out [B, count]: a batch row's first valid token, then those of the largest peaks, given as bits [B, T]; -1 behind."""
+    """out [B, count]: a batch row's first valid token, then those of the largest peaks (bits, [B, T]), then -1."""
     row = tl.program_id(0).to(tl.int64)
     place = tl.arange(0, WIDTH)
     live = place < tokens
@@ -120,7 +121,7 @@ def rank_kernel(
         live = live & (seen != 0)
     bits = tl.where(bits > INFINITY, 0, bits)  # NaN is no size
     bits = tl.where(place == tl.min(tl.where(live, place, WIDTH), 0), LARGEST_INT, bits)
-    # places below the peak's bits: a maximum finds both, no two keys are equal, and of equal peaks the first token leads
+    # places below the peak's bits: keys are distinct, and of equal peaks the first token wins
     key = tl.where(live, bits.to(tl.int64) * WIDTH + (WIDTH - 1 - place), -1)
     for slot in range(count):
         best = tl.max(key, 0)
@@ -159,13 +160,13 @@ def find_pivots(h: Tensor, valid: Tensor | None, count: int, mode: str, floor: f
 
 
 @triton.jit
-def joined(count, mean, spread, more, centre, apart):
+def join_moments(count, mean, spread, other_count, other_mean, other_spread):
     """n, mean and M2 of two parts together, by Chan's formula."""
-    total = tl.maximum(count + more, 1.0)
-    step = centre - mean
+    total = tl.maximum(count + other_count, 1.0)
+    step = other_mean - mean
     # the weight first: where one part is empty it is 0, which times a square that overflowed were NaN
-    spread += apart + step * (step * (count * more / total))
-    return count + more, mean + step * tl.div_rn(more, total), spread
+    spread += other_spread + step * (step * (count * other_count / total))
+    return count + other_count, mean + step * tl.div_rn(other_count, total), spread
 
 
 @triton.jit
@@ -202,7 +203,7 @@ def moments_kernel(
         tl.store(out + (lead * chunks + chunk) * D + channel, tl.sum(spread, 0), mask=real)
     else:
         number = tl.sum(count, 0)
-        centre = tl.div_rn(tl.sum(count * mean, 0), tl.maximum(number, 1.0))  # what it misses by enters M2 squared
+        centre = tl.div_rn(tl.sum(count * mean, 0), tl.maximum(number, 1.0))  # its error enters M2 squared
         away = mean - centre[None, :]
         where = out + (lead * chunks + chunk) * 3 * D + channel
         tl.store(where, number, mask=real)
@@ -234,10 +235,10 @@ def map_kernel(
     D: tl.constexpr, DP: tl.constexpr, PARTS: tl.constexpr, COUNTED: tl.constexpr,
     SAME: tl.constexpr, CENTRE: tl.constexpr,
 ):  # fmt: skip
-    """A key head's c, s to out [B, 2, heads, D], from chunk_sums of its keys and of the `sharing` query heads that read it.
+    """A key head's c, s to out [B, 2, heads, D], from chunk_sums of its keys and of its `sharing` query heads.
 
-    The squares are `rows` rows [D], one query head's after another's, each head's over `asked` tokens or, where SAME, over the
-    keys' valid ones. Without squares s = 1, without CENTRE c = 0.
+    The squares are `rows` rows [D], one query head's after another's, each head's over `asked` tokens or, where SAME,
+    over the keys' valid ones. Without squares s = 1, without CENTRE c = 0.
     """
     lead = tl.program_id(0).to(tl.int64)
     batch = lead // heads
@@ -253,8 +254,8 @@ def map_kernel(
         more = tl.sum(n, 0)
         centre = tl.div_rn(tl.sum(n * mean, 0), tl.maximum(more, 1.0))
         away = mean - centre[None, :]
-        apart = tl.sum(tl.load(where + 2 * D, mask=live, other=0) + away * (n * away), 0)
-        finite, middle, spread = joined(finite, middle, spread, more, centre, apart)
+        further = tl.sum(tl.load(where + 2 * D, mask=live, other=0) + away * (n * away), 0)
+        finite, middle, spread = join_moments(finite, middle, spread, more, centre, further)
 
     count = tokens + lead * 0
     if valid is not None:
@@ -265,23 +266,23 @@ def map_kernel(
             seen += (tl.load(where, mask=token < tokens, other=0) != 0).to(tl.int32)
         count = tl.sum(seen, 0).to(tl.int64)
     count = tl.maximum(count, 1).to(tl.float32)
-    # a broken number counts as a token that is 0 here, and as none in the deviation
+    # a number that is not finite counts as 0 in the mean, and not at all in the deviation
     mean = middle * tl.div_rn(finite, count)
 
     s = tl.full([DP], 1.0, tl.float32)
     if squares is not None:
-        heard = tl.zeros([DP], tl.float32)
+        query_rms = tl.zeros([DP], tl.float32)
         for start in range(0, rows, PARTS):
             live = (start + number < rows)[:, None] & real[None, :]
             where = squares + ((lead * rows + start + number) * D)[:, None] + channel[None, :]
-            heard += tl.sum(tl.load(where, mask=live, other=0), 0)
-        heard = tl.sqrt(heard / ((count if SAME else asked) * sharing))
+            query_rms += tl.sum(tl.load(where, mask=live, other=0), 0)
+        query_rms = tl.sqrt(query_rms / ((count if SAME else asked) * sharing))
         miss = middle - mean
         deviation = tl.sqrt((spread + miss * (finite * miss)) / count)
         # comparisons, not tl.maximum and tl.minimum, which lose a NaN
         deviation = tl.where(deviation < FLOOR, FLOOR, deviation)
-        heard = tl.where(heard < FLOOR, FLOOR, heard)
-        log = tl.where(real, 0.5 * (tl.log(deviation) - tl.log(heard)), 0.0)
+        query_rms = tl.where(query_rms < FLOOR, FLOOR, query_rms)
+        log = tl.where(real, 0.5 * (tl.log(deviation) - tl.log(query_rms)), 0.0)
         log -= tl.sum(log, 0) / D
         log = tl.where(log > LOG_RANGE, LOG_RANGE, log)
         s = tl.exp(tl.where(log < -LOG_RANGE, -LOG_RANGE, log))
@@ -304,7 +305,8 @@ def key_affine(k: Tensor, q: Tensor, valid: Tensor | None, centre: bool, balance
         return out
     if balance and (q.shape[0] != B or q.shape[1] % H or q.shape[3] != D):  # the kernel would read elsewhere
         raise ValueError(
-            f"akvq::key_affine: q is {list(q.shape)}, accepted with k {list(k.shape)}: [{B}, a multiple of {H}, tokens, {D}]"
+            f"akvq::key_affine: q is {list(q.shape)}, "
+            f"accepted with k {list(k.shape)}: [{B}, a multiple of {H}, tokens, {D}]"
         )
     same, sharing = q.shape[2] == T, q.shape[1] // H
     parts = chunk_sums(k, valid, squares=False)

@@ -1,8 +1,9 @@
 """simulated, squeezed: what attention reads of a cache that keeps original tokens and quantizes them on every read.
 
-The arithmetic is akvq_fx.recipes'. Here padding and unwritten slots are taken away before it: a row is quantized as if it stood
-alone, at the positions among its own real tokens, so neither padding nor the other rows of a batch have any influence.
-Reads the device's numbers on the host: a simulation is for measuring quality, not speed.
+The arithmetic is akvq_fx.recipes'. Here padding and unwritten slots are removed before it: a row is quantized as if it
+stood alone, at the positions among its own real tokens, so neither padding nor the other rows of a batch have any
+influence.
+It waits for the device and reads its numbers: a simulation is for measuring quality, not speed.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from akvq_fx.recipes import Context
 
 
 def simulated(b: dict[str, Tensor], length: int, layout: Layout, past: int | None) -> Tensor:
-    """The first `length` tokens [B, H, length, D] of named buffers; those from position `past` on are read as they are."""
+    """The first `length` tokens [B, H, length, D] of named buffers, from position `past` on as they are."""
     x = b["codes"][:, :, :length]
     past = length if past is None else past
     real = real_tokens(b, length)
@@ -38,7 +39,7 @@ def real_tokens(b: dict[str, Tensor], length: int) -> Tensor:
 
 
 def squeezed(q: Tensor, k: Tensor, b: dict[str, Tensor], layout: Layout, past: int, mask, scale, is_causal: bool):
-    """The mask that changes scores as the recipe does: q [B, Hq, q, D], k [B, H, T, D] -> float [B, Hq, q, T], causality in it.
+    """The mask that changes scores as the recipe does: q [B, Hq, q, D], k [B, H, T, D] -> float [B, Hq, q, T].
 
     The recipe's new scores minus the old ones are a bias, which is what a mask of floats adds.
     """

@@ -1,6 +1,7 @@
-"""Supports: which layouts a kernel takes. A field that the kernel does not name is refused, so a new one is never silently misread.
+"""Supports: which layouts a kernel takes. A field that it does not name is refused, so that new ones are not misread.
 
-A kernel names every field of Layout with the values that it takes of it, and properties (`groups`) where they are what it goes by.
+A kernel names every field of Layout with the values that it takes, and properties (`groups`) where these are what
+matters to it.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from akvq_fx.kernels.layout import Layout
 
 
 class Every:
-    """Every value of a field that a kernel reads by itself, or that does not concern it."""
+    """Contains every value: for fields that a kernel handles in general, or that do not concern it."""
 
     def __contains__(self, value) -> bool:
         return True

@@ -1,4 +1,4 @@
-"""Passes: verbs that rewrite one graph, in the order of PIPELINE. Each returns a PassReport of sites matched and missed."""
+"""Passes: verbs that rewrite one graph, in the order of PIPELINE. Each returns a PassReport."""
 
 if not __name__.startswith("akvq_fx."):
     raise ImportError(f"import akvq_fx.passes, not {__name__}: its ops would register twice")
@@ -24,19 +24,20 @@ PIPELINE = (
     fold_values,  # before packing: a layout says whether its buffers are rotated
     pack_caches,  # writes
     attend_packed,  # reads
-    rotate_queries_keys,  # after both: every pack, append and attend is there to be turned
+    rotate_queries_keys,  # after both: by now every pack, append and attend is in the graph
     rotate_values,
-    read_unmatched,  # packed caches that nothing above answered for
-    fuse_rotations,  # once nothing asks for turned tokens any more
+    read_unmatched,  # packed caches whose reader was not matched above
+    fuse_rotations,  # after the last pass that uses rotated tokens
     clean_up,
     split_decode,  # last: it reads the finished graph, and only for mode="reduce-overhead"
 )
 
 
 def check_order(pipeline) -> None:
-    """Raise AssertionError where a pass stands before one that it follows, or before any that gives a fact that it needs.
+    """Raise AssertionError where a pass is before one that it follows, or before every one that gives what it needs.
 
-    Facts are the fields of GraphState (passes/state.py) that passes fill; a pass reads its `needs` and writes its `gives`.
+    Facts are the fields of GraphState (passes/state.py) that passes fill; a pass reads its `needs` and writes its
+    `gives`.
     """
     done: set[str] = set()
     facts: set[str] = set()
@@ -52,7 +53,7 @@ def check_order(pipeline) -> None:
 
 
 def without(pipeline, text: str) -> tuple:
-    """The pipeline but for the passes that `text` names, parted by commas: the value of TORCH_AKVQ_DISABLE.
+    """The pipeline without the passes that `text` names, separated by commas: the value of TORCH_AKVQ_DISABLE.
 
     Raises ValueError for a name that no pass has, and for a pass without which results would be wrong.
     """
@@ -60,8 +61,8 @@ def without(pipeline, text: str) -> tuple:
     optional = [step.__name__ for step in pipeline if not hasattr(step, "required")]
     for name in sorted(named - set(optional)):
         reasons = [f"{name} cannot be switched off: {step.required}" for step in pipeline if step.__name__ == name]
-        told = reasons[0] if reasons else f"{name!r} is no pass"
-        raise ValueError(f"{DISABLE}={text}: {told}; accepted: {', '.join(optional)}, parted by commas")
+        reason = reasons[0] if reasons else f"{name!r} is no pass"
+        raise ValueError(f"{DISABLE}={text}: {reason}; accepted: {', '.join(optional)}, separated by commas")
     return tuple(step for step in pipeline if step.__name__ not in named)
 
 

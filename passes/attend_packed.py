@@ -4,9 +4,10 @@ Before   sdpa(q, expand(whole_k), expand(whole_v), mask)    After   attend(q, ke
 Needs    sites, buffers, made, stored_uses                  Gives    stored_uses, query_uses
 Follows  pack_caches                                        Leaves   the output's shape and dtype
 
-A prompt reads its own 16-bit tokens (with prefill="quantized": the packed ones). More than one new token is passed along at full
-precision, so that a long chunk does not see itself through two bits. The appends then go behind the last attention that reads the
-cache: a chunk takes ring slots of the tokens before it, which its own queries still see at 16 bits.
+A prompt reads its own 16-bit tokens (with prefill="quantized": the packed ones). Where several new tokens come, attend
+also gets them at full precision, so that a chunk does not see itself through two bits. Their append then moves behind
+the last attention that reads the cache: it overwrites ring slots of earlier tokens, which the chunk's queries must
+still see at 16 bits.
 """
 
 from __future__ import annotations
@@ -74,7 +75,8 @@ def rewrite(state: GraphState, site: Site, key, val) -> None:
 def append_after(state: GraphState, reader: Node, whole: Node, position: int) -> None:
     """Move the append of `whole` behind an attention that takes the same tokens as its argument `position`.
 
-    Called in graph order, so behind the last. Uses of the tokens stay in graph order too: the first one says where they are turned.
+    Called for each such attention in graph order, so the append ends up behind the last one. The uses of the tokens are
+    kept in graph order too: tokens are rotated just before their first use.
     """
     uses = state.stored_uses[whole]
     attends = [use for use in uses if use[0].target is akvq.attend.default]

@@ -5,8 +5,8 @@ Before   x[:, :, at] = new                          After   x.index_copy_(2, at,
 Needs    none                                       Gives    none
 Follows  none                                       Leaves   numbers and shapes as they were
 
-Only exact equivalents: an indexed write into anything but a cache, or whose source has another dtype or shape than its target, is
-left alone.
+Only exact equivalents: an indexed write into anything but a cache is left alone; one into a cache that means something
+else is left alone and reported.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch.fx import Node
 
 from akvq_fx.passes.patterns.attention import ARGUMENTS, is_attention
 from akvq_fx.passes.patterns.cache_write import ALLOCATIONS, is_packed
-from akvq_fx.passes.patterns.nodes import argument, is_tensor, op, same_size, shape, value
+from akvq_fx.passes.patterns.nodes import NoMatch, argument, is_tensor, op, same_size, shape, value
 from akvq_fx.passes.state import GraphState
 from akvq_fx.report import PassReport
 
@@ -29,7 +29,12 @@ def canonicalize(state: GraphState) -> PassReport:
             node.kwargs = {k: v for i, k in enumerate(ARGUMENTS) if (v := argument(node, i, k)) is not None}
             node.args, node.target, node.op = (), F.scaled_dot_product_attention, "call_function"
             report.match(node.name)
-        elif op(node) == "setitem" and (at := token_index(node)) is not None:
+        elif writes_cache(node):
+            try:
+                at = token_index(node)
+            except NoMatch as miss:
+                report.miss(node.name, miss.reason, miss.node)
+                continue
             with state.before(node):
                 target, new = node.args[0], node.args[2]
                 copy = state.graph.call_method("index_copy_", (target, 2, at, new))
@@ -41,25 +46,31 @@ def canonicalize(state: GraphState) -> PassReport:
     return report
 
 
-def token_index(node: Node) -> Node | None:
-    """`at` of x[:, :, at] = new where index_copy_ means the same."""
+def writes_cache(node: Node) -> bool:
+    """node is x[...] = new for a 4-d x that is a PackedKV or allocated in this graph.
+
+    In other tensors a position may be negative, which index_copy_ does not take (sliding windows write at -1).
+    """
+    target = node.args[0] if op(node) == "setitem" else None
+    return len(shape(target)) == 4 and (is_packed(target) or op(target) in ALLOCATIONS)
+
+
+def token_index(node: Node) -> Node:
+    """`at` of x[:, :, at] = new. Raises NoMatch where x.index_copy_(2, at, new) would not mean the same."""
     target, index, new = node.args
-    if not isinstance(index, tuple) or len(index) not in (3, 4) or len(shape(target)) != 4 or not is_tensor(new):
-        return None
+    if not isinstance(index, tuple) or len(index) not in (3, 4):
+        raise NoMatch("the write is not x[:, :, at] = new", node)
     at, rest = index[2], (*index[:2], *index[3:])
-    exact = (
-        # elsewhere a position may be negative, which index_copy_ does not take (sliding windows write at -1)
-        (is_packed(target) or op(target) in ALLOCATIONS)
-        and all(i == slice(None) for i in rest)
-        and is_tensor(at)
-        and len(shape(at)) == 1
-        and value(at).dtype == torch.int64
-        and value(new).dtype == value(target).dtype
-        and len(shape(new)) == 4
-        and all(same_size(a, b) for i, (a, b) in enumerate(zip(shape(new), shape(target), strict=True)) if i != 2)
-        and same_size(shape(new)[2], shape(at)[0])
-    )
-    return at if exact else None
+    if any(i != slice(None) for i in rest) or not is_tensor(at) or len(shape(at)) != 1:
+        raise NoMatch("the write is not x[:, :, at] = new", node)
+    if value(at).dtype != torch.int64:
+        raise NoMatch(f"the positions are {value(at).dtype}, accepted: torch.int64", node)
+    if not is_tensor(new) or value(new).dtype != value(target).dtype:
+        raise NoMatch(f"what is written is no tensor of the cache's dtype {value(target).dtype}", node)
+    expected = (*shape(target)[:2], shape(at)[0], shape(target)[3])
+    if len(shape(new)) != 4 or not all(map(same_size, shape(new), expected)):
+        raise NoMatch(f"what is written is {list(shape(new))}, accepted: {list(expected)}", node)
+    return at
 
 
 canonicalize.needs = ()

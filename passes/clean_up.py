@@ -61,7 +61,7 @@ def clean_up(state: GraphState) -> PassReport:
 
 
 def drop_grad_modes(state: GraphState) -> None:
-    """Codes have no gradient: the runtime runs the graph without, and a mode that it enters by itself would bring one back."""
+    """Remove the graph's own grad-mode switches: codes have no gradient, so the runtime uses no_grad."""
     for node in list(state.graph.nodes):
         if node.target is torch._C._set_grad_enabled:
             state.graph.erase_node(node)

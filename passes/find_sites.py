@@ -4,8 +4,8 @@ Before   cat(past, rope(k)), cat(past, v) -> expand GQA heads -> sdpa(q, k, v, m
 Needs    none                                                                            Gives    sites, refused
 Follows  canonicalize                                                                    Leaves   the graph as it was
 
-A call whose keys and values lead back to no cache (a vision tower, a model run without one) is not a site and not a refusal.
-A cache in a form that cannot be packed is refused with its reason and node, and stays exactly as it is.
+A call whose keys and values lead back to no cache (a vision tower, a model run without one) is not a site and not a
+refusal. A cache in a form that cannot be packed is refused with its reason and node, and stays exactly as it is.
 """
 
 from __future__ import annotations
@@ -31,6 +31,11 @@ from akvq_fx.passes.patterns.tokens import residual_of
 from akvq_fx.passes.state import GraphState
 from akvq_fx.report import PassReport
 
+FILL_USERS = (  # ops that may use a static cache that this graph allocates
+    "index_copy_", "getitem", "unsqueeze", "expand", "repeat_interleave", "output",
+    "scaled_dot_product_attention", "size", "shape", "contiguous", "to",
+)  # fmt: skip
+
 
 def find_sites(state: GraphState) -> PassReport:
     report = PassReport("find_sites")
@@ -42,7 +47,7 @@ def find_sites(state: GraphState) -> PassReport:
         layer, label = layer_of(weight, len(state.sites) + len(state.refused))
         known = {(name, "" if from_cache else reason) for name, _, reason, _ in state.refused}
         if (label, "" if from_cache else miss.reason) in known:
-            return  # keys and values of one layer, one reason
+            return  # the other half of this layer was refused for the same reason
         state.refused.append((label, layer, miss.reason, miss.node or node))
         report.miss(label, miss.reason, miss.node or node)
 
@@ -91,7 +96,7 @@ def read_from(argument: Node) -> tuple[Node, object]:
 
 
 def fix_heads(*writes: CacheWrite | None) -> None:
-    """Heads are numbers in a layout: asking a symbol for its number leaves a guard. The batch stays a symbol."""
+    """Make the number of heads a plain number, which a layout needs: int() of a symbol adds a guard."""
     for write in writes:
         if write is not None:
             int(shape(write.whole)[1])
@@ -109,7 +114,7 @@ def owner_of(attention, *writes: CacheWrite) -> tuple[Node, ...]:
 
 
 def are_weights(state: GraphState, nodes: tuple[Node, ...]) -> tuple[Node, ...]:
-    """Those that are parameters, or that a linear op multiplies by."""
+    """Those of the nodes that are parameters, or that a linear op multiplies by."""
     parameter = lambda n: isinstance(state.weights.get(state.position.get(n, -1)), torch.nn.Parameter)
     return tuple(n for n in nodes if parameter(n) or any(weight_of(user) is n for user in n.users))
 
@@ -129,23 +134,18 @@ def check(attention, key: CacheWrite | None, val: CacheWrite | None, length, val
             raise NoMatch(f"the head dim of the {name} is {size[3]}, accepted: a multiple of 8", write.whole)
         if value(write.whole).dtype not in DTYPE_NAMES:
             raise NoMatch(f"the {name} are {value(write.whole).dtype}, accepted: floating point", write.whole)
-        if write.kind == "fill" and not all(
-            u is attention.node or op(u) in ("index_copy_", "getitem", "unsqueeze", "expand", "repeat_interleave", "output",
-                                            "scaled_dot_product_attention", "size", "shape", "contiguous", "to")
-            for u in write.whole.users
-        ):  # fmt: skip
+        if write.kind == "fill" and not all(u is attention.node or op(u) in FILL_USERS for u in write.whole.users):
             raise NoMatch("the static cache is used by another op too", write.whole)
     heads, kv_heads = shape(attention.query)[1], shape(key.whole)[1]
     if heads % kv_heads or shape(val.whole)[1] != kv_heads:
         raise NoMatch(f"{heads} query heads do not divide into {kv_heads} KV heads", attention.node)
     lengths = shape(key.whole)[2], shape(val.whole)[2]
-    if (
-        all(isinstance(n, int) for n in lengths) and lengths[0] != lengths[1]
-    ):  # each cache input has a length symbol of its own
+    # symbols are not compared: each cache input has a length symbol of its own
+    if all(isinstance(n, int) for n in lengths) and lengths[0] != lengths[1]:
         raise NoMatch("keys and values differ in length", attention.node)
     if not guard_or_false(shape(attention.query)[0] == shape(key.whole)[0]):
         raise NoMatch("the query's batch is not the cache's", attention.node)
-    # two inputs, two symbols, and only the keys' is tied to the mask by the graph: equal here is enough, and leaves a guard
+    # two inputs have two length symbols, of which the mask ties down the keys' alone: requiring equality adds a guard
     if key.static and not guard_or_false(length == value_length):
         raise NoMatch("attention sees more of the keys than of the values", attention.node)
     if key.static and attention.mask is None and same_size(length, shape(key.whole)[2]):

@@ -5,9 +5,9 @@ Needs    sites                                          Gives    program
 Follows  plan_layers                                    Leaves   the graph as it was; state.program.folds
 
 H H = I, so W_O W_V is unchanged: the graph computes the same function, and its cache holds rotated values either way.
-Legal only where the values reach the cache from a linear and the attention output reaches a linear through layout-only ops,
-nothing else reads the values, and both weights are dense parameters that nothing else uses. Each graph is proved for itself.
-Which weight row is which (head, channel) is read off by pushing row numbers through the graph's own views.
+Legal only where the values reach the cache from a linear and the attention output reaches a linear through layout-only
+ops, nothing else reads the values, and both weights are dense parameters that nothing else uses. Each graph is proved
+for itself. Which weight row is which (head, channel) is read off by pushing row numbers through the graph's own views.
 """
 
 from __future__ import annotations
@@ -167,7 +167,7 @@ def concrete_sizes(args):
     """Sizes as numbers; int() of a symbol would make dynamo compile for that number alone."""
     hint = lambda x: x.node.hint if isinstance(x, torch.SymInt) else x
     args = torch.utils._pytree.tree_map(hint, args)
-    # a cast keeps indices what they are
+    # the numbers that are pushed are indices: a cast must leave them int64
     return torch.utils._pytree.tree_map(lambda x: torch.int64 if isinstance(x, torch.dtype) else x, args)
 
 

@@ -1,13 +1,14 @@
-"""Let pack and append turn the tokens that they quantize, and attend its queries and its output: fewer launches, no turned copy.
+"""Move rotations into the ops beside them: pack and append rotate what they quantize, attend queries and output.
 
-Before   append(buffers, rotate_keys(k, affine))        After   append(buffers, k, turn=True)
-         pack(hadamard(v))                                      pack(v, turn=True)
-         attend(rotate_queries(q, affine), buffers)             attend(q, buffers, turn=True)
-         hadamard(attend(q, buffers))                           attend(q, buffers, restore=True)
+Before   append(buffers, rotate_keys(k, affine))        After   append(buffers, k, rotate=True)
+         pack(rotate(v))                                        pack(v, rotate=True)
+         attend(rotate_queries(q, affine), buffers)             attend(q, buffers, rotate=True)
+         rotate(attend(q, buffers))                             attend(q, buffers, restore=True)
 Needs    none                                           Gives    none
 Follows  rotate_queries_keys, rotate_values             Leaves   every rotation that anything else reads
 
-The ops turn by their own layout and affine map, so only a rotation by the very same map may go.
+This saves launches and copies. The ops rotate by their own layout and affine map, so only a rotation by the very same
+map may go.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from akvq_fx.report import PassReport
 
 akvq = torch.ops.akvq
 PACK, APPEND, ATTEND = akvq.pack.default, akvq.append.default, akvq.attend.default
-TOKENS = {PACK: "x", APPEND: "x", ATTEND: "q"}  # what each op can turn, and the layout that says how
+TOKENS = {PACK: "x", APPEND: "x", ATTEND: "q"}  # what each op can rotate, and the layout that says how
 LAYOUTS = {PACK: "layout", APPEND: "layout", ATTEND: "key_layout"}
 
 
@@ -31,12 +32,12 @@ def fuse_rotations(state: GraphState) -> PassReport:
     report = PassReport("fuse_rotations")
     for node in list(state.graph.nodes):
         if node.target in TOKENS:
-            turned = argument_of(node, TOKENS[node.target])
-            reason = turn_refusal(node, turned)
+            rotated = argument_of(node, TOKENS[node.target])
+            reason = rotation_refusal(node, rotated)
             if not reason:
-                node.update_arg(place_of(node.target, TOKENS[node.target]), turned.args[0])
-                switch_on(node, "turn")
-                state.graph.erase_node(turned)
+                node.update_arg(place_of(node.target, TOKENS[node.target]), rotated.args[0])
+                switch_on(node, "rotate")
+                state.graph.erase_node(rotated)
         elif restores(node):
             reason = restore_refusal(node.args[0])
             if not reason:
@@ -60,20 +61,20 @@ def switch_on(node: Node, flag: str) -> None:
     node.args = tuple(args)
 
 
-def turn_refusal(node: Node, turned: Node) -> str:
+def rotation_refusal(node: Node, rotated: Node) -> str:
     """Why the rotation of what an op takes stays a node of its own; "" where it can go."""
     mapped = akvq.rotate_queries.default if node.target is ATTEND else akvq.rotate_keys.default
-    if not isinstance(turned, Node) or turned.target not in (mapped, akvq.hadamard.default):
+    if not isinstance(rotated, Node) or rotated.target not in (mapped, akvq.rotate.default):
         return "taken as it comes"
-    if len(turned.users) > 1:
-        return "something else reads the turned tokens"
+    if len(rotated.users) > 1:
+        return "something else reads the rotated tokens"
     layout = Layout.parse(argument_of(node, LAYOUTS[node.target]))
-    if turned.target is akvq.hadamard.default:
+    if rotated.target is akvq.rotate.default:
         return "" if layout.rotated and not layout.affine else "not the rotation of its layout"
     if not layout.affine:
         return "not the rotation of its layout"
-    own = argument_of(turned, "affine") is own_map(node, layout)
-    return "" if own else "turned by another affine map than the one that is stored"
+    own = argument_of(rotated, "affine") is own_map(node, layout)
+    return "" if own else "rotated by another affine map than the one that is stored"
 
 
 def own_map(node: Node, layout: Layout) -> Node:
@@ -83,8 +84,8 @@ def own_map(node: Node, layout: Layout) -> Node:
 
 
 def restores(node: Node) -> bool:
-    """It turns what an attend returns."""
-    x = node.args[0] if node.target is akvq.hadamard.default else None
+    """It rotates what an attend returns."""
+    x = node.args[0] if node.target is akvq.rotate.default else None
     return isinstance(x, Node) and x.target is ATTEND
 
 
@@ -93,7 +94,7 @@ def restore_refusal(attention: Node) -> str:
     if len(attention.users) > 1:
         return "something else reads the output in the stored space"
     if argument_of(attention, "restore"):
-        return "the output is turned back already"
+        return "the output is rotated back already"
     return "" if Layout.parse(argument_of(attention, "value_layout")).rotated else "not the rotation of its layout"
 
 

@@ -3,9 +3,10 @@
 Before   whole = cat([past, new], 2); return whole      After   append(buffers, new, at); return the same cache, longer
          whole = cat([empty, new], 2); return whole             buffers = pack(new, at, classes, pivots); return them
 Needs    sites, vision, program   Gives    buffers, made, classes, affine, stored_uses, program
-Follows  fold_values              Leaves   what attention reads, and several tokens' place: attend_packed's
+Follows  fold_values              Leaves   what attention reads (attend_packed)
 
-A prompt's own attention keeps its 16-bit tokens, which die with the layer. A plain cache met with new tokens is packed whole, once.
+A prompt's own attention still reads its 16-bit tokens, which are freed after the layer. A plain cache that is not empty
+is packed whole when it first gets new tokens.
 """
 
 from __future__ import annotations
@@ -64,12 +65,15 @@ def begin(state: GraphState, site: Site, write: CacheWrite, layout) -> None:
 
 
 def extend(state: GraphState, site: Site, write: CacheWrite) -> None:
-    """Append to a packed cache; a read-only one is only bound."""
+    """Take a packed cache's buffers as inputs and, unless it is only read (kind "read"), append to them."""
     buffers = state.bind(write.past)
     state.affine[write.whole] = buffers["affine"] if buffers.layout.affine else None
     state.stored_uses[write.whole] = []
-    if write.kind == "read":
-        return
+    if write.kind != "read":
+        append(state, site, write, buffers)
+
+
+def append(state: GraphState, site: Site, write: CacheWrite, buffers: Buffers) -> None:
     layout, x = buffers.layout, write.new
     at = state.positions(write, x)
     classes = pivots = None
@@ -80,8 +84,8 @@ def extend(state: GraphState, site: Site, write: CacheWrite) -> None:
             pivots = pivot_tokens(state, site, x, valid) if layout.pivots else None
             affine = affine_map(state, site, x, valid) if "affine" in layout.fields else None
             state.call(akvq.restart.default, buffers.nodes, at, affine, str(layout))
-    append = state.call(akvq.append.default, buffers.nodes, x, at, classes, pivots, str(layout))
-    state.stored_uses[write.whole].append((append, APPENDED))
+    node = state.call(akvq.append.default, buffers.nodes, x, at, classes, pivots, str(layout))
+    state.stored_uses[write.whole].append((node, APPENDED))
     if write.kind == "grow":
         state.program.appends.append((state.position[write.past], state.size(shape(x)[2])))
 
@@ -95,7 +99,7 @@ def affine_map(state: GraphState, site: Site, x: Node, valid: Node | None) -> No
 
 
 def valid_tokens(state: GraphState, site: Site, write: CacheWrite, at: Node) -> Node | None:
-    """[B, q] bool: which of the tokens at these positions some query may see; None where there is no mask."""
+    """[B, q] bool: which of the tokens at these positions a query may see; None where there is no mask: all."""
     mask = site.attention.mask
     if mask is None:
         return None
@@ -119,7 +123,7 @@ def token_classes(state: GraphState, site: Site, x: Node, valid: Node | None) ->
 
 
 def pivot_tokens(state: GraphState, site: Site, x: Node, valid: Node | None) -> Node:
-    """[B, P] int32, from the residual stream at the layer's input; where there is none to read, the first real token."""
+    """[B, P] int32, from the residual stream at the layer's input; where there is none, the first real token."""
     config = state.config
     residual = residual_of(site.attention, site.key.new) if site.key.new is not None else None
     if residual is not None and site.key.kind != "grow" and covers(residual, shape(x)[0], shape(x)[2]):

@@ -4,11 +4,11 @@ Before   state.sites                                After   site.policy, site.ke
 Needs    sites        Gives    sites, refused, vision, program
 Follows  find_sites   Leaves   the graph as it was, but for one node with the vision tokens
 
-TSA (first layers, where vision tokens can be told apart): text at text_bits, vision at body_bits. PSA (all others): pivots at 16
-bits, keys of text at psa_text_key_bits where it can be told apart, the rest at body_bits. The most recent tokens are at 16 bits in
-both. A cache that arrives packed keeps its layout.
-A layer's number is in its parameters' path, else it is the site's place in the graph (patterns/site.py): tsa_layers goes by it.
-A simulated recipe keeps every token, and its layout says what a read makes of them.
+TSA (first layers, where vision tokens can be told apart): text at text_bits, vision at body_bits. PSA (all others):
+pivots at 16 bits, keys of text at psa_text_key_bits where it can be told apart, the rest at body_bits. The most recent
+tokens are at 16 bits in both. A cache that arrives packed keeps its layout.
+A layer's number is in its parameters' path, else it is the site's place in the graph (patterns/site.py): tsa_layers
+goes by it. A simulated recipe keeps every token as it is; its layout says how reads quantize them.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def plan_layers(state: GraphState) -> PassReport:
     config = state.config
     state.vision = vision_tokens(state)
     if len(state.sites) == 1 and state.vision is None and not starts_a_call(state.graph) and not state.sites[0].packed:
-        state.sites[0].notes.append("a graph of one layer may serve several: no TSA, as the layer cannot be told")
+        state.sites[0].notes.append("a graph of one layer may serve several: no TSA, as the layer is unknown")
     for site in state.sites:
         if site.packed:
             site.key_layout = Layout.parse(value(site.key.past).layout_text)
@@ -40,26 +40,27 @@ def plan_layers(state: GraphState) -> PassReport:
             site.policy = site.key_layout.policy
             report.match(site)
             continue
-        told = state.vision is not None and prompt_sized(state, site)
-        tsa = told and site.layer in config.tsa_layers
+        has_vision = state.vision is not None and prompt_sized(state, site)
+        tsa = has_vision and site.layer in config.tsa_layers
         if tsa and config.text_bits == 16 and not config.lossless and not config.simulated:
             reason = "text_bits=16 keeps TSA layers at 16 bits"
             report.miss(site, reason, site.attention.node)
             state.refused.append((site.label, site.layer, reason, site.attention.node))
             continue
         key, val = site.key.whole, site.value.whole
-        site.key_layout = layout_of(config, "keys", shape(key)[3], value(key).dtype, tsa, told)
-        site.value_layout = layout_of(config, "values", shape(val)[3], value(val).dtype, tsa, told)
+        site.key_layout = layout_of(config, "keys", shape(key)[3], value(key).dtype, tsa, has_vision)
+        site.value_layout = layout_of(config, "values", shape(val)[3], value(val).dtype, tsa, has_vision)
         site.policy = site.key_layout.policy
         report.match(site)
     state.sites = [site for site in state.sites if site.key_layout is not None]
     return report
 
 
-def layout_of(config: AKVQConfig, half: str, head_dim: int, dtype: torch.dtype, tsa: bool, told: bool) -> Layout:
+def layout_of(config: AKVQConfig, half: str, head_dim: int, dtype: torch.dtype, tsa: bool, has_vision: bool) -> Layout:
     """How the "keys" or the "values" of a layer are packed, before anything is known of the values' rotation.
 
-    told    vision tokens can be told apart;  tsa   and the layer attends to text first, which matters where text has more bits
+    has_vision   vision tokens can be told apart from text
+    tsa          the layer attends to text first (which only matters where text gets more bits)
     """
     recipe = RECIPES[config.recipe]
     if recipe.simulated:
@@ -77,7 +78,7 @@ def layout_of(config: AKVQConfig, half: str, head_dim: int, dtype: torch.dtype, 
         return base
     tsa = tsa and config.text_bits > config.body_bits
     text_bits = config.text_bits if tsa else 0
-    if told and not tsa and half == "keys" and config.keeps_psa_text_keys:
+    if has_vision and not tsa and half == "keys" and config.keeps_psa_text_keys:
         text_bits = config.psa_text_key_bits
     return dataclasses.replace(
         base,
@@ -91,10 +92,10 @@ def layout_of(config: AKVQConfig, half: str, head_dim: int, dtype: torch.dtype, 
 
 
 def vision_tokens(state: GraphState) -> Node | None:
-    """One bool node [B, T] for the prompt of this graph, or None where the graph does not tell."""
+    """One bool node [B, T] for the prompt of this graph, or None where the graph has no sign of vision tokens."""
     masks = vision_masks(state.graph)
     if not masks:
-        # the layers of a prompt in a graph of their own: an earlier graph of the call may have placed images, now or next time
+        # a graph that holds only a prompt's layers: an earlier graph of this or a later call may place images
         prompt = any(site.key.kind in ("first", "fill") for site in state.sites)
         matters = state.config.tsa_layers or state.config.keeps_psa_text_keys
         if prompt and len(state.sites) > 1 and not starts_a_call(state.graph) and matters:
@@ -128,9 +129,9 @@ def vision_tokens(state: GraphState) -> Node | None:
 
 
 def prompt_sized(state: GraphState, site) -> bool:
-    """The vision mask speaks of the tokens that this site caches, and the graph is this layer's own.
+    """Whether the vision mask covers just the tokens that this site caches.
 
-    A graph of a single layer, entered after the graph that placed the images, is one that dynamo shares among layers.
+    A carried mask ("take") is only asked for by graphs of several layers: one layer's graph may be shared among layers.
     """
     if state.program.vision == "take":
         return site.key.kind in ("first", "fill")

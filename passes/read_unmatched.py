@@ -1,11 +1,11 @@
 """Carry packed caches through graphs whose attention was not matched: read them through a temporary 16-bit copy.
 
-Before   whole = cat([packed, new], 2); anything(whole)     After   append(buffers, new, at); anything(dequantize(buffers))
-Needs    sites, buffers, stored_uses                        Gives    buffers, unmatched, appended, dequantized, program
-Follows  attend_packed                                      Leaves   numbers equal to the dequantized cache's
+Before   whole = cat([packed, new], 2); read(whole)   After    append(buffers, new, at); read(dequantize(buffers))
+Needs    sites, buffers, stored_uses                  Gives    buffers, unmatched, appended, dequantized, program
+Follows  attend_packed                                Leaves   numbers equal to the dequantized cache's
 
-Only for caches that an earlier graph packed. The copy lives for the layer that reads it. A packed cache that this graph overwrites
-in another way goes back to 16 bits: codes cannot take it, and no token is quantized twice.
+Only for caches that an earlier graph packed. The copy lives for the layer that reads it. A packed cache that this graph
+overwrites in a way that codes cannot take goes back to 16 bits, since no token is quantized twice.
 """
 
 from __future__ import annotations
@@ -37,15 +37,15 @@ def read_unmatched(state: GraphState) -> PassReport:
             if readers:
                 copy = read_before(state, past, whole) if matched else read_after(state, past, whole)
                 whole.replace_all_uses_with(copy, delete_user_cb=lambda u, live=readers: u in live)
-                say(state, report, past, tensors_of_cat(whole)[1], readers[0])
+                report_copy(state, report, past, tensors_of_cat(whole)[1], readers[0])
             returned(state, whole, past)
         replace_shape_reads(state, past)
         read_rest(state, past, report)
     return report
 
 
-def say(state: GraphState, report: PassReport, past, new, reader) -> None:
-    """Name the layer by the projection of its new tokens; keys and values of one layer make one row."""
+def report_copy(state: GraphState, report: PassReport, past, new, reader) -> None:
+    """Report a read through a copy, once a layer, which is named by the projection of its new tokens."""
     reason = f"read by {op(reader)}: dequantized for it"
     layer, label = layer_of(weight_behind(new), len(state.sites) + len(state.dequantized))
     report.miss(label, reason, reader)
@@ -59,16 +59,17 @@ def is_growth(user, past) -> bool:
     parts = tensors_of_cat(user)
     if len(parts) != 2 or parts[0] is not past:
         return False
-    # tokens of a wider dtype widen the whole cache, which codes keep theirs against and numbers follow: then it is read, and plain
+    # A wider dtype of the new tokens widens the result of cat. Codes keep their dtype all the same; a cache of plain
+    # numbers is widened as in torch, which makes it a plain tensor.
     return value(user).dtype == value(past).dtype or not keeps_numbers(past)
 
 
 def append(state: GraphState, past, whole) -> None:
-    """An append for a growth that no attention was matched to; its tokens are turned as the buffers are."""
+    """An append for a growth that no attention was matched to; its tokens are rotated as the buffers are."""
     buffers = state.bind(past)
     new = tensors_of_cat(whole)[1]
     with state.before(whole):
-        # positions of its own: a shared node may stand after another cache's growth
+        # not the shared positions, which may come later in the graph
         first, end = (state.size_node(n) for n in (shape(whole)[2] - shape(new)[2], shape(whole)[2]))
         at = state.call(torch.arange, first, end, device=value(new).device, dtype=torch.int64)
         node = state.call(
@@ -81,17 +82,17 @@ def append(state: GraphState, past, whole) -> None:
 def stored(state: GraphState, buffers, new):
     if buffers.layout.affine:
         return state.call(akvq.rotate_keys.default, new, buffers["affine"])
-    return state.call(akvq.hadamard.default, new) if buffers.layout.rotated else new
+    return state.call(akvq.rotate.default, new) if buffers.layout.rotated else new
 
 
 def read_after(state: GraphState, past, whole):
-    """The whole cache, new tokens as stored: the append stands before it."""
+    """The whole cache after the append, so with the new tokens as stored."""
     with state.graph.inserting_after(state.unmatched[past]):
         return dequantized(state, past, shape(whole)[2], value(whole))
 
 
 def read_before(state: GraphState, past, whole):
-    """The whole cache where a matched attention appends later in the graph: what was stored, and the new tokens as they are."""
+    """The whole cache before a matched attention's append: the stored tokens, then the new ones as they are."""
     with state.before(whole):
         old = dequantized(state, past, shape(past)[2], value(past))
         copy = state.call(torch.cat, [old, tensors_of_cat(whole)[1]], 2)
@@ -112,7 +113,7 @@ def returned(state: GraphState, whole, past) -> None:
 
 
 def read_rest(state: GraphState, past, report: PassReport) -> None:
-    """What still reads the packed placeholder itself: static caches and read-only ones without a matched attention."""
+    """Handle other readers of the packed placeholder: static and read-only caches without a matched attention."""
     users = [u for u in past.users if op(u) != "output" and not is_growth(u, past)]
     writes = [u for u in users if op(u) == "index_copy_" and u.args[0] is past]
     overwrites = [u for u in users if is_mutation(u, past) and u not in writes]
@@ -136,7 +137,7 @@ def read_rest(state: GraphState, past, report: PassReport) -> None:
 
 
 def read_copies(state: GraphState, past, writes, appends, report: PassReport) -> None:
-    """A copy for the live readers of a placeholder; readers with a write between them see different tokens, so get their own."""
+    """A copy for the live readers of a placeholder; readers with a write between them get copies of their own."""
     order = {n: i for i, n in enumerate(state.graph.nodes)}
     copies: dict = {}
     for whole in (past, *writes):
@@ -150,18 +151,19 @@ def read_copies(state: GraphState, past, writes, appends, report: PassReport) ->
         first = min((u for _, u in readers), key=order.get)
         with state.before(first):
             copy = dequantized(state, past, shape(past)[2], value(past))
-            for write in pending:  # its append stands at an attention further on
+            for write in pending:  # its append comes later, at an attention
                 copy = state.graph.call_method("index_copy", (copy, 2, write.args[2], write.args[3]))
                 copy.meta["example_value"] = value(past)
         for whole, u in readers:
             u.replace_input_with(whole, copy)
-        say(state, report, past, writes[0].args[3] if writes else None, first)
+        report_copy(state, report, past, writes[0].args[3] if writes else None, first)
 
 
 def unpack(state: GraphState, past, write, report: PassReport) -> None:
-    """The graph moves tokens inside a static cache (a full sliding window rolls): codes would have to be quantized again.
+    """The graph moves tokens inside a static cache (a full sliding window rolls), which codes cannot do.
 
-    The runtime turns the cache back to 16 bits, once, before this graph first runs; the graph then reads and writes it as it is.
+    The runtime turns the cache back to 16 bits, once, before this graph first runs; the graph then reads and writes it
+    as it is.
     """
     if past in state.buffers:
         raise AssertionError(f"akvq: {past.name} is both packed and overwritten by {op(write)}")

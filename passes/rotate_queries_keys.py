@@ -1,11 +1,12 @@
-"""Turn keys before they are packed, and the queries that meet packed keys, by the Walsh-Hadamard transform.
+"""Rotate keys before they are packed, and the queries that meet packed keys.
 
-Before   pack(k), append(buffers, k), attend(q, ...)    After   pack(hadamard(k)), append(.., hadamard(k)), attend(hadamard(q), ..)
+Before   pack(k), append(.., k), attend(q, ..)    After    pack(rotate(k)), append(.., rotate(k)), attend(rotate(q), ..)
 Needs    sites, affine, stored_uses, query_uses   Gives    none
 Follows  attend_packed                            Leaves   scores as they were: (qH)(kH)^T = q k^T because H H^T = I
 
-Outlier channels make 2-bit keys useless; H spreads them over the head. Where keys are centred and balanced, the same node does it:
-H((k - c)/s) and H(q s), equal scores up to a constant per query that softmax does not see.
+H is the Walsh-Hadamard matrix (kernels/rotate.py). Outlier channels make 2-bit keys useless; H spreads them over the
+head. Where keys are centred and balanced, the same node does that too: H((k - c)/s) and H(q s), which leaves scores
+equal up to a constant per query that softmax does not see.
 """
 
 from __future__ import annotations
@@ -31,29 +32,29 @@ def rotate_queries_keys(state: GraphState) -> PassReport:
         whole = site.key.whole
         if whole not in done:
             done.add(whole)
-            turn_keys(state, whole)
+            rotate_keys(state, whole)
         for owner, node in state.query_uses:
             if owner is site:
-                turn_query(state, site, node)
+                rotate_query(state, site, node)
         report.match(site)
     return report
 
 
-def turn_keys(state: GraphState, whole) -> None:
-    affine, turned = state.affine[whole], {}
+def rotate_keys(state: GraphState, whole) -> None:
+    affine, rotated = state.affine[whole], {}
     for node, position in state.stored_uses[whole]:
         x = node.args[position]
-        if x not in turned:
+        if x not in rotated:
             with state.before(node):
-                call = (akvq.rotate_keys.default, x, affine) if affine is not None else (akvq.hadamard.default, x)
-                turned[x] = state.call(*call)
-        node.update_arg(position, turned[x])
+                call = (akvq.rotate_keys.default, x, affine) if affine is not None else (akvq.rotate.default, x)
+                rotated[x] = state.call(*call)
+        node.update_arg(position, rotated[x])
 
 
-def turn_query(state: GraphState, site, node) -> None:
+def rotate_query(state: GraphState, site, node) -> None:
     affine, q = state.affine[site.key.whole], argument_of(node, "q")
     with state.before(node):
-        call = (akvq.rotate_queries.default, q, affine) if affine is not None else (akvq.hadamard.default, q)
+        call = (akvq.rotate_queries.default, q, affine) if affine is not None else (akvq.rotate.default, q)
         node.update_arg(place_of(node.target, "q"), state.call(*call))
 
 

@@ -1,15 +1,16 @@
 """Split a decode graph, so that a CUDA graph can hold its larger part at every length of the cache.
 
 Before   mask = f(T), at = arange(T, T + q), append(.., at), attend(q, key, value, T + q, mask), ...
-After    prologue: mask = f(T)          body: append(.., positions[i]), attend(q, key, value, None, mask to the capacity), ...
+After    prologue: mask = f(T)     body: append(.., positions[i]), attend(q, key, value, None, padded mask), ...
 Needs    sites, buffers, made, program   Gives    split, capture
 Follows  clean_up                        Leaves   the graph as it was, and state.split; only for mode="reduce-overhead"
 
-A CUDA graph has fixed shapes and no arguments, but the number T of tokens in a growing cache changes in every step. Sizes of
-the cache's buffers do not: they change when it grows. So whatever has T in a size or among its arguments goes into a prologue,
-with what it is computed from, and the rest is the body. Where the two meet, T is taken out: attention asks the device how many
-tokens there are, masks are filled up to the capacity (columns past the end are not looked at), and positions come from the
-host. A static cache has no T: the whole graph is its body. Every op on tensors runs exactly once, in one of the two.
+A CUDA graph has fixed shapes and no arguments, but the number T of tokens in a growing cache changes in every step.
+Sizes of the cache's buffers do not: they change when it grows. So whatever has T in a size or among its arguments goes
+into a prologue, with what it is computed from, and the rest is the body. Where the two meet, T is taken out: attention
+asks the device how many tokens there are, masks are filled up to the capacity (columns past the end are not looked at),
+and positions come from the host. A static cache has no T: the whole graph is its body. Every op on tensors runs exactly
+once, in one of the two.
 """
 
 from __future__ import annotations
@@ -40,9 +41,8 @@ CAPTURED_MODE = "reduce-overhead"
 APPEND, ATTEND = torch.ops.akvq.append.default, torch.ops.akvq.attend.default
 APPEND_AT = place_of(APPEND, "at")
 ATTEND_LENGTH, ATTEND_MASK, ATTEND_AT = (place_of(ATTEND, name) for name in ("length", "mask", "at"))
-ALIGNED = (
-    2  # rows of positions lie a multiple of 16 bytes apart: kernels are compiled for how their arguments are aligned
-)
+# int64 numbers: rows of positions start at multiples of 16 bytes, since kernels are compiled for aligned arguments
+ALIGNED = 2
 
 
 def split_decode(state: GraphState) -> PassReport:
@@ -50,7 +50,7 @@ def split_decode(state: GraphState) -> PassReport:
     program = state.program
     ours = state.sites or program.packed or program.unpacked or program.vision
     if state.config.mode != CAPTURED_MODE or not ours:
-        return report  # another mode, or a graph that goes to the inner compiler as it came
+        return report  # another mode, or a graph that is left to the inner compiler
     reason = refusal(state)
     try:
         if reason:
@@ -82,7 +82,7 @@ def refusal(state: GraphState) -> str:
 class Cut:
     """Which nodes of a graph go where. Raises NoMatch where it cannot be cut.
 
-    still   symbols of sizes that do not change from step to step
+    fixed   symbols of sizes that do not change from step to step
     rows    positions of appended tokens -> row of the body's last input
     pads    mask that grows with the cache -> codes of a cache that it looks at
     cuts    per append and attend: arguments that the body takes in another form, by position
@@ -96,21 +96,21 @@ class Cut:
         self.buffers = {n for b in state.buffers.values() for n in b.nodes}
         self.fake_mode = value(next(iter(self.buffers))).fake_mode
         self.values = values_of(self.graph, self.fake_mode)
-        still: list = [self.values[n] for n in self.buffers]
+        fixed: list = [self.values[n] for n in self.buffers]
         for site in state.sites:
             if site.key.kind == "read" or site.key.static:  # nothing is appended to it, or its length is its capacity
-                still += [shape(site.key.whole)[2], shape(site.value.whole)[2]]
-        self.still = symbols(still)
+                fixed += [shape(site.key.whole)[2], shape(site.value.whole)[2]]
+        self.fixed = symbols(fixed)
         self.rows: dict[Node, int] = {}
         self.pads: dict[Node, Node] = {}
         self.count = 1
         self.cuts = self.find_cuts()
 
-    def moves(self, node: Node) -> bool:
+    def varies(self, node: Node) -> bool:
         """The node gives a number, or a tensor with a size, that changes from step to step."""
         if self.values[node] is None:
-            return any(self.moves(i) for i in node.all_input_nodes if is_number(self.values[i]))
-        return bool(symbols(self.values[node]) - self.still)
+            return any(self.varies(i) for i in node.all_input_nodes if is_number(self.values[i]))
+        return bool(symbols(self.values[node]) - self.fixed)
 
     def find_cuts(self) -> dict[Node, dict[int, Node | None]]:
         ends, cuts = {}, {}  # codes -> number of tokens after the appends so far
@@ -135,8 +135,8 @@ class Cut:
             return False
         if at not in self.rows:
             count = self.values[at].shape[0]
-            moving = any(self.moves(i) for i in at.all_input_nodes)
-            if not moving or not isinstance(count, int) or self.rows and count != self.count:
+            varying = any(self.varies(i) for i in at.all_input_nodes)
+            if not varying or not isinstance(count, int) or self.rows and count != self.count:
                 return False
             self.count, self.rows[at] = count, len(self.rows)
         return True
@@ -146,14 +146,14 @@ class Cut:
         codes, length, mask = argument_of(node, "key")[CODES], node.args[ATTEND_LENGTH], node.args[ATTEND_MASK]
         at = node.args[ATTEND_AT]
         row = self.is_row(at)
-        if isinstance(length, Node) and self.moves(length):
-            # tokens of its own end what attention sees, wherever their append stands; else what was appended does
+        if isinstance(length, Node) and self.varies(length):
+            # attention sees up to its fresh tokens, wherever their append stands; without any, up to what was appended
             end = ends.get(codes) if at is None else self.end_of(at) if row else None
             if end != expression(self.values[length]):
                 raise NoMatch("attention sees another number of tokens than the cache holds", node)
             cuts[ATTEND_LENGTH] = None
-        if isinstance(mask, Node) and self.moves(mask):
-            if ATTEND_LENGTH not in cuts or symbols(list(shape_of(self.values[mask])[:-1])) - self.still:
+        if isinstance(mask, Node) and self.varies(mask):
+            if ATTEND_LENGTH not in cuts or symbols(list(shape_of(self.values[mask])[:-1])) - self.fixed:
                 raise NoMatch("the mask does not grow as the cache does", mask)
             cuts[ATTEND_MASK] = mask
             self.pads.setdefault(mask, codes)
@@ -169,9 +169,9 @@ class Cut:
         return found
 
     def split(self) -> Split:
-        moving = {n for n in self.nodes if self.moves(n) or any(map(self.moves, self.inputs(n)))}
-        both = {n for n in self.nodes if n not in moving and self.is_free(n)}
-        first = self.with_sources(moving) - both
+        varying = {n for n in self.nodes if self.varies(n) or any(map(self.varies, self.inputs(n)))}
+        both = {n for n in self.nodes if n not in varying and self.is_free(n)}
+        first = self.with_sources(varying) - both
         self.check_memory(first, both)
         results = self.results(first)
         wanted, kept = ([n for n, (where, _) in results if where == name] for name in ("prologue", "body"))
@@ -198,14 +198,14 @@ class Cut:
         )
 
     def is_free(self, node: Node) -> bool:
-        """Nodes that both parts may have: numbers, and modes that are entered and left."""
+        """Nodes that may be in both parts: numbers, and modes that are entered and left."""
         if self.values[node] is None:
             return not any(tensors_in(self.values[i]) for i in node.all_input_nodes)
         return is_number(self.values[node]) and not written(node)
 
-    def with_sources(self, moving: set[Node]) -> set[Node]:
+    def with_sources(self, nodes: set[Node]) -> set[Node]:
         """The nodes and everything that they are computed from."""
-        found, queue = set(), list(moving)
+        found, queue = set(), list(nodes)
         while queue:
             node = queue.pop()
             if node in found or node.op == "placeholder":
@@ -213,7 +213,7 @@ class Cut:
             found.add(node)
             if not is_number(self.values[node]) and self.buffers.intersection(self.inputs(node)):
                 raise NoMatch(
-                    f"{op(node)} reads the cache, and what it gives goes with the number of tokens in it", node
+                    f"{op(node)} reads the cache, and the size of its result depends on the number of tokens", node
                 )
             queue += self.inputs(node)
             if isinstance(self.values[node], (tuple, list)):  # parts can cross over, the whole cannot
@@ -261,11 +261,11 @@ class Cut:
         taken |= {self.cuts[n][ATTEND_MASK] for n in second if ATTEND_MASK in self.cuts.get(n, {})}
         for node in taken:
             if not isinstance(self.values[node], torch.Tensor):
-                raise NoMatch(f"{op(node)} goes with the number of tokens in the cache and gives no tensor", node)
+                raise NoMatch(f"{op(node)} depends on the number of tokens in the cache and gives no tensor", node)
         return [n for n in self.graph.nodes if n in taken]
 
     def results(self, first: set[Node]) -> list[tuple[object, tuple[str, object]]]:
-        """Each result of the graph with where it comes from, as Split tells it."""
+        """Each result of the graph, with an entry of Split.results."""
         found, counts = [], {"prologue": 0, "body": 0}
         for node in outputs(self.graph):
             if not isinstance(node, Node):
@@ -313,9 +313,9 @@ class Cut:
         graph.lint()
         return GraphModule(self.state.gm, graph), [i for i, n in enumerate(self.placeholders) if n in taken]
 
-    def body(self, nodes: list[Node], still: list[Node], moved: list[Node], results: list[Node]) -> GraphModule:
+    def body(self, nodes: list[Node], fixed: list[Node], moved: list[Node], results: list[Node]) -> GraphModule:
         graph, env = Graph(), {}
-        for node in still:
+        for node in fixed:
             env[node] = graph.node_copy(node)
         for node in moved:
             seen, size = self.values[node], list(shape_of(self.values[node]))

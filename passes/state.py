@@ -1,7 +1,7 @@
 """GraphState: one graph on its way through the pipeline, and what the passes found out about it.
 
-Fields that passes fill are facts: each pass names those that it reads in its `needs`, and those that it writes in its `gives`.
-What the runtime is told about the rewritten graph is the program (akvq_fx/program.py).
+Fields that passes fill are facts: each pass names those that it reads in its `needs`, and those that it writes in its
+`gives`. How the runtime is to call the rewritten graph is collected in the program (akvq_fx/program.py).
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ class Buffers:
 
 
 def traced(function: Callable) -> Callable:
-    """A function of numbers as a call in the graph that its proxies belong to; the last argument, a dtype, is left out."""
+    """function(x) as a call in the graph of the proxy x; the dtype that torch's analysis passes is dropped."""
     return staticmethod(lambda x, dtype: x.tracer.create_proxy("call_function", function, (x,), {}))
 
 
 class NodeAnalysis(PythonReferenceAnalysis):
-    """Size expressions as nodes: what torch's own analysis asks of numbers and proxies cannot answer."""
+    """Turns size expressions into nodes, with other functions where torch's own analysis needs numbers."""
 
     int_truediv = staticmethod(operator.truediv)
     where = staticmethod(torch.sym_ite)
@@ -71,7 +71,7 @@ class GraphState:
         self.capture: Capture | None = None  # why there is no split, then what became of it; None in other modes
         self.reports: list = []
         self.placeholders = [n for n in self.graph.nodes if n.op == "placeholder"]
-        # what nothing read before we came is there for its effect (in-place writes, vmap levels, grad modes) and stays
+        # dynamo's nodes without readers are there for their effect (in-place writes, vmap levels, grad modes) and stay
         self.effects = {n for n in self.graph.nodes if not n.users}
         self.position = {n: i for i, n in enumerate(self.placeholders)}
         self.buffers: dict[Node, Buffers] = {}  # PackedKV placeholder -> its buffers
@@ -82,10 +82,9 @@ class GraphState:
         self.affine: dict[Node, Node | None] = {}  # whole -> its affine buffer, where keys are centred or balanced
         self.unmatched: dict[Node, Node] = {}  # PackedKV placeholder -> the append of a read that was not matched
         self.appended: dict[Node, Appended] = {}  # returned node -> the PackedKV it stands for
-        self.stored_uses: dict[
-            Node, list[tuple[Node, int]]
-        ] = {}  # whole -> arguments that want its new tokens as stored
-        self.query_uses: list[tuple[Site, Node]] = []  # attend nodes, whose queries must be turned as the keys are
+        # whole -> arguments (node, position) that take its new tokens as stored, so rotated
+        self.stored_uses: dict[Node, list[tuple[Node, int]]] = {}
+        self.query_uses: list[tuple[Site, Node]] = []  # attend nodes, whose queries must be rotated as the keys are
 
     @contextlib.contextmanager
     def before(self, node: Node):
@@ -195,7 +194,7 @@ class GraphState:
         return tuple(sorted(found))
 
     def capacity(self, write: CacheWrite):
-        """Capacity of a new packed cache as a graph argument: the buffer's for a static one, else T rounded up to a step."""
+        """Capacity of a new packed cache, as a graph argument: a static buffer's, else T rounded up to a step."""
         length = shape(write.whole)[2]
         if write.static:
             return self.size_node(length)

@@ -73,7 +73,7 @@ class Attention(nn.Module):
         return x[:, :, None].expand(B, H, self.heads // H, T, D).reshape(B, self.heads, T, D)
 
     def mask(self, at, total, padding, past, dtype):
-        """None where torch's is_causal says enough, else bool."""
+        """None where torch's is_causal is enough, else bool."""
         if padding is None and (past is None or at.shape[0] == 1):
             return None
         return seen(at, total, padding)
@@ -99,7 +99,7 @@ class Attention(nn.Module):
 
 
 def whole_prompt(q: Tensor, mask: Tensor | None) -> bool:
-    """is_causal of an attention call, decided by a branch: a symbolic bool is no argument of attention."""
+    """is_causal of an attention call, as a plain bool: attention does not take a symbolic one."""
     if q.shape[2] == 1:
         return False
     return mask is None
@@ -311,8 +311,8 @@ class RopeComplex(Attention):
     def rope(self, x, at):
         cos, sin = angles(at, x.shape[-1], x.dtype)
         pairs = torch.view_as_complex(x.reshape(*x.shape[:-1], -1, 2).contiguous())
-        turned = pairs * torch.complex(cos, sin)[None, None]
-        return torch.view_as_real(turned).flatten(3).type_as(x)
+        rotated = pairs * torch.complex(cos, sin)[None, None]
+        return torch.view_as_real(rotated).flatten(3).type_as(x)
 
 
 class NoRope(Attention):
@@ -437,21 +437,21 @@ class Dim80(Attention):
 
 
 class Gated(Attention):
-    """A gate between attention and the output projection: packed, the values turn online."""
+    """A gate between attention and the output projection: packed, the values rotate online."""
 
     def output(self, y, x):
         return self.o_proj(self.merge_heads(y) * torch.sigmoid(x.mean(-1, keepdim=True)))
 
 
 class NormedOutput(Attention):
-    """A norm between attention and the output projection: packed, the values turn online."""
+    """A norm between attention and the output projection: packed, the values rotate online."""
 
     def output(self, y, x):
         return self.o_proj(F.layer_norm(self.merge_heads(y), (self.heads * self.dim,)))
 
 
 class TiedWeight(Attention):
-    """The value weight is the key weight too: packed, the values turn online."""
+    """The value weight is the key weight too: packed, the values rotate online."""
 
     def make_projections(self, q, kv):
         super().make_projections(q, kv)
@@ -459,7 +459,7 @@ class TiedWeight(Attention):
 
 
 class SharedStorage(Attention):
-    """The value weight is a slice of another parameter's memory: packed, the values turn online."""
+    """The value weight is a slice of another parameter's memory: packed, the values rotate online."""
 
     def make_projections(self, q, kv):
         super().make_projections(q, kv)
@@ -468,21 +468,21 @@ class SharedStorage(Attention):
 
 
 class UsedElsewhere(Attention):
-    """The output weight feeds another linear of the graph: packed, the values turn online."""
+    """The output weight feeds another linear of the graph: packed, the values rotate online."""
 
     def output(self, y, x):
         return super().output(y, x) + F.linear(self.q_proj(x).tanh(), self.o_proj.weight)
 
 
 class OutputUsedTwice(Attention):
-    """The attention output goes to the projection and past it: packed, the values turn online."""
+    """The attention output goes to the projection and past it: packed, the values rotate online."""
 
     def output(self, y, x):
         return super().output(y, x) + y.mean(dim=(1, 3))[..., None]
 
 
 class ValueResidual(Attention):
-    """The projection of the values has another reader (a residual of values): packed, the values turn online."""
+    """The values' projection has another reader (a residual of values): packed, the values rotate online."""
 
     def project(self, x):
         q, k, self.values = super().project(x)
@@ -493,7 +493,7 @@ class ValueResidual(Attention):
 
 
 class FlatTokens(Attention):
-    """Projections see [B * T, E]: packed, the values turn online."""
+    """Projections see [B * T, E]: packed, the values rotate online."""
 
     def project(self, x):
         B, T, _ = x.shape
@@ -507,14 +507,14 @@ class FlatTokens(Attention):
 
 
 class FlatOutput(Attention):
-    """The output projection sees [B * T, E]: packed, the values turn online."""
+    """The output projection sees [B * T, E]: packed, the values rotate online."""
 
     def output(self, y, x):
         return self.o_proj(self.merge_heads(y).reshape(-1, self.heads * self.dim)).view(x.shape)
 
 
 class ScaledValues(Attention):
-    """The values are scaled between their projection and the cache: packed, the values turn online."""
+    """The values are scaled between their projection and the cache: packed, the values rotate online."""
 
     def project(self, x):
         q, k, v = super().project(x)
@@ -522,7 +522,7 @@ class ScaledValues(Attention):
 
 
 class TransposedWeight(Attention):
-    """x @ weight.T instead of a linear: packed, the values turn online."""
+    """x @ weight.T instead of a linear: packed, the values rotate online."""
 
     def project(self, x):
         q, k, _ = super().project(x)

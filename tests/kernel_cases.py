@@ -1,4 +1,4 @@
-"""Shared by the kernel tests: tolerances, named layouts, random caches, and what a cache must read as."""
+"""Shared by the kernel tests: tolerances, named layouts, random caches, and what reading a cache must give."""
 
 from __future__ import annotations
 
@@ -213,7 +213,8 @@ class Chunk:
         return cache
 
     def expected(self, appended: bool) -> Tensor:
-        """What the chunk's queries read, [B, H, end, D]: the chunk exactly, and of the prompt's ring what the chunk left of it."""
+        """What the chunk's queries read, [B, H, end, D]: the chunk exactly, and of the prompt's ring what the chunk
+        left of it."""
         case, layout = self.case, self.case.layout
         ends = (case.length, self.end) if appended else (case.length,)
         ring = range(max(0, *(end - layout.window for end in ends)), case.length)
@@ -236,7 +237,7 @@ def splits(draw, total: int) -> list[int]:
 
 
 def poison(cache: list[Tensor], layout: Layout, length: int) -> list[Tensor]:
-    """A copy in which every slot that the first `length` tokens never wrote holds NaN or garbage."""
+    """A copy with NaN or garbage in every slot that the first `length` tokens did not write."""
     cache = [buffer.clone() for buffer in cache]
     b = ops.named(cache, layout)
     junk = lambda t: torch.full_like(t, torch.nan if t.is_floating_point() else 0x5A)

@@ -44,8 +44,8 @@ def test_tokens_leave_the_window_where_they_are_read_in_steps(llama):
     model, ids = llama
     prompts = prompts_of(windows_of(ids, 1, 60), 10)
     measured = lambda step: analysis.ablation(model, prompts, "window", [0], {"pivots": 0}, step=step).mean("kl")[0]
-    together, apart = measured(50), measured(None)
-    assert apart > 1.2 * together, "later tokens read earlier ones at 2 bits"
+    together, stepped = measured(50), measured(None)
+    assert stepped > 1.2 * together, "later tokens read earlier ones at 2 bits"
     with pytest.raises(ValueError, match="no values"):
         analysis.ablation(model, prompts, "pivots", [])
 
@@ -80,9 +80,9 @@ def test_the_command_writes_a_policy_and_a_report(llama, tmp_path, monkeypatch, 
     arguments = ["--model", "tiny", "--text", "book.txt", "--out", str(out), "--ablate", "pivots=1,2"]
     assert command.main(arguments) == 0
     assert akvq_fx.load_policy(out / "policy.json") == {"tsa_layers": []}
-    report, heard = (out / "report.md").read_text(), capsys.readouterr()
-    assert "## pivots" in report and "LlamaForCausalLM: tsa_layers=()" in report and heard.out.strip() in report
-    assert "no pictures" in heard.err
+    report, printed = (out / "report.md").read_text(), capsys.readouterr()
+    assert "## pivots" in report and "LlamaForCausalLM: tsa_layers=()" in report and printed.out.strip() in report
+    assert "no pictures" in printed.err
 
 
 def test_the_command_says_what_is_wrong(capsys, tmp_path):

@@ -12,7 +12,7 @@ from akvq_fx.kernels import cache as reference
 from akvq_fx.kernels.attend_cpu import Cache
 from akvq_fx.kernels.cache import named
 from akvq_fx.kernels.layout import PADDING, STATE_TEXT, Layout
-from akvq_fx.kernels.rotate import turn_as_stored
+from akvq_fx.kernels.rotate import rotate_as_stored
 from tests.kernel_cases import (
     LAYOUTS,
     assert_caches_same,
@@ -41,13 +41,13 @@ def needs_a_compiler():
     assert append_cpu.library()[1] == ""
 
 
-def check(cache, x, at, classes, pivots, layout, turn=False):
+def check(cache, x, at, classes, pivots, layout, rotate=False):
     """Both write to copies of a cache; returns the reference's."""
     assert append_cpu.refusal(x, layout) == ""
     due, done = ([buffer.clone() for buffer in cache] for _ in range(2))
-    stored = turn_as_stored(x, named(due, layout).get("affine"), layout.rotated) if turn else x
+    stored = rotate_as_stored(x, named(due, layout).get("affine"), layout.rotated) if rotate else x
     reference.write(due, stored, at, classes, pivots, layout)
-    append_cpu.append(done, x, at, classes, pivots, layout, turn)
+    append_cpu.append(done, x, at, classes, pivots, layout, rotate)
     assert_caches_same(due, done, layout)
     return due
 
@@ -73,7 +73,7 @@ def test_equals_the_reference_for_any_layout(data, case):
         classes,
         pivots,
         case.layout,
-        data.draw(st.booleans(), label="turn"),
+        data.draw(st.booleans(), label="rotate"),
     )
 
 
@@ -97,7 +97,7 @@ def test_real_head_dims(layout, threads):
         torch.set_num_threads(threads)
         for seed, (start, size) in enumerate(((11, 1), (12, 16), (6, 2), (8, 1))):
             x = randn(3, 9, size, layout.head_dim, seed=seed, dtype=layout.dtype) + 2
-            cache = check(cache, x, torch.arange(start, start + size), None, None, layout, turn=True)
+            cache = check(cache, x, torch.arange(start, start + size), None, None, layout, rotate=True)
     finally:
         torch.set_num_threads(before)
 

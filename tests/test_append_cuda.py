@@ -71,7 +71,7 @@ def test_which_prompts_are_packed_four_lanes_a_token():
 
 
 def prompt(layout, tokens, seed=0):
-    """x, at, kinds and affine of a prompt on the GPU; with rows that are constant, huge, tiny, broken, and on edges of codes."""
+    """x, at, kinds and affine of a prompt on the GPU; constant, huge, tiny, broken, and on edges of codes."""
     x = randn(2, 3, tokens, layout.head_dim, seed=seed).cuda()
     x[0, 1] = x[0, 1] * 1e-6 + 3
     x[1, 0, :9] = torch.arange(layout.head_dim, device="cuda") % 7 * 0.5
@@ -106,14 +106,14 @@ def test_four_lanes_or_a_warp_a_token_give_the_same_bits(head_dim, tokens, form,
         head_dim, bf16, body_bits=2, body_clip=0.8, window=128, rotated=form != "as it is", affine=form == "affine"
     )
     x, at, kinds, affine = prompt(layout, tokens, seed=1)
-    four = append_cuda.pack(x, at, kinds, None, affine, tokens + 3, layout, turn=True)
+    four = append_cuda.pack(x, at, kinds, None, affine, tokens + 3, layout, rotate=True)
     monkeypatch.setattr(append_cuda, "PACKED_TOKENS", 10**9)
-    warp = append_cuda.pack(x, at, kinds, None, affine, tokens + 3, layout, turn=True)
+    warp = append_cuda.pack(x, at, kinds, None, affine, tokens + 3, layout, rotate=True)
     assert_caches_same([buffer.cpu() for buffer in warp], [buffer.cpu() for buffer in four], layout)
 
 
 def assert_same_but_for_rounded_pivots(due, cache, layout):
-    """PyTorch's transform adds in another order: pivots may be a rounding apart, nothing else may be."""
+    """PyTorch's rotation adds in another order: pivots may differ by a rounding, nothing else."""
     due, cache = ([buffer.cpu() for buffer in buffers] for buffers in (due, cache))
     assert_caches_same(due, cache, layout, skip=("pivots",))
     at = layout.fields.index("pivots")
@@ -132,12 +132,12 @@ def chosen_pivots(tokens, count):
 @pytest.mark.parametrize("form", ("as it is", "rotated", "affine"))
 @pytest.mark.parametrize("head_dim", (64, 128))
 def test_every_byte_of_new_buffers_is_written(head_dim, form, given, monkeypatch):
-    turned, affine = form != "as it is", form == "affine"
-    layout = Layout(head_dim, bf16, 2, window=60, pivots=15, body_clip=0.8, rotated=turned, affine=affine)
+    rotated, affine = form != "as it is", form == "affine"
+    layout = Layout(head_dim, bf16, 2, window=60, pivots=15, body_clip=0.8, rotated=rotated, affine=affine)
     x, at, kinds, affine = prompt(layout, 200, seed=2)
     pivots = chosen_pivots(200, given)
     monkeypatch.setattr(append_cuda, "PACKED_TOKENS", 10**9)
-    due = append_cuda.pack(x, at, kinds, pivots, affine, 230, layout, turn=True)
+    due = append_cuda.pack(x, at, kinds, pivots, affine, 230, layout, rotate=True)
     monkeypatch.undo()
 
     def poisoned(shape, dtype, device):
@@ -146,13 +146,13 @@ def test_every_byte_of_new_buffers_is_written(head_dim, form, given, monkeypatch
         return nothing
 
     monkeypatch.setattr(torch, "empty", poisoned)
-    cache = append_cuda.pack(x, at, kinds, pivots, affine, 230, layout, turn=True)
+    cache = append_cuda.pack(x, at, kinds, pivots, affine, 230, layout, rotate=True)
     monkeypatch.undo()
     assert_same_but_for_rounded_pivots(due, cache, layout)
 
 
 def without_other_text(cache, layout):
-    """The buffers with nothing in text slots of tokens that are no text: `append` fills those too, and nobody reads them."""
+    """The buffers, with text slots of other tokens cleared: `append` fills these too, but nothing reads them."""
     b = reference.named(cache, layout)
     free = (b["text_at"] < 0)[:, None, :, None]
     return [t.masked_fill(free, 0) if name == "text_codes" else t for name, t in b.items()]
@@ -163,17 +163,17 @@ def without_other_text(cache, layout):
 @pytest.mark.parametrize("form", ("as it is", "rotated", "affine"))
 @pytest.mark.parametrize("head_dim", (64, 128))
 def test_text_is_written_apart_from_the_body(head_dim, form, tokens, monkeypatch):
-    turned, mapped = form != "as it is", form == "affine"
-    layout = Layout(head_dim, bf16, 2, text_bits=4, window=60, pivots=15, body_clip=0.8, rotated=turned, affine=mapped)
+    rotated, mapped = form != "as it is", form == "affine"
+    layout = Layout(head_dim, bf16, 2, text_bits=4, window=60, pivots=15, body_clip=0.8, rotated=rotated, affine=mapped)
     x, at, kinds, affine = prompt(layout, tokens, seed=4)
     pivots = chosen_pivots(tokens, 15)
     both = []
     for least in (64, 10**9):
         monkeypatch.setattr(append_cuda, "PACKED_TOKENS", least)
-        cache = append_cuda.pack(x, at, kinds, pivots, affine, tokens + 9, layout, turn=True)
+        cache = append_cuda.pack(x, at, kinds, pivots, affine, tokens + 9, layout, rotate=True)
         both.append([without_other_text(cache, layout)])
         cache = [buffer.clone() for buffer in cache]  # the prompt of a static cache that is used again
-        append_cuda.append(cache, x * 0.5, at, kinds.flip(1), pivots, layout, turn=True)
+        append_cuda.append(cache, x * 0.5, at, kinds.flip(1), pivots, layout, rotate=True)
         both[-1].append(without_other_text(cache, layout))
     for fast, slow in zip(*both, strict=True):
         assert_same_but_for_rounded_pivots(slow, fast, layout)
@@ -184,9 +184,9 @@ def test_text_is_written_apart_from_the_body(head_dim, form, tokens, monkeypatch
 def test_pivots_of_a_static_cache_count_where_tokens_start_it(start, monkeypatch):
     layout = Layout(128, bf16, 2, window=64, pivots=15, body_clip=0.8, rotated=True, affine=True)
     x, at, kinds, affine = prompt(layout, 100, seed=3)
-    cache = append_cuda.pack(x.flip(2), at, kinds, chosen_pivots(100, 15), affine, 128, layout, turn=True)
+    cache = append_cuda.pack(x.flip(2), at, kinds, chosen_pivots(100, 15), affine, 128, layout, rotate=True)
     due, pivots = [buffer.clone() for buffer in cache], chosen_pivots(100, 15).flip(1)
-    append_cuda.append(cache, x, at + start, kinds, pivots, layout, turn=True)
+    append_cuda.append(cache, x, at + start, kinds, pivots, layout, rotate=True)
     monkeypatch.setattr(append_cuda, "PACKED_TOKENS", 10**9)
-    append_cuda.append(due, x, at + start, kinds, pivots, layout, turn=True)
+    append_cuda.append(due, x, at + start, kinds, pivots, layout, rotate=True)
     assert_same_but_for_rounded_pivots(due, cache, layout)

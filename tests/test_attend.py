@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from akvq_fx.kernels.attend import attend
 from akvq_fx.kernels.cache import append, read
 from akvq_fx.kernels.layout import Layout
-from akvq_fx.kernels.rotate import hadamard, matrix
+from akvq_fx.kernels.rotate import matrix, rotate
 from tests.kernel_cases import (
     LAYOUTS,
     Case,
@@ -66,7 +66,7 @@ def test_registration(layout, with_fresh):
 
 
 @pytest.mark.parametrize("name", ("2bit-f16-rotated", "lossless-rotated-affine"))
-def test_registration_of_what_turns_and_restores(name):
+def test_registration_of_what_rotates_and_restores(name):
     layout, cache = LAYOUTS[name], case_of(LAYOUTS[name]).pack()
     q = randn(2, 6, 2, layout.head_dim, dtype=layout.dtype)
     args = (q, cache, cache, 11, None, None, False, None, None, None, str(layout), str(layout), True, True)
@@ -157,7 +157,7 @@ def restored_calls(draw):
 @pytest.mark.parametrize("faster", ({}, {"cpu": ("attend_cpu",)}), ids=("reference", "fastest"))
 @given(restored_calls())
 @few
-def test_restore_turns_the_output_back(faster, args):
+def test_restore_rotates_the_output_back(faster, args):
     with mock.patch.object(attend_module, "FASTER", faster):
         stored, out = (attend(*args[:10], *map(str, args[10:]), False, restore) for restore in (False, True))
     assert (out.dtype, out.is_contiguous()) == (stored.dtype, True)
@@ -173,26 +173,26 @@ def test_restore_has_no_effect_on_values_that_are_stored_as_they_came(restored):
     assert torch.equal(attend(*args, *texts), attend(*args, *texts, False, True)) != restored
 
 
-@pytest.mark.parametrize("itself", ((), ("turn",), ("restore",), ("turn", "restore")), ids=" ".join)
-def test_what_a_kernel_does_not_do_itself_is_done_around_it(itself):
+@pytest.mark.parametrize("fused", ((), ("rotate",), ("restore",), ("rotate", "restore")), ids=" ".join)
+def test_what_a_kernel_does_not_do_itself_is_done_around_it(fused):
     asked = {}
 
     def kernel(q, *args, **options):
         asked.update(options, q=q)
         return q.clone()
 
-    kernel.itself, layout = itself, LAYOUTS["2bit-f16-rotated"]
+    kernel.fused, layout = fused, LAYOUTS["2bit-f16-rotated"]
     cache, q = case_of(layout).pack(), randn(2, 2, 1, 24, dtype=f16)
-    with mock.patch.object(attend_module, "answer", lambda run, *_: run(kernel)):
+    with mock.patch.object(attend_module, "dispatch", lambda run, *_: run(kernel)):
         out = attend(q, cache, cache, 11, None, None, False, None, None, None, *[str(layout)] * 2, True, True)
-    asked_q = q if "turn" in itself else hadamard(q)
+    asked_q = q if "rotate" in fused else rotate(q)
     assert_same("queries", asked_q, asked.pop("q"))
-    assert asked == dict.fromkeys(itself, True)
-    assert_same("out", asked_q if "restore" in itself else hadamard(asked_q), out)
+    assert asked == dict.fromkeys(fused, True)
+    assert_same("out", asked_q if "restore" in fused else rotate(asked_q), out)
 
 
 def draw_chunk(draw, key: Case, value: Case, groups: int, tokens: int):
-    """Two chunks over caches of one prompt, queries, and how they are asked: mask columns and length up to the capacity."""
+    """Two chunks over caches of one prompt, queries, and mask columns and length up to the capacity."""
     start, spare = draw(st.integers(0, key.length)), draw(st.integers(0, 3))
     chunks = [chunk_of(case, start, tokens, draw(seeds), spare) for case in (key, value)]
     B, H, _, D = key.x.shape
@@ -206,7 +206,8 @@ def draw_chunk(draw, key: Case, value: Case, groups: int, tokens: int):
 
 
 def assert_chunk(attend_with, drawn) -> None:
-    """attend_with(q, key cache, value cache, layouts, length, fresh=, mask=, ...) reads prompt and chunk, in both orders."""
+    """attend_with(q, key cache, value cache, layouts, length, fresh=, mask=, ...) reads prompt and chunk, in both
+    orders."""
     q, key, value, length, rest = drawn
     fresh, layouts = (key.x, value.x, key.at), (key.case.layout, value.case.layout)
     seen = None if rest["mask"] is None else rest["mask"][..., : key.end]
@@ -234,7 +235,7 @@ def test_a_chunk_sees_the_cache_before_it_and_itself(drawn):
 
 
 def test_a_chunk_leaves_its_queries_the_whole_ring():
-    """As many tokens as the ring holds: attended before the append, the last of the prompt are still exact."""
+    """A chunk that fills the ring: attended before its append, the prompt's last tokens are still exact."""
     layout = Layout(16, f32, body_bits=2, window=5)
     chunk = chunk_of(case_of(layout), 11, 5)
     exact = (chunk.expected(False)[:, :, :11] == chunk.case.x).all(3).all(1)[0]

@@ -1,4 +1,5 @@
-"""attend_cuda: refusals and the launch's arithmetic anywhere; on a GPU, every form of call against the reference in float64."""
+"""attend_cuda: refusals and the launch's arithmetic anywhere; on a GPU, every form of call against the reference in
+float64."""
 
 import dataclasses
 import math
@@ -14,12 +15,13 @@ from hypothesis import strategies as st
 from akvq_fx.kernels import attend_cuda
 from akvq_fx.kernels.cache import named, read
 from akvq_fx.kernels.layout import PIVOT, TEXT, Layout
-from akvq_fx.kernels.rotate import hadamard, matrix, rotate_queries
+from akvq_fx.kernels.rotate import matrix, rotate, rotate_queries
 from tests.kernel_cases import case_of, few, random_affine
 
 bf16, f16 = torch.bfloat16, torch.float16
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="runs on a GPU")
-# of the norm: the cache reads as 8 or 11 bits, probabilities meet the codes as bf16 (2**-9 each), averages of many tokens are small
+# of the norm: the cache reads as 8 or 11 bits, probabilities meet the codes as bf16 (2**-9 each), averages of many
+# tokens are small
 RELATIVE = {f16: 8e-3, bf16: 1.2e-2}
 
 
@@ -205,15 +207,15 @@ def check_equals_the_reference(dtype, head_dim, group, shape, text_bits=0, value
 @gpu
 @pytest.mark.parametrize("head_dim", (64, 80, 128, 256))
 @pytest.mark.parametrize("affine", (False, True), ids=("rotated", "affine"))
-def test_turns_queries_in_its_own_launch(head_dim, affine):
+def test_rotates_queries_in_its_own_launch(head_dim, affine):
     layout = Layout(head_dim, bf16, body_bits=2, window=16, pivots=3)
     key, value = cache_pair(layout, 2, 2, 300, 320)
     key_layout = dataclasses.replace(layout, rotated=True, affine=affine)
     maps = [random_affine(2, 2, head_dim).cuda()] if affine else []
     q = torch.randn(2, 6, 3, head_dim, device="cuda", dtype=bf16)
     args = ([*key, *maps], value, 300, None, None, False, None, None, None)
-    turned = rotate_queries(q, maps[0]) if affine else hadamard(q)
-    due = torch.ops.akvq.attend(turned, *args, str(key_layout), str(layout))
+    rotated = rotate_queries(q, maps[0]) if affine else rotate(q)
+    due = torch.ops.akvq.attend(rotated, *args, str(key_layout), str(layout))
     out = torch.ops.akvq.attend(q, *args, str(key_layout), str(layout), True)
     error = ((out.double() - due.double()).norm() / due.double().norm()).item()
     assert error <= RELATIVE[bf16]
@@ -232,12 +234,8 @@ def test_restores_the_output_in_its_own_launch(dtype, text_bits, head_dim):
     fresh = (*torch.randn(2, 2, 2, 3, head_dim, device="cuda").to(dtype), at)
     mask = torch.rand(2, 1, 3, 300, device="cuda") > 0.3
     mask[..., 0] = True
-    for heads, seen, new in (
-        (2, None, None),
-        (6, mask, None),
-        (14, None, fresh),
-        (2, mask, fresh),
-    ):  # 3 to 21 rows a KV head
+    cases = ((2, None, None), (6, mask, None), (14, None, fresh), (2, mask, fresh))  # 3 to 21 rows a KV head
+    for heads, seen, new in cases:
         q = torch.randn(2, heads, 3, head_dim, device="cuda").to(dtype)
         due = expected(q, key, value, layout, 300, seen, new) @ back
         for splits in (None, 1, 3):

@@ -1,4 +1,4 @@
-"""attend_triton: torch's own attention over what the packed cache reads as, whatever segment, tile and split a token falls into.
+"""attend_triton equals torch's attention over the dequantized cache, in every segment, tile and split.
 
 On the CPU the kernels run in Triton's interpreter (tests/conftest.py), on a GPU they are compiled.
 """
@@ -46,7 +46,7 @@ NO_FRESH = (None, None, None)
 
 @pytest.fixture(autouse=True)
 def unwritten_is_nan(monkeypatch):
-    """What the kernels leave out of their outputs, or read before they wrote it, shows."""
+    """Shows what kernels leave out of their outputs, or read before it is written."""
     plain = torch.Tensor.new_empty
     monkeypatch.setattr(torch.Tensor, "new_empty", lambda *args, **kwargs: spoil(plain(*args, **kwargs)))
 
@@ -204,7 +204,7 @@ def test_what_was_never_written_does_not_matter(drawn):
 
 @pytest.mark.parametrize("columns", (45, 60), ids=str)
 def test_a_mask_over_the_capacity_sees_what_was_written(columns):
-    """A static cache: attention sees every slot, the mask none that is empty; the length is known to the device only."""
+    """A static cache: attention sees every slot, the mask none that is empty; only the device knows the length."""
     key, value = pair(ALL_OVERLAYS)
     q = randn(2, 4, 2, 16, seed=2)
     dirty = [poison(case.pack(), case.layout, case.length) for case in (key, value)]
@@ -469,7 +469,7 @@ def test_refuses_masks_that_do_not_fit(shape):
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="CUDA graphs need a GPU")
 def test_a_captured_call_follows_the_cache():
-    """Nothing in a call asks the device, and a length of None is read anew at every replay."""
+    """A call does not wait for the device, and a length of None is read at every replay."""
     key, value = pair(ALL_OVERLAYS)
     caches = [[b.to(DEVICE) for b in case.pack()] for case in (key, value)]
     q = randn(2, 4, 1, 16).to(DEVICE)

@@ -84,7 +84,7 @@ def test_without_a_cache_numbers_are_exact(llama):
 
 @pytest.mark.parametrize("inner", ["eager", "inductor"])
 def test_gradients_on_gives_a_packed_cache_and_refuses_a_backward_pass(llama, inner):
-    """With gradients on, which is PyTorch's default, a call works as under no_grad; training is told to do without a cache."""
+    """With gradients on, which is PyTorch's default, a call works as under no_grad; a backward pass is refused."""
     model, inputs = llama
     expected = model(**inputs, use_cache=False).logits
     expected.sum().backward()
@@ -105,7 +105,7 @@ def test_gradients_on_gives_a_packed_cache_and_refuses_a_backward_pass(llama, in
 
 
 def test_bypass_is_noticed(llama):
-    """The check that the other tests lean on: without the backend nothing is packed, and report says that nothing was compiled."""
+    """Without the backend nothing is packed, and report says that nothing was compiled: other tests rely on this."""
     model, inputs = llama
     _, cache = greedy(model, inputs, 2)
     assert not any(isinstance(layer.keys, PackedKV) for layer in cache.layers)
@@ -311,7 +311,7 @@ def test_a_graph_on_disk_is_of_these_ops(monkeypatch, tmp_path):
         monkeypatch.setattr(backend, "ops_digest", lambda: version)
         torch._dynamo.reset()
         counters.clear()
-        torch.compile(lambda x: torch.ops.akvq.hadamard(x) + 1, backend="akvq", options={"inner": "inductor"})(x)
+        torch.compile(lambda x: torch.ops.akvq.rotate(x) + 1, backend="akvq", options={"inner": "inductor"})(x)
         return counters["inductor"]["fxgraph_cache_hit"] + counters["aot_autograd"]["autograd_cache_hit"] > 0
 
     assert [found_on_disk(version) for version in ("1", "1", "2", "2")] == [False, True, False, True]

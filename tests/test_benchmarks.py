@@ -1,4 +1,4 @@
-"""benchmarks/: README names what is there, neighbours find each other, a missing Python is told."""
+"""benchmarks/: README names what is there, neighbours find each other, a missing Python is reported."""
 
 import ast
 import importlib.util
@@ -28,7 +28,7 @@ def test_paths_of_scripts_are_right(path):
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=where)
 def test_neighbours_stand_in_one_folder(path):
-    """Run as a file, a script finds by a bare name only what stands beside it."""
+    """A script that is run as a file finds only modules in its own folder by a bare name."""
     used = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):

@@ -1,4 +1,5 @@
-"""append and pack as one kernel (Triton, on a GPU CUDA C++ too): buffers equal to the bit, turned tokens to a step of a code."""
+"""append and pack as one kernel (Triton, on a GPU CUDA C++ too): buffers equal to the bit, rotated tokens to a step of
+a code."""
 
 import importlib
 
@@ -12,7 +13,7 @@ from akvq_fx.kernels import cache_triton, rotate_triton
 from akvq_fx.kernels.cache import named, read_text
 from akvq_fx.kernels.layout import CODES, PADDING, STATE_TEXT, TEXT, VISION, Layout, unpack_bits
 from akvq_fx.kernels.quantizer import dequantize
-from akvq_fx.kernels.rotate import turn_as_stored
+from akvq_fx.kernels.rotate import rotate_as_stored
 from tests.kernel_cases import (
     LAYOUTS,
     assert_caches_same,
@@ -60,11 +61,11 @@ def on(device, tensors):
     return [None if t is None else t.clone().to(device) for t in tensors]
 
 
-def wrote(cache, x, at, classes, pivots, layout, turn=False):
+def wrote(cache, x, at, classes, pivots, layout, rotate=False):
     """The buffers after the kernel wrote to a copy of them."""
     cache = on(DEVICE, cache)
     x, at, classes, pivots = on(DEVICE, (x, at, classes, pivots))
-    writing(x, layout).append(cache, x, at, classes, pivots, layout, turn)
+    writing(x, layout).append(cache, x, at, classes, pivots, layout, rotate)
     return on("cpu", cache)
 
 
@@ -199,23 +200,23 @@ def test_a_moved_text_overlay_and_its_end():
 
 
 def check_codes(name, due, done, bits, dtype):
-    """Codes and ranges of turned tokens: a value may differ by the token's last digit, and by a step where it crosses an edge."""
+    """Codes and ranges of rotated tokens: a value may differ by the token's last digit, and by a step where it crosses
+    an edge."""
     values, others = (dequantize(*pair, bits, f32) for pair in (due, done))
     step = due[1].float().chunk(2, -1)[0].amax(-1, keepdim=True)
-    digit = (
-        4 * torch.finfo(dtype).eps * values.abs().amax(-1, keepdim=True)
-    )  # of a number that clipping cut, and twice rounded
-    apart = (values - others).abs()
-    assert (apart <= 1.01 * step + digit).all(), name
+    # a last digit of a number that was clipped and rounded twice
+    digit = 4 * torch.finfo(dtype).eps * values.abs().amax(-1, keepdim=True)
+    difference = (values - others).abs()
+    assert (difference <= 1.01 * step + digit).all(), name
     if bits == 2:
         crossed = (unpack_bits(due[0], 2) != unpack_bits(done[0], 2)).sum().item()
         assert crossed <= 2 + 0.02 * values.numel(), name
 
 
-def check_turned(layout, cache, x, at, classes, pivots, affine):
-    """Turned in the kernel against turned by the reference."""
-    due = expected(cache, turn_as_stored(x, affine, layout.rotated), at, classes, pivots, layout)
-    done = wrote(cache, x, at, classes, pivots, layout, turn=True)
+def check_rotated(layout, cache, x, at, classes, pivots, affine):
+    """Rotated in the kernel against rotated by the reference."""
+    due = expected(cache, rotate_as_stored(x, affine, layout.rotated), at, classes, pivots, layout)
+    done = wrote(cache, x, at, classes, pivots, layout, rotate=True)
     b, d = named(due, layout), named(done, layout)
     assert_caches_same(due, done, layout, ("codes", "range", "ring", "pivots", "text_codes"))
     for name in ("codes",) if layout.lossless else ("range", "ring", "pivots"):
@@ -233,36 +234,36 @@ def check_turned(layout, cache, x, at, classes, pivots, affine):
 
 @every_wide
 @pytest.mark.parametrize("size", (1, 3, 70))
-def test_turned_tokens(layout, size):
+def test_rotated_tokens(layout, size):
     case = case_of(layout, H=3, T=11, capacity=90)
     affine = case.affine if layout.affine else None
     x = randn(2, 3, size, layout.head_dim, seed=1, dtype=layout.dtype) + 2
     classes = torch.randint(0, 2, (2, size), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
-    check_turned(layout, case.pack(), x, torch.arange(11, 11 + size), classes, None, affine)
+    check_rotated(layout, case.pack(), x, torch.arange(11, 11 + size), classes, None, affine)
     pivots = torch.zeros(2, max(1, layout.pivots), dtype=torch.int32)
-    check_turned(layout, case.empty(), x, torch.arange(size), classes, pivots, affine)
+    check_rotated(layout, case.empty(), x, torch.arange(size), classes, pivots, affine)
 
 
 @every_layout
-def test_turned_prompts(layout):
+def test_rotated_prompts(layout):
     case = case_of(layout)
     args = on(DEVICE, (case.x, torch.arange(11), case.classes, case.pivots, case.affine))
-    packed = on("cpu", writing(args[0], layout).pack(*args, case.capacity, layout, turn=True))
-    written = wrote(case.empty(), case.x, torch.arange(11), case.classes, case.pivots, layout, turn=True)
+    packed = on("cpu", writing(args[0], layout).pack(*args, case.capacity, layout, rotate=True))
+    written = wrote(case.empty(), case.x, torch.arange(11), case.classes, case.pivots, layout, rotate=True)
     assert_caches_same(packed, written, layout)
-    check_turned(layout, case.empty(), case.x, torch.arange(11), case.classes, case.pivots, case.affine)
+    check_rotated(layout, case.empty(), case.x, torch.arange(11), case.classes, case.pivots, case.affine)
 
 
 @given(st.data(), layouts(head_dims=(8, 24, 40)), seeds)
 @few
-def test_turned_tokens_of_any_layout(data, layout, seed):
+def test_rotated_tokens_of_any_layout(data, layout, seed):
     B, H, q = data.draw(st.tuples(st.integers(1, 3), st.integers(1, 20), st.integers(1, 5)), label="B, H, q")
     affine = random_affine(B, H, layout.head_dim, seed) if layout.affine else None
     cache = layout.allocate(B, H, q + 3, q + 3 if layout.text_bits else 0)
     if layout.affine:
         named(cache, layout)["affine"].copy_(affine)
     x = randn(B, H, q, layout.head_dim, seed=seed, dtype=layout.dtype)
-    check_turned(layout, cache, x, torch.arange(q), None, None, affine)
+    check_rotated(layout, cache, x, torch.arange(q), None, None, affine)
 
 
 def test_several_tiles_a_program(monkeypatch):
@@ -271,7 +272,7 @@ def test_several_tiles_a_program(monkeypatch):
     case = case_of(layout, B=1, T=700, capacity=720)
     assert rotate_triton.plan_of(2, 700, 16).steps > 1
     check_pack(case)
-    check_turned(layout, case.empty(), case.x, torch.arange(700), case.classes, None, case.affine)
+    check_rotated(layout, case.empty(), case.x, torch.arange(700), case.classes, None, case.affine)
 
 
 STRIDED = {
@@ -282,13 +283,13 @@ STRIDED = {
 
 
 @pytest.mark.parametrize("make", STRIDED.values(), ids=STRIDED)
-@pytest.mark.parametrize("turn", (False, True))
-def test_takes_any_strides(make, turn):
+@pytest.mark.parametrize("rotate", (False, True))
+def test_takes_any_strides(make, rotate):
     layout = Layout(16, f32, body_bits=2, window=2, pivots=1, rotated=True)
     x, at, pivots = make(), torch.arange(5, device=DEVICE), torch.ones(2, 1, dtype=torch.int32, device=DEVICE)
     kinds = torch.tensor([[VISION, TEXT, PADDING, TEXT, TEXT]], dtype=torch.uint8, device=DEVICE)
-    expanded = cache_triton.pack(x, at, kinds.expand(2, 5), pivots, None, 7, layout, turn)
-    copied = cache_triton.pack(x.contiguous(), at, kinds.repeat(2, 1), pivots, None, 7, layout, turn)
+    expanded = cache_triton.pack(x, at, kinds.expand(2, 5), pivots, None, 7, layout, rotate)
+    copied = cache_triton.pack(x.contiguous(), at, kinds.repeat(2, 1), pivots, None, 7, layout, rotate)
     assert_caches_same(copied, expanded, layout)
 
 

@@ -13,7 +13,7 @@ import akvq_fx
 from akvq_fx import policy
 from akvq_fx.analysis import measure
 from akvq_fx.analysis.calibration import Calibration, LayerStatistics, Prompt
-from akvq_fx.analysis.watch import Seen
+from akvq_fx.analysis.watch import AttentionCall
 from akvq_fx.backend import akvq
 from akvq_fx.config import AKVQConfig
 from akvq_fx.kernels.rotate import matrix
@@ -41,7 +41,7 @@ def images(batch: int, count: int, start: int, stop: int) -> dict:
 
 
 def attention_calls(model, monkeypatch, *args, **kwargs) -> list[tuple]:
-    """(query, key, value, probabilities [B, Hq, q, C]) of every attention call of an uncompiled run, keys expanded to Hq heads."""
+    """(query, key, value, probabilities [B, Hq, q, C]) of every attention call of an uncompiled run."""
     calls, real = [], F.scaled_dot_product_attention
 
     def spy(q, k, v, attn_mask=None, is_causal=False, enable_gqa=False, **rest):
@@ -92,7 +92,7 @@ def test_shares_are_sums_of_the_softmax(data):
         "float": torch.where(mask, 0.0, -torch.inf).expand(B, 1, q, q),
     }[kind]
     at = torch.arange(q)
-    seen = Seen(0, "", query, key, given_mask, kind == "causal", None, key, key, None, None, at)
+    seen = AttentionCall(0, "", query, key, given_mask, kind == "causal", None, key, key, None, None, at)
     row, vision, valid = draw(0, B - 1), random(q) > 0, torch.ones(q, dtype=torch.bool)
     pivots = torch.tensor([draw(0, q - 1), -1], dtype=torch.int32)
     asked = torch.tensor(sorted(data.draw(st.sets(st.integers(0, q - 1), min_size=1))))
@@ -189,8 +189,8 @@ def test_channels_before_and_after_the_transform(monkeypatch):
 def test_statistics_add_up_over_prompts():
     model, inputs = VisionDecoder("masked_scatter", layers=2), [images(1, n, 3, 9) for n in (14, 17, 21)]
     together = akvq_fx.calibrate(model, *inputs, options=SMALL)
-    apart = [akvq_fx.calibrate(model, one, options=SMALL) for one in inputs]
-    layer, alone = together.layers[1], [found.layers[1] for found in apart]
+    separate = [akvq_fx.calibrate(model, one, options=SMALL) for one in inputs]
+    layer, alone = together.layers[1], [found.layers[1] for found in separate]
     assert layer.queries == 5 + 8 + 12 and len(layer.massive) == 3
     torch.testing.assert_close(layer.sums["far_text"], sum(one.sums["far_text"] for one in alone))
     torch.testing.assert_close(layer.largest["keys"], torch.stack([one.largest["keys"] for one in alone]).amax(0))

@@ -1,4 +1,4 @@
-"""choose and Supports: a kernel takes only layouts that it names in full; one that cannot be compiled makes way for the next."""
+"""choose and Supports: a kernel takes only layouts that it names in full; if it cannot be compiled, the next runs."""
 
 import contextlib
 import dataclasses
@@ -9,7 +9,7 @@ import torch
 
 from akvq_fx.kernels import append_cuda, attend_cuda, nvrtc
 from akvq_fx.kernels import cache as cache_ops
-from akvq_fx.kernels.choose import _module, _say
+from akvq_fx.kernels.choose import _log_refusal, _module
 from akvq_fx.kernels.layout import Layout
 from akvq_fx.kernels.supports import ANY, Supports, words
 from tests.kernel_cases import assert_caches_same, assert_close, bf16, case_of, randn
@@ -29,7 +29,7 @@ class Wider(Layout):
 
 
 def about(name: str, layout: Layout) -> tuple:
-    """What the kernel's refusal is asked, of a call that it takes but for the layout."""
+    """Arguments of a kernel's refusal, for a call that it takes if it takes the layout."""
     x = randn(1, 2, 1, layout.head_dim, dtype=layout.dtype)
     if not name.startswith("attend"):
         return x, layout
@@ -39,10 +39,10 @@ def about(name: str, layout: Layout) -> tuple:
 
 @pytest.fixture
 def nvidia(monkeypatch):
-    """A GPU that CUDA C++ would run on, as far as the choice of a kernel sees."""
+    """Make the choice of a kernel believe in a GPU that CUDA C++ runs on."""
     monkeypatch.setattr(nvrtc, "device_refusal", lambda index: "")
     monkeypatch.setattr(nvrtc, "_failed", {})
-    _say.cache_clear()  # each reason is said once a process
+    _log_refusal.cache_clear()  # each reason is logged once a process
     monkeypatch.setattr(attend_cuda, "_multiprocessors", lambda index: 132)
     monkeypatch.setattr(torch.cuda, "device", lambda index: contextlib.nullcontext())
 
@@ -63,7 +63,7 @@ def test_a_kernel_names_every_field_and_nothing_else(name):
     assert all(hasattr(LAYOUT, name) for name in accepted)
 
 
-def test_supports_says_what_came_and_what_is_taken():
+def test_supports_log_refusals_what_came_and_what_is_taken():
     rest = {f.name: ANY for f in dataclasses.fields(Layout)}
     refusal = lambda **given: Supports(**rest | given).refusal(LAYOUT)
     assert refusal() == ""

@@ -44,11 +44,14 @@ def test_bits_of_the_papers_settings():
     ids=str,
 )
 def test_two_bits_take_at_most_2_6(head_dim, heads, layers, text):
-    """The default recipe outside the tokens at 16 bits, metadata counted; text: its share among vision tokens, 0 for text alone."""
+    """The default recipe outside the tokens at 16 bits, metadata counted; text: share of text, 0 without images."""
     config = akvq_fx.AKVQConfig(window=0, pivots=0)
-    told, tokens = text > 0, 1476  # of the small vision model's prompts; the keys' map weighs more in a shorter one
+    has_vision, tokens = (
+        text > 0,
+        1476,
+    )  # as in the small vision model's prompts; in shorter ones the keys' map weighs more
     halves = [
-        layout_of(config, half, head_dim, torch.float16, told and layer in config.tsa_layers, told)
+        layout_of(config, half, head_dim, torch.float16, has_vision and layer in config.tsa_layers, has_vision)
         for layer in range(layers)
         for half in ("keys", "values")
     ]

@@ -87,8 +87,8 @@ def step_over(record, prologue=None, pads=(), starts=(), count=1, moved=(1,), nu
         ("input", 1),
         ("constant", None),
     ]
-    split = Split(prologue, None, [1, 2] if prologue else [], [0], list(numbers), list(moved), list(pads), list(starts), count,
-                  [(0, 2)], results)  # fmt: skip
+    places = [[1, 2] if prologue else [], [0], *map(list, (numbers, moved, pads, starts))]
+    split = Split(prologue, None, *places, count, [(0, 2)], results)
     counts = Capture()
     return DecodeStep(split, prologue, body, counts, record), counts
 
@@ -220,7 +220,7 @@ def test_masks_are_filled_up_to_the_capacity():
         _, seen, scores, plus, *_ = step(kept, x_of(1), length)
         assert seen.shape == (2, 1, 6) and scores.shape == (1, 6) and torch.equal(plus, x_of(2))
         assert seen[..., :length].all() and torch.equal(scores[..., :length], torch.zeros(1, length))
-        if length != 2:  # columns that a longer sequence left behind are past the end, where nothing looks
+        if length != 2:  # columns that a longer sequence left are past the end, which nothing reads
             assert not seen[..., length:].any() and (scores[..., length:] == -torch.inf).all()
     assert counts == Capture(captured=1, replayed=3, ran=1)
 
@@ -294,7 +294,7 @@ def captures(model) -> list[Capture]:
 
 @pytest.mark.parametrize("cache, bits", [("growing", 2), ("static", 16)])
 def test_generate_replays_one_graph_a_capacity_step(recorder, cache, bits):
-    """Two left-padded rows, two generations: one capture for each capacity that lasts, and the tokens of the plain mode."""
+    """Two left-padded rows, two generations: one capture for each capacity, and the plain mode's tokens."""
     extra = {"cache_implementation": "static"} if cache == "static" else {}
     model, inputs = ZOO["llama"]()
     plain, _ = ZOO["llama"]()
@@ -323,7 +323,7 @@ MASKS = {
 
 @pytest.mark.parametrize("kind", MASKS)
 def test_a_prompt_without_a_mask_and_steps_with_one(recorder, kind):
-    """The first step's mask tells dynamo the cache's length as a number: its graph is of that length, and the next is of all."""
+    """The first step's mask tells dynamo the cache's length as a number: its graph has that length, the next any."""
     (plain, inputs), (model, _) = ZOO["llama"](), ZOO["llama"]()
     model.compile(backend="akvq", options={**SMALL, "body_bits": 16})
 
@@ -371,7 +371,7 @@ def test_a_static_cache_whose_capacity_became_a_symbol_is_replayed(recorder):
 
 
 def test_beams_are_right_and_capture_nothing_that_lasts(recorder):
-    """Beam search moves the cache to other buffers in every step: nothing comes back to be replayed, and nothing is wrong."""
+    """Beam search moves the cache to other buffers in every step: nothing is replayed, and nothing is wrong."""
     model, inputs = ZOO["llama"]()
     expected = run(model, inputs, num_beams=3, max_new_tokens=6).sequences
     model.compile(backend="akvq", options={**SMALL, "body_bits": 16})

@@ -139,7 +139,7 @@ def test_another_stream_has_its_own_graph():
 
 
 def test_a_graph_that_cannot_be_captured_says_so_and_runs():
-    """A body that asks the device in the middle: the capture fails, the tokens are right, the report tells."""
+    """A body that waits for the device: the capture fails, the tokens are right, the report says why."""
     model = compiled(16, "reduce-overhead")
     expected = generate(model, "growing", max_new_tokens=6).sequences
     torch._dynamo.reset()

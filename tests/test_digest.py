@@ -15,7 +15,8 @@ from akvq_fx.digest import CHUNK, MIX, STEP, Digests, compute, sums, words_of
 PRINT = """
 import torch
 from akvq_fx.digest import compute
-print(*compute([torch.arange(n).to(dtype) for n, dtype in ((1, torch.float16), (77, torch.float64), (300_000, torch.bfloat16))]))
+kinds = ((1, torch.float16), (77, torch.float64), (300_000, torch.bfloat16))
+print(*compute([torch.arange(n).to(dtype) for n, dtype in kinds]))
 """
 
 

@@ -37,10 +37,10 @@ def test_a_decode_step_stays_whole(monkeypatch):
 def test_codes_are_the_same_whoever_rotates(monkeypatch):
     fused = evidence(Decoder(models.Direct), steps=2)
     monkeypatch.setenv(DISABLE, "fuse_rotations")
-    apart = evidence(Decoder(models.Direct), steps=2)
-    called = [[str(node.target) for node in seen.captures[-1].state.graph.nodes] for seen in (fused, apart)]
+    separate = evidence(Decoder(models.Direct), steps=2)
+    called = [[str(node.target) for node in seen.captures[-1].state.graph.nodes] for seen in (fused, separate)]
     assert ["akvq.rotate_queries.default" in targets for targets in called] == [False, True]
-    for a, b in zip(fused.compiled, apart.compiled, strict=True):
+    for a, b in zip(fused.compiled, separate.compiled, strict=True):
         torch.testing.assert_close(a, b, **CLOSE)
 
 
@@ -54,7 +54,7 @@ def test_others_say_why_they_cannot_be_left_out(name):
 
 def test_an_unknown_name_is_an_error_that_lists_the_accepted(monkeypatch):
     monkeypatch.setenv(DISABLE, "fuse")
-    with pytest.raises(Exception, match=f"'fuse' is no pass; accepted: {', '.join(OPTIONAL)}, parted by commas"):
+    with pytest.raises(Exception, match=f"'fuse' is no pass; accepted: {', '.join(OPTIONAL)}, separated by commas"):
         captured(Decoder(), token_ids(2, 6))
 
 

@@ -82,8 +82,8 @@ def test_a_vision_model_is_measured_on_prompts_with_images(llava_prompts):
     prompt = prompts[1]
     ids = torch.cat([prompt.inputs["input_ids"], prompt.following[None]], 1)
     logits = model(**{**prompt.inputs, "input_ids": ids, "attention_mask": torch.ones_like(ids)}).logits[0]
-    told = logits[-6:-1].double().log_softmax(-1).gather(1, prompt.following[1:, None])[:, 0]
-    torch.testing.assert_close(two.values["nll"][1, :5], -told, atol=1e-5, rtol=1e-5)
+    log_probs = logits[-6:-1].double().log_softmax(-1).gather(1, prompt.following[1:, None])[:, 0]
+    torch.testing.assert_close(two.values["nll"][1, :5], -log_probs, atol=1e-5, rtol=1e-5)
 
 
 def test_the_own_cache_against_itself(llava_prompts):

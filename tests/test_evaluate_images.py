@@ -90,7 +90,7 @@ def test_at_16_bits_rotary_frequencies_stay_float32(folder):
 
 @torch.no_grad()
 def test_exact_match_is_greedy_decoding(llava):
-    """An answer is right when, and only when, generate writes it and then the end token; its NLL is that of one full call."""
+    """An answer is right when, and only when, generate writes it and then the end token; its NLL is of one call."""
     model, inputs = llava
     prefix, rest = split_inputs(inputs)
     question = torch.cat([rest, torch.tensor([7, 8])])

@@ -1,4 +1,4 @@
-"""MileBench: its layout, its prompt, its scoring (values worked out by hand from the released rules), a real processor."""
+"""MileBench: its layout, its prompt, its scoring (by hand from the released rules), a real processor."""
 
 import json
 from pathlib import Path
@@ -75,8 +75,8 @@ def test_a_task_is_read_and_prompted_as_released(root):
 
 def test_prompt_details():
     places = [Path("1.png"), Path("2.png")]
-    told = prompt_of("See.", "{table#2}{image#1} and {image#3}", places, ["x", "y"], "GPR1200")
-    assert told == ["See.\n", places[1], places[0], " and {image#3}\nChoice list: \nx\ny\nYour answer is: "]
+    result = prompt_of("See.", "{table#2}{image#1} and {image#3}", places, ["x", "y"], "GPR1200")
+    assert result == ["See.\n", places[1], places[0], " and {image#3}\nChoice list: \nx\ny\nYour answer is: "]
 
 
 def test_instructions_by_key(tmp_path):
@@ -142,8 +142,8 @@ def test_long_prompts_lose_their_oldest_part():
     ],
 )
 def test_choices_are_extracted(answer, found):
-    told = score("choice", answer, "the dog", CHOICES)
-    assert told == (float(found == 1), float(found == 1), float(found is None))
+    result = score("choice", answer, "the dog", CHOICES)
+    assert result == (float(found == 1), float(found == 1), float(found is None))
 
 
 def test_released_quirks():
@@ -186,9 +186,8 @@ def test_needles():
     assert score("needle", "It is Paris, sure.", "paris") == (1, 1, 0)
     assert score("needle", "parisian", "paris").score == 0
     assert score("contains", "parisian", "paris").score == 1
-    assert [kind_of(*pair) for pair in (("TextNeedleInAHaystack", "?"), ("MMCoQA", "open-ended"), ("IEdit", "open-ended"))] == [
-        "needle", "contains", "rouge",
-    ]  # fmt: skip
+    pairs = (("TextNeedleInAHaystack", "?"), ("MMCoQA", "open-ended"), ("IEdit", "open-ended"))
+    assert [kind_of(*pair) for pair in pairs] == ["needle", "contains", "rouge"]
     with pytest.raises(ValueError, match="question_type 'essay'"):
         kind_of("IEdit", "essay")
 

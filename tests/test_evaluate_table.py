@@ -1,4 +1,4 @@
-"""Store and table: what is measured once stays measured, a stopped cell goes on at its sample, errors are standard errors."""
+"""Store and table: what is measured once stays measured, a stopped cell continues, errors are standard errors."""
 
 import json
 from contextlib import contextmanager

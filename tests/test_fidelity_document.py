@@ -1,4 +1,4 @@
-"""benchmarks/fidelity on tiny models: the document, going on after a stop, findings kept, weights that are not there."""
+"""benchmarks/fidelity on tiny models: the document, continuing after a stop, findings kept, missing weights."""
 
 import importlib
 import json
@@ -49,7 +49,7 @@ def two_settings(fidelity, monkeypatch):
 
 @pytest.fixture
 def run(fidelity, tiny, tmp_path):
-    """run(*arguments) -> (exit code, document, store); two short windows of each text unless told otherwise."""
+    """run(*arguments) -> (exit code, document, store); by default two short windows of each text."""
     (tmp_path / "words.txt").write_text(" ".join(f"w{20 + i * i % 100}" for i in range(400)))
     fixed = f"--smollm2 {tiny} --text {tmp_path}/words.txt --prefix 40 --count 8 --cache {tmp_path}/cache"
     fixed += f" --json {tmp_path}/docs/f.json --markdown {tmp_path}/docs/f.md"
@@ -134,7 +134,8 @@ def test_parts_that_have_no_room_say_so(run):
 
 
 def test_windows(fidelity, tiny):
-    """Pieces do not overlap and are spread; all prefixes of one reach predict the same tokens; <bos> is in the prefix."""
+    """Pieces do not overlap and are spread; all prefixes of one reach predict the same tokens; <bos> is in the
+    prefix."""
     texts, suites = sys.modules["texts"], sys.modules["suites"]
     ids = torch.arange(1000)
     pieces = [texts.piece_of(ids, 100, i) for i in range(10)]

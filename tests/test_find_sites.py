@@ -214,6 +214,23 @@ class CastCache(models.Attention):
         return k.float(), v.float(), kept
 
 
+class ThreeParts(models.Attention):
+    """The new tokens come in two parts."""
+
+    def write(self, past, k, v, at):
+        past = (self.start(k), self.start(v)) if past is None else past
+        k, v = (torch.cat([old, new[:, :, :1], new[:, :, 1:]], 2) for old, new in zip(past, (k, v), strict=True))
+        return k, v, (k, v)
+
+
+class Scratch(models.StaticIndexCopy):
+    """The buffers are read, and something else is kept."""
+
+    def write(self, past, k, v, at):
+        keys, values, _ = super().write(past, k, v, at)
+        return keys, values, (k * 1, v * 1)
+
+
 @pytest.mark.parametrize(
     "spelling, reason",
     [
@@ -221,6 +238,8 @@ class CastCache(models.Attention):
         (WrittenTwice, "the cache is written twice in one step"),
         (UnequalHeads, "the keys reach attention through getitem"),
         (CastCache, UNREAD),
+        (ThreeParts, "the cache is a cat of 3 tensors, accepted: cat([past, new])"),
+        (Scratch, "but the graph does not return it"),
     ],
     ids=name,
 )
@@ -230,6 +249,29 @@ def test_prompt_refusals(spelling, reason):
     assert capture.state.sites == []
     assert any(reason in why for _, _, why, _ in capture.state.refused), capture.state.refused
     assert untouched(capture)
+
+
+@pytest.mark.parametrize(
+    "index, new, reason",
+    [
+        ("(slice(None), slice(None), at)", "0.0", "no tensor of the cache's dtype torch.float32"),
+        ("(slice(None), slice(None), at)", "new[:, :, :1]", "what is written is [2, 3, 1, 8], accepted: [2, 3, 4, 8]"),
+        ("(slice(None), slice(None), at.int())", "new", "the positions are torch.int32, accepted: torch.int64"),
+        ("(slice(None), slice(None), slice(0, 4))", "new", "the write is not x[:, :, at] = new"),
+        ("(slice(None), 0, at)", "new[:, 0]", "the write is not x[:, :, at] = new"),
+    ],
+)
+def test_writes_into_a_cache_that_are_left_alone_say_why(index, new, reason):
+    write = eval(f"lambda cache, new, at: cache.__setitem__({index}, {new})")
+
+    def prompt(new, at):
+        cache = torch.zeros(2, 3, 9, 8)
+        write(cache, new, at)
+        return cache
+
+    (capture,) = captured(prompt, torch.randn(2, 3, 4, 8), torch.arange(4))
+    (miss,) = capture.report("canonicalize").missed
+    assert reason in miss.reason and miss.node and "index_copy_" not in str(capture.state.graph)
 
 
 def test_refusal_of_one_layer_leaves_the_others():

@@ -1,4 +1,4 @@
-"""fold_values: W_O W_V is what it was for any layout of heads; the model's own weights stay; refused where not proven legal."""
+"""fold_values: W_O W_V is what it was for any layout of heads; the model's own weights stay; else refused."""
 
 import copy
 import pickle
@@ -97,23 +97,23 @@ def test_any_layout_keeps_the_function(qkv, layout, bias, kv_heads, dim):
     (capture,) = spy.captures
     assert capture.report("fold_values").matched, capture.report("fold_values").missed
     after = folded(value_weight(model))
-    turned = (before - after).abs().amax(1) > 1e-6
-    assert turned[-kv_heads * dim :].any() and turned.sum() <= kv_heads * dim, "only value rows turn"
+    rotated = (before - after).abs().amax(1) > 1e-6
+    assert rotated[-kv_heads * dim :].any() and rotated.sum() <= kv_heads * dim, "only value rows rotate"
     torch.testing.assert_close(after.norm(), before.norm())
     assert torch.equal(value_weight(model), before)
     torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
     assert akvq_fx.unfold(model) == 1
 
 
-def test_bias_turns_with_the_weight():
+def test_bias_rotates_with_the_weight():
     model = Decoder(models.Biased).double()
     prompt(compiled(model)[0])
     part = model.layers[0].attention
     value, bias, output = FOLDED.known[part.v_proj.weight][0].copies
     h = akvq_fx.kernels.rotate.matrix(16)
-    turn = torch.block_diag(h, h)
-    torch.testing.assert_close(value, turn @ part.v_proj.weight.detach())
-    torch.testing.assert_close(bias, turn @ part.v_proj.bias.detach())
+    rotate = torch.block_diag(h, h)
+    torch.testing.assert_close(value, rotate @ part.v_proj.weight.detach())
+    torch.testing.assert_close(bias, rotate @ part.v_proj.bias.detach())
     torch.testing.assert_close(output, part.o_proj.weight.detach() @ torch.block_diag(h, h, h, h))
 
 
@@ -214,7 +214,7 @@ REFUSALS = {
 
 
 @pytest.mark.parametrize("spelling", REFUSALS, ids=name)
-def test_refused_and_turned_online(spelling):
+def test_refused_and_rotated_online(spelling):
     model = Decoder(spelling)
     before = copy.deepcopy(model.state_dict())
     seen = evidence(model, ROTATED, steps=2)

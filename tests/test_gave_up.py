@@ -1,4 +1,4 @@
-"""What users are told: where dynamo gives up, reasons with their lines of code, kernels, and that explain leaves compile alone."""
+"""What users see: where dynamo gives up, reasons with lines of code, kernels, and that explain changes nothing."""
 
 import warnings
 
@@ -31,7 +31,7 @@ def llama(layers: int = 2) -> LlamaForCausalLM:
     return LlamaForCausalLM(config).eval()
 
 
-def told(call) -> list[str]:
+def gave_up_warnings(call) -> list[str]:
     """Warnings of ours that a call gave."""
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
@@ -52,33 +52,33 @@ def test_a_limit_is_told_at_once_and_only_for_this_backend():
 
     ours, theirs = Double(), lambda x: 3 * x
     run = torch.compile(ours, backend="akvq", options={"inner": "eager"})
-    assert told(widths(run, 2, 3)) == []
-    (text,) = told(widths(run, 4, 5, 6))
+    assert gave_up_warnings(widths(run, 2, 3)) == []
+    (text,) = gave_up_warnings(widths(run, 4, 5, 6))
     assert "'forward' of Double" in text and __file__ in text and "it has 2 graphs" in text
     assert "size mismatch at index 0" in text and "torch._dynamo.config.recompile_limit = 16" in text
     (event,) = akvq_fx.report(ours).gave_up
     assert event.option == "torch._dynamo.config.recompile_limit" and str(event) in str(akvq_fx.report(ours))
-    assert told(widths(torch.compile(theirs, backend="eager"), 2, 3, 4, 5)) == []
+    assert gave_up_warnings(widths(torch.compile(theirs, backend="eager"), 2, 3, 4, 5)) == []
     assert akvq_fx.report(Double()).gave_up == []
 
 
 @torch._dynamo.config.patch(recompile_limit=2, automatic_dynamic_shapes=False)
 def test_a_function_around_the_backend_is_this_backend():
     mine = lambda gm, inputs: akvq_fx.akvq(gm, inputs, options={"inner": "eager"})
-    assert len(told(widths(torch.compile(lambda x: x + 1, backend=mine), 2, 3, 4, 5))) == 1
+    assert len(gave_up_warnings(widths(torch.compile(lambda x: x + 1, backend=mine), 2, 3, 4, 5))) == 1
 
 
 @torch._dynamo.config.patch(accumulated_recompile_limit=2, automatic_dynamic_shapes=False)
 def test_the_accumulated_limit_is_named():
     run = torch.compile(lambda x: x + 1, backend="akvq", options={"inner": "eager"})
-    (text,) = told(widths(run, 2, 3, 4))
+    (text,) = gave_up_warnings(widths(run, 2, 3, 4))
     assert "it has 2 graphs" in text and "torch._dynamo.config.accumulated_recompile_limit = 16" in text
 
 
 @torch._dynamo.config.patch(suppress_errors=True)
 def test_an_error_that_dynamo_swallows_is_told():
     run = torch.compile(lambda x: x + 1, backend="akvq", options={"windw": 8})
-    (text,) = told(widths(run, 2))
+    (text,) = gave_up_warnings(widths(run, 2))
     assert "unknown option 'windw'" in text and "suppress_errors" in text
 
 
@@ -87,7 +87,7 @@ def test_reset_and_another_call_take_it_back():
     module = nn.Linear(3, 3)
     run = torch.compile(module, backend="akvq", options={"inner": "eager"})
     call = lambda: [run(torch.ones(rows, 3)) for rows in (2, 3, 4)]
-    assert len(told(call)) == 1 and akvq_fx.report(module).gave_up
+    assert len(gave_up_warnings(call)) == 1 and akvq_fx.report(module).gave_up
     torch._dynamo.reset()
     run(torch.ones(2, 3))
     assert not akvq_fx.report(module).gave_up
@@ -95,12 +95,12 @@ def test_reset_and_another_call_take_it_back():
 
 @torch._dynamo.config.patch(recompile_limit=2)
 def test_layers_compiled_one_by_one():
-    """Each layer is a graph of one function: as many as the limit are packed, and both the warning and the report say so."""
+    """Each layer is a graph of one function: as many as the limit are packed, as warning and report say."""
     model = llama(4)
     for layer in model.model.layers:
         layer.compile(backend="akvq", options=SMALL)
     found = []
-    texts = told(lambda: found.append(cache_of(model(input_ids=token_ids(1, 12), use_cache=True))))
+    texts = gave_up_warnings(lambda: found.append(cache_of(model(input_ids=token_ids(1, 12), use_cache=True))))
     assert [isinstance(layer.keys, PackedKV) for layer in found[0].layers] == [True, True, False, False]
     assert len(texts) == 1 and "of LlamaDecoderLayer" in texts[0] and "So far 2 attention layers" in texts[0]
     report = akvq_fx.report(model)
@@ -114,7 +114,7 @@ def test_where_nobody_chose_a_limit_many_layers_are_one_function():
     for layer in model.model.layers:
         layer.compile(backend="akvq", options=SMALL)
     found = []
-    assert told(lambda: found.append(cache_of(model(input_ids=token_ids(1, 12), use_cache=True)))) == []
+    assert gave_up_warnings(lambda: found.append(cache_of(model(input_ids=token_ids(1, 12), use_cache=True)))) == []
     assert [isinstance(layer.keys, PackedKV) for layer in found[0].layers] == [True] * 12
     assert torch._dynamo.config.recompile_limit == 8
 
@@ -124,10 +124,13 @@ def test_functions_of_others_keep_dynamos_limit_and_ours_have_one(monkeypatch):
     monkeypatch.setattr(gave_up, "GRAPHS", 10)
     compiled = []
     backend = lambda gm, inputs: compiled.append(1) or gm.forward
-    assert told(widths(torch.compile(lambda x: 3 * x, backend=backend), *range(2, 16))) == [] and len(compiled) == 8
+    assert (
+        gave_up_warnings(widths(torch.compile(lambda x: 3 * x, backend=backend), *range(2, 16))) == []
+        and len(compiled) == 8
+    )
     run = torch.compile(lambda x: x + 1, backend="akvq", options={"inner": "eager"})
-    assert told(widths(run, *range(2, 12))) == []
-    (text,) = told(widths(run, 12, 13))
+    assert gave_up_warnings(widths(run, *range(2, 12))) == []
+    (text,) = gave_up_warnings(widths(run, 12, 13))
     assert "it has 10 graphs" in text and "torch._dynamo.config.recompile_limit = 80" in text
 
 
@@ -152,7 +155,7 @@ def test_explain_any_number_of_times_leaves_compile_alone():
     model.compile(backend="akvq", options=SMALL)
     generate = lambda: model.generate(ids, max_new_tokens=3, return_dict_in_generate=True)
     packed = lambda: all(isinstance(layer.keys, PackedKV) for layer in cache_of(generate()).layers)
-    assert told(lambda: packed()) == [] and packed()
+    assert gave_up_warnings(lambda: packed()) == [] and packed()
     graphs = len(akvq_fx.report(model).graphs)
     for length in (12, 5):
         assert len(akvq_fx.explain(model, input_ids=ids[:, :length], akvq_options=SMALL).packed) == 2
@@ -164,7 +167,7 @@ def test_explain_promises_nothing_that_dynamo_gave_up_on():
     model = llama(3)
     for layer in model.model.layers:
         layer.compile(backend="akvq", options=SMALL)
-    texts = told(lambda: model(input_ids=token_ids(1, 12), use_cache=True))
+    texts = gave_up_warnings(lambda: model(input_ids=token_ids(1, 12), use_cache=True))
     assert len(texts) == 1 and "gave up" in str(akvq_fx.explain(model, input_ids=token_ids(1, 12), akvq_options=SMALL))
 
 

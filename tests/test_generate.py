@@ -1,5 +1,5 @@
-"""generate() with everything it does to a cache outside the graph: beams, crops, copies, turns; lossless equals the
-uncompiled model."""
+"""generate() with everything it does to a cache outside the graph: beams, crops, copies, dialogues; lossless is the
+uncompiled model's."""
 
 import copy
 import warnings
@@ -125,7 +125,7 @@ def test_left_padding_changes_nothing(rows):
 
 
 def test_compiled_module_generate():
-    """torch.compile(model).generate is compiled too, for this backend only, and the module is as before after the call."""
+    """torch.compile(model).generate is compiled too, for this backend only, and the module is restored."""
     torch._dynamo.reset()
     model, inputs = ZOO["llama"]()
     expected = run(model, inputs).sequences
@@ -147,7 +147,7 @@ def test_compiled_module_without_generate():
 
 
 def test_compile_config_static_cache_is_left_alone():
-    """transformers prefills eagerly and compiles decode: the static buffers are its own, and the report says what to do."""
+    """transformers prefills eagerly and compiles decode: the buffers are its own, and the report says what to do."""
     torch._dynamo.reset()
     model, inputs = ZOO["llama"]()
     expected = run(model, inputs, cache_implementation="static").sequences
@@ -194,9 +194,7 @@ def test_two_models_share_code_not_caches():
             parameter.mul_(1.0 + 0.05 * torch.randn_like(parameter))
     expected = [run(model, inputs).sequences for model in models]
     for model in models:
-        model.compile(
-            backend="akvq", options={**SMALL, "window": 64}
-        )  # all tokens are recent: only rotation is in play
+        model.compile(backend="akvq", options={**SMALL, "window": 64})  # all tokens are recent: nothing but rotation
     outs = [run(model, inputs) for model in models]
     for model, out, tokens in zip(models, outs, expected, strict=True):
         assert torch.equal(out.sequences, tokens)

@@ -21,12 +21,8 @@ from tests.attention_models import Decoder, captured, token_ids
 ROOT = Path(__file__).parent.parent
 # each may import itself and what stands before it
 LAYERS = ("recipes", "config", "kernels", "program", "passes.patterns", "passes", "akvq_fx")
-BASE = (
-    "config",
-    "report",
-    "torch_internals",
-    "transformers_names",
-)  # modules of akvq_fx that import only PyTorch and config
+# modules of akvq_fx that import only PyTorch and config
+BASE = ("config", "report", "torch_internals", "transformers_names")
 FAMILIES = (
     *(
         "llava",
@@ -228,16 +224,19 @@ from torch._dynamo.eval_frame import OptimizedModule
 import torch.nn.functional as F
 
 def plain(config):
-    return {k: repr(v) for k, v in config.get_config_copy().items()} if hasattr(config, "get_config_copy") else dict(vars(config))
+    if not hasattr(config, "get_config_copy"):
+        return dict(vars(config))
+    return {k: repr(v) for k, v in config.get_config_copy().items()}
 
 def names(*owners):
-    return {f"{o.__module__ if isinstance(o, type) else ''}.{o.__name__}.{k}": id(v) for o in owners for k, v in vars(o).items()
-            if not isinstance(v, types.ModuleType)}
+    return {f"{o.__module__ if isinstance(o, type) else ''}.{o.__name__}.{k}": id(v)
+            for o in owners for k, v in vars(o).items() if not isinstance(v, types.ModuleType)}
 
 def state():
     found = {"filters": repr(warnings.filters), "environment": dict(os.environ), "hook": repr(sys.excepthook)}
-    found["levels"] = {n: (logging.getLogger(n).level, len(logging.getLogger(n).handlers), logging.getLogger(n).propagate)
-                       for n in before} | {"": (logging.root.level, len(logging.root.handlers))}
+    loggers = {n: logging.getLogger(n) for n in before}
+    found["levels"] = {n: (x.level, len(x.handlers), x.propagate) for n, x in loggers.items()}
+    found["levels"][""] = (logging.root.level, len(logging.root.handlers))
     for config in (torch._dynamo.config, torch._inductor.config, torch._functorch.config, torch.compiler.config):
         found[config.__name__] = plain(config)
     found["torch"] = [str(torch.get_default_dtype()), torch.get_num_threads(), torch.is_grad_enabled(),
@@ -287,7 +286,7 @@ def modules() -> dict[str, Path]:
 
 
 def imported(tree: ast.AST, known) -> set[str]:
-    """Modules of ours that a file imports anywhere, in functions too: the module itself, not the packages that it lies in."""
+    """Modules of ours that a file imports anywhere, in functions too: not the packages around them."""
     found = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -330,6 +329,6 @@ def test_arguments_stand_where_the_schema_says():
     node = torch.fx.Graph().call_function(torch.ops.akvq.append.default, ("cache", "x", "at", None, None, "layout"))
     names = [argument.name for argument in node.target._schema.arguments]
     assert [place_of(node.target, name) for name in names] == list(range(len(names)))
-    assert (argument_of(node, "x"), argument_of(node, "layout"), argument_of(node, "turn")) == ("x", "layout", False)
+    assert (argument_of(node, "x"), argument_of(node, "layout"), argument_of(node, "rotate")) == ("x", "layout", False)
     with pytest.raises(KeyError, match="restore"):
         place_of(node.target, "restore")

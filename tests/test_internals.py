@@ -1,4 +1,4 @@
-"""Every private name of PyTorch, torchao and transformers that we lean on: a test for each says what broke in a new version."""
+"""A test for each private name of PyTorch, torchao and transformers that we use: it says what broke."""
 
 import types
 import warnings
@@ -56,14 +56,14 @@ def test_inner_compilers_take_a_graph(compile_graph):
 
 def test_dynamo_says_what_it_compiles():
     """The names of dynamo's own frame, and that the hook runs before its limits are checked."""
-    seen, heard = [], []
+    seen, frames = [], []
 
     def backend(gm, inputs):
         seen.append(torch_internals.compiling())
         return gm.forward
 
     def listener():
-        heard.append(torch_internals.compiling())
+        frames.append(torch_internals.compiling())
         return ""
 
     module = nn.Linear(2, 2)
@@ -80,8 +80,8 @@ def test_dynamo_says_what_it_compiles():
     assert any(value is module for value in seen[0].locals.values()), (
         "dynamo's frame no longer holds the function's arguments"
     )
-    assert [h.limit for h in heard] == ["", "recompile_limit"] and "size mismatch" in torch_internals.guard_of(
-        heard[1].reason
+    assert [frame.limit for frame in frames] == ["", "recompile_limit"] and "size mismatch" in torch_internals.guard_of(
+        frames[1].reason
     )
 
 
@@ -107,11 +107,11 @@ def test_a_limit_that_nobody_chose_can_be_passed():
 
 
 @torch._dynamo.config.patch(recompile_limit=1)
-def test_what_is_compiled_apart_leaves_nothing_behind():
+def test_what_is_compiled_in_isolation_leaves_nothing_behind():
     module, calls = nn.Linear(2, 2), []
     look = lambda n: lambda gm, inputs: calls.append(n) or gm.forward
     for n in range(3):
-        torch_internals.apart(module._call_impl, look(n))(torch.ones(1, 2))
+        torch_internals.compile_isolated(module._call_impl, look(n))(torch.ones(1, 2))
     torch.compile(module, backend=look("user"))(torch.ones(1, 2))
     assert calls == [0, 1, 2, "user"]
 

@@ -1,4 +1,4 @@
-"""What users make of a packed cache between steps: lossless, the uncompiled model's logits; at default bits, the same codes."""
+"""What users make of a packed cache between steps: the uncompiled logits if lossless, else the same codes."""
 
 import functools
 import warnings

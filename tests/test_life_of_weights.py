@@ -1,5 +1,6 @@
-"""Weights that live: whatever happens to them between two calls, a compiled model answers as the uncompiled one does, with
-values that are rotated online and with folded copies; and a cache belongs to the contents of the weights that made it."""
+"""Weights that live: whatever happens to them between two calls, a compiled model answers as the uncompiled one does,
+with values that are rotated online and with folded copies; and a cache belongs to the contents of the weights that made
+it."""
 
 import copy
 import itertools
@@ -44,20 +45,21 @@ def compiled(model, rotation: str):
 
 
 class Pair:
-    """A compiled model and a twin that nobody compiled; both are told the same."""
+    """A compiled model and an uncompiled twin, to which the same changes are applied."""
 
     def __init__(self, rotation: str):
         self.rotation = rotation
         self.plain = Decoder(Biased, layers=2).double()
         self.model = compiled(copy.deepcopy(self.plain), rotation)
 
-    def tell(self, change) -> None:
+    def apply(self, change) -> None:
         with torch.no_grad():
             change(self.model)
             change(self.plain)
 
     def agree(self) -> None:
-        """The same logits of a prompt, of steps and of a chunk, on a packed cache, by weights that are the same to the bit."""
+        """The same logits of a prompt, of steps and of a chunk, on a packed cache, by weights that are the same to the
+        bit."""
         want, _ = roll(self.plain, steps=2)
         got, cache = roll(self.model, steps=2)
         for a, b in zip(want, got, strict=True):
@@ -71,7 +73,7 @@ class Pair:
         self.agree()
         before = roll(self.plain, steps=0)[0][0]
         for number, change in enumerate(changes):
-            self.tell(change)
+            self.apply(change)
             if number == 0:
                 assert (roll(self.plain, steps=0)[0][0] - before).abs().max() > 1e-4, "a change that nothing shows"
             self.agree()
@@ -92,7 +94,7 @@ def as_at_first(request):
     """The shared pair begins each test with the same numbers."""
     if "pair" in request.fixturenames:
         pair = request.getfixturevalue("pair")
-        pair.tell(lambda model: model.load_state_dict(Decoder(Biased, layers=2).double().state_dict()))
+        pair.apply(lambda model: model.load_state_dict(Decoder(Biased, layers=2).double().state_dict()))
 
 
 @pytest.fixture(params=ROTATIONS)
@@ -226,7 +228,7 @@ def test_a_change_while_a_cache_lives(pair):
             (7, lambda model: replace(parts(model)[1].o_proj, "weight", noise(parts(model)[1].o_proj.weight))),
             (8, lambda model: model.layers[1].down.weight.data.mul_(0.5)),
         ):
-            pair.tell(change)
+            pair.apply(change)
             got, caches[0] = pair.model(ids[:, at : at + 1], caches[0])
             want, caches[1] = pair.plain(ids[:, at : at + 1], caches[1])
             torch.testing.assert_close(got, want, rtol=0, atol=1e-10)
@@ -238,7 +240,7 @@ def test_a_live_cache_is_refused_by_changed_weights(pair, name, field):
     with torch.no_grad():
         cache = pair.model(ids[:, :6])[1]
         cache = pair.model(ids[:, 6:7], cache)[1]
-        pair.tell(lambda model: getattr(getattr(parts(model)[1], name), field).mul_(1.5))
+        pair.apply(lambda model: getattr(getattr(parts(model)[1], name), field).mul_(1.5))
         for some in (ids[:, 7:8], ids[:, 7:9]):
             with pytest.raises(ValueError, match="made by other weights.*start with an empty cache, or.*dequantize"):
                 pair.model(some, cache)
@@ -276,7 +278,8 @@ def test_copies_are_as_the_original(pair, tmp_path):
 
 
 class Lora(nn.Module):
-    """A linear with a low-rank term that can be switched on, or merged as adapters' libraries do it: through `.data`."""
+    """A linear with a low-rank term that can be switched on, or merged as adapters' libraries do it: through
+    `.data`."""
 
     def __init__(self, base: nn.Linear):
         super().__init__()
@@ -362,7 +365,7 @@ def test_dtypes_there_and_back(fresh):
     """float64 to float16 and back: other graphs, then the first ones with their weights in other memory."""
     ids = token_ids(2, 7)
     for dtype, tolerance in ((torch.float64, 1e-10), (torch.float16, 1e-2), (torch.float64, 1e-10)):
-        fresh.tell(lambda model, dtype=dtype: model.to(dtype))
+        fresh.apply(lambda model, dtype=dtype: model.to(dtype))
         with torch.no_grad():
             want, cache = fresh.plain(ids[:, :6])
             got, packed = fresh.model(ids[:, :6])
@@ -373,7 +376,7 @@ def test_dtypes_there_and_back(fresh):
 
 
 def test_hooks(fresh):
-    """Dynamo does not look for hooks that are added later unless it is told to, with any backend; told so, it compiles anew."""
+    """With any backend, dynamo finds hooks that are added later only if configured to; then it compiles again."""
 
     def after(model):
         for part in parts(model):
@@ -492,7 +495,7 @@ def test_any_change_changes_the_digest(drawn, data):
 
 
 def test_large_weights_are_read_whole():
-    """Longer than what is mixed at a time: every part counts, and so does where it stands."""
+    """Longer than one chunk of the digest: every part counts, and so does its place."""
     x = torch.zeros(3 << 17, dtype=torch.float64)
     texts = {digest(x)}
     for at in (0, (1 << 17) - 1, 1 << 17, (2 << 17) + 5, (3 << 17) - 1):

@@ -1,5 +1,5 @@
-"""The .cu sources compile, for every form that they take and for old and new GPUs. Needs no GPU, but NVRTC: the `test` extra brings
-it on Linux, as CUDA builds of PyTorch do."""
+"""The .cu sources compile, for every form that they take and for old and new GPUs. Needs no GPU, but NVRTC: the `test`
+extra brings it on Linux, as CUDA builds of PyTorch do."""
 
 import ctypes
 import ctypes.util
@@ -16,16 +16,15 @@ from akvq_fx.kernels import append_cuda, attend_cuda, nvrtc
 from akvq_fx.kernels.layout import Layout
 
 bf16, f16, f32 = torch.bfloat16, torch.float16, torch.float32
-OLDEST, NEWER = (
-    "sm_80",
-    "sm_90",
-)  # nothing in the sources asks which: every form for the oldest, one of each source for a newer one
+# the sources are the same for every GPU: all forms are compiled for the oldest, one of each source for a newer one
+OLDEST, NEWER = "sm_80", "sm_90"
 PACKAGES = ("nvidia-cuda-nvrtc", "nvidia-cuda-nvrtc-cu12")
 SUCCESS = 0  # nvrtcResult
 
 
 def libraries(roots) -> list[str]:
-    """NVRTC in the folders of the package `nvidia`: in cu13/lib of CUDA 13's wheels, in cuda_nvrtc/lib of older ones."""
+    """NVRTC in the folders of the package `nvidia`: in cu13/lib of CUDA 13's wheels, in cuda_nvrtc/lib of older
+    ones."""
     return [str(path) for root in roots for path in sorted(Path(root).glob("*/lib/libnvrtc.so*"))]
 
 
@@ -68,7 +67,7 @@ def test_the_compiler_is_found_in_the_wheels_of_either_cuda(place, tmp_path):
 
 
 def compile_for(architecture: str, source: str, macros: dict) -> str:
-    """The compiler's words; "" where it has none to say."""
+    """The compiler's messages, "" where there are none."""
     text = nvrtc.text_of(source).encode()
     options = [f"--gpu-architecture={architecture}", "--std=c++17", *(f"-D{k}={v}" for k, v in macros.items())]
     program = ctypes.c_void_p()

@@ -17,7 +17,7 @@ from tests.test_find_sites import MUST_FIRE
 ONLINE = {"body_bits": 16, "rotate": True}
 ROTATED = {**ONLINE, "value_rotation": "fold"}
 TWO_BITS = {"tsa_layers": ()}
-TURNED = (  # where the rotation or the fold takes another way; test_properties mixes the others in
+SPELLINGS = (  # where the rotation or the fold takes another way; test_properties mixes the others in
     models.Direct,
     models.StaticSetItem,
     models.Mqa,
@@ -41,7 +41,7 @@ def test_lossless_equals_eager(spelling):
     assert lossless(spelling).error <= 1e-6
 
 
-@pytest.mark.parametrize("spelling", TURNED, ids=name)
+@pytest.mark.parametrize("spelling", SPELLINGS, ids=name)
 def test_rotated_and_folded_equals_eager(spelling):
     seen = evidence(Decoder(spelling).double(), ROTATED, steps=2, chunk=3)
     assert seen.error <= 1e-10
@@ -54,8 +54,8 @@ def test_rotated_online_equals_eager(spelling):
     seen = evidence(Decoder(spelling).double(), ONLINE, steps=2, chunk=3)
     assert seen.error <= 1e-10
     assert [s.value_rotation for c in seen.captures for s in c.state.sites] == ["online"] * len(seen.captures)
-    turns = lambda c: "hadamard" in ops(c) or c.report("fuse_rotations").matched
-    assert all(turns(c) and c.report("rotate_values").matched for c in seen.captures)
+    rotates = lambda c: "rotate" in ops(c) or c.report("fuse_rotations").matched
+    assert all(rotates(c) and c.report("rotate_values").matched for c in seen.captures)
 
 
 @pytest.mark.parametrize("options", [ROTATED, ONLINE], ids=["fold", "online"])

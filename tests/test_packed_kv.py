@@ -66,9 +66,8 @@ def assert_reads(name: str, expected: torch.Tensor, x: PackedKV) -> None:
     assert type(x) is PackedKV, f"{name}: got {type(x).__name__}"
     assert x.codes.dtype == (x.layout_of.dtype if x.layout_of.lossless else torch.int16)
     assert x.dtype == expected.dtype
-    if expected.numel() and (
-        x.layout_of.rotated or x.layout_of.affine
-    ):  # H is a matrix product, whose last bit depends on the number of rows
+    # a rotation is a matrix product, whose last bit depends on the number of rows
+    if expected.numel() and (x.layout_of.rotated or x.layout_of.affine):
         assert_close(name, expected, x.dequantize())
     else:
         assert_same(name, expected, x.dequantize())
@@ -82,7 +81,7 @@ def through_torch_save(x):
 
 
 def mixed(x) -> torch.Tensor:
-    """Row numbers in no order, one twice, one perhaps missing."""
+    """Row numbers in random order, one of them twice, some perhaps missing."""
     return torch.arange(x.shape[0] + 1).mul(2).add(1) % x.shape[0]
 
 
@@ -253,7 +252,8 @@ def stored_states(layout, stored, classes, pivots):
 
 
 class Mirror:
-    """A PackedKV and what is known about the tokens that it must hold. pivots: [B, T] bool, those that must read as they were."""
+    """A PackedKV and what is known about the tokens that it must hold. pivots: [B, T] bool, those that must read as
+    they were."""
 
     def __init__(self, view, stored, classes, pivots):
         self.view, self.stored, self.classes, self.pivots = view, stored, classes, pivots
@@ -425,7 +425,7 @@ def test_token_ops_move_codes(layout, op):
 
 
 def test_sinks_and_recent_at_every_step():
-    """A cache that evicts after every token is as one that was cut once at the end: no token is quantized twice, none grows."""
+    """A cache that evicts after every token equals one that is cut once at the end: nothing is quantized twice."""
     x = packed_of(case_of(LAYOUTS["2bit-text4-bf16"], T=40, capacity=48))
     y, whole = x, x
     for seed in range(30):
@@ -747,7 +747,7 @@ def warns_once(op: str):
     class Context:
         def __enter__(self):
             self.patch = pytest.MonkeyPatch()
-            self.patch.setattr(packed_ops, "_said", set())
+            self.patch.setattr(packed_ops, "_warned", set())
             self.catch = warnings.catch_warnings(record=True)
             self.said = self.catch.__enter__()
             warnings.simplefilter("always")
@@ -825,7 +825,8 @@ WRITES = {
 
 
 def test_copy_of_plain_numbers():
-    """A static cache overwritten as a whole (a full sliding window rolls) goes back to 16 bits; a growing one refuses."""
+    """A static cache overwritten as a whole (a full sliding window rolls) goes back to 16 bits; a growing one
+    refuses."""
     growing = packed_of(case_of(LAYOUTS["2bit"]))
     with pytest.raises(NotImplementedError, match=r"akvq: .* would write"):
         growing.copy_(torch.ones(growing.shape))

@@ -197,7 +197,7 @@ def test_without_the_rotation_keys_are_stored_as_they_are():
 
 
 def test_a_layers_number_is_in_its_path_else_its_place():
-    """A graph may begin with any layer, so its order counts only where paths tell nothing."""
+    """A graph may begin with any layer, so the order of sites counts only where paths have no number."""
     graph = torch.fx.Graph()
     sixth = graph.placeholder("L_self_modules_layers_modules_5_modules_k_proj_parameters_weight_")
     plain = graph.placeholder("L_self_modules_k_proj_parameters_weight_")

@@ -1,4 +1,5 @@
-"""Recipes: each method's arithmetic against loops over single numbers, its bits against the literature's, its options."""
+"""Recipes: each method's arithmetic against loops over single numbers, its bits against the literature's, its
+options."""
 
 import dataclasses
 from functools import partial
@@ -12,10 +13,10 @@ from akvq_fx.config import PACKED_ONLY, AKVQConfig
 from akvq_fx.cost import bits_at, recipe_bits, recipe_table
 from akvq_fx.kernels.layout import DTYPES, Layout
 from akvq_fx.kernels.quantizer import dequantize, quantize
-from akvq_fx.kernels.rotate import reference as transform
+from akvq_fx.kernels.rotate import reference as rotate_reference
 from akvq_fx.kernels.salience import key_affine
 from akvq_fx.recipes import RECIPES, SIMULATORS, Context, Simulation
-from akvq_fx.recipes.arithmetic import hadamard, round_trip_channels
+from akvq_fx.recipes.arithmetic import rotate, round_trip_channels
 from akvq_fx.recipes.skvq import clusters, distances, lloyd
 from akvq_fx.recipes.turboquant import centroids
 from tests.kernel_cases import assert_same, few, randn, seeds
@@ -257,7 +258,7 @@ def test_skvq_puts_channels_of_one_size_in_one_group(dtype):
 @given(seed=seeds, more=st.integers(1, 12), group=st.sampled_from((4, 8, 16)))
 @few
 def test_skvq_groups_by_first_tokens_and_for_good(seed, more, group):
-    """Later tokens, however large, and in several calls, leave what was read; before there is an order nothing is quantized."""
+    """Later tokens, however large, and in several calls, leave what was read; before that nothing is quantized."""
     x = randn(1, 2, 12 + more, 16, seed=seed)
     x[:, :, 12:, seed % 16] *= 1000
     assert_same("earlier tokens", skvq(x[:, :, :12], group=group)[:, :, :9], skvq(x, group=group)[:, :, :9])
@@ -368,7 +369,7 @@ def test_rtn_is_the_packed_path(seed, D):
 @pytest.mark.parametrize("D", (16, 24, 80, 128))
 def test_hadamard_is_the_kernels(D):
     x = randn(3, D, dtype=f64)
-    torch.testing.assert_close(hadamard(x), transform(x))
+    torch.testing.assert_close(rotate(x), rotate_reference(x))
 
 
 def test_smoothquant_gains():
@@ -378,8 +379,8 @@ def test_smoothquant_gains():
     for h in range(2):
         for d in range(8):
             peak = max(abs(float(k[0, h, t, d])) for t in range(1, 5))
-            heard = max(abs(float(q[0, g, t, d])) for g in (2 * h, 2 * h + 1) for t in range(1, 5))
-            assert float(s[h, d]) == pytest.approx((peak / heard) ** 0.5, rel=2**-11)
+            query_peak = max(abs(float(q[0, g, t, d])) for g in (2 * h, 2 * h + 1) for t in range(1, 5))
+            assert float(s[h, d]) == pytest.approx((peak / query_peak) ** 0.5, rel=2**-11)
     assert not centre.any()
     torch.library.opcheck(key_affine, (k, q, valid, False, False, 0.5))
 
@@ -454,9 +455,10 @@ def test_layout_text_round_trips(name):
 
 @pytest.mark.parametrize(
     "text",
-    ["kivi", "kivi()", "kivi_keys()", "kivi_keys(bits=2)", "kivi_keys(group=32,bits=2,residual=128)", "fp8", "fp8(bits=8)",
-     "rtn(bits=02,group=8)", "rtn(bits=2,group=8)/", "rtn(bits=2,group=8))", "rtn(bits=2.0,group=8)", "rtn(bits=-2,group=8)",
-     "rtn(bits=2,,group=8)", "rtn(bits=1.2.3,group=8)", "nothing(bits=2)", "()", "rtn(bits=2,group=8)\n"],
+    ["kivi", "kivi()", "kivi_keys()", "kivi_keys(bits=2)", "kivi_keys(group=32,bits=2,residual=128)", "fp8",
+     "fp8(bits=8)", "rtn(bits=02,group=8)", "rtn(bits=2,group=8)/", "rtn(bits=2,group=8))", "rtn(bits=2.0,group=8)",
+     "rtn(bits=-2,group=8)", "rtn(bits=2,,group=8)", "rtn(bits=1.2.3,group=8)", "nothing(bits=2)", "()",
+     "rtn(bits=2,group=8)\n"],
 )  # fmt: skip
 def test_other_texts_are_refused(text):
     with pytest.raises(ValueError, match="."):

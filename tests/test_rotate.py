@@ -1,4 +1,4 @@
-"""hadamard, rotate_keys, rotate_queries: registered right, equal to Sylvester's matrix, softmax(q k^T) unchanged."""
+"""rotate, rotate_keys, rotate_queries: registered right, equal to Sylvester's matrix, softmax(q k^T) unchanged."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from akvq_fx.kernels.rotate import hadamard, keys_reference, matrix, restore, rotate_keys, rotate_queries
+from akvq_fx.kernels.rotate import keys_reference, matrix, restore, rotate, rotate_keys, rotate_queries
 from tests.kernel_cases import TOLERANCE, assert_close, assert_same, few, randn, random_affine, seeds
 
 HEAD_DIMS = (8, 16, 24, 40, 48, 64, 80, 96, 128, 256)
@@ -26,7 +26,7 @@ def sylvester(head_dim):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(24,), (3, 40), (2, 1, 7, 16)], ids=str)
 def test_hadamard_registration(shape, dtype):
-    torch.library.opcheck(hadamard, (randn(*shape, dtype=dtype),))
+    torch.library.opcheck(rotate, (randn(*shape, dtype=dtype),))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -37,16 +37,16 @@ def test_affine_registration(op, heads, dtype):
 
 def test_registration_of_strided_inputs():
     x = randn(2, 5, 3, 16).transpose(1, 2)
-    torch.library.opcheck(hadamard, (x,))
+    torch.library.opcheck(rotate, (x,))
     torch.library.opcheck(rotate_keys, (x, random_affine(2, 3, 16)))
-    assert hadamard(x).is_contiguous()
+    assert rotate(x).is_contiguous()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 def test_equals_sylvester(head_dim, dtype):
     x = randn(2, 3, 5, head_dim, dtype=dtype)
-    y = hadamard(x)
+    y = rotate(x)
     assert y.dtype == dtype
     assert_close("y", x.double() @ sylvester(head_dim), y)
 
@@ -63,24 +63,24 @@ def test_matrix_is_orthonormal_and_symmetric(head_dim):
 @few
 def test_own_inverse_keeps_norms_and_scores(dtype, head_dim, tokens, seed):
     q, k = randn(3, head_dim, seed=seed, dtype=dtype), randn(tokens, head_dim, seed=seed + 1, dtype=dtype)
-    assert_close("H(H(k))", k, hadamard(hadamard(k)))
-    assert_close("norm", k.norm(dim=-1), hadamard(k).norm(dim=-1))
-    assert_close("scores", q @ k.T, hadamard(q) @ hadamard(k).T)
+    assert_close("H(H(k))", k, rotate(rotate(k)))
+    assert_close("norm", k.norm(dim=-1), rotate(k).norm(dim=-1))
+    assert_close("scores", q @ k.T, rotate(q) @ rotate(k).T)
 
 
 def test_spreads_an_outlier_channel():
     x = torch.zeros(64)
     x[5] = 64.0
-    assert_same("|y|", torch.full((64,), 8.0), hadamard(x).abs())
+    assert_same("|y|", torch.full((64,), 8.0), rotate(x).abs())
 
 
 @pytest.mark.parametrize("fake", (False, True), ids=("eager", "fake"))
 @pytest.mark.parametrize("head_dim", (1, 4, 12, 20, 63))
 def test_refuses_other_dims(head_dim, fake):
-    message = f"akvq::hadamard: the last dim must be a positive multiple of 8, got {head_dim}"
+    message = f"akvq::rotate: the last dim must be a positive multiple of 8, got {head_dim}"
     with FakeTensorMode() if fake else torch.no_grad():
         x, affine = torch.ones(2, 2, 3, head_dim), torch.ones(2, 2, 2, head_dim).half()
-        for op, args in ((hadamard, (x,)), (rotate_keys, (x, affine)), (rotate_queries, (x, affine))):
+        for op, args in ((rotate, (x,)), (rotate_keys, (x, affine)), (rotate_queries, (x, affine))):
             with pytest.raises(ValueError, match=message):
                 op(*args)
 
@@ -97,8 +97,8 @@ def test_affine_leaves_softmax_unchanged(dtype, head_dim, batch, heads, groups, 
     q = randn(batch, heads * groups, 4, head_dim, seed=seed, dtype=dtype)
     k = randn(batch, heads, 7, head_dim, seed=seed + 1, dtype=dtype)
     affine = random_affine(batch, heads, head_dim, seed + 2)
-    turned = attention_weights(rotate_queries(q, affine), rotate_keys(k, affine))
-    assert_close("weights", attention_weights(q, k), turned)
+    rotated = attention_weights(rotate_queries(q, affine), rotate_keys(k, affine))
+    assert_close("weights", attention_weights(q, k), rotated)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -114,7 +114,7 @@ def test_affine_equals_its_formula(dtype):
 @pytest.mark.parametrize("mapped", (False, True), ids=("no-affine", "affine"))
 def test_restore_undoes(rotated, mapped):
     k, affine = randn(2, 3, 5, 40, dtype=torch.float64), random_affine(2, 3, 40) if mapped else None
-    stored = keys_reference(k, affine) if mapped else hadamard(k)
+    stored = keys_reference(k, affine) if mapped else rotate(k)
     if not rotated:
-        stored = hadamard(stored)
+        stored = rotate(stored)
     assert_close("k", k, restore(stored, affine, rotated))

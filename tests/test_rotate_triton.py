@@ -1,4 +1,4 @@
-"""hadamard, rotate_keys, rotate_queries as Triton kernels: equal to the matrix product in float64, for any strides."""
+"""rotate, rotate_keys, rotate_queries as Triton kernels: equal to the matrix product in float64, for any strides."""
 
 import pytest
 import torch
@@ -20,13 +20,13 @@ def made(*shape):
 
 def exact(name, x, affine):
     """The op's meaning in float64, on the CPU."""
-    if name == "hadamard":
+    if name == "rotate":
         return x.double() @ matrix(x.shape[-1])
     return MEANING[name](x.double(), affine)
 
 
-def turned(name, x, affine):
-    args = (x.to(DEVICE),) if name == "hadamard" else (x.to(DEVICE), affine.to(DEVICE))
+def rotated(name, x, affine):
+    args = (x.to(DEVICE),) if name == "rotate" else (x.to(DEVICE), affine.to(DEVICE))
     return getattr(rotate_triton, name)(*args).cpu()
 
 
@@ -36,8 +36,8 @@ def turned(name, x, affine):
 def test_equals_the_matrix_product(shape, head_dim, dtype):
     x = randn(*shape, head_dim, dtype=dtype) * 10
     affine = random_affine(*shape[:2], head_dim)
-    for name in ("hadamard", "rotate_keys", "rotate_queries"):
-        y = turned(name, x, affine)
+    for name in ("rotate", "rotate_keys", "rotate_queries"):
+        y = rotated(name, x, affine)
         assert y.dtype == dtype
         assert_close(name, exact(name, x, affine), y)
 
@@ -48,14 +48,14 @@ def test_float32_keeps_its_last_digit(head_dim):
     x = torch.zeros(1, 2, 40, head_dim)
     x.scatter_(-1, torch.arange(80).view(1, 2, 40, 1) % head_dim, randn(1, 2, 40, 1) * 1e3)
     ones = (torch.ones(1, 2, 2, head_dim) * torch.tensor([0.0, 1.0])[:, None, None]).half()
-    for name in ("hadamard", "rotate_keys", "rotate_queries"):
-        assert_same(name, exact(name, x, ones).float(), turned(name, x, ones))
+    for name in ("rotate", "rotate_keys", "rotate_queries"):
+        assert_same(name, exact(name, x, ones).float(), rotated(name, x, ones))
 
 
 @pytest.mark.parametrize("tokens", (1, 20))
 def test_queries_take_their_key_head_s_map(tokens):
     q, affine = randn(2, 6, tokens, 24), random_affine(2, 2, 24)
-    assert_close("queries", exact("rotate_queries", q, affine), turned("rotate_queries", q, affine))
+    assert_close("queries", exact("rotate_queries", q, affine), rotated("rotate_queries", q, affine))
 
 
 STRIDED = {
@@ -71,7 +71,7 @@ STRIDED = {
 @pytest.mark.parametrize("make", STRIDED.values(), ids=STRIDED)
 def test_takes_any_strides(make):
     x, affine = make(), random_affine(2, 3, 16)
-    for name, args in (("hadamard", ()), ("rotate_keys", (affine.to(DEVICE),))):
+    for name, args in (("rotate", ()), ("rotate_keys", (affine.to(DEVICE),))):
         y = getattr(rotate_triton, name)(x, *args)
         assert y.is_contiguous()
         assert_close(name, exact(name, x.cpu(), affine), y.cpu())
@@ -80,29 +80,29 @@ def test_takes_any_strides(make):
 @pytest.mark.parametrize("shape", [(24,), (3, 40), (7, 2, 8), (2, 2, 1, 3, 16), (2, 0, 5, 16)], ids=str)
 def test_takes_any_number_of_axes(shape):
     x = randn(*shape)
-    assert_same("y", turned("hadamard", x.reshape(-1, shape[-1]), None).view(shape), turned("hadamard", x, None))
+    assert_same("y", rotated("rotate", x.reshape(-1, shape[-1]), None).view(shape), rotated("rotate", x, None))
     if x.numel():
-        assert_close("y", exact("hadamard", x, None), turned("hadamard", x, None))
+        assert_close("y", exact("rotate", x, None), rotated("rotate", x, None))
 
 
 def test_several_tiles_a_program(monkeypatch):
     monkeypatch.setattr(rotate_triton, "PROGRAMS", 1)
     x, affine = randn(1, 2, 700, 16), random_affine(1, 2, 16)
     assert rotate_triton.plan_of(2, 700, 16).steps > 1
-    for name in ("hadamard", "rotate_keys"):
-        assert_close(name, exact(name, x, affine), turned(name, x, affine))
+    for name in ("rotate", "rotate_keys"):
+        assert_close(name, exact(name, x, affine), rotated(name, x, affine))
 
 
 @pytest.mark.parametrize("broken", (torch.nan, torch.inf), ids=str)
 @every_dtype
 def test_a_broken_row_stays_alone(dtype, broken):
     x, affine = randn(2, 3, 5, 24, dtype=dtype), random_affine(2, 3, 24)
-    clean = [turned(name, x, affine) for name in ("hadamard", "rotate_keys")]
+    clean = [rotated(name, x, affine) for name in ("rotate", "rotate_keys")]
     x[1, 2, 3, 9] = broken
     others = torch.ones(x.shape[:3], dtype=torch.bool)
     others[1, 2, 3] = False
-    for name, before in zip(("hadamard", "rotate_keys"), clean, strict=True):
-        after = turned(name, x, affine)
+    for name, before in zip(("rotate", "rotate_keys"), clean, strict=True):
+        after = rotated(name, x, affine)
         assert_same("other rows", before[others], after[others])
         assert not after[1, 2, 3].isfinite().any()
 
@@ -111,10 +111,10 @@ def test_refuses_what_it_cannot_hold():
     assert rotate_triton.refusal(randn(2, 16)) == ""
     for x, reason in ((randn(2, 16, dtype=torch.float64), "x is torch.float64"), (randn(2, 264), "head dim is 264")):
         assert reason in rotate_triton.refusal(x)
-        with pytest.raises(ValueError, match=f"akvq::hadamard: .*{reason}"):
-            rotate_triton.hadamard(x)
+        with pytest.raises(ValueError, match=f"akvq::rotate: .*{reason}"):
+            rotate_triton.rotate(x)
     with pytest.raises(ValueError, match="multiple of 8, got 20"):
-        rotate_triton.hadamard(randn(2, 20))
+        rotate_triton.rotate(randn(2, 20))
 
 
 @pytest.mark.parametrize("shape", [(1, 2, 3, 16), (2, 2, 3, 8), (2, 2, 2, 16), (2, 3, 3, 16)], ids=str)

@@ -176,9 +176,9 @@ def test_the_map_is_an_identity_of_attention(centre, balance, head_dim, groups, 
     q = randn(2, 2 * groups, tokens, head_dim, seed=seed + 2) * 2 ** randn(head_dim, seed=seed + 3)
     affine = key_affine(k, q, None, centre, balance)
     k, q = k.double(), q.double()
-    turned = queries_reference(q, affine), keys_reference(k, affine)
+    rotated = queries_reference(q, affine), keys_reference(k, affine)
     score_size = (q.norm(dim=-1).max() * k.norm(dim=-1).max()).item()
-    difference = (weights(q, k) - weights(*turned)).abs().max().item()
+    difference = (weights(q, k) - weights(*rotated)).abs().max().item()
     assert difference <= 1e-12 * max(1.0, score_size)
 
 
@@ -187,8 +187,8 @@ def test_equals_its_formula(centre, balance):
     k, q = randn(2, 2, 9, 16) * torch.arange(1, 17) + 3, randn(2, 6, 9, 16)
     affine = key_affine(k, q, None, centre, balance)
     mean, deviation = k.double().mean(2), k.double().std(2, unbiased=False)
-    heard = q.double().view(2, 2, 3, 9, 16).square().mean((2, 3)).sqrt()
-    gain = (deviation / heard).sqrt()
+    query_rms = q.double().view(2, 2, 3, 9, 16).square().mean((2, 3)).sqrt()
+    gain = (deviation / query_rms).sqrt()
     gain = gain / gain.log().mean(-1, keepdim=True).exp()
     assert_close("centre", mean if centre else torch.zeros_like(mean), affine[:, 0])
     assert_close("gain", gain if balance else torch.ones_like(gain), affine[:, 1])
@@ -270,8 +270,8 @@ def test_a_map_too_large_for_float16_saturates():
     affine = key_affine(k, q, None, True, True)
     assert affine.isfinite().all() and affine[0, 0, 0, 3] == torch.finfo(torch.float16).max
     k, q = k.double(), q.double()
-    turned = weights(queries_reference(q, affine), keys_reference(k, affine))
-    assert (weights(q, k) - turned).abs().max() <= 1e-12 * (q.norm(dim=-1).max() * k.norm(dim=-1).max())
+    rotated = weights(queries_reference(q, affine), keys_reference(k, affine))
+    assert (weights(q, k) - rotated).abs().max() <= 1e-12 * (q.norm(dim=-1).max() * k.norm(dim=-1).max())
 
 
 def test_queries_of_another_length_are_averaged():
@@ -292,7 +292,7 @@ def test_mark_vision_is_the_identity_with_its_gradient():
 
 
 @pytest.mark.parametrize(
-    "mask", [torch.ones(2, 3), torch.ones(3, 2) > 0, torch.ones(2, 3, 5) > 0], ids=("float", "turned", "wide")
+    "mask", [torch.ones(2, 3), torch.ones(3, 2) > 0, torch.ones(2, 3, 5) > 0], ids=("float", "transposed", "wide")
 )
 def test_mark_vision_refuses_other_masks(mask):
     with pytest.raises(

@@ -1,4 +1,4 @@
-"""find_pivots and key_affine with Triton kernels: peaks and medians to the bit, maps as the reference's; few launches."""
+"""find_pivots and key_affine with Triton kernels: peaks and medians to the bit, maps as the reference's."""
 
 import pytest
 import torch
@@ -155,7 +155,7 @@ def test_broken_tokens_beside_queries_of_another_length(broken):
 
 @pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")  # by the interpreter's numpy
 def test_numbers_whose_squares_overflow():
-    """Finite, and too large for the deviation: that channel's gain is NaN, as in the reference, and its neighbours' are not."""
+    """Finite, and too large for the deviation: only that channel's gain is NaN, as in the reference."""
     k, q = randn(1, 3, 600, 8), randn(1, 3, 600, 8)
     k[0, 0, 550, 2], k[0, 1, 3, 5], q[0, 2, 9, 3] = 1e25, 1e25, 1e25
     affine = salience_triton.key_affine(*to_device(k, q, None), True, True).cpu()
@@ -208,7 +208,7 @@ def test_map_of_strided_keys():
 
 
 class Launches(TorchDispatchMode):
-    """Names of the torch ops and of the module's kernels, in order; kernels do not run, so nothing can wait for them."""
+    """Names of the torch ops and of the module's kernels, in order; kernels do not run."""
 
     FREE = ("empty", "empty_like", "detach", "view")  # memory and views: nothing for a device to do
 

@@ -1,8 +1,8 @@
-"""Whatever is done to a cache and to the weights, in any order: lossless as an uncompiled twin does it to its plain cache, and
-at two bits as a twin that was compiled anew.
+"""Whatever is done to a cache and to the weights, in any order: lossless as an uncompiled twin does it to its plain
+cache, and at two bits as a twin that was compiled anew.
 
-One compiled model for each kind of test takes all examples, so that what an example leaves behind is met by the next one.
-AKVQ_SEQUENCES=50 runs that many examples of each test instead of a few.
+One compiled model for each kind of test takes all examples, so that what an example leaves behind is met by the next
+one. AKVQ_SEQUENCES=50 runs that many examples of each test instead of a few.
 """
 
 import copy
@@ -58,7 +58,8 @@ def model_at_first(layers=2, dtype=torch.float64):
 
 
 class Session:
-    """A model and the cache that it goes on with. `run` is what answers: the model itself, or what it was compiled into."""
+    """A model and the cache that it goes on with. `run` is what answers: the model itself, or what it was compiled
+    into."""
 
     def __init__(self, model, run=None, through_data=True):
         """through_data: weights are merged as adapters' libraries do it."""
@@ -183,7 +184,8 @@ def fresh_dynamo():
 def compiled(model, options):
     """By a backend of its own: nothing that dynamo made for another model of the class is taken."""
     run = torch.compile(model, backend=lambda gm, inputs: akvq(gm, inputs, options=options))
-    # what goes through `.data` while a cache lives leaves no mark: folded copies are made anew with the next prompt only
+    # what goes through `.data` while a cache lives leaves no mark: folded copies are made anew with the next prompt
+    # only
     return Session(model, run, through_data=options["value_rotation"] == "online")
 
 

@@ -1,4 +1,4 @@
-"""Simulated caches: rows stand alone, attention reads what the recipe makes of the tokens before it, the product runs them."""
+"""Simulated caches: rows stand alone, attention reads earlier tokens through the recipe, models run with them."""
 
 import copy
 

@@ -1,4 +1,5 @@
-"""split_decode: both parts together compute what the whole graph does, and the body knows nothing of the cache's length."""
+"""split_decode: both parts together compute what the whole graph does, and the body knows nothing of the cache's
+length."""
 
 import re
 
@@ -207,7 +208,7 @@ def test_several_new_tokens_are_attended_before_they_are_appended(build):
 
 
 def test_a_crop_is_noticed_by_the_host():
-    """The device's own count of tokens is too large after a crop: positions come from the host, the append sets the rest."""
+    """The device's own count of tokens is too large after a crop: positions come from the host."""
     torch._dynamo.reset()
     model, ids = Decoder(), token_ids(2, 12)
     compiled = torch.compile(model, backend=Spy(**CAPTURED, body_bits=16))
@@ -266,7 +267,10 @@ def test_a_mask_filled_in_place():
     [
         (Counting, "writes in place what add uses on the other side of the cut"),
         (PositionsInPlace, "writes in place what .* uses on the other side of the cut"),
-        (models.SwitchesToEager, r"dequantize.* reads the cache, and what it gives goes with the number of tokens"),
+        (
+            models.SwitchesToEager,
+            r"dequantize.* reads the cache, and the size of its result depends on the number of tokens",
+        ),
     ],
     ids=name,
 )
@@ -332,7 +336,7 @@ def test_written(function, count):
 
 
 def test_other_positions_would_be_seen(monkeypatch):
-    """The check that the other tests lean on: a body that gets wrong positions gives wrong numbers."""
+    """A body that gets wrong positions gives wrong numbers: the other tests rely on that."""
     right = DecodeStep.place_rows
     monkeypatch.setattr(DecodeStep, "place_rows", lambda self, inputs, out: right(self, inputs, out) - 1)
     seen = captured_mode(Decoder, {"body_bits": 16}, prompt=6, steps=3)

@@ -1,4 +1,4 @@
-"""Sizes: every function that torch's symbolic sizes are written in can be computed by the host, and by nodes of a graph."""
+"""Sizes: every function in torch's symbolic sizes can be computed on the host and by nodes of a graph."""
 
 import operator
 

@@ -1,5 +1,5 @@
-"""README's ways in, by inner compiler, gradients, batch sizes and kinds of cache: a lossless cache gives the uncompiled model's
-tokens, every tensor of it is packed, and few graphs serve all batches."""
+"""README's ways in, by inner compiler, gradients, batch sizes and kinds of cache: a lossless cache gives the uncompiled
+model's tokens, every tensor of it is packed, and few graphs serve all batches."""
 
 import contextlib
 

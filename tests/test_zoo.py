@@ -1,8 +1,9 @@
-"""Model families of transformers, built tiny from config: lossless generation is token-identical, 2-bit generation runs on codes.
+"""Model families of transformers, built tiny from config: lossless generation is token-identical, 2-bit generation runs
+on codes.
 
-Every family runs lossless with a growing cache and a left-padded batch of two, and with a static cache and one row; with a growing
-cache at 2 bits too, where a family whose report says that every cache stays at 16 bits must be exact. AKVQ_ZOO=full adds the other
-two combinations, and 2 bits with static caches.
+Every family runs lossless with a growing cache and a left-padded batch of two, and with a static cache and one row;
+with a growing cache at 2 bits too, where a family whose report says that every cache stays at 16 bits must be exact.
+AKVQ_ZOO=full adds the other two combinations, and 2 bits with static caches.
 """
 
 import os
@@ -28,8 +29,8 @@ SMALL = {"inner": "eager", "window": 8, "pivots": 3}
 
 # generate() of these runs an inner module; compiling the outer one compiles nothing
 INNER = {"blip2_opt": "language_model", "instructblip_opt": "language_model", "kosmos2": "text_model"}
-# caches that a graph must leave at 16 bits: their attention is written out (softcap, sinks, ALiBi), or latent (MLA), or reads its
-# values through other ops (DiffLlama), or every layer is a sliding window
+# caches that a graph must leave at 16 bits: their attention is written out (softcap, sinks, ALiBi), or latent (MLA), or
+# reads its values through other ops (DiffLlama), or every layer is a sliding window
 ALL_16BIT = {"gpt_oss", "bloom", "deepseek_v3", "diffllama"}
 # written out in some versions of transformers: GPT-J before 5.24, Gemma-2 in it
 BY_VERSION = {"gptj": GPTJPreTrainedModel, "gemma2": Gemma2PreTrainedModel}

@@ -1,4 +1,7 @@
-"""What a model's own prompts say about its cache: attention, massive activations, channels. python -m akvq_fx.analysis."""
+"""Measure on a model's own prompts what matters in its cache: attention, massive activations, channels.
+
+The command is python -m akvq_fx.analysis.
+"""
 
 from akvq_fx.analysis.ablation import Ablation, ablation
 from akvq_fx.analysis.calibration import Calibration, LayerStatistics, Prompt

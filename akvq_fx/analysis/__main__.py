@@ -1,11 +1,11 @@
 """Measure a model on prompts of your own and write what was found: policy.json, report.md and pictures.
 
-    python -m akvq_fx.analysis --model folder-or-hub-name --images photos --question "What is in the pictures?" --out found
-    python -m akvq_fx.analysis --model folder --text book.txt --out found --ablate pivots=0,5,15 --ablate body_clip=0.7,0.8,1.0
+    python -m akvq_fx.analysis --model folder-or-hub-name --images photos --question "What is this?" --out found
+    python -m akvq_fx.analysis --model folder --text book.txt --out found --ablate pivots=0,5,15 --ablate window=0,64
 
-With --images every prompt holds --per-prompt pictures of the folder, in the order of their names, before the question. With
---text prompts are evenly spread pieces of it; --ablate (text only) measures what the backend does to predictions after them.
-Pictures need matplotlib, and are left out with a word on stderr where it is missing.
+With --images every prompt holds --per-prompt pictures of the folder, in the order of their names, before the question.
+With --text, prompts are pieces evenly spread over it; --ablate (text only) also measures how packing changes the
+predictions after them. Pictures need matplotlib; where it is missing, a line on stderr says that they are left out.
 """
 
 from __future__ import annotations

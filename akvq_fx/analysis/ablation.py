@@ -1,4 +1,4 @@
-"""ablation(model, prompts, option, values): akvq_fx.evaluate's fidelity along one option, e.g. the clip, pivots or window."""
+"""ablation(model, prompts, option, values): akvq_fx.evaluate's fidelity along one option, e.g. the window."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from akvq_fx.evaluate.fidelity import Fidelity, Prompt, prompt_fidelity
 from akvq_fx.report import _table
 
-STEP = 16  # tokens a call where it matters that tokens leave the window
+STEP = 16  # tokens per call for option="window", so that tokens leave the window between calls
 
 
 @dataclass
@@ -29,8 +29,9 @@ class Ablation:
         lines = [(self.option, "bits", "dNLL", "KL", "top-1 agreement", "1 - TV")]
         for value, found in zip(self.values, self.results, strict=True):
             kl, tv = found.mean("kl"), found.mean("tv")
-            lines.append((str(value), f"{found.bits:.2f}", f"{found.mean('dnll'):+.4f}", f"{kl:.4f}", f"{found.mean('agree'):.3f}",
-                          f"{1 - tv:.4f}"))  # fmt: skip
+            dnll, agree = found.mean("dnll"), found.mean("agree")
+            cells = (f"{found.bits:.2f}", f"{dnll:+.4f}", f"{kl:.4f}", f"{agree:.3f}", f"{1 - tv:.4f}")
+            lines.append((str(value), *cells))
         return _table(lines)
 
 
@@ -43,11 +44,12 @@ def ablation(
     progress=None,
     step: int | None = None,
 ) -> Ablation:
-    """prompt_fidelity(model, prompts, {**options, option: value}) for each value; `progress` is called after each prompt.
+    """prompt_fidelity(model, prompts, {**options, option: value}) for each value; `progress` as there.
 
-    prompts   akvq_fx.evaluate.fidelity's: prompts_of(windows, prefix) of a text, or inputs with images and the text after them
-    step      tokens after the prefix that are read in a call; None: STEP for option="window", since tokens that are read
-              together do not leave the window for each other, and else all
+    prompts   akvq_fx.evaluate.fidelity's: prompts_of(windows, prefix) of a text, or inputs with images and the text
+              after them
+    step      tokens after the prefix that are read in one call. None: all of them, but STEP for option="window", since
+              tokens read in one call see each other at full precision whatever the window
     Raises ValueError where there are no values.
     """
     if not values:

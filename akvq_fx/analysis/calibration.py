@@ -1,13 +1,13 @@
 """Calibration: what was measured about a model, which layers are text-salient by it, and the policy to save.
 
-The rule. Both kinds of layer keep the recent window at 16 bits, so what lies inside it decides nothing. Of the attention that
-falls outside, a layer is text-salient where
-    a text token that is no pivot gets at least `ratio` times the attention of such a vision token, and
-    this text holds, all together, at least as much as the pivots do.
-The first says that bits are better spent on text than on images; the second that text matters beyond the few tokens that PSA
-would keep: in later layers most of the attention to text goes to a pivot, usually the first token. TSA layers are the unbroken
-run of text-salient layers that begins at the first one measured, as in the paper they are the first layers. The paper gives no
-threshold; this rule is ours, and the numbers behind it are in every row.
+The rule. Both kinds of layer keep the recent window at 16 bits, so only attention outside of it counts, and of that not
+what goes to pivots. A layer is text-salient if
+    a text token gets on average at least `ratio` times the attention of a vision token, and
+    all text tokens together get at least as much attention as the pivots.
+The first condition says that bits are better spent on text than on images; the second that text matters beyond the few
+tokens that PSA keeps anyway: in later layers most of the attention to text goes to a pivot, usually the first token.
+TSA layers are the unbroken run of text-salient layers from the first measured layer on; in the paper they are the first
+layers too. The paper gives no threshold; this rule is ours, and every row shows the numbers behind it.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class LayerStatistics:
     """One decoder layer, over all prompts.
 
     sums     share -> [Hq] attention probability, summed over `queries` queries
-    tokens   far share -> tokens behind it, summed over the queries
+    tokens   far share -> number of tokens in it, summed over the queries
     massive  one for each prompt row; empty where the graph shows no residual stream
     largest, mean   form of keys or values -> [H, D] |x| by KV head and channel: the largest, and the mean over prompts
     """
@@ -82,7 +82,7 @@ class LayerStatistics:
 
     @property
     def text_over_vision(self) -> float:
-        """Attention to a text token over that to a vision token, outside the window and pivots left out; nan without either."""
+        """Attention to a text token over that to a vision token, outside window and pivots; nan without either."""
         text, vision = self.per_token("far_text"), self.per_token("far_vision")
         return text / vision if text and vision else float("nan")
 
@@ -91,18 +91,18 @@ class LayerStatistics:
         return self.text_over_vision >= ratio and self.share("far_text") >= self.share("far_pivots")
 
     def outlier(self, form: str) -> float:
-        """How far the largest channel stands out: its largest |x| over the mean of all channels', averaged over KV heads."""
+        """How far the largest channel stands out: its largest |x| over the channels' mean, averaged over heads."""
         largest = self.largest[form]
         return (largest.amax(-1) / largest.mean(-1).clamp_min(torch.finfo(largest.dtype).tiny)).mean().item()
 
     def top(self) -> Massive | None:
-        """Of the prompt with the largest activation."""
+        """The largest activations of the prompt that has the very largest."""
         return max(self.massive, key=lambda m: m.values[0].item(), default=None)
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """What was measured on: rows, tokens (padding included), and how many are vision tokens or read by the query tokens."""
+    """What was measured on: rows, tokens (padding included), and how many are vision or query tokens."""
 
     batch: int
     tokens: int
@@ -174,7 +174,7 @@ class Calibration:
         Path(path).write_text(json.dumps(self.policy(), indent=1) + "\n")
 
     def rows(self) -> list[tuple[str, ...]]:
-        """Cells of COLUMNS for each layer. The columns of keys and values say how far their largest channel stands out."""
+        """Cells of COLUMNS for each layer; those of keys and values are `outlier`."""
         tsa, found = self.tsa_layers, []
         for layer in self.layers:
             top = layer.top()
@@ -182,8 +182,8 @@ class Calibration:
             if top is not None:
                 count = max(len(m.massive) for m in layer.massive)
                 massive = (str(count), f"{top.values[0].item():.4g}", str(int(top.positions[0])), f"{top.median:.3g}")
-            shares = [f"{layer.share(name):.3f}" for name in ("text", "vision", "sink", "recent", "far_pivots", "far_text",
-                                                             "far_vision")]  # fmt: skip
+            names = ("text", "vision", "sink", "recent", "far_pivots", "far_text", "far_vision")
+            shares = [f"{layer.share(name):.3f}" for name in names]
             shares.append(f"{layer.text_over_vision:.1f}")
             outliers = [f"{layer.outlier(form):.2f}" for form in FORMS]
             found.append((str(layer.layer), "TSA" if layer.layer in tsa else "PSA", *shares, *massive, *outliers))

@@ -1,4 +1,4 @@
-"""Pictures of a calibration and of ablations. Each function returns a matplotlib Figure; no global state of matplotlib is touched.
+"""Pictures of a calibration and of ablations. Functions return a matplotlib Figure and touch no global state.
 
 matplotlib is an extra, imported when a picture is asked for: pip install "akvq_fx[figures]".
 """
@@ -102,9 +102,10 @@ def massive_activations(calibration: Calibration):
 
 
 def channels(calibration: Calibration, layer: int | None = None):
-    """Largest |x| of every KV head and channel of one layer, keys and values, before and after the transform.
+    """Largest |x| of every KV head and channel of one layer, keys and values, before and after the rotation.
 
-    layer: its number; the one whose keys' channels stand out most unless told. Raises ValueError for a layer that was not measured.
+    layer: its number; None: the one whose keys' channels stand out most. Raises ValueError for a layer that was not
+    measured.
     """
     chosen = pick(calibration, layer)
     figure, axes = new_figure(3.2 * len(FORMS), 3.2, 1, len(FORMS))
@@ -123,11 +124,11 @@ def channels(calibration: Calibration, layer: int | None = None):
 
 
 def outliers(calibration: Calibration):
-    """By layer: how far the largest channel of keys and values stands out, before and after the transform."""
+    """By layer: how far the largest channel of keys and values stands out, before and after the rotation."""
     figure, axes = new_figure(8, 4)
+    layers = [layer.layer for layer in calibration.layers]
     for form in FORMS:
-        axes[0, 0].plot([layer.layer for layer in calibration.layers], [layer.outlier(form) for layer in calibration.layers],
-                        marker=".", label=form)  # fmt: skip
+        axes[0, 0].plot(layers, [layer.outlier(form) for layer in calibration.layers], marker=".", label=form)
     axes[0, 0].set(xlabel="layer", ylabel="largest channel over mean channel", ylim=(0, None))
     axes[0, 0].legend()
     return figure

@@ -1,16 +1,16 @@
-"""Statistics of one attention call over a prompt: where its attention goes, which activations are massive, which channels large.
+"""Statistics of one attention call over a prompt: where its attention goes, massive activations, large channels.
 
 Everything is computed in float32, summed in float64 and kept on the CPU.
 
-Attention mass. Queries are the text tokens after the last image, at most `queries` of them, or the last `queries` real tokens of
-a prompt without images: the tokens that come after the prompt are most like them. A share is the softmax probability, averaged
-over the queries, that falls on a kind of token:
+Attention mass. Queries are the text tokens after the last image, at most `queries` of them, or the last `queries` real
+tokens of a prompt without images: these are most like the tokens that will follow the prompt. A share is the softmax
+probability, averaged over the queries, that falls on a kind of token:
     text + vision = 1, by modality
-    recent + far_pivots + far_text + far_vision = 1, by what the method can do for a token: `recent` are the last `window`
-        tokens before a query, at 16 bits in every layer; outside of it stand pivots (16 bits in PSA layers), other text (4 bits
-        in TSA layers) and other vision tokens (2 bits)
+    recent + far_pivots + far_text + far_vision = 1, by what the method can do for a token: the last `window` tokens
+        before a query are at 16 bits in every layer; of the others, pivots are at 16 bits in PSA layers, text at 4 bits
+        in TSA layers, vision tokens at 2 bits
     sink, the first real token, is a part of several of these
-The number of tokens behind each far share is summed up too, so that a share can be told per token.
+The number of tokens in each far share is counted too, so that a share can be given per token.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from akvq_fx.analysis.watch import Seen
+from akvq_fx.analysis.watch import AttentionCall
 from akvq_fx.config import AKVQConfig
-from akvq_fx.kernels.rotate import keys_reference, transform
+from akvq_fx.kernels.rotate import keys_reference, rotate_wide
 from akvq_fx.kernels.salience import key_affine_reference, massive_tokens, select_pivots, valid_tokens
 
 MODALITIES = ("text", "vision")
@@ -31,12 +31,12 @@ BLOCK = 256  # query tokens whose probabilities [Hq, BLOCK, C] are held at once
 FORMS = ("keys", "keys WHT", "keys centred WHT", "values", "values WHT")
 
 
-def valid_of(seen: Seen) -> Tensor:
+def valid_of(call: AttentionCall) -> Tensor:
     """[B, q] bool: tokens that some query sees; all of them without a mask."""
-    B, _, q, _ = seen.new_key.shape
-    if seen.mask is None:
-        return torch.ones(B, q, dtype=torch.bool, device=seen.new_key.device)
-    return valid_tokens(whole_mask(seen.mask), B).index_select(1, seen.at)
+    B, _, q, _ = call.new_key.shape
+    if call.mask is None:
+        return torch.ones(B, q, dtype=torch.bool, device=call.new_key.device)
+    return valid_tokens(whole_mask(call.mask), B).index_select(1, call.at)
 
 
 def whole_mask(mask: Tensor) -> Tensor:
@@ -44,17 +44,17 @@ def whole_mask(mask: Tensor) -> Tensor:
     return mask[(None,) * (4 - mask.dim())]
 
 
-def peaks_of(seen: Seen) -> tuple[Tensor, Tensor, Tensor] | None:
-    """Per token, [B, q] each: largest |h| of the residual stream at the layer's input, its channel, and the median |h|."""
-    if seen.residual is None:
+def peaks_of(call: AttentionCall) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Per token, [B, q] each: largest |h| of the residual stream at the layer's input, its channel, the median."""
+    if call.residual is None:
         return None
-    magnitude = seen.residual.abs().float()
+    magnitude = call.residual.abs().float()
     peak, channel = magnitude.max(-1)
     return peak.nan_to_num(0.0), channel, magnitude.median(-1).values
 
 
 def pivots_of(peaks: tuple | None, valid: Tensor, config: AKVQConfig) -> Tensor:
-    """[B, P] positions that a PSA layer keeps, -1 for a free slot: find_pivots; without a residual stream the first real token."""
+    """[B, P] positions that a PSA layer keeps, -1 for a free slot; without a residual stream the first real token."""
     if peaks is None:
         nothing = torch.zeros(valid.shape, device=valid.device)
         return select_pivots(nothing, nothing, valid, config.pivots, torch.inf, 0.0)
@@ -78,22 +78,21 @@ def queries_of(valid: Tensor, vision: Tensor, count: int) -> Tensor:
 
 
 def attention_mass(
-    seen: Seen, row: int, queries: Tensor, valid: Tensor, vision: Tensor, pivots: Tensor, window: int
+    call: AttentionCall, row: int, queries: Tensor, valid: Tensor, vision: Tensor, pivots: Tensor, window: int
 ) -> tuple[dict[str, Tensor], dict[str, int]]:
-    """Probability summed over the queries [n], per share and query head: float64 [Hq] each; and per far share its tokens, summed
-    over the queries. valid, vision [q]; pivots [P]."""
-    slots = seen.key.shape[2]
+    """Probability summed over the queries [n], per share and query head: float64 [Hq] each; and per far share its
+    tokens, summed over the queries. valid, vision [q]; pivots [P]."""
+    slots = call.key.shape[2]
     spread = lambda chosen: torch.zeros(slots, dtype=torch.float64, device=chosen.device).index_put(
-        (seen.at,), chosen.double()
+        (call.at,), chosen.double()
     )
     pivot = torch.zeros_like(valid)
     pivot[pivots[pivots >= 0].long()] = True
-    total, far = probabilities(seen, row, queries, window)
+    total, far = probabilities(call, row, queries, window)
     first = torch.zeros_like(valid)
     first[valid.to(torch.uint8).argmax()] = True
-    outside = (seen.at[queries][:, None] - seen.at >= window).sum(
-        0
-    )  # [q] queries for which a token is outside the window
+    # [q]: for how many queries each token is outside the window
+    outside = (call.at[queries][:, None] - call.at >= window).sum(0)
     kinds = {"far_pivots": pivot, "far_text": valid & ~vision & ~pivot, "far_vision": valid & vision & ~pivot}
     found = {
         "text": total @ spread(valid & ~vision),
@@ -106,42 +105,42 @@ def attention_mass(
     return {name: mass.cpu() for name, mass in found.items()}, tokens
 
 
-def probabilities(seen: Seen, row: int, queries: Tensor, window: int) -> tuple[Tensor, Tensor]:
-    """Softmax of one prompt's queries, summed over them: [Hq, C] float64, of all keys and of keys outside the recent window."""
-    query, key = seen.query[row], seen.key[row].float()
+def probabilities(call: AttentionCall, row: int, queries: Tensor, window: int) -> tuple[Tensor, Tensor]:
+    """Softmax summed over one prompt's queries: [Hq, C] float64, of all keys and of those outside the window."""
+    query, key = call.query[row], call.key[row].float()
     heads, slots = len(query), len(key[0])
     key = key.repeat_interleave(heads // len(key), 0)
-    scale = seen.scale if seen.scale is not None else query.shape[-1] ** -0.5
+    scale = call.scale if call.scale is not None else query.shape[-1] ** -0.5
     slot = torch.arange(slots, device=query.device)
     total = torch.zeros(heads, slots, dtype=torch.float64, device=query.device)
     far = torch.zeros_like(total)
     for at in queries.split(BLOCK):
         scores = query[:, at].float() @ key.transpose(1, 2) * scale
-        if seen.mask is not None:
-            whole = whole_mask(seen.mask)
-            mask = whole.expand(len(seen.query), -1, seen.query.shape[2], -1)[row][:, at]
+        if call.mask is not None:
+            whole = whole_mask(call.mask)
+            mask = whole.expand(len(call.query), -1, call.query.shape[2], -1)[row][:, at]
             scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
-        if seen.is_causal:
+        if call.is_causal:
             scores = scores.masked_fill(slot > at[:, None], -torch.inf)
         p = scores.softmax(-1).double()
         total += p.sum(1)
-        far += (p * (seen.at[at][:, None] - slot >= window)).sum(1)
+        far += (p * (call.at[at][:, None] - slot >= window)).sum(1)
     return total, far
 
 
-def channel_magnitudes(seen: Seen, valid: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-    """Per form of FORMS: largest and mean |x| of every KV head and channel over a prompt's real tokens, float64 [H, D] each.
+def channel_magnitudes(call: AttentionCall, valid: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+    """Per form of FORMS: largest and mean |x| by KV head and channel over a prompt's real tokens, float64 [H, D].
 
-    "centred" keys have their mean taken away and their channels balanced before the transform, as the backend stores them.
+    "centred" keys are centred and balanced before the rotation, as the backend stores them.
     """
-    key, value = seen.new_key.float(), seen.new_value.float()
-    affine = key_affine_reference(key, seen.query.float(), valid, True, True)
+    key, value = call.new_key.float(), call.new_value.float()
+    affine = key_affine_reference(key, call.query.float(), valid, True, True)
     forms = (
         key,
-        transform(key),
+        rotate_wide(key),
         keys_reference(key, affine),
         value,
-        transform(value),
+        rotate_wide(value),
     )
     real = valid[:, None, :, None]
     found = {}

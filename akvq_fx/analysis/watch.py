@@ -1,7 +1,7 @@
-"""Watch: run dynamo's graphs node by node and hand over what every attention call over a prompt's cache sees.
+"""Watch: run dynamo's graphs node by node, and give a callback every attention call over a prompt's cache.
 
-The graphs are read by the same patterns as in the backend, and computed as they are: nothing is rotated, packed or compiled.
-The model need not return attention weights, and no tensor [B, H, T, T] is made here.
+The graphs are read by the same patterns as in the backend, and computed as they are: nothing is rotated, packed or
+compiled. The model need not return attention weights, and no tensor [B, H, T, T] is made here.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from akvq_fx.policy import prompt_site, sites_of
 
 
 @dataclass
-class Seen:
-    """One attention call over a prompt of q tokens. C is the length of what attention reads, q or a static cache's slots.
+class AttentionCall:
+    """One attention call over a prompt of q tokens. C is the length that attention reads: q, or a static cache's.
 
     query, key      [B, Hq, q, D], [B, Hq or H, C, D] as attention gets them
     mask            [B or 1, 1 or Hq, q, C] bool or additive, None where is_causal says enough
@@ -49,14 +49,14 @@ class Seen:
 
 
 class Watch:
-    """A dynamo backend that calls `look(Seen)` for each attention call of a prompt, layer by layer.
+    """A dynamo backend that calls `look(AttentionCall)` for each attention call of a prompt, layer by layer.
 
-    names    id of a parameter -> its name in the model: graphs that serve several layers are told apart by it
+    names    id of a parameter -> its name in the model: it says for which layer a shared graph runs
     refused  label -> reason, of attention that the backend would leave at 16 bits
     weights  parameters of the graphs that hold attention over a cache
     """
 
-    def __init__(self, config: AKVQConfig, names: dict[int, str], look: Callable[[Seen], None]):
+    def __init__(self, config: AKVQConfig, names: dict[int, str], look: Callable[[AttentionCall], None]):
         self.config, self.names, self.look = config, names, look
         self.refused: dict[str, str] = {}
         self.weights: dict[int, nn.Parameter] = {}
@@ -87,7 +87,7 @@ class Watch:
 
 
 class Walk(torch.fx.Interpreter):
-    """One run of one graph, which keeps a site's tensors until its attention was looked at."""
+    """One run of one graph, which keeps a site's tensors until its attention has been looked at."""
 
     def __init__(self, watch: Watch, state, sites: dict[Node, Site], vision: Node | None, args: tuple):
         super().__init__(state.gm)
@@ -117,7 +117,7 @@ class Walk(torch.fx.Interpreter):
         count = new_key.shape[2]
         vision = self.watch.vision
         self.watch.look(
-            Seen(
+            AttentionCall(
                 layer=layer,
                 label=label,
                 query=given["query"],

@@ -1,18 +1,18 @@
 """Measure what a packed cache costs a model: a table of settings, models and tasks, with standard errors over samples.
 
-    python -m akvq_fx.evaluate fidelity  --model HuggingFaceTB/SmolLM2-135M --text book.txt --setting akvq --setting akvq-vl
+    python -m akvq_fx.evaluate fidelity  --model HuggingFaceTB/SmolLM2-135M --text book.txt --setting akvq
     python -m akvq_fx.evaluate fidelity  --model llava-hf/llava-1.5-7b-hf --prompts prompts.jsonl --setting akvq
-    python -m akvq_fx.evaluate images    --folder my-vlm --trust-remote-code --task match --setting none --setting akvq:window=128
-    python -m akvq_fx.evaluate milebench --root MileBench --model llava-hf/llava-1.5-7b-hf --setting none --setting akvq-vl
+    python -m akvq_fx.evaluate images    --folder my-vlm --trust-remote-code --setting none --setting akvq:window=128
+    python -m akvq_fx.evaluate milebench --root MileBench --model llava-hf/llava-1.5-7b-hf --setting none --setting akvq
 
 fidelity    how far predictions move against the model's own cache: dNLL, KL, top-1 agreement, 1 - total variation
-images      accuracy and loss on multi-image questions of a folder that holds a model and its task generator, whose code is run
-milebench   accuracy on a local copy of MileBench, scored as its released evaluator does, unanswered apart
+images      accuracy and loss on multi-image questions of a folder with a model and a task generator, whose code is run
+milebench   accuracy on a local copy of MileBench, scored as its released evaluator does, with unanswered ones counted
 
-A setting is a recipe, or a recipe and options after a colon; "none" is the model's own cache. Each is measured by compiling the
-model with the backend; weights are left alone. With --json, samples that the file has are not measured again, and a run that was
-stopped goes on at its sample (changed code of one version does not show: name a new file then). A hub name needs a network or a
-local copy. See `python -m akvq_fx.evaluate fidelity --help` and so on.
+A setting is a recipe, or a recipe and options after a colon; "none" is the model's own cache. Each is measured by
+compiling the model with the backend; weights are left alone. With --json, samples in the file are not measured again,
+and a stopped run continues where it stopped (the file does not notice code changes within one version: use a new one
+then). A hub name needs a network or a local copy. See `python -m akvq_fx.evaluate fidelity --help` and so on.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
     from akvq_fx.evaluate.table import fill, markdown
 
     try:
-        settings = {text: options_of(text) for text in args.setting or args.unless_told}
+        settings = {text: options_of(text) for text in args.setting or args.default_settings}
         store, table, suite = Store(args.json), [], None
         from tqdm import tqdm
 
@@ -64,7 +64,7 @@ def parser() -> argparse.ArgumentParser:
     shared.add_argument(
         "--setting",
         action="append",
-        help="none, or recipe[:option=value,...]; repeatable. Unless told: akvq, and none too for accuracies",
+        help="none, or recipe[:option=value,...]; repeatable. Default: akvq, and for accuracies none too",
     )
     shared.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     shared.add_argument("--device", default="cpu")
@@ -89,9 +89,9 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--count", type=int, default=192, help="tokens read over them")
     one.add_argument("--windows", type=int, default=4, help="pieces of the text")
     one.add_argument(
-        "--step", type=positive, help="tokens read in a call: small ones are packed as they go; all unless told"
+        "--step", type=positive, help="tokens read in a call: with few, they are packed as they go; default: all"
     )
-    one.set_defaults(suites=fidelity_suites, unless_told=["akvq"])
+    one.set_defaults(suites=fidelity_suites, default_settings=["akvq"])
 
     two = commands.add_parser("images", parents=[shared], help="multi-image questions of a folder with its own model")
     two.add_argument("--folder", required=True, type=Path, help="holds load.py, tasks.py, sprites.pkl")
@@ -100,12 +100,12 @@ def parser() -> argparse.ArgumentParser:
         action="store_true",
         help="run the folder's Python files and unpickle its sprites.pkl: needed",
     )
-    two.add_argument("--task", action="append", help="repeatable; all that occur with so many images unless told")
+    two.add_argument("--task", action="append", help="repeatable; default: all that occur with so many images")
     two.add_argument("--images", type=int, default=14, help="images a sample")
     two.add_argument("--samples", type=int, default=32, help="samples a task")
     two.add_argument("--questions", type=int, default=1, help="questions a sample, at most")
     two.add_argument("--split", default="test", help="test or heldout")
-    two.set_defaults(suites=image_suites, unless_told=["none", "akvq"])
+    two.set_defaults(suites=image_suites, default_settings=["none", "akvq"])
 
     three = commands.add_parser("milebench", parents=[shared], help="MileBench, from a local copy")
     three.add_argument("--root", required=True, type=Path, help="folder of the tasks' folders, as released")
@@ -113,18 +113,18 @@ def parser() -> argparse.ArgumentParser:
     three.add_argument(
         "--task",
         action="append",
-        help="repeatable; those there of the AKVQ-VL paper's twelve unless told; all: every one there",
+        help="repeatable; all: every one there; default: those there of the AKVQ-VL paper's twelve",
     )
     three.add_argument("--samples", type=int, default=200, help="samples a task, at most")
     three.add_argument("--context", type=int, help="tokens of prompt and answer; longer prompts lose their oldest part")
     three.add_argument("--image-tokens", type=int, default=576, help="tokens of an image, for --context")
     three.add_argument("--new-tokens", type=int, default=512, help="tokens of an answer, at most")
-    three.set_defaults(suites=milebench_suites, unless_told=["none", "akvq"])
+    three.set_defaults(suites=milebench_suites, default_settings=["none", "akvq"])
     return top
 
 
 def fidelity_suites(args) -> Iterator:
-    """One suite a model. The tokenizer is needed to cut the text, so it comes with the model, when something is missing."""
+    """One suite a model. The tokenizer, which cuts the text, is loaded with the model, if something is missing."""
     from akvq_fx.evaluate.fidelity import FidelityTask
     from akvq_fx.evaluate.prompts import read_prompts
 

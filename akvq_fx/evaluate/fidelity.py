@@ -1,9 +1,10 @@
 """How far a packed cache moves a model's predictions, against its own 16-bit cache: fidelity, prompt_fidelity.
 
-A prefix (text, or anything the model takes: pixel_values ...) is cached in one call, then the ids that follow are read over that
-cache. In one call they see each other at full precision and the prefix as packed; with `step` tokens a call they are packed as
-they go, as generated tokens are. Both caches see the same tokens. The product itself is measured, not a simulation: the model is
-compiled with the backend. Per predicted token, p from its own cache and p' from the packed one, in nats where they are logarithms:
+A prefix (text, or anything the model takes: pixel_values ...) is cached in one call, then the ids that follow are read
+over that cache. In one call they see each other at full precision and the prefix as packed; with `step` tokens a call
+they are packed as they go, as generated tokens are. Both caches see the same tokens. The product itself is measured,
+not a simulation: the model is compiled with the backend. Per predicted token, p from its own cache and p' from the
+packed one, in nats where they are logarithms:
     nll     -log p(next);   dnll  log p(next) - log p'(next)
     kl      sum p log(p / p')
     agree   argmax p = argmax p'
@@ -29,7 +30,7 @@ Options = Mapping[str, Any] | str | None
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """inputs: the prefix, input_ids [1, T] and what else the model takes; following: ids [n] of the text after it, n >= 2."""
+    """inputs: the prefix, input_ids [1, T] and what else the model takes; following: ids [n >= 2] after it."""
 
     inputs: Mapping[str, Any]
     following: Tensor
@@ -108,12 +109,13 @@ def prompt_fidelity(
 ) -> Fidelity:
     """Measure one setting on a causal language model or a vision-language model.
 
-    options    as of torch.compile(model, backend="akvq", options=...), or a setting as on the command line ("akvq:window=64",
-               "none"); None: the backend's defaults. Values are rotated in the graph unless told otherwise, so weights stay
-               as they are
+    options    as of torch.compile(model, backend="akvq", options=...), or a setting as on the command line
+               ("akvq:window=64", "none"); None: the backend's defaults, with values rotated in the graph, so that
+               weights stay as they are
     progress   called after each prompt
-    step       tokens after the prefix that are read in a call; all of them unless told
-    Raises ValueError for a prompt that leaves nothing to predict, NothingPacked (a RuntimeError) where the backend packed nothing.
+    step       tokens after the prefix that are read in a call; None: all of them
+    Raises ValueError for a prompt that leaves nothing to predict, NothingPacked (a RuntimeError) where the backend
+    packed nothing.
     """
     options = options_of(options) if isinstance(options, str) else dict(options or {})
     found, bits = [], 0.0
@@ -129,11 +131,11 @@ def prompt_fidelity(
 
 @torch.no_grad()
 def measure(run: Any, prompt: Prompt, step: int | None = None) -> tuple[dict[str, Tensor], float]:
-    """Measures by position, [n - 1] each, and bits per cached number, of one prompt; `run` as settings.running gives it."""
+    """Measures by position, [n - 1] each, and bits per cached number, of one prompt; run: of settings.running."""
     if prompt.following.dim() != 1 or len(prompt.following) < 2:
         raise ValueError(
-            f"akvq_fx.evaluate: {list(prompt.following.shape)} ids after the prefix leave nothing to predict; accepted: a row of 2"
-            " or more"
+            f"akvq_fx.evaluate: {list(prompt.following.shape)} ids after the prefix leave nothing to predict; "
+            "accepted: a row of 2 or more"
         )
     own, cache = continuation(original(run), prompt, step)
     packed = own
@@ -151,11 +153,11 @@ def continuation(model: Any, prompt: Prompt, step: int | None) -> tuple[Tensor, 
 def compare(own: Tensor, packed: Tensor, following: Tensor) -> dict[str, Tensor]:
     """Measures per position; own, packed [n, V] log-probabilities, following [n] the tokens that came."""
     p, q = own.exp(), packed.exp()
-    heard, told = (x.gather(1, following[:, None])[:, 0] for x in (own, packed))
+    own_next, packed_next = (x.gather(1, following[:, None])[:, 0] for x in (own, packed))
     agree = (own.argmax(-1) == packed.argmax(-1)).double()
     # a token of probability 0 adds nothing, though its logarithms do not subtract
     gaps = torch.where(p > 0, p * (own - packed), 0)
-    found = {"nll": -heard, "dnll": heard - told, "kl": gaps.sum(-1), "agree": agree}
+    found = {"nll": -own_next, "dnll": own_next - packed_next, "kl": gaps.sum(-1), "agree": agree}
     found["tv"] = (p - q).abs().sum(-1) / 2
     return {name: value.cpu() for name, value in found.items()}
 

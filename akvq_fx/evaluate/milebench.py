@@ -5,8 +5,8 @@
                                            "task_instance": {"context", "images_path", "choice_list" (multi-choice)}}]}
     <root>/<task>/images/       what images_path names
 
-The prompt is the instruction, a line break, the context with its images in place of {image#1}, {table#2} ..., and for multi-choice
-the list of choices. `prompt_of` builds it, milebench_score scores the greedy answer.
+The prompt is the instruction, a line break, the context with its images in place of {image#1}, {table#2} ..., and for
+multi-choice the list of choices. `prompt_of` builds it, milebench_score scores the greedy answer.
 """
 
 from __future__ import annotations
@@ -25,9 +25,10 @@ from akvq_fx.evaluate.settings import bits_of, running, to_model
 from akvq_fx.evaluate.table import Column
 from akvq_fx.transformers_names import cache_of
 
-# The AKVQ-VL paper's Table II measures 12 tasks, 200 samples each. Its text and what was written about it name object existence,
-# which stands first there, scene transition, webpage, textbook and document QA, the last; the other seven are our reading, in
-# MileBench's own order between those two: its groups T-2 and S-1 whole, two of T-4 and two of S-2.
+# The AKVQ-VL paper's Table II measures 12 tasks, 200 samples each. Known by name are the first, object existence, the
+# last, document QA, and scene transition, webpage QA and textbook QA. The other seven are our reading: we take
+# MileBench's own order between the first and the last, which gives its groups T-2 and S-1 whole, two tasks of T-4 and
+# two of S-2.
 PAPER_TASKS = (
     "ObjectExistence",
     "ObjectInteraction",
@@ -47,7 +48,7 @@ NO_LETTERS = "GPR1200"  # more choices than letters: listed without them, as the
 
 
 class Sample(NamedTuple):
-    """segments: the prompt, texts and image paths in their order; reference: the right answer; choices: () for open questions."""
+    """segments: the prompt's texts and image paths in order; reference: the answer; choices: () for open questions."""
 
     segments: list[str | Path]
     reference: str
@@ -61,9 +62,9 @@ class Task(NamedTuple):
 
 
 def read_task(root: str | Path, name: str) -> Task:
-    """One task of a local copy; capitals, "_" and "-" in its name do not matter, for the released scripts spell it in several ways.
+    """One task of a local copy. Capitals, "_" and "-" in its name do not matter: released scripts differ in them.
 
-    Raises OSError for a root without it, listing what is there, and ValueError for a file that is not laid out as above.
+    Raises OSError for a root without it, listing what is there, ValueError for a file in another layout.
     """
     folders = {simple(folder.name): folder for folder in sorted(Path(root).iterdir()) if folder.is_dir()}
     folder = folders.get(simple(name))
@@ -94,7 +95,8 @@ def paper_tasks_in(root: str | Path) -> tuple[list[str], list[str]]:
     if not found:
         others = ", ".join(there.values()) or "none"
         raise FileNotFoundError(
-            f"none of the paper's twelve MileBench tasks in {root}; tasks there: {others}; name some with --task, or --task all"
+            f"none of the paper's twelve MileBench tasks in {root}; tasks there: {others}; "
+            "name some with --task, or --task all"
         )
     return found, [name for name in PAPER_TASKS if simple(name) not in there]
 
@@ -117,7 +119,8 @@ def sample_of(entry: Mapping[str, Any], instructions: Any, folder: Path) -> Samp
 def prompt_of(
     instruction: str, context: str, images: Sequence[Path], choices: Sequence[str], task: str = ""
 ) -> list[str | Path]:
-    """The prompt as texts and image paths in order. The first text is the instruction; {image#9} stays where 9 images are not."""
+    """The prompt as texts and image paths in order. The first text is the instruction; {image#9} stays as text where
+    there are fewer than 9 images."""
     if choices:
         letters = [f"{letter_of(i)}. " if task != NO_LETTERS else "" for i in range(len(choices))]
         listed = "\n".join(letter + choice for letter, choice in zip(letters, choices, strict=True))
@@ -134,7 +137,7 @@ def prompt_of(
 def shorten(segments: Sequence[str | Path], tokenizer: Any, context: int, image_tokens: int) -> list[str | Path]:
     """The instruction and as much of the prompt's end as fits `context` tokens, an image taking `image_tokens`.
 
-    As the released script does: whole pieces are left out, from the start; only a last text that does not fit alone is cut.
+    As the released script does, whole pieces are left out, from the start; only a last text that is too long is cut.
     """
     ids = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]
     left = context - len(ids(segments[0]))
@@ -151,7 +154,7 @@ def shorten(segments: Sequence[str | Path], tokenizer: Any, context: int, image_
 
 
 class MileBench:
-    """A table.Suite. A row is one sample: accuracy (ROUGE-L where a task is open-ended), unanswered, released, and the answer.
+    """A table.Suite. A row is one sample: accuracy (ROUGE-L of open-ended tasks), unanswered, released, answer.
 
     load           () -> (model, processor); called when the first sample is measured. The processor has a chat template
     tasks          names; None: those of PAPER_TASKS that are there;  samples   at most so many a task
@@ -204,8 +207,8 @@ class MileBench:
         if self._context:
             segments = shorten(segments, processor.tokenizer, self._context - self._new_tokens, self._image_tokens)
         answer, bits = reply(run, processor, segments, self._new_tokens)
-        told = score(task.kind, answer, sample.reference, sample.choices)
-        numbers = {"accuracy": told.score, "unanswered": told.unanswered, "released": told.released, "bits": bits}
+        result = score(task.kind, answer, sample.reference, sample.choices)
+        numbers = {"accuracy": result.score, "unanswered": result.unanswered, "released": result.released, "bits": bits}
         return {**numbers, "answer": answer}
 
 
@@ -214,8 +217,8 @@ def reply(run: Any, processor: Any, segments: Sequence[str | Path], new_tokens: 
     """(greedy answer, bits per cached number) to a chat message of interleaved texts and images."""
     inputs = to_model(chat_inputs(processor, segments), run)
     out = run.generate(**inputs, max_new_tokens=new_tokens, do_sample=False, num_beams=1, return_dict_in_generate=True)
-    told = out.sequences[0, inputs["input_ids"].shape[1] :]
-    return processor.decode(told, skip_special_tokens=True).strip(), bits_of(cache_of(out), run)
+    generated = out.sequences[0, inputs["input_ids"].shape[1] :]
+    return processor.decode(generated, skip_special_tokens=True).strip(), bits_of(cache_of(out), run)
 
 
 def chat_inputs(processor: Any, segments: Sequence[str | Path]) -> dict[str, Any]:

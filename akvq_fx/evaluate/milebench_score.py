@@ -1,11 +1,11 @@
-"""MileBench's scoring (Song et al., arXiv 2404.18532, as its released evaluator scores), from its rules, quirks included.
+"""MileBench's scoring (Song et al., arXiv 2404.18532) by the rules of its released evaluator, quirks included.
 
     multi-choice   the chosen option's letter is extracted from the answer and compared
     open-ended     ROUGE-L F of the `rouge` package 1.0.1, which counts distinct words
     needle tasks   the reference is one of the answer's words;  MMCoQA: it occurs anywhere in the answer
 
-The released evaluator takes an empty answer for a choice of "C". `Score.released` is its number; in `Score.score` an answer from
-which no option can be extracted is wrong, and `Score.unanswered` says so.
+The released evaluator takes an empty answer for a choice of "C". `Score.released` is its number; in `Score.score` an
+answer from which no option can be extracted is wrong, and `Score.unanswered` says so.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import NamedTuple
 # in the order in which the released evaluator takes them out
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 SPECIAL = set("\\.^$*+?{}[]|()")  # characters that the evaluator escapes in options
-PERIODS = 32  # so many periods at most are taken out: the evaluator passes a flag where the count goes
+PERIODS = 32  # at most so many periods are removed: the evaluator passes a flag of `re` in place of a count
 EMPTY_CHOICE = "C"
 
 
@@ -32,22 +32,22 @@ def score(kind: str, answer: str, reference: str, choices: Sequence[str] = ()) -
 
     Raises ValueError for another kind, or for a reference that is not among the choices.
     """
-    told, due = normal(answer), normal(reference)
-    empty = float(not told)
+    given, expected = normal(answer), normal(reference)
+    empty = float(not given)
     if kind == "choice":
         options = [normal(choice) for choice in choices]
-        if due not in options:
+        if expected not in options:
             raise ValueError(f"the reference {reference!r} is none of the choices {list(choices)}")
         letters = {letter_of(i): option for i, option in enumerate(options)}
-        chosen, right = extract(told, letters), letter_of(options.index(due))
-        taken = chosen or (EMPTY_CHOICE if not told else "")
+        chosen, right = extract(given, letters), letter_of(options.index(expected))
+        taken = chosen or (EMPTY_CHOICE if not given else "")
         return Score(float(chosen == right), float(taken == right), float(not chosen))
     if kind == "rouge":
-        value = rouge_l(told, due)
+        value = rouge_l(given, expected)
     elif kind == "needle":
-        value = float(due in told.split())
+        value = float(expected in given.split())
     elif kind == "contains":
-        value = float(due in told)
+        value = float(expected in given)
     else:
         raise ValueError(f"got {kind=}; accepted: choice, rouge, needle, contains")
     return Score(value, value, empty)
@@ -73,8 +73,8 @@ def letter_of(index: int) -> str:
 
 
 def normal(text: str) -> str:
-    """Text as it is compared: lower case, punctuation taken out where it stands at a space (or anywhere in a text with a number
-    like 1,000), else made a space; no period but before a digit."""
+    """Text as it is compared: lower case, without periods except before a digit. A punctuation mark is removed where it
+    occurs beside a space, or where the text has a number like 1,000; else it becomes a space."""
     text = text.replace("\n", " ").replace("\t", " ").strip()
     numbers = re.search(r"\d,\d", text)
     result = text
@@ -86,11 +86,11 @@ def normal(text: str) -> str:
 
 
 def extract(answer: str, options: Mapping[str, str]) -> str:
-    """The letter of the option that a normalized answer names, "" where none can be told.
+    """The letter of the option that a normalized answer names, "" where none can be found.
 
     options   letter -> normalized text
-    In this order: the first "letter text" in the answer; the first option's text, spaces aside; an answer of one letter; the only
-    option letter among the answer's characters.
+    In this order: the first "letter text" in the answer; the first option's text, spaces aside; an answer of one
+    letter; the only option letter among the answer's characters.
     """
     if not answer:
         return ""
@@ -98,9 +98,8 @@ def extract(answer: str, options: Mapping[str, str]) -> str:
     if named:
         return named[1][0].upper()
     closed = first_of(answer.replace(" ", ""), [(k, text.replace(" ", "")) for k, text in options.items()])
-    if closed and not SPECIAL & set(
-        closed[1]
-    ):  # the evaluator compares what it found with the escaped text, and loses these
+    # the evaluator compares what it found with the escaped text, so it misses options with special characters
+    if closed and not SPECIAL & set(closed[1]):
         return next(k for k, text in options.items() if text.replace(" ", "") == closed[1])
     if len(answer) == 1 and answer.upper() in options:
         return answer.upper()
@@ -109,7 +108,7 @@ def extract(answer: str, options: Mapping[str, str]) -> str:
 
 
 def first_of(text: str, parts: Sequence[tuple[str, str]]) -> tuple[str, str] | None:
-    """The (key, part) that occurs first in the text; of two at one place, the earlier of the parts. None where none occurs."""
+    """The (key, part) that occurs first in the text, of two at one place the earlier part; None where none does."""
     found = [(text.find(part), i) for i, (_, part) in enumerate(parts) if part in text]
     return parts[min(found)[1]] if found else None
 
@@ -119,13 +118,13 @@ def rouge_l(answer: str, reference: str) -> float:
 
     Raises ValueError for an empty reference.
     """
-    told, due = sentences(answer), sentences(reference)
-    if not due:
+    given, expected = sentences(answer), sentences(reference)
+    if not expected:
         raise ValueError(f"the reference {reference!r} has no words")
-    if not told:
+    if not given:
         return 0.0
-    common = set().union(*(common_words(r, a) for r in due for a in told))
-    recall, precision = len(common) / distinct(due), len(common) / distinct(told)
+    common = set().union(*(common_words(r, a) for r in expected for a in given))
+    recall, precision = len(common) / distinct(expected), len(common) / distinct(given)
     return 2 * precision * recall / (precision + recall + 1e-8)
 
 
@@ -138,7 +137,7 @@ def distinct(parts: Sequence[Sequence[str]]) -> int:
 
 
 def common_words(reference: Sequence[str], answer: Sequence[str]) -> set[str]:
-    """Words of the longest common subsequence; of several, the one that a walk back from the ends finds, answer first."""
+    """Words of the longest common subsequence; of several, the one found by walking back, answer first."""
     n, m = len(reference), len(answer)
     length = [[0] * (m + 1) for _ in range(n + 1)]
     for i in range(1, n + 1):

@@ -20,7 +20,7 @@ def text_prompts(tokenizer: Any, text: str, windows: int, prefix: int, count: in
 
 
 def read_prompts(path: Path) -> list[dict]:
-    """Lines of a JSON Lines file: {"prompt": text, "following": text, "images": [file beside it, ...]}; images are optional.
+    """Lines of a JSON Lines file: {"prompt": text, "following": text, "images": [file, ...] (optional)}.
 
     Raises ValueError, naming the line, for what is not so.
     """

@@ -1,4 +1,4 @@
-"""Settings of a table: "none" for the model's own cache, or a recipe and its options; and the model that runs under one."""
+"""Settings of a table ("none": the model's own cache; or a recipe and options), and running a model under one."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ ALWAYS = {"inner": "eager", "value_rotation": "online"}  # unless the options sa
 
 
 class NothingPacked(RuntimeError):
-    """The backend ran and left every cache as it was: a number measured so would be the model's own."""
+    """The backend ran and left every cache as it was: a number measured like this would be the model's own."""
 
 
 def options_of(text: str) -> dict[str, Any] | None:
-    """recipe[:option=value,...] as backend options, None for "none". Raises ValueError for what AKVQConfig does not accept."""
+    """recipe[:option=value,...] as backend options, None for "none". Raises ValueError as AKVQConfig does."""
     if text == OWN:
         return None
     recipe, _, rest = text.partition(":")
@@ -42,7 +42,7 @@ def options_of(text: str) -> dict[str, Any] | None:
 
 
 def described(options: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """Every field of the configuration that these options mean, for a store's key: a changed default is another setting."""
+    """Every field of the configuration, for a store's key: a changed default is another setting."""
     return None if options is None else dataclasses.asdict(akvq_fx.AKVQConfig.from_options({**ALWAYS, **options}))
 
 
@@ -50,8 +50,8 @@ def described(options: Mapping[str, Any] | None) -> dict[str, Any] | None:
 def running(model: torch.nn.Module, options: Mapping[str, Any] | None) -> Iterator[Any]:
     """The model as it runs under these options: itself for None, else compiled with the backend.
 
-    Values are rotated in the graph unless told otherwise, so weights stay as they are. Dynamo's compiled code is reset before
-    and after.
+    Values are rotated in the graph unless the options say otherwise, so weights stay as they are. Dynamo's compiled
+    code is reset before and after.
     """
     if options is None:
         yield model
@@ -88,7 +88,7 @@ def prefill(model: Any, inputs: Mapping[str, Any]) -> Any:
 
 
 def read(model: Any, ids: Tensor, cache: Any, step: int | None = None) -> tuple[Tensor, Any]:
-    """Logits [n, V] of ids [n] read over a cache, `step` a call (all in one unless told), and the cache after them."""
+    """Logits [n, V] of ids [n] read over a cache, `step` a call (None: all in one), and the cache after them."""
     logits, name = [], cache_argument(model)
     for part in ids.split(step or len(ids)):
         out = model(**to_model({"input_ids": part[None]}, model), **{name: cache}, use_cache=True)
@@ -98,7 +98,7 @@ def read(model: Any, ids: Tensor, cache: Any, step: int | None = None) -> tuple[
 
 
 def bits_of(cache: Any, model: Any) -> float:
-    """Bits per cached number, of all tensors of the cache; `model` ran it. Of a simulated recipe: what its real cache would take.
+    """Bits per cached number of a cache that `model` filled; of a simulated recipe, what its real cache would take.
 
     Raises NothingPacked where a compiled model left no packed tensor.
     """

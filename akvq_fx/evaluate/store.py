@@ -1,7 +1,7 @@
 """Store: what was measured so far, in one JSON file that a later run goes on with.
 
-A cell is one task under one setting on one model. It holds one row (a dict of numbers, maybe texts) for each sample, in the
-order of the samples, so that a run that was stopped goes on at its sample and a run with more samples adds to it.
+A cell is one task under one setting on one model. It holds one row (a dict of numbers, maybe texts) for each sample, in
+the order of the samples, so that a run that was stopped goes on at its sample and a run with more samples adds to it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ FORMAT = "akvq_fx.evaluate 1"
 
 
 class Store:
-    """{"format", "cells": {digest of what: {"what": {...}, "rows": [{...}, ...]}}, "table": [...]}; in memory without a path.
+    """{"format", "cells": {digest of what: {"what": {...}, "rows": [{...}, ...]}}, "table": [...]}; no path: in memory.
 
     Raises ValueError for a file that is no such store.
     """
@@ -53,7 +53,7 @@ class Store:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             beside = self.path.with_name(self.path.name + ".part")
             beside.write_text(json.dumps(self.content, indent=1) + "\n")
-            os.replace(beside, self.path)  # whoever stops the run leaves the old file or the new one, never half of one
+            os.replace(beside, self.path)  # atomic: a stopped run leaves the old file or the new one
 
 
 def digest(what: Mapping[str, Any]) -> str:

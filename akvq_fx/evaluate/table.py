@@ -22,7 +22,7 @@ class Column(NamedTuple):
 
 
 class Suite(Protocol):
-    """Tasks of one model. `what` is all that a cell's numbers depend on but the setting; `headline` is the measure of `wide`."""
+    """Tasks of one model. what: all that a cell's numbers depend on but the setting; headline: measure of wide."""
 
     model: str
     tasks: Sequence[str]
@@ -40,12 +40,12 @@ class Suite(Protocol):
 def fill(
     suite: Suite, settings: Mapping[str, Mapping[str, Any] | None], store: Store, progress: Callable | None = None
 ) -> list[dict]:
-    """Measure every task under every setting, samples that the store has excepted, and return the table's rows.
+    """Measure every task under every setting, except samples that the store has already, and return the table's rows.
 
     settings   by the name that the table shows, options of the backend; None: the model's own cache
     progress   tqdm.tqdm, or None for no bars
-    A row: model, task, setting, samples, and {measure: [mean, standard error or None]}. A setting is compiled once for all tasks,
-    and not at all where nothing is missing.
+    A row: model, task, setting, samples, and {measure: [mean, standard error or None]}. A setting is compiled once for
+    all tasks, and not at all where nothing is missing.
     """
     cells = {}
     for name, options in settings.items():
@@ -86,7 +86,7 @@ def cell_of(suite: Suite, task: str, options: Mapping[str, Any] | None) -> dict[
 def mean(rows: Sequence[Mapping[str, Any]], name: str) -> tuple[float | None, float | None]:
     """Mean over the samples that have this measure, and its standard error: s / sqrt(n), s with n - 1.
 
-    For shares of right answers that is sqrt(p (1 - p) / (n - 1)). None for the error of one sample, and for the mean of none.
+    For shares of right answers that is sqrt(p (1 - p) / (n - 1)). No samples have no mean, one sample no error: None.
     """
     values = [row[name] for row in rows if row.get(name) is not None]
     if not values:
@@ -99,7 +99,7 @@ def mean(rows: Sequence[Mapping[str, Any]], name: str) -> tuple[float | None, fl
 
 
 def markdown(table: Sequence[Mapping[str, Any]], columns: Sequence[Column], headline: str) -> str:
-    """All measures, one line a cell; before it, where there are several tasks, the headline measure by setting and task."""
+    """All measures, one line a cell; before it, if there are several tasks, the headline by setting and task."""
     tasks = list(dict.fromkeys(row["task"] for row in table))
     lines = [*wide(table, next(c for c in columns if c.name == headline), tasks), ""] if len(tasks) > 1 else []
     lines += head(["model", "task", "setting", "samples", *(column.title for column in columns)])
@@ -110,7 +110,7 @@ def markdown(table: Sequence[Mapping[str, Any]], columns: Sequence[Column], head
 
 
 def wide(table: Sequence[Mapping[str, Any]], column: Column, tasks: Sequence[str]) -> list[str]:
-    """Lines of one measure: models and settings down, tasks across, and the mean over tasks with the error of that mean."""
+    """Lines of one measure: models and settings down, tasks across, then the mean over tasks with its error."""
     found = {(row["model"], row["setting"], row["task"]): row["measures"][column.name] for row in table}
     lines = head(["model", "setting", *tasks, f"mean {column.title}"])
     for model, setting in dict.fromkeys((model, setting) for model, setting, _ in found):
@@ -127,7 +127,7 @@ def all_errors(cells: Sequence[Sequence[float | None]]) -> bool:
 
 
 def text(cell: Sequence[float | None], column: Column) -> str:
-    """mean ± error; the error is left out where the column has none or one sample gives none, "-" stands for no mean."""
+    """mean ± error; without the error where the column has none or one sample gives none; "-" for no mean."""
     value, error = cell
     if value is None:
         return "-"

@@ -1,12 +1,13 @@
-"""Multi-image questions of a folder that holds a model and its task generator: answer accuracy and NLL per answer token.
+"""Multi-image questions of a folder with a model and a task generator: accuracy and NLL per answer token.
 
-The folder has load.py with load(dtype=...) -> (model, tokenizer) and inputs(tokenizer, images, question) -> model inputs whose
-image tokens come before the question; tasks.py with TASKS, Bank, make, example, specs and render; and sprites.pkl.
+The folder has load.py with load(dtype=...) -> (model, tokenizer) and inputs(tokenizer, images, question) -> model
+inputs whose image tokens come before the question; tasks.py with TASKS, Bank, make, example, specs and render; and
+sprites.pkl.
 
-The prompt up to and including its last image token is run once and packed, then every question of the sample is asked over a copy
-of that cache. Question and reference answer are read in one call. Greedy decoding gives the reference answer if and only if, at
-every answer position and at the end token, the most likely token is the reference's: so exact match of the greedy answer is
-counted without decoding.
+The prompt up to and including its last image token is run once and packed, then every question of the sample is asked
+over a copy of that cache. Question and reference answer are read in one call. Greedy decoding gives the reference
+answer if and only if, at every answer position and at the end token, the most likely token is the reference's: so exact
+match of the greedy answer is counted without decoding.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from torch import Tensor
 from akvq_fx.evaluate.settings import bits_of, prefill, read, running
 from akvq_fx.evaluate.table import Column
 
-PROBES = 64  # samples drawn to see whether a task occurs; the rarest asks in about every second
+PROBES = 64  # samples drawn to see whether a task occurs; the rarest occurs in about every second sample
 
 
 class ImageTasks:
@@ -36,10 +37,10 @@ class ImageTasks:
     images      images a sample;  samples   samples a task
     questions   questions a sample, of the task's own kind; fewer where a sample has fewer
     split       as tasks.example takes it
-    trust_remote_code   the folder's Python files are run and its sprites.pkl is unpickled, which can do anything: nothing is opened
-                        without it
-    Raises PermissionError without trust_remote_code, ValueError for a task that the folder does not have or that does not occur
-    with so many images, OSError for a folder without the files.
+    trust_remote_code   the folder's Python files are run and its sprites.pkl is unpickled, which can do anything:
+                        nothing is opened without it
+    Raises PermissionError without trust_remote_code, ValueError for a task that the folder does not have or that does
+    not occur with so many images, OSError for a folder without the files.
     """
 
     columns = (
@@ -64,8 +65,8 @@ class ImageTasks:
     ):
         if not trust_remote_code:
             raise PermissionError(
-                f"{folder}: its load.py and tasks.py would be run and its sprites.pkl unpickled, which can do anything on this "
-                "machine; if you trust them, say --trust-remote-code (ImageTasks(..., trust_remote_code=True))"
+                f"{folder}: its load.py and tasks.py would be run and its sprites.pkl unpickled, which can do anything "
+                "on this machine; if you trust them, say --trust-remote-code (ImageTasks(..., trust_remote_code=True))"
             )
         if images < 2 or samples < 1 or questions < 1:
             raise ValueError(f"got {images=}, {samples=}, {questions=}; accepted: 2, 1 and 1, or more")
@@ -106,7 +107,7 @@ class ImageTasks:
     def _loaded(self) -> tuple[Any, Any, ModuleType, Tensor]:
         loader = module_at(self._folder / "load.py")
         model, tokenizer = loader.load(dtype=torch.float32)
-        for weight in model.parameters():  # buffers stay: rotary frequencies at 16 bits are another model's
+        for weight in model.parameters():  # not buffers: rotary frequencies rounded to 16 bits would make another model
             weight.data = weight.data.to(self._dtype)
         return model.eval().to(self._device), tokenizer, loader, self._bank.tensor()
 
@@ -151,14 +152,14 @@ def answer_ids(tokenizer: Any, answer: str) -> Tensor:
 
 @torch.no_grad()
 def ask(run: Any, prefix: Mapping[str, Any], questions: Sequence[tuple[Tensor, Tensor]]) -> dict[str, float]:
-    """Accuracy and NLL per answer token, means over questions (ids [n], answer ids [m]) over one cached prefix; and its bits."""
+    """Accuracy and NLL per answer token, means over (question ids, answer ids); and bits of the cached prefix."""
     cache = prefill(run, prefix)
     right, nll = [], []
     for question, answer in questions:
         logits, _ = read(run, torch.cat([question, answer]), copy.deepcopy(cache))
-        told = logits[-len(answer) - 1 : -1].double().log_softmax(-1).cpu()
-        right.append(float((told.argmax(-1) == answer).all()))
-        nll.append(-told.gather(1, answer[:, None]).mean().item())
+        log_probs = logits[-len(answer) - 1 : -1].double().log_softmax(-1).cpu()
+        right.append(float((log_probs.argmax(-1) == answer).all()))
+        nll.append(-log_probs.gather(1, answer[:, None]).mean().item())
     return {"accuracy": sum(right) / len(right), "nll": sum(nll) / len(nll), "bits": bits_of(cache, run)}
 
 

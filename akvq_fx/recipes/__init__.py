@@ -1,4 +1,4 @@
-"""Recipes: published KV-cache quantization methods by name, one small file each. They know nothing of the rest of akvq_fx."""
+"""Recipes: published KV-cache quantization methods by name, one file each. They import nothing else of akvq_fx."""
 
 from akvq_fx.recipes.akvq import AKVQ
 from akvq_fx.recipes.akvq_vl import AKVQ_VL

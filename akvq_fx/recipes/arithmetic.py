@@ -1,7 +1,7 @@
-"""Arithmetic that several methods share: asymmetric rounding to nearest, numbers as they are stored, the Hadamard transform.
+"""Arithmetic that several methods share: rounding to nearest, numbers as they are stored, the Walsh-Hadamard rotation.
 
-Everything is computed in float32 (float64 stays). Scales and minima are used as they would be stored, so that what is read is
-what a packed cache of the counted bits could hold.
+Everything is computed in float32 (float64 stays). Scales and minima are used as they would be stored, so that what is
+read is what a packed cache of the counted bits could hold.
 """
 
 from __future__ import annotations
@@ -47,7 +47,8 @@ def round_trip(
 ) -> Tensor:
     """Quantize and dequantize x, one range along `dim`.
 
-    lo = clip * min, hi = clip * max, scale = (hi - lo) / (2^b - 1), code = round((x - lo) / scale), read as code * scale + lo.
+    lo = clip * min, hi = clip * max, scale = (hi - lo) / (2^b - 1), code = round((x - lo) / scale), read as code *
+    scale + lo.
     stored  what storage makes of scale and minimum;  among  bool, broadcastable to x: members that make the range
     """
     x, top = wide(x), 2**bits - 1
@@ -64,8 +65,8 @@ def round_trip_channels(x: Tensor, bits: int, group: int, clip: float = 1.0, sto
     return round_trip(grouped, bits, -1, clip, stored).flatten(-2)
 
 
-def hadamard(x: Tensor) -> Tensor:
-    """The normalised Walsh-Hadamard transform of the last axis in blocks of its largest power of two, as kernels/rotate.py's."""
+def rotate(x: Tensor) -> Tensor:
+    """kernels/rotate.py's rotation of the last axis: Walsh-Hadamard in blocks of its largest power of two."""
     x = wide(x)
     order = x.shape[-1] & -x.shape[-1]
     out, size = x.unflatten(-1, (-1, order)), 1

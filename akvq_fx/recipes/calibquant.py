@@ -1,10 +1,11 @@
 """CalibQuant (Han et al., arXiv 2502.14882): vision tokens at 1 bit, per channel, and their scores squeezed. Simulated.
 
-Per channel over all vision tokens: minimum and maximum times `shrink` (0.5 for keys, 0.3 for values), 2^b levels. Text is at 16
-bits. Post-scaling, which applies a channel's scale to the query and to the output instead of to each code, gives the same numbers.
-Calibration: scores a of the vision tokens, per query head, become (a - min) / (max - min) * (max - shift - min) + min with shift 3
-as released, before mask and softmax. Where scores differ by less than 3 this turns their order around; so does the released code.
-Vision tokens that a later prompt brings join the ranges; in the released code only the first prompt has any.
+Per channel over all vision tokens: minimum and maximum times `shrink` (0.5 for keys, 0.3 for values), 2^b levels. Text
+is at 16 bits. Post-scaling, which applies a channel's scale to the query and to the output instead of to each code,
+gives the same numbers. Calibration: scores a of the vision tokens, per query head, become (a - min) / (max - min) *
+(max - shift - min) + min with shift 3 as released, before mask and softmax. Where scores differ by less than 3 this
+reverses their order; so does the released code. Vision tokens that a later prompt brings join the ranges; in the
+released code only the first prompt has any.
 """
 
 from __future__ import annotations

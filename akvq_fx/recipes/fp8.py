@@ -1,4 +1,4 @@
-"""fp8: every cached number as e4m3 without a scale, too large ones at 448, as serving systems do uncalibrated. Simulated."""
+"""fp8: every cached number as e4m3 without a scale, clipped at 448, as uncalibrated serving systems do. Simulated."""
 
 from __future__ import annotations
 

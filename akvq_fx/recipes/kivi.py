@@ -1,7 +1,7 @@
-"""KIVI (Liu et al., arXiv 2402.02750): keys per channel, values per token, the most recent tokens at 16 bits. Simulated.
+"""KIVI (Liu et al., arXiv 2402.02750): keys per channel, values per token, recent tokens at 16 bits. Simulated.
 
-Keys, after RoPE: groups of `group` consecutive tokens share a range per channel. They are quantized in blocks of `residual`
-tokens, when a block is full and has been used; the tokens of the block that is filling stay at 16 bits.
+Keys, after RoPE: groups of `group` consecutive tokens share a range per channel. They are quantized in blocks of
+`residual` tokens, when a block is full and has been used; the tokens of the block that is filling stay at 16 bits.
 Values: per token, groups of `group` channels; the last `residual` tokens stay at 16 bits.
 A constant group, which has no range in the released code, reads as its constant.
 """

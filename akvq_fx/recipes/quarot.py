@@ -1,7 +1,7 @@
-"""QuaRot's cache (Ashkboos et al., arXiv 2404.00456): WHT of keys after RoPE and of values, then per-token groups. Packed.
+"""QuaRot's cache (Ashkboos et al., arXiv 2404.00456): WHT of keys (after RoPE) and values, per-token groups. Packed.
 
-Group 128 and clip 0.95 are the paper's. 2 bits here, to compare at equal bits; options={"body_bits": 4} gives the paper's. No
-token is kept at 16 bits: neither its paper nor its code has a recent window.
+Group 128 and clip 0.95 are the paper's. 2 bits here, to compare at equal bits; options={"body_bits": 4} gives the
+paper's. No token is kept at 16 bits: neither its paper nor its code has a recent window.
 """
 
 from akvq_fx.recipes.recipe import Recipe

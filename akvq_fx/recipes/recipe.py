@@ -1,8 +1,9 @@
 """Recipe, Simulator, Simulation: what a published KV-cache quantization method changes, and how it is carried out here.
 
-A *packed* recipe is a set of options: its layout is one that kernels/layout.py packs. A *simulated* one keeps the original
-tokens and quantizes and dequantizes them whenever attention reads them, by a pure function of the tokens and their positions:
-groups have fixed boundaries, so this gives the numbers that quantizing at write time gives, and no memory is saved.
+A *packed* recipe is a set of options: its layout is one that kernels/layout.py packs. A *simulated* one keeps the
+original tokens and quantizes and dequantizes them whenever attention reads them, by a pure function of the tokens and
+their positions: groups have fixed boundaries, so this gives the numbers that quantizing at write time gives, and no
+memory is saved.
 """
 
 from __future__ import annotations
@@ -38,9 +39,10 @@ class Simulator:
     """A method's arithmetic for one half of the cache; **numbers are the keyword parameters of `read`, in its order.
 
     read    (x [R, H, T, D], context, **numbers) -> what attention reads, in x's shape and dtype
-    bits    (head_dim, heads, tokens, vision, **numbers) -> bits per cached number in a real cache of the method, every overhead
-            counted; vision is the share of vision tokens
-    scores  (a [R, Hq, q, T] scaled scores, seen [R, T] bool, **numbers) -> scores; seen are the vision tokens cached before
+    bits    (head_dim, heads, tokens, vision, **numbers) -> bits per cached number in a real cache of the method, every
+            overhead counted; vision is the share of vision tokens
+    scores  (a [R, Hq, q, T] scaled scores, seen [R, T] bool, **numbers) -> scores; seen are the vision tokens cached
+            before
     """
 
     read: Callable[..., Tensor]

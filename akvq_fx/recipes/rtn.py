@@ -1,4 +1,4 @@
-"""RTN: round to nearest, per token, asymmetric, groups of 128 channels; no token is kept at more bits, nothing is turned. Packed.
+"""RTN: round to nearest, per token, asymmetric, groups of 128 channels; every token alike, no rotation. Packed.
 
 The baseline of every paper in this folder. `rtn` is the same arithmetic for methods that change the tokens first.
 """
@@ -11,7 +11,7 @@ from torch import Tensor
 from akvq_fx.recipes.arithmetic import round_trip_channels, width
 from akvq_fx.recipes.recipe import SIMULATORS, Context, Recipe, Simulator
 
-# every token alike: no overlays, no layer apart
+# every token and every layer is treated alike
 PLAIN = {"window": 0, "pivots": 0, "tsa_layers": (), "center_keys": False, "balance_keys": False, "group": 128}
 RTN2, RTN4 = (
     Recipe(f"rtn{bits}", "none", {**PLAIN, "rotate": False, "body_bits": bits, "body_clip": 1.0}) for bits in (2, 4)

@@ -1,12 +1,13 @@
-"""SKVQ (Duanmu et al., arXiv 2405.06219): channels reordered, clipped groups with fp8 ranges, recent and first tokens at 16 bits.
+"""SKVQ (Duanmu et al., arXiv 2405.06219): channels reordered, clipped groups, recent and first tokens at 16 bits.
 
-Simulated. Per token, groups of channels of the heads laid side by side, so a group may span heads: minimum and maximum times
-`clip`, both stored as e4m3. The `sink` first tokens and the last `window` stay at 16 bits. 2 bits for both halves.
-Reordering: k-means over every channel's (minimum, maximum) makes as many clusters as there are groups of `group` channels, and
-the clusters, of any size, are the groups. The original calibrates once per model, on 256 samples of WikiText. Here a row's own
-first `calibrate` tokens are the sample, and nothing is quantized before they are cached. They never change, so a row has one
-order for good; with `calibrate` up to `sink + window + 1` no token waits for it. 0 is no reordering: neighbours make a group.
-An order costs nothing in the bits: in the original it is the model's. Keys are after RoPE, where the cache has them, not before.
+Simulated. Per token, groups of channels of the heads laid side by side, so a group may span heads: minimum and maximum
+times `clip`, both stored as e4m3. The `sink` first tokens and the last `window` stay at 16 bits. 2 bits for both
+halves. Reordering: k-means over every channel's (minimum, maximum) makes as many clusters as there are groups of
+`group` channels, and the clusters, of any size, are the groups. The original calibrates once per model, on 256 samples
+of WikiText. Here a row's own first `calibrate` tokens are the sample, and nothing is quantized before they are cached.
+They never change, so a row has one order for good; with `calibrate` up to `sink + window + 1` no token waits for it. 0
+is no reordering: neighbours make a group. An order costs nothing in the bits: in the original it is the model's. Keys
+are after RoPE, where the cache has them, not before.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch.nn import functional as F
 from akvq_fx.recipes.arithmetic import e4m3, round_trip, round_trip_channels, wide
 from akvq_fx.recipes.recipe import SIMULATORS, Context, Recipe, Simulator
 
-BETWEEN, ROUNDS = 3, 20  # of Lloyd's algorithm, after each new centre and in the end
+BETWEEN, ROUNDS = 3, 20  # iterations of Lloyd's algorithm after each new centre, and at the end
 
 
 def read(
@@ -40,12 +41,12 @@ def read(
 
 
 def members(head_dim: int, heads: int, group: int) -> int:
-    """Channels of a group, of clusters their mean: as asked where they divide the heads laid side by side, else a head's."""
+    """Channels in a group (a cluster: on average): `group` where it divides all heads' channels, else head_dim."""
     return group if heads * head_dim % group == 0 else head_dim
 
 
 def settled(past: int, window: int, sink: int, calibrate: int) -> int:
-    """Where the quantized tokens end, which begin at `sink`."""
+    """End of the quantized tokens, which begin at `sink`."""
     return max(sink, past - window) if past >= calibrate else sink
 
 
@@ -63,15 +64,15 @@ def ranges(x: Tensor) -> Tensor:
 
 
 def clusters(points: Tensor, count: int) -> Tensor:
-    """[C] labels below `count` of points [C, 2], by fast global k-means (Likas et al. 2003), in which nothing is random.
+    """[C] labels below `count` of points [C, 2], by fast global k-means (Likas et al. 2003); not random.
 
-    Centres are added one by one, each at the point that leaves the least squared distance. In float64, so that the order of
-    points has no influence. Where fewer of them differ, some labels have none.
+    Centres are added one by one, each at the point that leaves the least squared distance. In float64, so that the
+    order of points has no influence. Where fewer than `count` points differ, some labels go unused.
     """
     points = points.double()
-    apart, centres = distances(points, points), points.mean(0, keepdim=True)
+    pairwise, centres = distances(points, points), points.mean(0, keepdim=True)
     while len(centres) < count:
-        left = distances(points, centres).amin(1, keepdim=True).minimum(apart).sum(0)
+        left = distances(points, centres).amin(1, keepdim=True).minimum(pairwise).sum(0)
         centres = lloyd(points, torch.cat([centres, points[left.argmin()][None]]), BETWEEN)
     return distances(points, lloyd(points, centres, ROUNDS)).argmin(1)
 

@@ -1,9 +1,9 @@
 """SmoothQuant on a cache (Xiao et al., arXiv 2211.10438): K/s and Q*s per channel, then RTN at 2 bits. Simulated.
 
-s_j = max_t |K_tj|^alpha / max_t |Q_tj|^(1 - alpha), alpha 0.5, over the prompt, after RoPE, where it is exact for any s; the
-query heads of a group share a key head's s. Reading s * RTN(K / s) with plain queries is the same scores. It is a baseline of
-arXiv 2501.15021, which gives no code; the definition is ours. Values are RTN: their smoothing is folded into weights, which a
-cache does not see.
+s_j = max_t |K_tj|^alpha / max_t |Q_tj|^(1 - alpha), alpha 0.5, over the prompt, after RoPE, where it is exact for any
+s; the query heads of a group share a key head's s. Reading s * RTN(K / s) with plain queries is the same scores. It is
+a baseline of arXiv 2501.15021, which gives no code; the definition is ours. Values are RTN: their smoothing is folded
+into weights, which a cache does not see.
 """
 
 from __future__ import annotations

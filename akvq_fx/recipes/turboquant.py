@@ -1,7 +1,8 @@
-"""TurboQuant (Zandieh et al., arXiv 2504.19874): a turned unit vector, each coordinate at a normal's best levels. Simulated.
+"""TurboQuant (Zandieh et al., arXiv 2504.19874): rotated unit vectors, coordinates quantized as a normal's. Simulated.
 
-y = H x / |x|; code = nearest Lloyd-Max centroid of N(0, 1/D); stored: codes, and one fp16 length per token and head, chosen so that
-what is read has x's length. Without the QJL residual, random signs, and layers kept at 16 bits. 2 bits for both halves.
+y = H x / |x|; code = nearest Lloyd-Max centroid of N(0, 1/D); stored: codes, and one fp16 length per token and head,
+chosen so that what is read has x's length. Without the QJL residual, random signs, and layers kept at 16 bits. 2 bits
+for both halves.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import math
 import torch
 from torch import Tensor
 
-from akvq_fx.recipes.arithmetic import hadamard, half, wide
+from akvq_fx.recipes.arithmetic import half, rotate, wide
 from akvq_fx.recipes.recipe import SIMULATORS, Context, Recipe, Simulator
 
 
@@ -34,10 +35,10 @@ def read(x: Tensor, context: Context, bits: int) -> Tensor:
     past = wide(x[..., : context.past, :])
     length = past.norm(dim=-1, keepdim=True)
     levels = past.new_tensor(centroids(bits))
-    turned = hadamard(past / length.clamp_min(torch.finfo(past.dtype).tiny)) * x.shape[-1] ** 0.5
-    nearest = levels[torch.bucketize(turned.contiguous(), (levels[1:] + levels[:-1]) / 2)]
+    rotated = rotate(past / length.clamp_min(torch.finfo(past.dtype).tiny)) * x.shape[-1] ** 0.5
+    nearest = levels[torch.bucketize(rotated.contiguous(), (levels[1:] + levels[:-1]) / 2)]
     stored = half(length / nearest.norm(dim=-1, keepdim=True))
-    return torch.cat([(hadamard(nearest) * stored).to(x.dtype), x[..., context.past :, :]], -2)
+    return torch.cat([(rotate(nearest) * stored).to(x.dtype), x[..., context.past :, :]], -2)
 
 
 def bits_of(head_dim: int, heads: int, tokens: int, vision: float, bits: int) -> float:

@@ -2,7 +2,7 @@
 
     python benchmarks/conformance/families.py [--kind image-text] [--only llama,qwen3] [--part 0 --parts 2]
 
-Each family is built from its default configuration with small sizes put in, and generates from two text prompts, one of
+Each family is built from its default configuration with small sizes, and generates from two text prompts, one of
 them padded: uncompiled, in lossless mode, and at 2 bits. A line says `same` or `DIFFERENT` (lossless tokens against
 uncompiled ones), `FAILED` (compiled only), or `not run` with what transformers says where the family cannot be built or
 run so; then the packed layers, the logits' largest change at 2 bits, and why other caches stay at 16 bits. The exit
@@ -45,7 +45,7 @@ SIZES |= dict.fromkeys(("vocab_size", "vocab_size_per_layer_input"), VOCABULARY)
 SIZES |= {"num_key_value_heads": 2, "head_dim": 16, "rotary_dim": 8, "sliding_window": 8, "attention_window_size": 8}
 SIZES |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "hidden_size_per_layer_input": 8}
 SIZES |= {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 8}
-# of latent attention, where a head's rotated part is what head_dim says
+# of latent attention, where head_dim is that of the part with RoPE
 LATENT = {"kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16}
 LATENT |= {"num_key_value_heads": HEADS}
 VISION = {
@@ -59,11 +59,11 @@ VISION = {
 VISION |= {"num_attention_heads": 2, "num_heads": 2, "image_size": 28, "out_hidden_size": WIDTH, "projection_dim": 32}
 IMAGE_TOKEN = VOCABULARY - 1
 PACKED = {"inner": "eager", "window": 4, "pivots": 2}
-SECONDS, MEMORY = 120, 14 << 30  # of one family; default sizes that nothing here shrinks end there
+SECONDS, MEMORY = 120, 14 << 30  # limits for one family, whose default sizes may not have been shrunk
 
 
 def small(given: dict[str, Any], part: str = "") -> dict[str, Any]:
-    """Arguments for a configuration that has the fields `given`; parts of it likewise."""
+    """Small sizes for a configuration that has the fields `given`, and for its parts."""
     latent = given.get("qk_rope_head_dim") is not None
     sizes = VISION if "vision" in part else {**SIZES, **LATENT} if latent else SIZES
     made = {name: sizes[name] for name, value in given.items() if name in sizes and value is not None}
@@ -103,13 +103,13 @@ def generate(family: str, kind: str, options: dict[str, Any] | None) -> tuple[to
         model.compile(backend="akvq", options=options)
     asked = {"max_new_tokens": 8, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
     out = model.generate(input_ids=ids, attention_mask=mask, **asked)
-    told = ""
+    note = ""
     if options is not None:
         layers = getattr(cache_of(out), "layers", [])
         packed = [isinstance(getattr(layer, "keys", None), akvq_fx.PackedKV) for layer in layers]
         reasons = sorted({row.reason for row in akvq_fx.report(model).refused})
-        told = "; ".join([f"{sum(packed)} of {len(packed)} layers packed", *reasons])
-    return out.sequences, torch.stack(out.logits), told
+        note = "; ".join([f"{sum(packed)} of {len(packed)} layers packed", *reasons])
+    return out.sequences, torch.stack(out.logits), note
 
 
 def examine(family: str, kind: str, answer) -> None:
@@ -126,9 +126,9 @@ def examine(family: str, kind: str, answer) -> None:
         return
     try:
         exact, _, _ = generate(family, kind, {**PACKED, "body_bits": 16})
-        _, changed, told = generate(family, kind, PACKED)
+        _, changed, note = generate(family, kind, PACKED)
         verdict = "same" if torch.equal(tokens, exact) else "DIFFERENT"
-        answer.send((verdict, f"{told}; 2 bits change logits by {(changed - logits).abs().max().item():.1e}"))
+        answer.send((verdict, f"{note}; 2 bits change logits by {(changed - logits).abs().max().item():.1e}"))
     except BaseException as error:
         answer.send(("FAILED", first_line(error)))
 
@@ -156,9 +156,9 @@ def main() -> int:
     args = parser.parse_args()
     counts: dict[str, int] = {}
     for family in (args.only or sorted(KINDS[args.kind]))[args.part :: args.parts]:
-        verdict, told = verdict_on(family, args.kind)
+        verdict, note = verdict_on(family, args.kind)
         counts[verdict] = counts.get(verdict, 0) + 1
-        print(f"{verdict:9} {family}: {told}", flush=True)
+        print(f"{verdict:9} {family}: {note}", flush=True)
     print(", ".join(f"{count} {verdict}" for verdict, count in counts.items()))
     return int(bool(counts.keys() & {"DIFFERENT", "FAILED"}))
 

@@ -5,8 +5,8 @@
     python benchmarks/conformance/versions.py --env folder --torch 2.14.1     an environment that is there already
 
 Each pair gets a virtual environment of its own in a temporary folder, so this takes a download of PyTorch for each and
-as long as the suite; its Python must be on PATH. With --env nothing is installed. What follows -- goes to pytest. A row
-is replaced by a later run of the same versions and tests.
+as long as the suite; its Python must be on PATH. With --env nothing is installed. What follows -- goes to pytest. A
+later run of the same versions and tests replaces the row.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def main() -> int:
     args = parser.parse_args(own)
     pairs = [(args.python, args.torch, args.transformers, args.torchao)] if args.torch or args.env else PAIRS
     for python, *_ in [] if args.env else pairs:
-        interpreter(python)  # a missing one is told before hours of tests
+        interpreter(python)  # a missing one is reported before hours of tests
     failed = 0
     for pair in pairs:
         with tempfile.TemporaryDirectory() as folder:
@@ -100,8 +100,8 @@ def ran(python: Path, tests: list[str]) -> tuple[tuple[str, ...], int]:
     lines = done.stdout.strip().splitlines()
     result = re.sub(r" in [\d.]+s.*", "", lines[-1].strip("= ")) if lines else f"pytest ended with {done.returncode}"
     failures = [line.split(" - ")[0].split()[-1] for line in lines if line.startswith(("FAILED", "ERROR"))]
-    told = result + (f": {', '.join(failures)}" if failures else "")
-    return (*found, " ".join(tests) or "all", told), done.returncode
+    outcome = result + (f": {', '.join(failures)}" if failures else "")
+    return (*found, " ".join(tests) or "all", outcome), done.returncode
 
 
 def keep(row: tuple[str, ...]) -> None:

@@ -1,4 +1,4 @@
-"""What a packed cache changes about the predictions of trained models: measures, and writes docs/fidelity.md and .json.
+"""Measure what a packed cache changes in the predictions of trained models; writes docs/fidelity.md and .json.
 
     python benchmarks/fidelity/fidelity.py [--part models,ablation,...] [--model smollm2,qwen,...] [--seconds 3600]
     python benchmarks/fidelity/fidelity.py --windows 2 --samples 2 --task match        a quick look
@@ -9,7 +9,7 @@ ablation one thing more, one thing less              context    prefixes of 1,02
 pivots   with and without                            window     recent window of 0 to 128
 text-bits  text at 4 bits in the first layers, or not
 
-The JSON file holds every sample: a run that was stopped in any way goes on at its sample, more windows or samples add
+The JSON file holds every sample: a stopped run continues where it stopped, more windows or samples add
 to those that it has, and parts that are not asked for stay in the document as they are. Weights and texts are found
 where their packages are installed or at the paths given; what is not found is left out, and the document says how to
 get it. Nothing is downloaded. Findings are written by hand, between the two marks in the document, and are kept. Code
@@ -68,7 +68,7 @@ class Results(Store):
         self.check()
 
     def write(self) -> None:
-        """As the base class, a line a cell: the file stays small, and its changes are readable."""
+        """Like the base class, but one line a cell, so that the file is small and diffs are readable."""
         rest = {name: value for name, value in self.content.items() if name != "cells"}
         cells = ",\n".join(f"{json.dumps(key)}: {json.dumps(cell)}" for key, cell in self.content["cells"].items())
         beside = self.path.with_name(self.path.name + ".part")
@@ -133,7 +133,7 @@ def measure_model(
             settings, before = settings_of(name, source.vision), results.measured
             try:
                 measure(suite, settings, results, entry, at)
-            finally:  # a stop on the way shows what is there
+            finally:  # also where the run is stopped: then the document shows what there is
                 merge(entry["rows"], rows_held(suite, settings, results, at))
                 if results.measured > before or "day" not in entry:
                     entry |= {"day": f"{datetime.date.today()}", "versions": versions()}
@@ -145,7 +145,7 @@ def measure_model(
 
 
 def measure(suite: Suite, settings: Mapping[str, Any], results: Results, entry: dict[str, Any], at: str) -> None:
-    """fill, a setting at a time. What a setting raises is told in the document, and the others go on."""
+    """fill, a setting at a time. A setting that raises is reported in the document, and the others go on."""
     from tqdm import tqdm
 
     for name, options in settings.items():
@@ -202,22 +202,22 @@ def vision_tasks(args, source: Source, path: Path, every: bool) -> VisionTasks:
 
 
 def show_weights(shown: dict[str, Any], name: str, path: Path) -> None:
-    """Tell the document whose weights these are. Rows of other weights under this name are dropped."""
-    told = {"file": path.name, "digest": digest(path)}
-    if shown["weights"].get(name, told)["digest"] != told["digest"]:
+    """Note in the document which weights these are, and drop rows of other weights under this name."""
+    entry = {"file": path.name, "digest": digest(path)}
+    if shown["weights"].get(name, entry)["digest"] != entry["digest"]:
         for models in shown["parts"].values():
             models.pop(name, None)
-    shown["weights"][name] = told
+    shown["weights"][name] = entry
 
 
 def show_text(shown: dict[str, Any], text: Text) -> None:
-    """Tell the document what a text is. Rows of another text under this name are dropped."""
-    told = {"about": text.about, "characters": len(text.content), "digest": text.digest}
-    if shown["texts"].get(text.name, told)["digest"] != told["digest"]:
+    """Note in the document what a text is, and drop rows of another text under this name."""
+    entry = {"about": text.about, "characters": len(text.content), "digest": text.digest}
+    if shown["texts"].get(text.name, entry)["digest"] != entry["digest"]:
         for models in shown["parts"].values():
-            for entry in models.values():
-                entry["rows"] = [row for row in entry["rows"] if row["task"] != text.name]
-    shown["texts"][text.name] = told
+            for model in models.values():
+                model["rows"] = [row for row in model["rows"] if row["task"] != text.name]
+    shown["texts"][text.name] = entry
 
 
 def numerics(args) -> str:
@@ -250,8 +250,8 @@ def arguments_of(arguments: list[str] | None) -> argparse.Namespace:
         return parse
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--part", type=names(PARTS), default=list(PARTS), help="all unless told")
-    parser.add_argument("--model", type=names(SOURCES), default=list(SOURCES), help="all unless told")
+    parser.add_argument("--part", type=names(PARTS), default=list(PARTS), help="default: all")
+    parser.add_argument("--model", type=names(SOURCES), default=list(SOURCES), help="default: all")
     for name, source in SOURCES.items():
         what = "folder with load.py, tasks.py, sprites.pkl" if source.vision else "GGUF file or transformers folder"
         parser.add_argument(f"--{name}", type=Path, metavar="PATH", help=f"{source.title}: {what}")
@@ -262,7 +262,7 @@ def arguments_of(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--windows", type=int, default=8, help="windows of each text")
     parser.add_argument("--samples", type=int, default=32, help="samples of each image task")
     parser.add_argument(
-        "--task", action="append", help="image task; repeatable. Unless told: all, or four in the small parts"
+        "--task", action="append", help="image task; repeatable. Default: all, or four in the small parts"
     )
     parser.add_argument("--images", type=int, default=14, help="images a sample")
     parser.add_argument("--prefix", type=int, nargs="+", help="tokens that are packed, instead of each part's own")

@@ -1,4 +1,4 @@
-"""docs/fidelity.md from what a store shows: tables and how they were made. What stands between the marks is kept."""
+"""docs/fidelity.md from a store: tables and how they were made. Text between the marks is kept."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ MEASURES = """\
 
 
 def findings_of(path: Path) -> str:
-    """What stands between the marks of a document, without them; EMPTY where there is no document yet.
+    """The text between the marks of a document, EMPTY where there is no document yet.
 
     Raises ValueError for a file without the two marks: it would be lost.
     """
@@ -52,7 +52,7 @@ def write(path: Path, shown: Mapping[str, Any], missing: Iterable[str]) -> None:
 
 
 def document(shown: Mapping[str, Any], missing: Iterable[str], findings: str) -> str:
-    parts = {part: told(shown["parts"].get(part, {})) for part in PARTS}
+    parts = {part: with_results(shown["parts"].get(part, {})) for part in PARTS}
     blocks = ["# What a packed cache changes: fidelity", *summary(shown, parts, list(missing))]
     for part, entries in parts.items():
         if entries:
@@ -62,8 +62,8 @@ def document(shown: Mapping[str, Any], missing: Iterable[str], findings: str) ->
     return "\n\n".join([*blocks, "## Findings", f"{BEGIN}\n{findings}\n{END}"]) + "\n"
 
 
-def told(entries: Mapping[str, Any]) -> dict[str, Any]:
-    """Models of a part that have something to tell, in the order of the sources."""
+def with_results(entries: Mapping[str, Any]) -> dict[str, Any]:
+    """Models of a part that have results, in the order of the sources."""
     return {
         name: entries[name]
         for name in SOURCES
@@ -120,7 +120,7 @@ def samples_of(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """A block, or none without rows."""
+    """A table as one block; nothing where there are no rows."""
     return ["\n".join([*head(titles), *map(line, rows)])] if rows else []
 
 

@@ -10,7 +10,7 @@ from akvq_fx import AKVQConfig
 from akvq_fx.recipes import RECIPES
 
 Settings = Mapping[str, Mapping[str, Any] | None]
-# fields that the default recipe sets otherwise than the paper's
+# fields in which the default recipe differs from the paper's
 WORDS = {
     "center_keys": "centring",
     "balance_keys": "balancing",
@@ -19,12 +19,8 @@ WORDS = {
 WORDS |= {"window": "half the window"}
 NEEDS_VISION = "psa_text_key_bits"
 DEFAULT, PAPER = "akvq", "akvq-vl"
-ASKED = (
-    "match",
-    "retrieval",
-    "counting",
-    "spatial",
-)  # image tasks of the parts that do not take all: they tell settings apart
+# image tasks of the parts that do not take all; settings differ most in these
+ASKED = ("match", "retrieval", "counting", "spatial")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,16 +45,16 @@ def recipes() -> Settings:
 
 
 def added(vision: bool) -> dict[str, tuple[Any, Any]]:
-    """Options that the default recipe sets otherwise than the paper's, where they matter: (its value, the paper's)."""
+    """Options in which the default recipe differs from the paper's and that matter: (its value, the paper's)."""
     paper = AKVQConfig(recipe=PAPER)
     pairs = {name: (value, getattr(paper, name)) for name, value in RECIPES[DEFAULT].options.items()}
     return {name: (a, b) for name, (a, b) in pairs.items() if a != b and (vision or name != NEEDS_VISION)}
 
 
 def ablation(vision: bool) -> Settings:
-    """From plain rounding to the default recipe, one thing more a row; then the default with one thing taken away.
+    """From plain rounding to the default recipe, adding one thing a row; then the default without one thing each.
 
-    Token classes of text and vision are only there for a vision model.
+    What depends on vision tokens is left out for language models.
     """
     steps = [("RTN, 2 bits", {}), ("+ WHT", {"rotate": True}), ("+ clip 0.8", {"body_clip": 0.8})]
     steps += [("+ window", {"window": 128})]
@@ -89,7 +85,7 @@ def both(**options: tuple[Any, ...]) -> Settings:
 
 
 def settings_of(part: str, vision: bool) -> Settings:
-    """By the name that the table shows."""
+    """Settings by the name that the table shows."""
     if part == "models":
         return recipes()
     if part == "images":

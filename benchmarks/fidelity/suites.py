@@ -1,8 +1,7 @@
 """Suites that fidelity.py fills: text windows of a language model, and the image questions of a folder.
 
-Beside the measures of akvq_fx.evaluate a row has `bits`, as a model of 16 bits would have them (the models here may run
-in float32, whose window, pivots and unpacked layers take twice the bytes), and `packed` of `layers`, how many layers
-are packed.
+Beside the measures of akvq_fx.evaluate a row has `bits`, as they would be in a 16-bit model (models here may run in
+float32, where the window, pivots and unpacked layers take twice the bytes), and `packed` of `layers`: how many are.
 """
 
 from __future__ import annotations
@@ -28,11 +27,11 @@ from akvq_fx.evaluate.vision_tasks import ImageTasks
 from akvq_fx.stats import tensors_of
 from akvq_fx.transformers_names import cache_of
 
-KEPT_BYTES = 2e9  # logits of the model's own cache that are kept for the next setting, a model
+KEPT_BYTES = 2e9  # per model: logits of its own cache that are kept for the next setting
 
 
 class LanguageModel:
-    """Weights that are loaded when they are first needed, the ids of texts, and the own cache's logits of windows."""
+    """A model, loaded when first needed, with the ids of texts and the logits of windows by its own cache."""
 
     def __init__(self, source: Source, path: Path, dtype: torch.dtype, device: str):
         self.source, self.path, self.dtype, self.device = source, path, dtype, device
@@ -154,12 +153,12 @@ class VisionTasks(ImageTasks):
             yield functools.partial(self._count_too, run)
 
     def _count_too(self, run: Any, task: str, index: int) -> dict[str, Any]:
-        seen = Seen(run)
+        seen = FirstCache(run)
         row = self._measure(seen, task, index)
         return {**row, **counted(seen.cache)}
 
 
-class Seen:
+class FirstCache:
     """A model that remembers the cache of its first call, the prefix's; everything else is the model's."""
 
     def __init__(self, run: Any):

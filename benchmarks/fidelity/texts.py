@@ -31,7 +31,7 @@ class Text:
 
 
 def python_help() -> Text:
-    """Help topics of the Python that runs, which come with it; they differ a little between its versions."""
+    """Help topics that come with Python; they differ a little between its versions."""
     from pydoc_data.topics import topics
 
     about = "Python's help topics (`pydoc_data.topics`): development text"
@@ -39,7 +39,7 @@ def python_help() -> Text:
 
 
 def handbook(path: Path | None) -> Text | None:
-    """The Debian handbook, of a folder of HTML pages or a plain text file; None where there is none at the usual place.
+    """The Debian handbook, from a folder of HTML pages or a text file; None where it is not at the usual place.
 
     Raises FileNotFoundError for a path that was asked for and is not there.
     """
@@ -65,7 +65,7 @@ def file_text(path: Path) -> Text:
 
 
 def spread(count: int) -> list[int]:
-    """A permutation of range(count) whose beginnings are spread evenly: more windows add to those measured before."""
+    """A permutation of range(count), every beginning of which is spread evenly: more windows then only add some."""
     return sorted(range(count), key=lambda i: i * GOLDEN % 1)
 
 

@@ -4,9 +4,9 @@
     python benchmarks/speed/append.py --device cpu --small
 
 Decode: akvq::append of one token's keys (centred, balanced, rotated, quantized and packed in the op) and values (their
-rotation is folded into the weights), beside index_copy_ of the same token into 16-bit buffers. Launches rotate over
-layers and positions, so that what is written does not lie in the L2 cache already; each is a CUDA graph replay. Keys
-and values come as models make them, as [B, 1, H, D] seen as [B, H, 1, D].
+rotation is folded into the weights), beside index_copy_ of the same token into 16-bit buffers. Launches cycle through
+layers and positions, so that what is written is not in the L2 cache already; each is a CUDA graph replay. Keys and
+values are laid out as models make them: [B, 1, H, D] seen as [B, H, 1, D].
 
 Prompt: akvq::pack of K and of V, key_affine over K and its queries, find_pivots over the residual stream. The limit is
 the time of a bf16 copy of the same tensor; a pack reads as much and writes a seventh, so it can be quicker than that.
@@ -37,7 +37,7 @@ import akvq_fx  # noqa: F401 - registers the ops
 
 akvq = torch.ops.akvq
 MODE, FLOOR, RATIO = "topk", 100.0, 1000.0  # find_pivots as AKVQConfig asks for it by default
-MAX_LAYERS, MAX_PLACES = 8, 100  # what is written in between exceeds the L2, except for one row
+MAX_LAYERS, MAX_PLACES = 8, 100  # so that writes between two of one place exceed the L2, except for one row
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +104,7 @@ def decode_calls(size: Size, device: torch.device, seed: int):
 
         packed.append(write_packed)
         plain.append(write_plain)
-    every = list(itertools.product(places, range(layers)))  # a layer is met again only after all others
+    every = list(itertools.product(places, range(layers)))  # a layer comes again only after all others
     bound = lambda writers: [lambda p=p, w=writers[n]: w(p) for p, n in every]
     return bound(packed), bound(plain)
 

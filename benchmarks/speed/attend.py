@@ -5,9 +5,9 @@
 
 A shape is B/Hq/Hkv/T[/D][/padded]. The bf16 peer is the fastest of cuDNN, flash and memory-efficient attention, each
 asked in every form that it accepts: enable_gqa, a group's query heads as query tokens (what transformers does),
-repeated keys. The packed cache has the backend's default layout. Both are CUDA graph replays that rotate over caches
-larger than the L2. "akvq" takes queries and leaves its output in the space in which the cache is stored; "with restore"
-is the same call that also rotates its output back, as the default value_rotation="online" has it.
+repeated keys. The packed cache has the backend's default layout. Both are CUDA graph replays that cycle through
+caches larger than the L2. "akvq" takes queries and leaves its output in the space in which the cache is stored; "with
+restore" is the same call that also rotates its output back, as the default value_rotation="online" has it.
 
 Two limits stand behind every row. Bytes: what must be read at least (both halves; the ring instead of the body where it
 holds a token; q and out), over the bandwidth of a large copy in the same run. Operations: lane operations to unpack one
@@ -49,9 +49,8 @@ from akvq_fx.kernels.layout import PADDING, TEXT, Layout
 # Counted by ncu in the loop of attend_cuda.cu (D = 128, one query row a head): 397 instructions of a warp for 32 tokens
 # of 256 numbers. Unpacking alone is 0.66 of it; products run on tensor cores.
 LANE_OPS = 1.55
-ERROR_LIMIT = (
-    2e-2  # relative, bf16: probabilities, products and result each rounded at 2**-8; a larger one counts as wrong
-)
+# relative; probabilities, products and the result are each rounded to bfloat16, at 2**-8; a larger error is wrong
+ERROR_LIMIT = 2e-2
 STEP = akvq_fx.AKVQConfig().capacity_step  # a growing cache is allocated in steps of so many tokens
 BACKENDS = {
     "cuDNN": SDPBackend.CUDNN_ATTENTION,
@@ -94,7 +93,7 @@ CPU_SHAPES = [Shape(1, 32, 32, 8192), Shape(1, 32, 8, 8192)]
 
 
 def layouts(head_dim: int, dtype: torch.dtype) -> tuple[Layout, Layout]:
-    """The backend's defaults for a PSA layer; what is packed as values stands for values that are rotated already."""
+    """The backend's defaults for a PSA layer; the values that are packed count as rotated already."""
     chosen = akvq_fx.AKVQConfig()
     same = {name: getattr(chosen, name) for name in ("body_bits", "window", "pivots", "body_clip", "group")}
     key = Layout(head_dim, dtype, **same, rotated=True, affine=True)
@@ -130,8 +129,8 @@ def problem_of(shape: Shape, device: torch.device, dtype: torch.dtype, seed: int
     count = min(15, T // 2)
     pivots = (T - 1 - torch.arange(count, device=device) * (T // 2 // count)).expand(B, -1).clone()
     pivots[:, 0] = start
-    heard = randn(B, shape.query_heads, min(T, 64), D)
-    affine = torch.ops.akvq.key_affine(k, heard, valid, True, True)
+    queries = randn(B, shape.query_heads, min(T, 64), D)
+    affine = torch.ops.akvq.key_affine(k, queries, valid, True, True)
     capacity = -(-T // STEP) * STEP
     key_layout, value_layout = layouts(D, dtype)
     args = (at, classes, pivots.to(torch.int32))
@@ -155,7 +154,7 @@ def error_of(p: Problem, length: int | None, restore: bool = False) -> float:
     mask = None if p.mask is None else p.mask[rows]
     q = p.stored_q[rows].float()
     expected = reference(q, pick(p.key), pick(p.value), *p.layouts, p.shape.tokens, mask, None, False, None)
-    expected = torch.ops.akvq.hadamard(expected) if restore else expected
+    expected = torch.ops.akvq.rotate(expected) if restore else expected
     return ((out - expected).norm() / expected.norm()).item()
 
 
@@ -173,7 +172,7 @@ def sdpa_forms(p: Problem):
 
 
 def best_sdpa(p: Problem, device: torch.device) -> tuple[Timing, str, str]:
-    """(timing, which, what the others took)."""
+    """(timing, name of the fastest, timings of the others)."""
     taken: list[tuple[float, Timing, str]] = []
     refused = []
     for form, q, k, v, kwargs in sdpa_forms(p):
@@ -331,7 +330,7 @@ def main() -> None:
     args.budget = Budget(args.seconds)
     device = torch.device(args.device)
     with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")  # SDPA warns why a backend does not take a shape; the table tells
+        warnings.simplefilter("ignore")  # SDPA warns why a backend does not take a shape; the table says that
         tables = on_cuda(args, device) if device.type == "cuda" else on_cpu(args, device)
         finish(tables, device, args.markdown)
 

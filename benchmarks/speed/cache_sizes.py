@@ -23,7 +23,7 @@ IMAGES_OF = 6 / 4096  # images a prompt token: 6 in 4096, the rest is text
 
 
 class WithImages(nn.Module):
-    """The decoder, told which tokens came from an image."""
+    """The decoder, with some tokens marked as vision tokens."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -89,7 +89,7 @@ def add_rows(table: Table, name: str, decoder: Decoder, cache, tokens: int) -> N
 
 
 def computed(packed) -> int:
-    """What the cost model says of this tensor's layout, capacity and text slots."""
+    """Bytes by the cost model, for this tensor's layout, capacity and text slots."""
     text = packed.text_codes.shape[2] if packed.text_codes is not None else 0
     sizes = {cost.B: packed.shape[0], cost.H: packed.shape[1], cost.C: packed.codes.shape[2], cost.CT: text}
     return int(cost.bytes_of(packed.layout_of).subs(sizes))

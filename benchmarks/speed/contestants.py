@@ -1,7 +1,7 @@
 """Ways to hold a key-value cache while one decoder generates: akvq's, and transformers' own.
 
 Each runs the same weights. `prefill` takes a prompt, whole or a few rows at a time (the rows' caches are joined on the
-batch axis: prompts served in parts), `step` one token a row. Nothing in a step asks the device anything.
+batch axis: prompts served in parts), `step` one token a row. Nothing in a step waits for the device.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Contestant:
         return cache
 
     def check(self, cache) -> str:
-        """What the cache says of itself, for the row's note; raises where it is not what the row claims."""
+        """A note on the cache for the table's row; raises where the cache is not what the row claims."""
         return ""
 
     def close(self) -> None:
@@ -77,8 +77,7 @@ class Contestant:
 def put_rows(whole, cache, begin: int, batch: int):
     """A growing cache of `batch` rows with the rows of `cache` from `begin` on; made where `whole` is None.
 
-    All its memory is taken then, in pieces that stay: joining parts at the end would want their memory twice and leave
-    it in holes.
+    All its memory is taken at once: joining parts at the end would need twice their memory, and fragment it.
     """
     made = cache if whole is None else whole
     for mine, theirs in zip(made.layers, cache.layers, strict=True):
@@ -186,7 +185,7 @@ class AkvqGraphs(Akvq):
 
 
 class AkvqPaper(Akvq):
-    """The paper's recipe with akvq's window: what it does not have are centred and balanced keys."""
+    """The paper's recipe with akvq's window: without centred and balanced keys."""
 
     title = f"akvq-vl, window {akvq_fx.AKVQConfig().window}, reduce-overhead"
     options = {"recipe": "akvq-vl", "window": akvq_fx.AKVQConfig().window, "mode": "reduce-overhead"}
@@ -226,7 +225,7 @@ def quantized(library: str, bits: int, axis: int) -> type[Quantized]:
 
 
 def unpack_with_torch() -> None:
-    """quanto compiles extensions for minutes for one unpacking kernel: give it the PyTorch version that it has too."""
+    """Have quanto unpack with its PyTorch version: its extensions compile for minutes."""
     from optimum.quanto.library.extensions import get_extension, is_extension_available
 
     def unpack(packed: Tensor, bits: int) -> Tensor:
@@ -251,7 +250,7 @@ CONTESTANTS: dict[str, type[Contestant]] = {
 
 
 def tensors_of(thing) -> Iterator[Tensor]:
-    """Plain tensors that a cache is made of, in whatever objects and tensor subclasses they lie."""
+    """Plain tensors that a cache consists of, in any objects and tensor subclasses."""
     if isinstance(thing, PackedKV):
         yield from thing.storage.buffers
     elif isinstance(thing, Tensor) and hasattr(thing, "__tensor_flatten__"):

@@ -2,13 +2,10 @@
 
     python benchmarks/speed/decode_overhead.py [--layers 32] [--tokens 40] [--inner eager]
 
-Three models with the same random weights decode greedily from the same prompt: uncompiled, compiled with a backend
-that returns dynamo's
-graph as it is ("dynamo"), and with akvq in lossless mode and at 2 bits. Printed per step: milliseconds, the ratio to
-dynamo, and for akvq
-the time spent in the wrapper itself (unwrapping and wrapping caches), as a share of the dynamo step. Times are
-medians; no figure is
-meant to be compared between runs.
+Three models with the same random weights decode greedily from the same prompt: uncompiled, compiled with a backend that
+returns dynamo's graph as it is ("dynamo"), and with akvq in lossless mode and at 2 bits. Printed per step:
+milliseconds, the ratio to dynamo, and for akvq the time spent in the wrapper itself (unwrapping and wrapping caches),
+as a share of the dynamo step. Times are medians; no figure is meant to be compared between runs.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Whole decoders: akvq beside transformers' own caches on the same weights, in one process.
 
-    python benchmarks/speed/end_to_end.py --do speed,equal-batch,largest-batch,cache-bytes [--shape llava-1.5-7b]
-                                          [--layers N]
-        [--contestants static,akvq-graphs,...] [--budget-gb 24,63] [--tokens-in 512,4096] [--markdown FILE]
+    python benchmarks/speed/end_to_end.py --do speed,equal-batch,largest-batch,cache-bytes
+        [--shape llava-1.5-7b] [--layers N] [--contestants static,akvq-graphs,...]
+        [--budget-gb 24,63] [--tokens-in 512,4096] [--markdown FILE]
     python benchmarks/speed/end_to_end.py --device cpu --small
 
 speed          B=1, 512 tokens in, 128 out           equal-batch  B=40, the same: peak memory above the weights
@@ -11,8 +11,8 @@ cache-bytes    bytes of a cache of 4096 tokens, as the cost model computes and a
 
 The first WARM of the tokens out compile and warm up; the rest are timed apart from the prompt. Memory is what PyTorch's
 allocator hands out; a budget is held by torch.cuda.set_per_process_memory_fraction. GB is 1e9 bytes. In largest-batch a
-prompt is taken a few rows at a time by everyone (--rows), so that its activations do not decide; elsewhere it is taken
-whole.
+prompt is taken a few rows at a time (--rows) by all contestants, so that activations do not decide; elsewhere it is
+taken whole.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ def run(contestant: Contestant, ids, tokens_out: int, rows: int, meter: Meter) -
 
 
 def graphs_compiled() -> int:
-    """Graphs that dynamo made so far; more than one a prompt and one a step's form means recompilation."""
+    """Graphs that dynamo has made; more than one for prompts and one for each form of step means recompilation."""
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
@@ -169,7 +169,7 @@ def add_row(table: Table, title: str, result: Result | None, base: Result | None
 
 
 def with_contestant(args, decoder: Decoder, name: str, work):
-    """work(contestant) for one contestant that is made and closed around it: (result, reason)."""
+    """(result of work(contestant), reason where it failed); the contestant is made before and closed after."""
     holder: list[Contestant] = []
 
     def whole():

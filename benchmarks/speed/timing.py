@@ -2,7 +2,7 @@
 
 A CUDA call is timed as replays of one CUDA graph that holds many launches, between events, over input sets that
 together exceed the L2 cache several times, so that every launch reads device memory. What cannot be captured is
-launched one by one and the cell says so. CPU calls take turns, so that what else the machine does falls on all of them
+launched one by one and the cell says so. CPU calls alternate, so that other load on the machine affects all of them
 alike. All figures are medians. No figure is meant to be compared between runs: the ratios of one run are.
 """
 
@@ -28,7 +28,7 @@ GRAPH_SECONDS = 3e-3  # one graph holds about this much work, so that an event's
 GRAPH_CALLS = 400  # and no more launches than this
 MIN_REPLAYS, MAX_REPLAYS = 7, 60
 COPY_BYTES = 2 << 30  # size of the copy that measures bandwidth
-SM_CLOCK = 1.98e9  # Hz, a Hopper SXM part's highest, where the driver does not tell
+SM_CLOCK = 1.98e9  # Hz, a Hopper SXM part's highest, where the driver does not report it
 LANES = 128  # fp32 lanes of a multiprocessor (compute capability 8.9 and 9.0)
 
 
@@ -56,7 +56,7 @@ class Budget:
             yield
         finally:
             signal.signal(signal.SIGALRM, before)
-            nested = callable(before)  # the guard outside goes on
+            nested = callable(before)  # inside another guard, which continues
             signal.setitimer(signal.ITIMER_REAL, max(self.left(), 1e-3) if nested else 0)
 
 
@@ -90,8 +90,8 @@ def reason_of(error: BaseException) -> str:
     if isinstance(error, torch.OutOfMemoryError):
         return "out of memory"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
-    told = [line for line in lines if "raised:" not in line and not line.startswith("The above")]
-    return f"{type(error).__name__}: {(told or lines)[0][:110]}"
+    own = [line for line in lines if "raised:" not in line and not line.startswith("The above")]
+    return f"{type(error).__name__}: {(own or lines)[0][:110]}"
 
 
 def attempt(budget: Budget, work: Callable, *args):
@@ -103,7 +103,7 @@ def attempt(budget: Budget, work: Callable, *args):
             return work(*args), ""
     except (Exception, OutOfTime) as error:
         if not isinstance(error, (OutOfTime, torch.OutOfMemoryError)):
-            traceback.print_exc(limit=-4)  # the cell holds one line of it
+            traceback.print_exc(limit=-4)  # the table's cell holds only one line of it
         return None, reason_of(error)
 
 
@@ -119,7 +119,7 @@ def l2_bytes(device: torch.device) -> int:
 
 
 def sets_needed(bytes_of_one: int, device: torch.device) -> int:
-    """Input sets to take in turns: several times the L2 cache; at least two, so that none is read twice in a row."""
+    """Number of input sets to cycle through: several times the L2 cache, and at least two."""
     return max(2, math.ceil(L2_TIMES * l2_bytes(device) / max(bytes_of_one, 1))) if device.type == "cuda" else 1
 
 
@@ -164,7 +164,7 @@ def measure(calls: list[Callable], device: torch.device, seconds: float = 0.25) 
 
 
 def capture(work: Callable):
-    """A CUDA graph of the work, or None where it cannot be captured (it asks the device something)."""
+    """A CUDA graph of the work, or None where it cannot be captured (it waits for the device)."""
     graph = torch.cuda.CUDAGraph()
     try:
         with torch.cuda.graph(graph):
@@ -204,8 +204,8 @@ def lane_rate(device: torch.device) -> float:
     import triton
 
     units = torch.cuda.get_device_properties(device).multi_processor_count
-    told = triton.runtime.driver.active.utils.get_device_properties(device.index or 0).get("sm_clock_rate", 0)  # kHz
-    return units * LANES * (1e3 * told if told else SM_CLOCK)
+    clock = triton.runtime.driver.active.utils.get_device_properties(device.index or 0).get("sm_clock_rate", 0)  # kHz
+    return units * LANES * (1e3 * clock if clock else SM_CLOCK)
 
 
 def kernel_names(call: Callable) -> list[str]:

@@ -1,4 +1,4 @@
-"""Arguments of akvq's ops by name: where they stand is read from the op's schema, so that no pass copies a position by hand."""
+"""Arguments of akvq's ops by name. Positions come from the op's schema, so that no pass copies one by hand."""
 
 from __future__ import annotations
 

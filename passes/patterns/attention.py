@@ -10,6 +10,10 @@ from akvq_fx.passes.patterns.nodes import NoMatch, argument, dimension, op, same
 
 # the arguments of torch.nn.functional.scaled_dot_product_attention in order
 ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
+LAYOUT_OPS = (
+    "view", "reshape", "transpose", "permute", "contiguous", "flatten", "unflatten", "squeeze", "unsqueeze",
+    "clone", "getitem", "split", "chunk", "detach", "narrow", "select", "mT", "movedim", "tensor_split", "unbind",
+)  # fmt: skip
 
 
 @dataclass
@@ -46,8 +50,8 @@ def attention_of(node: Node) -> Attention:
 def ungrouped(node: Node) -> Node:
     """The cache tensor behind an SDPA's key or value argument: GQA expansion taken off, heads kept in blocked order.
 
-    Spellings: x[:, :, None].expand(...).reshape(...), x.unsqueeze(2).expand(...).reshape/flatten, x.repeat_interleave(n, 1),
-    enable_gqa or plain broadcasting (nothing to take off).
+    Spellings: x[:, :, None].expand(...).reshape(...), x.unsqueeze(2).expand(...).reshape/flatten,
+    x.repeat_interleave(n, 1), enable_gqa or plain broadcasting (nothing to take off).
     """
     node = through_noops(node)
     if op(node) == "repeat_interleave" and dimension(node, 2, 4, -1) == 1 and len(shape(node)) == 4:
@@ -99,10 +103,8 @@ def is_merge(before: tuple, after: tuple) -> bool:
 
 def layout_only(node: Node) -> bool:
     """Ops that move elements and compute nothing."""
-    return op(node) in (
-        "view", "reshape", "transpose", "permute", "contiguous", "flatten", "unflatten", "squeeze", "unsqueeze", "clone",
-        "getitem", "split", "chunk", "detach", "narrow", "select", "mT", "movedim", "tensor_split", "unbind",
-    ) or (op(node) == "to" and value(node).dtype == value(node.args[0]).dtype)  # fmt: skip
+    same_cast = op(node) == "to" and value(node).dtype == value(node.args[0]).dtype
+    return same_cast or op(node) in LAYOUT_OPS
 
 
 __all__ = ["Attention", "attention_of", "is_attention", "layout_only", "prefix_of", "ungrouped"]

@@ -66,7 +66,7 @@ def is_packed(node) -> bool:
 
 
 def keeps_numbers(past: Node) -> bool:
-    """A packed cache without codes: rounding new tokens to its dtype would be all that is lost."""
+    """The packed cache holds numbers, not codes, so that all it does to new tokens is round them to its dtype."""
     return Layout.parse(value(past).layout_text).plain
 
 
@@ -75,9 +75,11 @@ def is_empty(node) -> bool:
 
 
 def cache_write_of(whole: Node) -> CacheWrite | None:
-    """The write behind a [B, H, T, D] node that attention reads; None if the node is no cache at all.
+    """The write behind a [B, H, T, D] node that attention reads.
 
-    Raises NoMatch where it is a cache in a form that cannot be packed.
+    None means that the node is no cache: it has another rank, is a plain input that is only read, or is computed here
+    and not returned. Nobody asked for that to be packed, so it is no refusal. Raises NoMatch where it is a cache that
+    cannot be packed.
     """
     returned = [n for n in outputs(whole.graph) if isinstance(n, Node)]
     if len(shape(whole)) != 4:
@@ -97,7 +99,9 @@ def cache_write_of(whole: Node) -> CacheWrite | None:
         return CacheWrite("read", whole, None, whole, packed=True) if is_packed(whole) else None
     if op(whole) in ALLOCATIONS and copies:
         if whole not in returned:
-            return None
+            raise NoMatch(
+                "a buffer is allocated and written like a static cache, but the graph does not return it", whole
+            )
         copy = placed(whole, copies)
         return CacheWrite("fill", None, copy.new, whole, copy.at)
     if op(whole) in ("index_copy_",) and is_tensor(whole.args[0]):
@@ -112,12 +116,19 @@ def cache_write_of(whole: Node) -> CacheWrite | None:
 
 
 def grown(whole: Node, returned: list[Node]) -> CacheWrite | None:
-    """cat([past, new]) and its prompt form."""
+    """cat([past, new]) and its prompt form. None where no cache grows: nothing is returned, or no past is there.
+
+    Raises NoMatch where a cache is grown in a form that cannot be packed.
+    """
     parts = tensors_of_cat(whole)
-    if len(parts) != 2 or not all(isinstance(p, Node) for p in parts):
+    if not parts or not all(isinstance(p, Node) for p in parts):
         return None
-    past, new = parts
-    from_cache = is_empty(past) or op(past) == "placeholder" or is_packed(past)
+    past, new = parts[0], parts[-1]
+    from_cache = is_empty(past) or op(past) == "placeholder"
+    if len(parts) != 2:
+        if from_cache and whole in returned:
+            raise NoMatch(f"the cache is a cat of {len(parts)} tensors, accepted: cat([past, new])", whole)
+        return None
     if not from_cache or len(shape(new)) != 4:
         return CacheWrite("first", None, whole, whole) if whole in returned else None
     if whole not in returned:
@@ -131,8 +142,8 @@ def grown(whole: Node, returned: list[Node]) -> CacheWrite | None:
         return CacheWrite("first", None, new, whole)
     if is_packed(past) and keeps_numbers(past) and value(whole).dtype != value(past).dtype:
         raise NoMatch(
-            f"the cache holds {value(past).dtype} and this step brings {value(new).dtype}: in lossless mode it becomes a plain "
-            f"{value(whole).dtype} tensor, as without packing",
+            f"the cache holds {value(past).dtype} and this step brings {value(new).dtype}: in lossless mode it becomes "
+            f"a plain {value(whole).dtype} tensor, as without packing",
             whole,
         )
     return CacheWrite("grow", past, new, whole, packed=is_packed(past))
@@ -160,8 +171,8 @@ def is_mutation(user: Node, cache: Node) -> bool:
 def cache_like(graph: Graph) -> list[tuple[Node, str]]:
     """Cache tensors of the graph that no attention call was matched to, each with the reason to give.
 
-    Looks from the cache side: a cat of an empty tensor or placeholder along the tokens that is returned (whole or sliced), and
-    buffers written along the tokens.
+    Looks from the cache side: a cat of an empty tensor or placeholder along the tokens that is returned (whole or
+    sliced), and buffers written along the tokens.
     """
     found = []
     returned = {n for n in outputs(graph) if isinstance(n, Node)}
@@ -171,12 +182,12 @@ def cache_like(graph: Graph) -> list[tuple[Node, str]]:
             if not (is_empty(past) or op(past) == "placeholder"):
                 continue
             if node in returned:
-                found.append((node, unread(node)))
+                found.append((node, unread_reason(node)))
             elif any(op(u) == "getitem" and u in returned for u in node.users):
                 found.append((node, "the cache keeps a slice of what attention reads (sliding window)"))
         elif op(node) == "index_copy_" and len(shape(node)) == 4 and argument(node, 1, "dim") in (TOKENS, -2):
             if op(node.args[0]) in ("placeholder", *ALLOCATIONS):
-                found.append((node.args[0], unread(node.args[0])))
+                found.append((node.args[0], unread_reason(node.args[0])))
         elif (
             op(node) == "copy_"
             and op(node.args[0]) in ("placeholder", *ALLOCATIONS)
@@ -186,7 +197,7 @@ def cache_like(graph: Graph) -> list[tuple[Node, str]]:
     return found
 
 
-def unread(cache: Node, reach: int = 40) -> str:
+def unread_reason(cache: Node, reach: int = 40) -> str:
     """Why no attention call was matched to a cache: what its first consumers are."""
     seen, queue = set(), [cache]
     while queue and len(seen) < reach:

@@ -9,7 +9,7 @@ from torch.fx import Node
 
 
 class NoMatch(Exception):
-    """A site that cannot be handled: why, and the node that says so."""
+    """A site that cannot be handled: the reason, and the node that it is about."""
 
     def __init__(self, reason: str, node: Node | None = None):
         super().__init__(reason)
@@ -92,7 +92,7 @@ NOOPS = ("contiguous", "clone", "detach", "alias")
 
 
 def through_noops(node):
-    """Skip ops that leave values and shape alone: contiguous, a cast to the dtype it has, a reshape to the shape it has."""
+    """Skip ops that leave values and shape alone: contiguous, a cast or a reshape to what it is already."""
     while isinstance(node, Node):
         source = node.args[0] if node.args and isinstance(node.args[0], Node) else None
         if source is None or not is_tensor(source) or not is_tensor(node):

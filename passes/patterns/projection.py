@@ -1,4 +1,4 @@
-"""Linear projections around attention: which parameter feeds a tensor, and the op that consumes the attention output."""
+"""Linear projections around attention: whose weight makes a tensor, which op takes the output."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Chain:
 
 
 def weight_of(node: Node) -> Node | None:
-    """The 2-d parameter placeholder that a linear-like op multiplies by, transposes looked through; None for any other op."""
+    """The 2-d parameter placeholder that a linear-like op multiplies by, perhaps transposed; None for other ops."""
     position = WEIGHT_ARGUMENT.get(op(node))
     if position is None or len(node.args) <= position:
         return None
@@ -41,9 +41,9 @@ def weight_behind(node: Node | None) -> Node | None:
 
 
 def weights_behind(node: Node, source: Node | None) -> list[Node]:
-    """What node is computed from, between a layer's input `source` and it: parameters and buffers, adapters and norms among them.
+    """Parameters and buffers that node is computed from, back to the layer's input `source`, norms and adapters too.
 
-    Where no source is known, the weights of the nearest linear ops.
+    Where no source is known, only the weights of the nearest linear ops.
     """
     found, seen, queue = [], {source}, [node]
     while queue:
@@ -73,7 +73,7 @@ def chain_from_linear(node: Node) -> Chain:
 
 
 def chain_to_linear(node: Node) -> Chain:
-    """attention output -> layout-only ops -> linear, used by nothing else on the way. Raises NoMatch naming the op in the way."""
+    """attention output -> layout-only ops -> linear, and to nothing else. Raises NoMatch naming the op in the way."""
     moves = []
     current = node
     while True:

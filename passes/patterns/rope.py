@@ -1,7 +1,7 @@
 """Which rotary embedding a key went through, read from the ops between its projection and the cache.
 
-Only a description: rotation after RoPE is legal for every form, so no form refuses. A spelling that is not known here is
-called "other".
+Only a description: rotation after RoPE is legal for every form, so no form refuses. A spelling that is not known here
+is called "other".
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ LAYER = re.compile(r"modules_(\d+)_")  # dynamo's name of an element of a Module
 
 @dataclass
 class Site:
-    """key and value may be shared with other sites (KV-shared layers read one cache); length is what attention sees of them."""
+    """Layers may share key and value (they read one cache); length is what attention sees of them."""
 
     attention: Attention
     key: CacheWrite

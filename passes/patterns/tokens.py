@@ -1,4 +1,4 @@
-"""What the graph says about the prompt's tokens: which came from an image, and the residual stream that shows pivots."""
+"""What the graph says about the prompt's tokens: which came from an image, and the residual stream."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ ADDS = ("add", "add_", "iadd")
 def vision_masks(graph: Graph) -> list[Node]:
     """Bool nodes [B, T] or [B, T, E] that are True at vision tokens.
 
-    Read from akvq_fx.mark_vision, from image features scattered into embeddings (masked_scatter, index_put, x[mask] = ...) and
-    from an input named mm_token_type_ids (transformers' standard name; 0 is text).
+    Read from akvq_fx.mark_vision, from image features scattered into embeddings (masked_scatter, index_put, x[mask] =
+    ...) and from an input named mm_token_type_ids (transformers' standard name; 0 is text).
     """
     marked = [n.args[1] for n in graph.nodes if op(n).startswith("mark_vision")]
     if marked:

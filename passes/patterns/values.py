@@ -1,4 +1,4 @@
-"""What nodes give and change: values on fakes, size symbols in them, the memory that they lie in and that they write."""
+"""What nodes compute and write: their values on fake tensors, size symbols in these, and the storages involved."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PLAIN = (torch.arange, torch.index_select, torch.cat, torch.select)  # functions
 
 
 def values_of(graph: Graph, fake_mode) -> dict[Node, object]:
-    """What every node gives. Dynamo notes it for its own; those that passes added are run on fakes."""
+    """The value of every node: as dynamo recorded it; nodes that passes added are run on fake tensors."""
     values: dict[Node, object] = {}
     for node in graph.nodes:
         values[node] = value(node)
@@ -51,7 +51,7 @@ def symbols(seen) -> set:
 
 
 def expression(number):
-    """What a symbolic size stands for; two sizes are the same if these are."""
+    """The expression behind a symbolic size; sizes are equal if their expressions are."""
     return number.node.expr if isinstance(number, SYMBOLIC) else number
 
 
@@ -70,7 +70,7 @@ def is_number(seen) -> bool:
 
 
 def memory(seen) -> set[int]:
-    """The storages of a value; a tensor and its views have one."""
+    """The storages of a value; a tensor and its views share one."""
     return {leaf.untyped_storage()._cdata for leaf in tensors_in(seen)}
 
 

@@ -5,11 +5,12 @@
     compute-sanitizer --tool racecheck python3 tests/sanitize/sanitize.py --only attend_cuda
     python3 tests/sanitize/sanitize.py --list                                # names of the cases; needs no GPU
 
-The sanitizer makes a kernel 10 to 100 times slower, so inputs, caches and what is due are made on the CPU, and little
-but the kernels runs on the GPU. Each tensor has an allocation of its own (no caching allocator), so that memcheck sees
+The sanitizer makes a kernel 10 to 100 times slower, so inputs, caches and expected results are made on the CPU, and
+little but the kernels runs on the GPU. Each tensor has an allocation of its own (no caching allocator), so that
+memcheck sees
 a byte past its end. A case prints `ok NAME`, `refused NAME: reason` or `failed NAME: error` as it ends; the exit status
-is 0 if all were ok. Its result must be finite and about what the CPU's reference gives: a kernel that did nothing
-fails. What is exact, the tests say.
+is 0 if all were ok. Its result must be finite and close to the CPU reference's, so that a kernel that did nothing
+fails; exactness is for the tests.
 """
 
 from __future__ import annotations
@@ -28,19 +29,19 @@ from typing import Any
 from unittest import mock
 
 import torch
-from sanitize_cases import COMMON, LANES, RARE, TEXTS, TRITON, TURNS, WARPS, Call, Write, bf16, f16, f32, two
+from sanitize_cases import COMMON, LANES, RARE, ROTATIONS, TEXTS, TRITON, WARPS, Call, Write, bf16, f16, f32, two
 from torch import Tensor
 
 from akvq_fx.kernels import cache as ops
 from akvq_fx.kernels import rotate, salience
-from akvq_fx.kernels.attend import reference, turn_query
+from akvq_fx.kernels.attend import reference, rotate_query
 from akvq_fx.kernels.layout import DTYPE_NAMES, DTYPES, PIVOT, STATE_TEXT, TEXT, VISION, Layout
 from akvq_fx.kernels.quantizer import dequantize
 
 Cases = Iterator[tuple[str, Callable[[], None]]]
-LIMIT = 0.03  # of the norm; kernels at 16 bits are a third of it off
-TURNED_LIMIT = 0.15  # of what was turned and then cut to codes: a number at an edge is a whole step off
-# the rows or programs from which one takes several tiles: so few where a case is "many"
+LIMIT = 0.03  # of the norm; kernels at 16 bits differ by a third of it
+ROTATED_LIMIT = 0.15  # of what was rotated and then cut to codes: a number at an edge is a whole step off
+# rows or programs from which on one takes several tiles; lowered to this where a case is "many"
 FEW = {"append_cuda": ("append_cuda.MANY", 64), "cache_triton": ("rotate_triton.PROGRAMS", 1)}
 FEW["rotate_triton"] = FEW["cache_triton"]
 
@@ -131,8 +132,8 @@ def filled(layout: Layout, B: int, H: int, T: int, capacity: int, seed: int) -> 
 def attend(module: str, key_layout: Layout, value_layout: Layout, call: Call) -> None:
     B, H, share, queries, T, capacity = call.sizes
     D, dtype = key_layout.head_dim, key_layout.dtype
-    turns = {"rotated": bool(call.turn), "affine": call.turn == "affine"}
-    key_layout = dataclasses.replace(key_layout, **turns)
+    flags = {"rotated": bool(call.rotate), "affine": call.rotate == "affine"}
+    key_layout = dataclasses.replace(key_layout, **flags)
     value_layout = dataclasses.replace(value_layout, rotated=call.restore, shares_classes=True)
     key, value = (filled(layout, *(B, H, T, capacity), seed) for seed, layout in enumerate((key_layout, value_layout)))
     q, length, at, seen = randn(B, queries, H * share, D, seed=2).transpose(1, 2).mul(2).to(dtype), None, None, T
@@ -148,13 +149,13 @@ def attend(module: str, key_layout: Layout, value_layout: Layout, call: Call) ->
         mask[..., 0] = True
     if call.mask and not call.mask.startswith("bool"):
         mask = torch.where(mask, randn(*mask.shape, seed=6), -math.inf).to(DTYPES.get(call.mask, dtype))
-    turned = turn_query(q, key, key_layout).double() if call.turn else q.double()
+    rotated = rotate_query(q, key, key_layout).double() if call.rotate else q.double()
     read = mask.double() if mask is not None and mask.is_floating_point() else mask
     given = None if at is None else (*fresh, at)
-    due = reference(turned, key, value, key_layout, value_layout, length, read, None, call.causal, given)
+    due = reference(rotated, key, value, key_layout, value_layout, length, read, None, call.causal, given)
     args = on_gpu(q, key, value, length, mask, None, call.causal, *fresh, at, key_layout, value_layout)
-    due = rotate.hadamard(due) if call.restore else due
-    kernels, extra = kernels_of(module), {name: True for name in ("turn", "restore") if getattr(call, name)}
+    due = rotate.rotate(due) if call.restore else due
+    kernels, extra = kernels_of(module), {name: True for name in ("rotate", "restore") if getattr(call, name)}
     accept(kernels.refusal(*args))
     check("out", due, kernels.attend(*args, splits=call.splits, **extra))
 
@@ -166,14 +167,14 @@ def write(module: str, lanes: bool, call: Write) -> None:
     at, kinds = torch.arange(begin, begin + T), classes_of(B, T) if call.kinds else None
     pivots = chosen(B, T, call.pivots) if call.pivots else None
     affine = random_affine(B, H, D) if layout.affine else None
-    stored = rotate.turn_as_stored(x, affine, layout.rotated) if call.turn else x
+    stored = rotate.rotate_as_stored(x, affine, layout.rotated) if call.rotate else x
     kernels = kernels_of(module)
     accept(kernels.refusal(x_there, layout))
     assert module != "append_cuda" or kernels.packs(x_there, layout) == lanes, "this case is the other kernel's"
     if call.start is None:
         due = ops.create(stored, at, kinds, pivots, affine, capacity, layout)
         with tiles_of(module, call.many):
-            got = kernels.pack(x_there, *on_gpu(at, kinds, pivots, affine), capacity, layout, call.turn)
+            got = kernels.pack(x_there, *on_gpu(at, kinds, pivots, affine), capacity, layout, call.rotate)
     else:
         due = layout.allocate(B, H, capacity, capacity if layout.text_bits else 0)
         if begin:
@@ -185,13 +186,13 @@ def write(module: str, lanes: bool, call: Write) -> None:
         (got,) = on_gpu(due)
         ops.write(due, stored, at, kinds, pivots, layout)
         with tiles_of(module, call.many):
-            kernels.append(got, x_there, *on_gpu(at, kinds, pivots), layout, call.turn)
-    compare(ops.named(due, layout), ops.named([buffer.cpu() for buffer in got], layout), layout, call.turn)
+            kernels.append(got, x_there, *on_gpu(at, kinds, pivots), layout, call.rotate)
+    compare(ops.named(due, layout), ops.named([buffer.cpu() for buffer in got], layout), layout, call.rotate)
 
 
-def compare(due: dict[str, Tensor], got: dict[str, Tensor], layout: Layout, turned: bool) -> None:
-    """Codes by what they stand for, in text slots only where there is text; whole numbers to the bit."""
-    limit = TURNED_LIMIT if turned else LIMIT
+def compare(due: dict[str, Tensor], got: dict[str, Tensor], layout: Layout, rotated: bool) -> None:
+    """Compare codes by the numbers that they stand for, text slots only where there is text, integers to the bit."""
+    limit = ROTATED_LIMIT if rotated else LIMIT
     if layout.text_bits:
         texts = (ops.read_text(b, layout).masked_fill((b["text_at"] < 0)[:, None, :, None], 0) for b in (due, got))
         check("text", *texts, limit)
@@ -205,7 +206,7 @@ def compare(due: dict[str, Tensor], got: dict[str, Tensor], layout: Layout, turn
             assert torch.equal(buffer, got[name]), f"{name} differs"
 
 
-def turn(op: str, sizes: tuple[int, ...], dtype: torch.dtype, owners: int, how: str, many: bool) -> None:
+def check_rotation(op: str, sizes: tuple[int, ...], dtype: torch.dtype, owners: int, how: str, many: bool) -> None:
     x, x_there = strided(*sizes, how, dtype=dtype)
     maps = [random_affine(sizes[0], owners, sizes[3])] if owners else []
     due = getattr(rotate, op)(x.double(), *maps)
@@ -257,9 +258,9 @@ def cases() -> Cases:
             yield f"append_cuda/{kernel}/{call}", functools.partial(write, "append_cuda", calls is LANES, call)
     for call in (LANES[2], LANES[5], WARPS[0], WARPS[3], WARPS[5], WARPS[9]):
         yield f"cache_triton/{call}", functools.partial(write, "cache_triton", False, call)
-    for op, sizes, dtype, owners, how, many in TURNS:
+    for op, sizes, dtype, owners, how, many in ROTATIONS:
         title = f"rotate_triton/{op}/{list(sizes)}/{DTYPE_NAMES[dtype]}/{how or 'dense'}" + "+many" * many
-        yield title, functools.partial(turn, op, sizes, dtype, owners, how, many)
+        yield title, functools.partial(check_rotation, op, sizes, dtype, owners, how, many)
     yield "salience_triton/find_pivots/topk/f32", functools.partial(find_pivots, "topk", f32)
     yield "salience_triton/find_pivots/massive/f16", functools.partial(find_pivots, "massive", f16)
     yield "salience_triton/key_affine/bf16/padded", functools.partial(key_affine, bf16, 300, 300, True)
