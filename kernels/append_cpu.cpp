@@ -1,7 +1,8 @@
-// Write a few tokens to a packed cache: the body of append_cpu.py. The meaning is kernels/cache.py's `write`, to the bit.
+// Write a few tokens to a packed cache; append_cpu.py calls it. Results equal those of `write` in kernels/cache.py to
+// the bit.
 //
-// Tokens come as they are stored, turned already. A row is one token of one head; rows share nothing but what head 0 writes for
-// its batch row (classes, positions of text), so they may go to several threads.
+// Tokens are rotated already. A row is one token of one head. Head 0 also writes what all heads of a batch row share
+// (classes, positions of text); otherwise rows are independent, so threads divide them.
 
 #include <cmath>
 #include <limits>
@@ -32,15 +33,16 @@ enum Status { DONE, BAD_POSITION };
 enum State { END, RING, SHIFT };
 constexpr uint8_t TEXT = 1;
 constexpr int64_t PLAIN = 16, LARGEST_HEAD = 512;
-constexpr int64_t ALONE = 1 << 15;  // numbers that one thread packs sooner than several wake
+constexpr int64_t ALONE = 1 << 15;  // up to so many numbers one thread is faster than several, which have to wake
 constexpr float SCALE_FLOOR = 1e-5f, FP16_MAX = 65504.0f, INFINITE = std::numeric_limits<float>::infinity();
 
-inline uint16_t saturated(float x) {  // a broken number stays broken
+inline uint16_t saturated(float x) {  // inf and NaN stay
   return to_half(x > FP16_MAX && x < INFINITE ? FP16_MAX : x < -FP16_MAX && x > -INFINITE ? -FP16_MAX : x);
 }
 
 // quantizer.encode: x [D] -> codes [D], range [2 * groups].
-void encode(const float* x, int64_t head_dim, int64_t groups, int64_t bits, float clip, uint8_t* code, uint16_t* range) {
+void encode(const float* x, int64_t head_dim, int64_t groups, int64_t bits, float clip, uint8_t* code,
+            uint16_t* range) {
   const int64_t size = head_dim / groups;
   const float top = (1 << bits) - 1;
   for (int64_t g = 0; g < groups; g++, x += size, code += size) {
@@ -77,13 +79,13 @@ struct Writer {
     const int64_t D = p.head_dim, token = row % p.tokens, lead = row / p.tokens, batch = lead / p.heads;
     const int64_t at = p.at[token], body = lead * p.capacity + at, slot = p.text_bits ? at + p.state[SHIFT] : 0;
     const uint8_t kind = p.kinds ? p.kinds[batch * p.kinds_batch + token * p.kinds_token] : TEXT;
-    const bool speaks = lead % p.heads == 0, text = p.text_bits && kind == TEXT;
+    const bool first_head = lead % p.heads == 0, text = p.text_bits && kind == TEXT;
     float x[LARGEST_HEAD];
     load_row(p.x, p.dtype, row * D, D, x);
     if (p.window && token >= p.tokens - p.window)
       store_row(p.ring, p.dtype, (lead * p.window + at % p.window) * D, D, x);
-    if (speaks && p.classes) p.classes[batch * p.capacity + at] = kind;
-    if (speaks && p.text_bits) p.text_at[batch * p.text_capacity + slot] = text ? int32_t(at) : -1;
+    if (first_head && p.classes) p.classes[batch * p.capacity + at] = kind;
+    if (first_head && p.text_bits) p.text_at[batch * p.text_capacity + slot] = text ? int32_t(at) : -1;
     if (p.bits == PLAIN) {
       store_row(p.codes, p.dtype, body * D, D, x);
       return;
@@ -110,11 +112,12 @@ extern "C" int akvq_append(const Append* call) {
 #pragma omp parallel for num_threads(p.threads) if (rows * p.head_dim > ALONE)
   for (int64_t row = 0; row < rows; row++) writer.write(row);
 
-  // a crop may have moved the end back: pivots from here on are gone, and positions that the ring lost stay lost
+  // Tokens are written from `start` on. After a crop that is before the old end: pivots from there on are overwritten,
+  // and positions that the ring lost stay lost.
   const int64_t start = p.at[0], end = p.at[p.tokens - 1] + 1;
   for (int64_t i = 0; i < p.batch * p.pivot_count; i++)
     if (p.pivot_at[i] >= start) p.pivot_at[i] = -1;
-  // a write past the end leaves a gap that the ring never held
+  // where `start` lies past the end, the ring holds nothing of what is skipped
   const int64_t ring = p.state[RING], held = start > p.state[END] ? start : ring < start ? ring : start;
   p.state[RING] = int32_t(held > end - p.window ? held : end - p.window);
   p.state[END] = int32_t(end);

@@ -147,7 +147,7 @@ def packs(x: Tensor, layout: Layout) -> bool:
 def macros(layout: Layout, form: int, fast: bool, text_only: bool = False) -> tuple:
     exact = lambda number: f"{float(number)!r}f"
     return (
-        *(("HEAD_DIM", layout.head_dim), ("DTYPE", DTYPES[layout.dtype]), ("TURN", form), ("GROUPS", layout.groups)),
+        *(("HEAD_DIM", layout.head_dim), ("DTYPE", DTYPES[layout.dtype]), ("ROTATE", form), ("GROUPS", layout.groups)),
         *(
             ("BITS", layout.body_bits),
             ("CLIP", exact(layout.body_clip)),

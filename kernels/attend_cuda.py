@@ -67,7 +67,7 @@ class _Params(ctypes.Structure):
         ("scale", ctypes.c_float),
         *((name, ctypes.c_int) for name in ("heads", "capacity", "window", "pivots", "fresh_count", "text_capacity")),
         *((name, ctypes.c_int) for name in ("rows", "queries")),
-        *((name, ctypes.c_int) for name in ("length", "mask_kind", "splits", "turn", "restore")),
+        *((name, ctypes.c_int) for name in ("length", "mask_kind", "splits", "rotate", "restore")),
     ]
 
 
@@ -144,7 +144,7 @@ def attend(
     params.state, params.scale = k["state"].data_ptr(), (layout.head_dim**-0.5 if scale is None else scale) * LOG2_E
     params.heads, params.capacity, params.rows, params.queries = heads, capacity, rows, queries
     params.window, params.pivots, params.length = layout.window, layout.pivots, -1 if length is None else length
-    params.splits, params.turn, params.restore = splits, turn and layout.rotated, restore
+    params.splits, params.rotate, params.restore = splits, turn and layout.rotated, restore
     if turn and layout.affine:
         params.affine = k["affine"].data_ptr()
     if layout.pivots:
