@@ -8,8 +8,8 @@
 //         written, 16 bytes at a time. The numbers to quantize are 16-bit floats, so a code is how many of three
 //         16-bit thresholds a number reaches; one instruction compares two numbers. Further warps rotate the pivots.
 //         With `fresh` the buffers are new memory, and the kernel writes every byte outside ring and pivots.
-//         Where text has more bits than the body, `append` with TEXT_ONLY runs after it: it writes the codes and
-//         ranges of text tokens, and their lower bits.
+//         Where text has more bits than the body, `pack` leaves out the codes and ranges of text tokens, and `append`
+//         with TEXT_ONLY runs after it: it writes these and the lower bits.
 //
 // Compile-time:
 //   HEAD_DIM, GROUPS  channels of a head; channel groups with a range (scale and minimum) of their own
@@ -19,7 +19,7 @@
 //   BITS, TEXT_BITS   2, 4 or 8; BITS 16: a lossless body; TEXT_BITS 0: no text overlay
 //   LOW_WIDTH         Layout.low_width
 //   CLIP, TEXT_CLIP   factor by which a range is shrunk before quantizing
-//   TEXT_ONLY         1: `append` runs after `pack` and writes text tokens only
+//   TEXT_ONLY         1: `append` writes text tokens only, and `pack` the others
 //   PACKS             1: compile `pack` too
 //   WARPS             warps of a block
 
@@ -427,9 +427,14 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 3) pack(const __grid_co
         }
         if (!real || slot < 0 || slot >= p.capacity) continue;
         const i64 place = lead * p.capacity + slot;
-        if (8 * lane < WORDS)
-            *(uint4 *)((u16 *)p.codes + place * WORDS + 8 * lane) = make_uint4(words[0], words[1], words[2], words[3]);
-        if (lane == 0) ((u32 *)p.range)[place] = scale_half | (u32)low_half << 16;
+        const int overlay = slot + (p.fresh ? 0 : p.state[2]);  // new buffers have no state yet
+        const bool overlaid = TEXT_ONLY && overlay >= 0 && overlay < p.text_capacity;
+        if (!overlaid || kind_of(p, batch, token) != TEXT) {
+            if (8 * lane < WORDS)
+                *(uint4 *)((u16 *)p.codes + place * WORDS + 8 * lane) =
+                    make_uint4(words[0], words[1], words[2], words[3]);
+            if (lane == 0) ((u32 *)p.range)[place] = scale_half | (u32)low_half << 16;
+        }
         if (p.classes && head == 0 && lane == 0) {
             u8 kind = kind_of(p, batch, token);
             if (chosen && kind != PADDING)

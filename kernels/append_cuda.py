@@ -121,8 +121,9 @@ def launch(
         pivots = pivots.to(torch.int32).contiguous()
         params.chosen, params.chosen_count = pivots.data_ptr(), pivots.shape[1]
         parts += -(-layout.pivots // PACK_ROWS)
-    launches = [("pack" if fast else "append", B * H * parts, macros(layout, form, fast))]
-    if fast and layout.text_bits:
+    apart = fast and layout.text_bits > 0  # the codes of text tokens are left to a launch of their own
+    launches = [("pack" if fast else "append", B * H * parts, macros(layout, form, fast, text_only=apart))]
+    if apart:
         launches.append(("append", B * H * -(-q // params.share), macros(layout, form, False, text_only=True)))
     run(launches, params, x.device)
     if keep and not fast:
