@@ -79,11 +79,19 @@ def register(name: str, backend: Callable, group: str = "torch_dynamo_backends")
 
 
 def inductor(gm: torch.fx.GraphModule, example_inputs: list, mode: str | None) -> Callable:
-    """A graph through Inductor in one of its modes."""
-    from torch._inductor import list_mode_options
+    """A graph through Inductor in one of its modes. Raises RuntimeError where it finds no C++ compiler."""
+    from torch._inductor import exc, list_mode_options
     from torch._inductor.compile_fx import compile_fx
 
-    return compile_fx(gm, example_inputs, config_patches=list_mode_options(mode) if mode else None)
+    try:
+        return compile_fx(gm, example_inputs, config_patches=list_mode_options(mode) if mode else None)
+    except (exc.InductorError, exc.InvalidCxxCompiler) as error:
+        if not isinstance(getattr(error, "inner_exception", error), exc.InvalidCxxCompiler):
+            raise
+        raise RuntimeError(
+            'akvq: inner="inductor" needs a C++ compiler and finds none: install g++ or clang++, name one in $CXX, or '
+            'compile without it, options={"inner": "eager"}'
+        ) from error
 
 
 def aot_eager(gm: torch.fx.GraphModule, example_inputs: list) -> Callable:
