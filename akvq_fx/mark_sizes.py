@@ -1,9 +1,10 @@
 """The batch and the length of a prompt are symbols from the first graph on.
 
-Dynamo makes a first graph for the very sizes that it sees, and a second one with symbols when a size changes. For a cache that is a
-pair of graphs, prompt and decode, that serve nobody afterwards: a server whose batches are 8, 3 and 1 would compile six. So before
-dynamo compiles a function for this backend, the sizes that are bound to change are marked on its arguments, as
-torch._dynamo.maybe_mark_dynamic marks them: where a model needs a number after all, dynamo takes the number and says nothing.
+Dynamo makes a first graph for the very sizes that it sees, and a second one with symbols when a size changes. For a
+cache that is a pair of graphs, prompt and decode, that serve nobody afterwards: a server whose batches are 8, 3 and 1
+would compile six. So before dynamo compiles a function for this backend, the sizes that are bound to change are marked
+on its arguments, as torch._dynamo.maybe_mark_dynamic marks them: where a model needs a number after all, dynamo takes
+the number and says nothing.
 
 A batch of one and a prompt of one token stay numbers, since dynamo makes 0 and 1 constants.
 """
@@ -23,8 +24,9 @@ DEPTH = 2  # arguments, and what a call's **kwargs or *args hold
 def mark(arguments: dict[str, Any]) -> None:
     """Mark the batch B and the length T in every tensor among a function's arguments.
 
-    B and T are sizes in which two 2-D integer tensors agree: token ids [B, T] and their mask or positions. Integer tensors are
-    marked wherever they are as large, since positions may have an axis before these two; others as [B, T, ...].
+    B and T are sizes in which two 2-D integer tensors agree: token ids [B, T] and their mask or positions. Integer
+    tensors are marked wherever they are as large, since positions may have an axis before these two; others as
+    [B, T, ...].
     """
     if not torch._dynamo.config.automatic_dynamic_shapes:  # torch.compile(dynamic=False): numbers were asked for
         return

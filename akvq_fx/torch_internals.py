@@ -80,14 +80,22 @@ def register(name: str, backend: Callable, group: str = "torch_dynamo_backends")
 
 
 def inductor(gm: torch.fx.GraphModule, example_inputs: list, mode: str | None) -> Callable:
-    """A graph through Inductor in one of its modes."""
-    from torch._inductor import list_mode_options
+    """A graph through Inductor in one of its modes. Raises RuntimeError where it finds no C++ compiler."""
+    from torch._inductor import exc, list_mode_options
     from torch._inductor.compile_fx import compile_fx
 
     patches = list_mode_options(mode) if mode else {}
     if version() < (2, 12):  # its C++ checks an index before the line that computes it, where sizes are symbols
         patches = {**patches, "assert_indirect_indexing": False}
-    return compile_fx(gm, example_inputs, config_patches=patches or None)
+    try:
+        return compile_fx(gm, example_inputs, config_patches=patches or None)
+    except (exc.InductorError, exc.InvalidCxxCompiler) as error:
+        if not isinstance(getattr(error, "inner_exception", error), exc.InvalidCxxCompiler):
+            raise
+        raise RuntimeError(
+            'akvq: inner="inductor" needs a C++ compiler and finds none: install g++ or clang++, name one in $CXX, or '
+            'compile without it, options={"inner": "eager"}'
+        ) from error
 
 
 def aot_eager(gm: torch.fx.GraphModule, example_inputs: list) -> Callable:
@@ -203,7 +211,7 @@ def compile_isolated(function: Callable, backend: Callable) -> Callable:
 
 
 def dynamic_marks(dims: list[int]) -> dict[str, Any]:
-    """What torch._dynamo.maybe_mark_dynamic(x, dims) leaves on a tensor; copying it is 50 times faster than the call."""
+    """What torch._dynamo.maybe_mark_dynamic(x, dims) leaves on a tensor; a copy is 50 times faster."""
     probe = torch.empty((1,) * (max(dims) + 1))
     torch._dynamo.maybe_mark_dynamic(probe, dims)
     return dict(vars(probe))

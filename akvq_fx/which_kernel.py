@@ -77,12 +77,12 @@ def answers_to(call: Call) -> list[KernelAnswer]:
         if call.op in ("pack", "append"):
             return [answer(call, {"x": new, "layout": layout}) for layout in (keys, values)]
         if call.op == "attend":
-            return [answer(call, attend_arguments(call, query, new, keys, values))]
+            return [answer(call, [attend_call(call, query, new, keys, values)])]
         tensors = {"rotate_queries": [query], "find_pivots": [empty(B, q, call.width)], "key_affine": [new, query]}
         return [answer(call, tensors.get(call.op, [new]))]
 
 
-def attend_arguments(call: Call, query, new, keys: Layout, values: Layout) -> dict:
+def attend_call(call: Call, query, new, keys: Layout, values: Layout) -> attend.AttendCall:
     B, _, H, q, _ = call.sizes
     buffers = []
     for layout in (keys, values):
@@ -93,9 +93,19 @@ def attend_arguments(call: Call, query, new, keys: Layout, values: Layout) -> di
         mask = torch.empty(B, 1, q, call.capacity, dtype=call.masked, device=call.device)
     at = torch.empty(q, dtype=torch.int64, device=call.device) if q > 1 else None
     fresh = new if q > 1 else None
-    arguments = {"q": query, "key": buffers[0], "value": buffers[1], "length": call.capacity, "mask": mask}
-    arguments |= {"is_causal": call.is_causal, "fresh_key": fresh, "fresh_value": fresh, "at": at}
-    return arguments | {"key_layout": keys, "value_layout": values}
+    return attend.AttendCall(
+        query,
+        *buffers,
+        call.capacity,
+        mask,
+        None,
+        call.is_causal,
+        fresh,
+        fresh,
+        at,
+        key_layout=keys,
+        value_layout=values,
+    )
 
 
 def answer(call: Call, given: dict | list) -> KernelAnswer:

@@ -1,7 +1,8 @@
-// Write a few tokens to a packed cache: the body of append_cpu.py. Equals kernels/cache.py's `write`, to the bit.
+// Write a few tokens to a packed cache; append_cpu.py calls it. Results equal those of `write` in kernels/cache.py to
+// the bit.
 //
-// Tokens come as they are stored, rotated already. A row is one token of one head; rows share nothing but what head 0
-// writes for its batch row (classes, positions of text), so they may go to several threads.
+// Tokens are rotated already. A row is one token of one head. Head 0 also writes what all heads of a batch row share
+// (classes, positions of text); otherwise rows are independent, so threads divide them.
 
 #include <cmath>
 #include <limits>
@@ -32,10 +33,10 @@ enum Status { DONE, BAD_POSITION };
 enum State { END, RING, SHIFT };
 constexpr uint8_t TEXT = 1;
 constexpr int64_t PLAIN = 16, LARGEST_HEAD = 512;
-constexpr int64_t ALONE = 1 << 15;  // up to so many numbers one thread is faster than waking others
+constexpr int64_t ALONE = 1 << 15;  // up to so many numbers one thread is faster than several, which have to wake
 constexpr float SCALE_FLOOR = 1e-5f, FP16_MAX = 65504.0f, INFINITE = std::numeric_limits<float>::infinity();
 
-inline uint16_t saturated(float x) {  // a broken number stays broken
+inline uint16_t saturated(float x) {  // inf and NaN stay
   return to_half(x > FP16_MAX && x < INFINITE ? FP16_MAX : x < -FP16_MAX && x > -INFINITE ? -FP16_MAX : x);
 }
 
@@ -111,11 +112,12 @@ extern "C" int akvq_append(const Append* call) {
 #pragma omp parallel for num_threads(p.threads) if (rows * p.head_dim > ALONE)
   for (int64_t row = 0; row < rows; row++) writer.write(row);
 
-  // after a crop the tokens may start before the end: later pivots are gone, and what the ring lost stays lost
+  // Tokens are written from `start` on. After a crop that is before the old end: pivots from there on are overwritten,
+  // and positions that the ring lost stay lost.
   const int64_t start = p.at[0], end = p.at[p.tokens - 1] + 1;
   for (int64_t i = 0; i < p.batch * p.pivot_count; i++)
     if (p.pivot_at[i] >= start) p.pivot_at[i] = -1;
-  // a write past the end leaves a gap that the ring never held
+  // where `start` lies past the end, the ring holds nothing of what is skipped
   const int64_t ring = p.state[RING], held = start > p.state[END] ? start : ring < start ? ring : start;
   p.state[RING] = int32_t(held > end - p.window ? held : end - p.window);
   p.state[END] = int32_t(end);

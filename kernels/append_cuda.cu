@@ -1,28 +1,31 @@
-// akvq::append and akvq::pack for NVIDIA GPUs; kernels/append_cuda.py launches them. Tokens are rotated, clipped, quantized,
-// packed and written in one go. Arithmetic is in the order of kernels/quantizer.py, to the bit.
+// akvq::append and akvq::pack for NVIDIA GPUs; kernels/append_cuda.py launches them. One kernel rotates, clips,
+// quantizes, packs and writes the tokens. The order of the arithmetic is that of kernels/quantizer.py, so that results
+// are equal to the bit.
 //
-// append  A warp takes a token of one head, for every layout. A lane holds channels lane, lane + 32, ...
-// pack    Four lanes take a token, for a prompt at 2 bits. A lane holds runs of 8 channels, 8 * lane + 32 * run: only the
-//         butterflies of 8 and 16 are lane exchanges, and rows are read, and words written, 16 bytes at a time. What is
-//         stored are 16-bit numbers, so a code is the count of three 16-bit thresholds that a number reaches, two numbers an
-//         instruction. Further warps rotate the pivots. With `fresh` the buffers are unwritten memory, of which every byte
-//         outside ring and pivots is written. Where text has more bits, `append` with TEXT_ONLY comes after it:
-//         it writes the text tokens' codes and ranges again, and their lower bits.
+// append  One warp per token and head, for every layout. A lane holds channels lane, lane + 32, ...
+// pack    Four lanes per token and head, for prompts at 2 bits. A lane holds runs of 8 channels that begin at
+//         8 * lane + 32 * run: only the butterflies of 8 and 16 are lane exchanges, and rows are read, and words
+//         written, 16 bytes at a time. The numbers to quantize are 16-bit floats, so a code is how many of three
+//         16-bit thresholds a number reaches; one instruction compares two numbers. Further warps rotate the pivots.
+//         With `fresh` the buffers are new memory, and the kernel writes every byte outside ring and pivots.
+//         Where text has more bits than the body, `pack` leaves out the codes and ranges of text tokens, and `append`
+//         with TEXT_ONLY runs after it: it writes these and the lower bits.
 //
 // Compile-time:
-//   HEAD_DIM, GROUPS  channels of a head, and ranges that they have
+//   HEAD_DIM, GROUPS  channels of a head; channel groups with a range (scale and minimum) of their own
 //   DTYPE             0 fp16, 1 bf16, 2 fp32
-//   TURN              0 tokens are stored as they come, 1 as H x, 2 as H((x - c) / s)
-//   NORM              the transform's, order**-0.5
+//   ROTATE            a token x is stored as 0: x, 1: H x, 2: H((x - c) / s)
+//   NORM              factor that makes H orthonormal: order**-0.5
 //   BITS, TEXT_BITS   2, 4 or 8; BITS 16: a lossless body; TEXT_BITS 0: no text overlay
 //   LOW_WIDTH         Layout.low_width
-//   CLIP, TEXT_CLIP   factors of a range before it is quantized
-//   TEXT_ONLY, PACKS  1: `append` after `pack`; 1: `pack` is compiled too
-//   WARPS             of a block
+//   CLIP, TEXT_CLIP   factor by which a range is shrunk before quantizing
+//   TEXT_ONLY         1: `append` writes text tokens only, and `pack` the others
+//   PACKS             1: compile `pack` too
+//   WARPS             warps of a block
 
 #include "numbers_cuda.cuh"
 
-constexpr int D = HEAD_DIM, N = (D + 31) / 32;  // N: channels of a lane
+constexpr int D = HEAD_DIM, N = (D + 31) / 32;  // N: channels that a lane holds
 constexpr float SCALE_FLOOR = 1e-5f, HALF_MAX = 65504.f;
 
 struct Params {
@@ -49,7 +52,8 @@ __device__ __forceinline__ float read(const void *from, i64 i) {
     const u16 h = ((const u16 *)from)[i];
     return DTYPE == 1 ? from_bf16(h) : from_half(h);
 }
-__device__ __forceinline__ float reciprocal(float x) {  // of a 16-bit float that is normal: none of a division's slow paths
+// 1 / x, for a normal 16-bit float: a division would also handle cases that cannot occur here.
+__device__ __forceinline__ float reciprocal(float x) {
     float r;
     asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
     return fmaf(r, fmaf(-x, r, 1.f), r);
@@ -63,12 +67,12 @@ __device__ __forceinline__ void write(void *to, i64 i, float x) {
     else
         ((u16 *)to)[i] = DTYPE == 1 ? to_bf16(x) : to_half(x);
 }
-// To fp16; finite numbers saturate, the others stay what they are.
+// To fp16. A finite number out of range becomes the largest finite one; inf and NaN stay.
 __device__ __forceinline__ u16 saturated(float x) {
     return to_half(fabsf(x) < INFINITY ? fminf(fmaxf(x, -HALF_MAX), HALF_MAX) : x);
 }
 
-// Pack bits `shift` and up of the codes in scratch, B of each.
+// Pack the B bits from bit `shift` on of each code in scratch.
 template <int B>
 __device__ __forceinline__ void pack_words(const u8 *scratch, int shift, u16 *words, int lane) {
     constexpr int COUNT = D * B / 16;
@@ -81,9 +85,10 @@ __device__ __forceinline__ void pack_words(const u8 *scratch, int shift, u16 *wo
     }
 }
 
-// Quantize to B bits: the upper BODY of a code to codes, the others, if any, to lower.
+// Quantize to B bits. The upper BODY bits of a code go to `codes`, the others, if any, to `lower`, WIDTH bits each.
 template <int B, int BODY, int WIDTH>
-__device__ __forceinline__ void quantize(const float (&x)[N], float clip, u8 *scratch, u16 *codes, u16 *range, u16 *lower, int lane) {
+__device__ __forceinline__ void quantize(const float (&x)[N], float clip, u8 *scratch, u16 *codes, u16 *range,
+                                         u16 *lower, int lane) {
     constexpr int TOP = (1 << B) - 1, SIZE = D / GROUPS;
 #pragma unroll
     for (int g = 0; g < GROUPS; g++) {
@@ -92,7 +97,8 @@ __device__ __forceinline__ void quantize(const float (&x)[N], float clip, u8 *sc
 #pragma unroll
         for (int i = 0; i < N; i++) {
             const int channel = lane + 32 * i;
-            if (channel < D && channel / SIZE == g) low = fminf(low, x[i]), high = fmaxf(high, x[i]), broken |= x[i] != x[i];
+            if (channel < D && channel / SIZE == g)
+                low = fminf(low, x[i]), high = fmaxf(high, x[i]), broken |= x[i] != x[i];
         }
 #pragma unroll
         for (int h = 16; h; h /= 2) {
@@ -110,7 +116,8 @@ __device__ __forceinline__ void quantize(const float (&x)[N], float clip, u8 *sc
         for (int i = 0; i < N; i++) {
             const int channel = lane + 32 * i;
             if (channel < D && channel / SIZE == g) {
-                const float code = fminf(fmaxf(rintf((x[i] - low) / scale), 0.f), (float)TOP);  // NaN becomes 0 in fmaxf
+                // fmaxf makes 0 of NaN
+                const float code = fminf(fmaxf(rintf((x[i] - low) / scale), 0.f), (float)TOP);
                 scratch[channel] = (u8)(int)code;
             }
         }
@@ -126,13 +133,14 @@ __device__ __forceinline__ void quantize(const float (&x)[N], float clip, u8 *sc
     __syncwarp();
 }
 
-// What a call changes beside its tokens, by the worker that begins a row, and by the first one.
+// What a call changes beside its tokens: one worker of each batch row drops pivots, the first of all updates the state.
 __device__ __forceinline__ void finish(const Params &p, int batch, int head, int first, i64 worker, int lane) {
     const int start = (int)p.at[0], end = (int)p.at[p.tokens - 1] + 1;
-    if (head == 0 && first == 0 && !(p.chosen && start == 0))  // a crop may have moved the end back: pivots from here on are gone
+    // Tokens are written from `start` on. After a crop that is before the old end: pivots from there on are replaced.
+    if (head == 0 && first == 0 && !(p.chosen && start == 0))
         for (int i = lane; i < p.pivot_count; i += 32)
             if (p.pivot_at[batch * p.pivot_count + i] >= start) p.pivot_at[batch * p.pivot_count + i] = -1;
-    if (worker == 0 && lane == 0) {  // a write past the end leaves a gap that the ring never held
+    if (worker == 0 && lane == 0) {  // where `start` lies past the end, the ring holds nothing of what is skipped
         const int last = p.fresh ? 0 : p.state[0], ring = p.fresh ? 0 : p.state[1];
         const int held = start > last ? start : min(ring, start);
         p.state[1] = max(held, end - p.window), p.state[0] = end;
@@ -151,7 +159,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) append(const __grid_con
     const int first = (int)(worker % parts) * p.share, last = min(first + p.share, p.tokens);
 
     float centre[N], gain[N];
-    if (TURN == 2) {
+    if (ROTATE == 2) {
 #pragma unroll
         for (int i = 0; i < N; i++) {
             const int channel = lane + 32 * i;
@@ -165,13 +173,14 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) append(const __grid_con
         const int slot = (int)p.at[token], overlay = TEXT_BITS ? slot + p.state[2] : -1;
         const bool overlaid = overlay >= 0 && overlay < p.text_capacity;
         const u8 kind = p.kinds ? p.kinds[batch * p.kinds_b + token * p.kinds_t] : TEXT;
-        if (TEXT_BITS && overlaid && head == 0 && lane == 0) p.text_at[(i64)batch * p.text_capacity + overlay] = kind == TEXT ? slot : -1;
+        if (TEXT_BITS && overlaid && head == 0 && lane == 0)
+            p.text_at[(i64)batch * p.text_capacity + overlay] = kind == TEXT ? slot : -1;
         if (TEXT_ONLY && kind != TEXT) continue;
         float x[N];
 #pragma unroll
         for (int i = 0; i < N; i++) x[i] = lane + 32 * i < D ? read(p.x, from + lane + 32 * i) : 0.f;
-        if (TURN) {
-            if (TURN == 2) {
+        if (ROTATE) {
+            if (ROTATE == 2) {
 #pragma unroll
                 for (int i = 0; i < N; i++) x[i] = (x[i] - centre[i]) * gain[i];
             }
@@ -198,20 +207,23 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) append(const __grid_con
                 u16 *codes = (u16 *)p.codes + place * (D * BODY / 16), *range = p.range + place * 2 * GROUPS;
                 u16 *lower = p.text_codes + (lead * p.text_capacity + overlay) * (D * LOW_WIDTH / 16);
                 if (as_text)
-                    quantize<TEXT_BITS ? TEXT_BITS : BODY, BODY, LOW_WIDTH>(x, TEXT_CLIP, scratch, codes, range, lower, lane);
+                    quantize<TEXT_BITS ? TEXT_BITS : BODY, BODY, LOW_WIDTH>(x, TEXT_CLIP, scratch, codes, range, lower,
+                                                                            lane);
                 else if (!TEXT_ONLY)
                     quantize<BODY, BODY, 0>(x, CLIP, scratch, codes, range, nullptr, lane);
                 if (TEXT_BITS && !TEXT_ONLY && overlaid && !as_text)
                     for (int i = lane; i < D * LOW_WIDTH / 16; i += 32) lower[i] = 0;
             }
         }
-        if (!TEXT_ONLY && p.classes && head == 0 && lane == 0 && inside) p.classes[(i64)batch * p.capacity + slot] = kind;
+        if (!TEXT_ONLY && p.classes && head == 0 && lane == 0 && inside)
+            p.classes[(i64)batch * p.capacity + slot] = kind;
     }
     if (!TEXT_ONLY) finish(p, batch, head, first, worker, lane);
 }
 
 #if PACKS
-constexpr int RUNS = D / 32, OWN = 8 * RUNS, WORDS = D / 8;  // of a lane: runs of 8 channels, channels; of a token: 16-bit words
+constexpr int RUNS = D / 32, OWN = 8 * RUNS;  // runs of 8 channels, and channels, that a lane holds
+constexpr int WORDS = D / 8;                  // 16-bit words of a token's codes
 
 // Two 16-bit numbers of the tokens' dtype in a word.
 #define HALVES(name, bf16_form, fp16_form)                                          \
@@ -225,7 +237,9 @@ constexpr int RUNS = D / 32, OWN = 8 * RUNS, WORDS = D / 8;  // of a lane: runs 
     }
 HALVES(smaller, "min.NaN.bf16x2", "min.NaN.f16x2")
 HALVES(larger, "max.NaN.bf16x2", "max.NaN.f16x2")
-__device__ __forceinline__ float first_of(u32 pair) { return DTYPE == 1 ? __uint_as_float(pair << 16) : from_half((u16)pair); }
+__device__ __forceinline__ float first_of(u32 pair) {
+    return DTYPE == 1 ? __uint_as_float(pair << 16) : from_half((u16)pair);
+}
 __device__ __forceinline__ float second_of(u32 pair) {
     return DTYPE == 1 ? __uint_as_float(pair & 0xffff0000u) : from_half((u16)(pair >> 16));
 }
@@ -238,16 +252,19 @@ __device__ __forceinline__ u32 reaches(u32 a, u32 b) {
 }
 #endif
 
-// The smallest 16-bit x with fp32(x - low) > step, or >= step, twice in a word. fp32(r) > step is r > step + half an
-// ulp, and fp32(r) >= step is r >= step - half the ulp below, since step, 13 bits of it, is even; so the sum of low,
-// step and that half is made exactly, as two floats, and rounded up. With an infinite or broken range nothing reaches
-// it.
+// The smallest 16-bit x with fp32(x - low) > step (strict), or >= step, twice in a word; NaN, which no number reaches,
+// where low or scale is infinite or NaN.
+//
+// The quantizer rounds x - low to fp32 before it compares. `step` has 13 significant bits, so its last fp32 bit is 0,
+// and a difference halfway between `step` and a neighbour is rounded to `step`. So the rounded difference is > step
+// where the exact one is > step + half an ulp, and >= step where the exact one is >= step - half the ulp below it.
+// low, step and that half are summed exactly, in two floats, and then rounded up to 16 bits.
 __device__ __forceinline__ u32 threshold(float low, float scale, float step, bool strict) {
     const float sum = low + step, part = sum - low, rest = (low - (sum - part)) + (step - part);
     const float half = __uint_as_float(__float_as_uint(step) & 0x7f800000u) * 0x1p-24f;
     float least;
     if (strict) {
-        least = __fadd_rd(sum, rest + half) + 0.f;  // no negative zero, of which the next float is not one bit more
+        least = __fadd_rd(sum, rest + half) + 0.f;  // -0 becomes 0: the next line adds one to its bits
         least = __int_as_float(__float_as_int(least) + (__float_as_int(least) >= 0 ? 1 : -1));
     } else {
         least = __fadd_ru(sum, rest - (__float_as_uint(step) & 0x7fffffu ? half : .5f * half));
@@ -265,13 +282,14 @@ __device__ __forceinline__ u32 threshold(float low, float scale, float step, boo
     return up | up << 16;
 }
 
-// What is stored of a token, from what the model made of it: pair i is channels 32 * (i / 4) + 8 * lane + 2 * (i % 4)
-// and the next.
-__device__ __forceinline__ void turn(u32 (&pairs)[OWN / 2], const float (&centre)[OWN], const float (&gain)[OWN], int lane) {
+// A token as the model made it -> as it is stored: H x or H((x - c) / s). Pair i holds channel
+// 32 * (i / 4) + 8 * lane + 2 * (i % 4) and the next one.
+__device__ __forceinline__ void rotate(u32 (&pairs)[OWN / 2], const float (&centre)[OWN], const float (&gain)[OWN],
+                                       int lane) {
     float x[OWN];
 #pragma unroll
     for (int i = 0; i < OWN; i += 2) x[i] = first_of(pairs[i / 2]), x[i + 1] = second_of(pairs[i / 2]);
-    if (TURN == 2) {
+    if (ROTATE == 2) {
 #pragma unroll
         for (int i = 0; i < OWN; i++) x[i] = (x[i] - centre[i]) * gain[i];
     }
@@ -305,10 +323,11 @@ __device__ __forceinline__ void load(u32 (&pairs)[OWN / 2], const u16 *row) {
 __device__ __forceinline__ void store(u16 *row, const u32 (&pairs)[OWN / 2]) {
 #pragma unroll
     for (int run = 0; run < RUNS; run++)
-        *(uint4 *)(row + 32 * run) = make_uint4(pairs[4 * run], pairs[4 * run + 1], pairs[4 * run + 2], pairs[4 * run + 3]);
+        *(uint4 *)(row + 32 * run) =
+            make_uint4(pairs[4 * run], pairs[4 * run + 1], pairs[4 * run + 2], pairs[4 * run + 3]);
 }
 
-// Slots [from, to) of new buffers, which no token takes.
+// Fill slots [from, to) of new buffers, to which no token is written.
 __device__ __forceinline__ void clear(const Params &p, i64 lead, int batch, int head, int from, int to, int lane) {
     uint4 *words = (uint4 *)((u16 *)p.codes + lead * p.capacity * WORDS);
     for (int i = from * (WORDS / 8) + lane; i < to * (WORDS / 8); i += 32) words[i] = make_uint4(0, 0, 0, 0);
@@ -326,14 +345,14 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 3) pack(const __grid_co
     const int lane = threadIdx.x % 4, row = threadIdx.x % 32 / 4;
     const int span = 8 * p.share, token_parts = (p.tokens + span - 1) / span;
     const int start = (int)p.at[0];
-    const int *chosen = start == 0 ? p.chosen : nullptr;  // pivots count where the tokens start the cache
+    const int *chosen = start == 0 ? p.chosen : nullptr;  // only a prompt that starts the cache has pivots
     const int parts = token_parts + (p.chosen ? (p.pivot_count + 7) / 8 : 0);
     const i64 worker = (i64)blockIdx.x * WARPS + threadIdx.x / 32, lead = worker / parts;  // lead: batch row and head
     if (lead >= (i64)p.batch * p.heads) return;
     const int batch = (int)(lead / p.heads), head = (int)(lead % p.heads), part = (int)(worker % parts);
 
     float centre[OWN], gain[OWN];
-    if (TURN == 2) {
+    if (ROTATE == 2) {
         const u16 *map = p.affine + ((i64)batch * 2 * p.heads + head) * D + 8 * lane;
         u32 c[OWN / 2], s[OWN / 2];
         load(c, map), load(s, map + (i64)p.heads * D);
@@ -346,12 +365,12 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 3) pack(const __grid_co
     const u16 *rows = (const u16 *)p.x + batch * p.x_b + head * p.x_h + 8 * lane;
     u32 pairs[OWN / 2];
 
-    if (part >= token_parts) {  // 8 pivots; a free slot holds the first token, as the reference's does
+    if (part >= token_parts) {  // 8 pivots; an unused slot holds the first token, as in the reference
         if (!chosen) return;
         const int slot = 8 * (part - token_parts) + row;
         const int pivot = slot < p.chosen_count ? chosen[batch * p.chosen_count + slot] : -1, token = max(pivot, 0);
         load(pairs, rows + token * p.x_t);
-        if (TURN) turn(pairs, centre, gain, lane);
+        if (ROTATE) rotate(pairs, centre, gain, lane);
         if (slot >= p.pivot_count) return;
         store(p.pivots + (lead * p.pivot_count + slot) * D + 8 * lane, pairs);
         if (head == 0 && lane == 0) {
@@ -371,7 +390,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 3) pack(const __grid_co
 #pragma unroll
         for (int i = 0; i < OWN / 2; i++) pairs[i] = next[i];
         if (begin + 8 < last) load(next, rows + min(token + 8, last - 1) * p.x_t);
-        if (TURN) turn(pairs, centre, gain, lane);
+        if (ROTATE) rotate(pairs, centre, gain, lane);
         if (real && p.window && token >= p.tokens - p.window)
             store((u16 *)p.ring + (lead * p.window + slot % p.window) * D + 8 * lane, pairs);
 
@@ -390,9 +409,10 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 3) pack(const __grid_co
         const u16 scale_half = saturated(scale), low_half = saturated(low);
         scale = from_half(scale_half), low = from_half(low_half);
         const u32 own = threshold(low, scale, (lane == 0 ? .5f : lane == 1 ? 1.5f : 2.5f) * scale, lane != 1);
-        const u32 one = __shfl_sync(ALL, own, 0, 4), two = __shfl_sync(ALL, own, 1, 4), three = __shfl_sync(ALL, own, 2, 4);
+        const u32 one = __shfl_sync(ALL, own, 0, 4), two = __shfl_sync(ALL, own, 1, 4);
+        const u32 three = __shfl_sync(ALL, own, 2, 4);
 
-        u32 words[4] = {0, 0, 0, 0};  // two neighbouring words in each; a lane's codes of a word are WORDS channels apart
+        u32 words[4] = {0, 0, 0, 0};  // two neighbouring 16-bit words in each; codes of a word are WORDS channels apart
 #pragma unroll
         for (int i = 0; i < OWN / 2; i++) {
             const u32 a = reaches(pairs[i], one), b = reaches(pairs[i], two), c = reaches(pairs[i], three);
@@ -407,8 +427,14 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 3) pack(const __grid_co
         }
         if (!real || slot < 0 || slot >= p.capacity) continue;
         const i64 place = lead * p.capacity + slot;
-        if (8 * lane < WORDS) *(uint4 *)((u16 *)p.codes + place * WORDS + 8 * lane) = make_uint4(words[0], words[1], words[2], words[3]);
-        if (lane == 0) ((u32 *)p.range)[place] = scale_half | (u32)low_half << 16;
+        const int overlay = slot + (p.fresh ? 0 : p.state[2]);  // new buffers have no state yet
+        const bool overlaid = TEXT_ONLY && overlay >= 0 && overlay < p.text_capacity;
+        if (!overlaid || kind_of(p, batch, token) != TEXT) {
+            if (8 * lane < WORDS)
+                *(uint4 *)((u16 *)p.codes + place * WORDS + 8 * lane) =
+                    make_uint4(words[0], words[1], words[2], words[3]);
+            if (lane == 0) ((u32 *)p.range)[place] = scale_half | (u32)low_half << 16;
+        }
         if (p.classes && head == 0 && lane == 0) {
             u8 kind = kind_of(p, batch, token);
             if (chosen && kind != PADDING)
@@ -419,7 +445,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 3) pack(const __grid_co
         }
     }
     if (p.fresh && first == 0) clear(p, lead, batch, head, 0, min(start, p.capacity), threadIdx.x % 32);
-    if (p.fresh && last == p.tokens) clear(p, lead, batch, head, max((int)p.at[p.tokens - 1] + 1, 0), p.capacity, threadIdx.x % 32);
+    if (p.fresh && last == p.tokens)
+        clear(p, lead, batch, head, max((int)p.at[p.tokens - 1] + 1, 0), p.capacity, threadIdx.x % 32);
     finish(p, batch, head, first, worker, threadIdx.x % 32);
 }
 #endif

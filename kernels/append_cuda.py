@@ -121,8 +121,9 @@ def launch(
         pivots = pivots.to(torch.int32).contiguous()
         params.chosen, params.chosen_count = pivots.data_ptr(), pivots.shape[1]
         parts += -(-layout.pivots // PACK_ROWS)
-    launches = [("pack" if fast else "append", B * H * parts, macros(layout, form, fast))]
-    if fast and layout.text_bits:
+    apart = fast and layout.text_bits > 0  # the codes of text tokens are left to a launch of their own
+    launches = [("pack" if fast else "append", B * H * parts, macros(layout, form, fast, text_only=apart))]
+    if apart:
         launches.append(("append", B * H * -(-q // params.share), macros(layout, form, False, text_only=True)))
     run(launches, params, x.device)
     if keep and not fast:
@@ -149,7 +150,7 @@ def macros(layout: Layout, form: int, fast: bool, text_only: bool = False) -> tu
     return (
         ("HEAD_DIM", layout.head_dim),
         ("DTYPE", DTYPES[layout.dtype]),
-        ("TURN", form),
+        ("ROTATE", form),
         ("GROUPS", layout.groups),
         ("BITS", layout.body_bits),
         ("CLIP", exact(layout.body_clip)),

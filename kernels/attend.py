@@ -22,6 +22,8 @@ and restore it does in its own launch; this op does the others around it.
 
 from __future__ import annotations
 
+import typing
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -35,8 +37,64 @@ from akvq_fx.kernels.simulate import squeezed
 FASTER = {"cuda": ("attend_cuda", "attend_triton"), "cpu": ("attend_cpu",)}  # before the reference, by device
 
 
-def reference(q, key, value, key_layout: Layout, value_layout: Layout, length, mask, scale, is_causal, fresh) -> Tensor:
-    b = named(key, key_layout)
+class AttendCall(typing.NamedTuple):
+    """The op's arguments, as every implementation takes them: `attend(call)` and `refusal(call)`. Meaning: above.
+
+    The op's schema is made of these names, types and defaults. In the op, layouts are text.
+    """
+
+    q: Tensor
+    key: list[Tensor]
+    value: list[Tensor]
+    length: int | None
+    mask: Tensor | None
+    scale: float | None
+    is_causal: bool
+    fresh_key: Tensor | None
+    fresh_value: Tensor | None
+    at: Tensor | None
+    key_layout: Layout
+    value_layout: Layout
+    rotate: bool = False
+    restore: bool = False
+
+    @property
+    def fresh(self) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Keys, values and positions of this step's tokens; None where there are none."""
+        return None if self.at is None or not self.at.shape[0] else (self.fresh_key, self.fresh_value, self.at)
+
+    @classmethod
+    def of_op(cls, *arguments) -> AttendCall:
+        """What the op was called with. Raises ValueError where q does not fit the cache, or the keys are no keys."""
+        key_layout, value_layout = map(Layout.parse, arguments[10:12])
+        call = cls(*arguments[:10], key_layout, value_layout, *arguments[12:])
+        check(call)
+        return call
+
+
+SCHEMA_TYPES = {
+    Tensor: "Tensor",
+    Tensor | None: "Tensor?",
+    list[Tensor]: "Tensor[]",
+    int | None: "SymInt?",
+    float | None: "float?",
+    bool: "bool",
+    Layout: "str",
+}
+
+
+def schema() -> str:
+    """The op's schema, in PyTorch's notation."""
+    defaults = {name: f"={default}" for name, default in AttendCall._field_defaults.items()}
+    hints = typing.get_type_hints(AttendCall)
+    arguments = [f"{SCHEMA_TYPES[hints[name]]} {name}{defaults.get(name, '')}" for name in AttendCall._fields]
+    return f"({', '.join(arguments)}) -> Tensor"
+
+
+def reference(call: AttendCall) -> Tensor:
+    """The op but for rotate and restore, which it does around this."""
+    q, key, value, length, mask, scale, is_causal, *_, key_layout, value_layout = call[:12]
+    fresh, b = call.fresh, named(key, key_layout)
     end = b["state"][STATE_END] if fresh is None else fresh[2][-1] + 1
     if length is None and key_layout.lossless and value_layout.lossless:
         # nothing is dequantized, so all of the capacity may be read, and its length stays on the device
@@ -72,41 +130,32 @@ def past_of(q: Tensor, end: Tensor, fresh) -> int:
     return int(end) - 1 if q.shape[2] == 1 else int(end)
 
 
-@torch.library.custom_op("akvq::attend", mutates_args=())
-def attend(
-    q: Tensor,
-    key: list[Tensor],
-    value: list[Tensor],
-    length: int | None,
-    mask: Tensor | None,
-    scale: float | None,
-    is_causal: bool,
-    fresh_key: Tensor | None,
-    fresh_value: Tensor | None,
-    at: Tensor | None,
-    key_layout: str,
-    value_layout: str,
-    rotate: bool = False,
-    restore: bool = False,
-) -> Tensor:
-    layouts = Layout.parse(key_layout), Layout.parse(value_layout)
-    check(q, key, value, *layouts)
-    call = (q, key, value, length, mask, scale, is_causal, fresh_key, fresh_value, at, *layouts)
-    wanted = {"rotate": rotate, "restore": restore and layouts[1].rotated}
+@torch.library.custom_op("akvq::attend", mutates_args=(), schema=schema())
+def attend(*arguments):
+    call = AttendCall.of_op(*arguments)
+    if call.restore and not call.value_layout.rotated:
+        call = call._replace(restore=False)
 
     def run(kernel) -> Tensor:
         fused = () if kernel is None else kernel.fused
-        asked = rotate_query(q, key, layouts[0]) if rotate and "rotate" not in fused else q
-        if kernel is not None:
-            out = kernel(asked, *call[1:], **{name: True for name in fused if wanted[name]})
-        else:
-            fresh = (fresh_key, fresh_value, at) if at is not None and at.shape[0] else None
-            out = reference(asked, key, value, *layouts, length, mask, scale, is_causal, fresh)
-        if wanted["restore"] and "restore" not in fused:
+        asked = call
+        if call.rotate and "rotate" not in fused:
+            asked = asked._replace(q=rotate_query(call.q, call.key, call.key_layout), rotate=False)
+        after = call.restore and "restore" not in fused
+        if after:
+            asked = asked._replace(restore=False)
+        out = reference(asked) if kernel is None else kernel(asked)
+        if after:
             return rotate_directly(out)
         return out if kernel is not None else out.clone(memory_format=torch.contiguous_format)
 
-    return dispatch(run, "attend", FASTER.get(q.device.type, ()), *call)
+    return dispatch(run, "attend", FASTER.get(call.q.device.type, ()), call)
+
+
+@attend.register_fake
+def _(*arguments):
+    call = AttendCall.of_op(*arguments)
+    return call.q.new_empty((*call.q.shape[:3], call.value_layout.head_dim))
 
 
 def rotate_query(q: Tensor, key: list[Tensor], layout: Layout) -> Tensor:
@@ -116,36 +165,15 @@ def rotate_query(q: Tensor, key: list[Tensor], layout: Layout) -> Tensor:
     return rotate_directly(q) if layout.rotated else q
 
 
-@attend.register_fake
-def _(
-    q,
-    key,
-    value,
-    length,
-    mask,
-    scale,
-    is_causal,
-    fresh_key,
-    fresh_value,
-    at,
-    key_layout,
-    value_layout,
-    rotate=False,
-    restore=False,
-):
-    layouts = Layout.parse(key_layout), Layout.parse(value_layout)
-    check(q, key, value, *layouts)
-    return q.new_empty((*q.shape[:3], layouts[1].head_dim))
-
-
-def check(q: Tensor, key, value, key_layout: Layout, value_layout: Layout) -> None:
-    """Raises ValueError where q does not fit the cache, or the keys' layout is one of values."""
+def check(call: AttendCall) -> None:
+    """Raises ValueError where q does not fit the cache, or the keys are no keys."""
+    q, key_layout = call.q, call.key_layout
     if key_layout.shares_classes:
         raise ValueError(
             f"akvq::attend: the keys' layout is {key_layout}, accepted: keys that hold their tokens' classes"
         )
-    heads = named(key, key_layout)["codes"].shape[1]
-    named(value, value_layout)
+    heads = named(call.key, key_layout)["codes"].shape[1]
+    named(call.value, call.value_layout)
     if q.dim() != 4 or q.shape[3] != key_layout.head_dim or q.shape[1] % heads:
         raise ValueError(
             f"akvq::attend: q is {list(q.shape)}, accepted: [B, Hq, q, {key_layout.head_dim}] "

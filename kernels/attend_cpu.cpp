@@ -1,15 +1,18 @@
-// Scaled dot-product attention of a few query tokens over a packed cache: the body of attend_cpu.py.
+// Scaled dot-product attention of a few query tokens over a packed cache; attend_cpu.py calls it.
 //
-// The meaning is kernels/attend.py's, the buffers are kernels/layout.py's. Plain C++17 with the vector extensions that
-// GCC and clang share; no header but the standard library's, so that it compiles in seconds on a user's machine.
+// kernels/attend.py says what it computes, kernels/layout.py what is in the buffers. Plain C++17 with the vector
+// extensions that GCC and clang share, and no header but the standard library's, so that it compiles in seconds on a
+// user's machine.
 //
-// Positions are cut into chunks. In a chunk each position has one owner (fresh > ring > pivots > text > body), found
-// once per batch row for the keys and once for the values; scores and probabilities lie by position, so keys and values
-// may have different overlays. Softmax is the online one, in fp32, over chunks. Positions are split over threads where
-// there are few heads, and the parts put together at the end.
+// Positions are cut into chunks. In a chunk each position is read from one place, its owner: a fresh token, else the
+// ring, else a pivot, else text, else the body. Owners are found once per batch row for the keys and once for the
+// values. Scores and probabilities are stored by position, so keys and values may have different overlays. Softmax is
+// computed online, in fp32, chunk by chunk. Where there are few heads, threads share the positions of a head, and their
+// parts are merged at the end.
 //
-// R query rows (heads of the group x tokens) share each code that is unpacked. G channel groups count as G rows, each
-// with zeros outside of its group. `head` counts over batch and cache heads, `at` over chunks, `t` over tokens.
+// R query rows (query heads of one cache head x tokens) share each code that is unpacked. G channel groups count as G
+// rows, each with zeros outside of its group. `head` counts over batch and cache heads, `at` over chunks, `t` over
+// tokens.
 
 #include "attend_cpu.h"
 
@@ -353,7 +356,7 @@ extern "C" int akvq_attend(const Call* call_, const Cache* key, const Cache* val
     for (int which : {0, 1})
       if (const Packed source = plan.packed(which ? *value : *key, 0, kind); source.bits)
         find_used(source, plan.used[which][kind]);
-  // Short loops run on one thread: every parallel loop waits for its slowest thread.
+  // Short loops run on one thread: at the end of a parallel one, all wait for the slowest.
 #pragma omp parallel for num_threads(threads) if (call.batch * call.length > ALONE)
   for (int64_t i = 0; i < 2 * call.batch; i++) {
     Owners& owners = (i % 2 ? plan.value_owners : plan.key_owners)[i / 2];

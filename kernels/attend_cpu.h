@@ -1,8 +1,8 @@
-// What attend_cpu.cpp works on: numbers, packed tokens in tiles, and which copy is read at each position.
+// What attend_cpu.cpp works on: numbers, packed tokens in tiles, and from where each position is read.
 //
-// A tile has a token per vector lane: a 32-bit column of codes gives 32 / bits channels by masking alone, since the
-// power of two that the mask leaves on a code is taken out of the query (exactly) or out of the finished sum. So a code
-// costs an and, a conversion and one multiply-add per query row:
+// A tile has a token per vector lane. A 32-bit column of codes gives 32 / bits channels by masking alone: a masked code
+// is still shifted, that is times a power of two, and that factor is divided out of the query (exactly) or of the
+// finished sum. So a code costs an and, a conversion and one multiply-add per query row:
 //     score = scale * sum_j(q_j code_j) + min * sum_j(q_j)      out_j = sum_t(p_t scale_t code_tj) + sum_t(p_t min_t)
 
 #pragma once
@@ -38,7 +38,7 @@ struct Call {
   const int64_t* at;  // [fresh_count]
   int64_t q_dtype, mask_dtype, mask_stride[4];
   int64_t batch, heads, query_heads, tokens;
-  int64_t length;  // negative: read from state
+  int64_t length;  // < 0: read from state
   int64_t fresh_count, is_causal, restore, threads;
   double scale;
 };
@@ -66,7 +66,7 @@ constexpr int64_t WORK_PER_THREAD = 1 << 18;    // multiply-adds that pay for wa
 constexpr int64_t ALONE = 1 << 16;              // up to so many steps of a small loop one thread is faster
 constexpr int64_t UNITS_PER_THREAD = 4;         // shares of the work, so that a slow thread does not hold up the others
 constexpr int64_t PREFETCH = 48, LINE = 32;      // tokens ahead; 16-bit words of a cache line
-constexpr int SKIP = 4;  // codes of a column that are skipped together where no channel of the group is among them
+constexpr int SKIP = 4;  // codes of a column; skipped together where none of their channels is in the group
 constexpr float FP16_MAX = 65504.0f, INFINITE = std::numeric_limits<float>::infinity();
 
 typedef float Floats __attribute__((vector_size(4 * LANES)));
@@ -119,8 +119,8 @@ inline Floats totals(const Floats* x) {
 }
 #endif
 
-// exp(x) for x <= 0, never below the smallest normal float: a token that is seen keeps some weight, so that a broken
-// value spoils the sum as it does in torch. NaN stays NaN.
+// exp(x) for x <= 0, but never below the smallest normal float: every token that is seen keeps some weight, so that
+// inf or NaN in its value reaches the sum, as in torch. NaN stays NaN.
 inline Floats exponential(Floats x) {
   const Floats log2e = Floats{} + 1.44269504f, lowest = Floats{} - 126.0f, magic = Floats{} + 12582912.0f;
   Floats y = x * log2e;
@@ -142,15 +142,16 @@ inline Floats code(Words w, int s) {
 template <int BITS>
 constexpr float weight(int s) { return s == 32 / BITS - 1 ? 1.0f : 1.0f / (1u << (BITS * s)); }
 
-// [D * bits / 16] words -> [D] codes shifted up, laid over what out holds.
+// Or the [D] codes of [D * bits / 16] words, shifted left by `up`, into `out`.
 inline void unpack_over(const uint16_t* words, int64_t head_dim, int64_t bits, int64_t up, uint8_t* out) {
   const int64_t count = head_dim * bits / 16;
   for (int64_t s = 0; s < 16 / bits; s++)
     for (int64_t w = 0; w < count; w++) out[s * count + w] |= (words[w] >> bits * s & ((1 << bits) - 1)) << up;
 }
 
-// kernels/rotate.py's rotation of a row: blocks of `order`, the largest power of two that divides the head dim. Channels
-// of one vector by a product with H's entries, vectors by butterflies. The row has zeros up to a whole number of vectors.
+// Walsh-Hadamard rotation of a row, as in kernels/rotate.py: in blocks of `order` channels, the largest power of two
+// that divides the head dim. Within a vector it is a product with the entries of H, between vectors it is butterflies.
+// The row is padded with zeros to a whole number of vectors.
 struct Rotation {
   int64_t order;
   float entries[LANES][LANES];  // of H; symmetric
@@ -215,7 +216,7 @@ struct Tile {
     else fill_with<false>(source, slot, nullptr, 0, n);
   }
 
-  // not inlined: beside the loop over text the compiler lays out the one over the body worse, by 4 % of the whole
+  // Not inlined: inlined side by side, the loops over text and over the body compile to slower code, by 4 % of a call.
   template <bool TEXT>
   [[gnu::noinline]] void fill_with(const Packed& source, const int32_t* slot, const int32_t* place, int64_t first,
                                    int64_t n) {
@@ -253,7 +254,8 @@ struct Tile {
         both[t] = r[0] | uint32_t(r[groups]) << 16;
       }
       for (int64_t t = 0; t < n; t++) s[t] = from_half(both[t] & 0xffff), m[t] = from_half(both[t] >> 16);
-      for (int64_t t = 0; source.half && t < n; t++) {  // a rounded scale may lead past fp16; a broken one stays broken
+      // minimum + scale * code may exceed fp16, since scale is rounded; inf and NaN stay
+      for (int64_t t = 0; source.half && t < n; t++) {
         const float most = (FP16_MAX - m[t]) / ((1 << source.bits) - 1);
         s[t] = s[t] > most && s[t] < INFINITE ? most : s[t];
       }
@@ -358,8 +360,9 @@ void gather_rows(const Tile& tile, const Packed& source, int64_t rows, const uin
     }
 }
 
-// Which copy of a token is read at each position, chunk by chunk: body tokens first, then text, then dense ones. Positions count from the
-// chunk's first. A dense slot is a ring slot, or window + a pivot's slot, or window + pivot_count + a fresh token's.
+// From where each position is read, chunk by chunk: positions of the body first, then those of text, then dense ones
+// (16 bits). Positions count from the first of the chunk. Dense slots count through the ring, then the pivots, then the
+// fresh tokens: window + i is pivot i, window + pivot_count + i is fresh token i.
 struct Owners {
   int32_t *slot, *position;  // [T]
   int64_t (*count)[KINDS];   // [chunks]

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from akvq_fx.kernels import cpp
+from akvq_fx.kernels.attend import AttendCall
 from akvq_fx.kernels.layout import CODE_BITS, CODES, STATE_END, Layout
 from akvq_fx.kernels.supports import ANY, NOT_SIMULATED, Supports
 
@@ -47,7 +48,7 @@ class Cache(ctypes.Structure):
     _fields_ = [(name, ctypes.c_void_p) for name in POINTERS] + [(name, ctypes.c_int64) for name in SIZES]
 
 
-class Call(ctypes.Structure):
+class Params(ctypes.Structure):
     """The other arguments, as struct Call of attend_cpu.h."""
 
     POINTERS = ("q", "out", "mask", "at")
@@ -57,22 +58,9 @@ class Call(ctypes.Structure):
     _fields_ += [(name, ctypes.c_int64) for name in DTYPES_AND_STRIDES + SIZES] + [("scale", ctypes.c_double)]
 
 
-def attend(
-    q: Tensor,
-    key: list[Tensor],
-    value: list[Tensor],
-    length: int | None,
-    mask: Tensor | None,
-    scale: float | None,
-    is_causal: bool,
-    fresh_key: Tensor | None,
-    fresh_value: Tensor | None,
-    at: Tensor | None,
-    key_layout: Layout,
-    value_layout: Layout,
-    restore: bool = False,
-) -> Tensor:
-    """[B, Hq, q, Dv] contiguous, for a call that is not refused; restore=True applies H to the float32 output."""
+def attend(call: AttendCall) -> Tensor:
+    """[B, Hq, q, Dv] contiguous, for a call that is not refused; restore applies H to the float32 output."""
+    q, key, value, length, mask, scale, is_causal, fresh_key, fresh_value, at, key_layout, value_layout = call[:12]
     B, query_heads, tokens, D = q.shape
     heads = key[CODES].shape[1]
     q = q.contiguous()
@@ -87,13 +75,13 @@ def attend(
         mask_dtype = MASK_DTYPES[mask.dtype]
         steps = [0 if size == 1 else step for size, step in zip(mask.shape, mask.stride(), strict=True)]
         strides = [0] * (4 - len(steps)) + steps
-    call = Call(
+    params = Params(
         *(q.data_ptr(), out.data_ptr(), address(mask), address(at), DTYPES[q.dtype], mask_dtype, *strides),
-        *(B, heads, query_heads, tokens, -1 if length is None else length, fresh_count, is_causal, restore),
+        *(B, heads, query_heads, tokens, -1 if length is None else length, fresh_count, is_causal, call.restore),
         *(torch.get_num_threads(), D**-0.5 if scale is None else scale),
     )
     caches = pointers(key, key_layout, fresh_key), pointers(value, value_layout, fresh_value)
-    status = library()[0](ctypes.byref(call), *map(ctypes.byref, caches))
+    status = library()[0](ctypes.byref(params), *map(ctypes.byref, caches))
     if status == OUT_OF_MEMORY:
         raise MemoryError("akvq::attend: no memory for the kernel's scratch")
     if status == BAD_POSITION:
@@ -123,21 +111,9 @@ def field_places(layout: Layout) -> dict[str, int]:
     return {name: i for i, name in enumerate(layout.fields)}
 
 
-def refusal(
-    q: Tensor,
-    key: list[Tensor],
-    value: list[Tensor],
-    length: int | None,
-    mask: Tensor | None,
-    scale: float | None,
-    is_causal: bool,
-    fresh_key: Tensor | None,
-    fresh_value: Tensor | None,
-    at: Tensor | None,
-    key_layout: Layout,
-    value_layout: Layout,
-) -> str:
-    """Why the kernel cannot take this call, "" where it can. Takes what attend takes."""
+def refusal(call: AttendCall) -> str:
+    """Why the kernel cannot take this call, "" where it can."""
+    q, key, value, length, mask, _, is_causal, fresh_key, fresh_value, at, key_layout, value_layout = call[:12]
     if q.device.type != "cpu":
         return f"q is on {q.device}, accepted: cpu"
     if q.dtype not in DTYPES or q.dim() != 4 or q.shape[2] > LONGEST_QUERY or q.numel() == 0:

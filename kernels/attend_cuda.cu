@@ -3,17 +3,16 @@
 //
 // Every warp streams tiles of 16 * MT tokens through a ring of its own in shared memory (cp.async) into the fragments
 // of mma.m16n8k16, with no shuffle on the way. Tokens are the M side of S^T = K Q^T and channels the M side of O^T =
-// V^T P^T, query rows the N side (8). Which channel a fragment's k index means is free as long as Q agrees, so a lane
-// simply takes the words it reads.
+// V^T P^T, query rows the N side (8). Any order of channels along k is right as long as K and Q have the same one, so a
+// lane uses the words that it loads as they come.
 //
 // A code becomes a float by one LOP3: or-ing it, where it stands, into the mantissa of a power of two gives offset +
 // code exactly (fp16: 64, 16 or 4; bf16: 128, 32 or 8). The offsets leave by linearity: the score accumulators start at
 // -sum(offset * q), and offset * sum(p') is taken off the output once, at the end. Scales and minima multiply scores
 // and probabilities, never elements.
 //
-// A text token's code has its upper bits in the body and its lower ones in the overlay, two each: q.(4 upper + lower)
-// is two products of the same kind. Its tiles are gathered by position; a lane's part of one arrives as the body's
-// does.
+// A text token's code has its upper two bits in the body and its lower two in the overlay: q.(4 upper + lower) is two
+// products of the same kind. Tiles of text are gathered by position into the arrangement of a tile of the body.
 //
 // This file has the kernels and what they do with a tile of codes. Its headers:
 //   attend_cuda.cuh           shapes, arguments, which positions stand where, a warp's share of the work, masks
@@ -29,9 +28,9 @@
 //   NT                          tiles of 8 query rows
 //   CC                          1 where a block has up to 4 query rows, else 2
 //   MT, STAGES                  16-token tiles that a warp takes at a time, and how many such tiles its ring has
-//   WARPS, BLOCKS               of a block; at least so many blocks on a multiprocessor
+//   WARPS, BLOCKS               warps of a block; at least so many blocks on a multiprocessor
 //   SPLITS_MAX                  parts that a cache is divided into, at most
-//   NORM                        the transform's, order**-0.5
+//   NORM                        factor that makes H orthonormal: order**-0.5
 //   MASK                        0 none, 1 bool and the same for all rows of a block, 2 any
 //   TEXT_BITS, VALUE_TEXT_BITS  4: keys, values have a text overlay; 0: there is none, text is read from the body
 
@@ -52,7 +51,7 @@ __device__ __forceinline__ bool in_overlay(const Params &p, const Thread &self, 
     return tile >= first && tile < last && position < end && p.classes[(i64)self.batch * p.capacity + position] == TEXT;
 }
 
-// Both, of each 32 tokens of a tile. Loaded a tile ahead, as codes are.
+// Both flags of this lane's token in each 32 tokens of a tile. Loaded a tile ahead, as codes are.
 struct Flags {
     u8 seen[TILE / 32];
     bool text[TILE / 32];
@@ -291,7 +290,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) attend(const __
     merge(p, self, sums, shared);
 }
 
-// One block a row: 8 warps take the splits in turn, a lane four channels at a time.
+// Merges the splits of a row, one block each: the 8 warps divide the splits, and a lane takes four channels at a time.
 extern "C" __global__ void __launch_bounds__(256) combine(const __grid_constant__ Params p) {
     constexpr int LANES = D / 4, PARTS = (LANES + 31) / 32, MOST = SPLITS_MAX / 32;
     __shared__ float4 all_o[8][LANES];
@@ -335,7 +334,7 @@ extern "C" __global__ void __launch_bounds__(256) combine(const __grid_constant_
 #pragma unroll
         for (int w = 0; w < 8; w++) out += ((const float *)all_o[w])[threadIdx.x];
         out = l == 0.f ? 0.f : out / l;
-        if (p.restore) ((float *)all_o[0])[threadIdx.x] = out;  // which this thread alone has read
+        if (p.restore) ((float *)all_o[0])[threadIdx.x] = out;  // no other thread reads this element
         else p.out[row * D + threadIdx.x] = (u16)native_pair(out, 0.f);
     }
     if (p.restore) {

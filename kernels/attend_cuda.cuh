@@ -47,8 +47,8 @@ struct Params {
     int length;                // -1: read state
     int mask_kind;             // 1 bool, 2 fp16, 3 bf16, 4 fp32
     int splits;
-    int turn;                  // queries come as the model made them: H(q * s) is asked
-    int restore;               // the output leaves as the model made it: H is applied to it
+    int rotate;                // queries are not rotated yet: the kernel attends with H(q * s)
+    int restore;               // the kernel rotates the output back, by H
 };
 
 // Numbers of the cache's dtype.
@@ -61,7 +61,8 @@ __device__ __forceinline__ u32 native_pair(float first, float second) {
 __device__ __forceinline__ int row_of(int n, int column) {
     return CC == 2 ? 8 * n + column : column & 1 ? -1 : 4 * n + column / 2;
 }
-// Token of a 16-token tile that fragment row g means: such that one load of values takes four tokens side by side.
+// Token of a 16-token tile that fragment row g stands for, chosen such that one load of values takes four tokens that
+// lie side by side.
 __device__ __forceinline__ int token_of_row(int g) { return (g >> 1) + 4 * (g & 1); }
 // Its inverse: where a token of a 16-token tile stands among the rows of keys.
 __device__ __forceinline__ int row_of_token(int token) { return (token & ~7) + 2 * (token & 3) + (token >> 2 & 1); }
@@ -69,8 +70,8 @@ __device__ __forceinline__ int row_of_token(int token) { return (token & ~7) + 2
 __device__ __forceinline__ int key_word(int t, int r) { return CONTIGUOUS ? t * (W / 4) + 2 * r : 2 * (t + 4 * r); }
 __device__ __forceinline__ int value_word(int g, int v) { return PAIRED ? 2 * (g + 8 * v) : g + 8 * v; }
 
-// Who a thread is: its lane takes row g and column t of fragments; its block takes the query rows from row0 on of one
-// KV head of one batch row (bh: batch * heads + head), and one of the splits of its cache.
+// A thread's place: its lane holds row g and column t of fragments; its block works on the query rows from row0 on of
+// one KV head of one batch row (bh: batch * heads + head), and on one of the splits of that head's cache.
 struct Thread {
     int warp, lane, g, t, bh, split, batch, row0, rows;
 
@@ -81,9 +82,9 @@ struct Thread {
 
 // Which positions stand where.
 struct Places {
-    int end;                       // of what was appended: the fresh tokens may be there already or not
+    int end;                       // of the appended tokens, which may or may not include the fresh ones
     int fresh_start, seen_end;     // first position of the fresh tokens; end of the positions that queries see
-    int stored;                    // so many positions are in the cache
+    int stored;                    // end of the positions that are read from the cache
     int ring_start, ring_end, body_end;
     int pivot;                     // position of the pivot of this lane's number, or -1
     i64 mask_base;                 // of this KV head's first row in the mask
@@ -102,8 +103,8 @@ struct Places {
 };
 
 // The tiles that a warp (a worker) takes. Wide tiles (tokens at 16 bits: first the ring, then pivots, then fresh ones)
-// are dealt out in turn, and text tiles after them. Of the body, a worker takes tiles body_first, ..., last_tile - 1.
-// It takes its text tiles before these and gives them the numbers before these: first_tile, ..., body_first - 1.
+// and then text tiles are dealt out round-robin. Of the body, a worker takes tiles body_first, ..., last_tile - 1. Its
+// text tiles come before these and are numbered first_tile, ..., body_first - 1.
 struct Share {
     int worker, workers;
     int ring_tiles, pivot_tiles, wide_tiles;

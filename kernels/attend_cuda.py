@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from akvq_fx.kernels import nvrtc
+from akvq_fx.kernels.attend import AttendCall
 from akvq_fx.kernels.cache import named
 from akvq_fx.kernels.layout import CODES, Layout
 from akvq_fx.kernels.rotate import order_of
@@ -67,12 +68,13 @@ class _Params(ctypes.Structure):
         ("scale", ctypes.c_float),
         *((name, ctypes.c_int) for name in ("heads", "capacity", "window", "pivots", "fresh_count", "text_capacity")),
         *((name, ctypes.c_int) for name in ("rows", "queries")),
-        *((name, ctypes.c_int) for name in ("length", "mask_kind", "splits", "turn", "restore")),
+        *((name, ctypes.c_int) for name in ("length", "mask_kind", "splits", "rotate", "restore")),
     ]
 
 
-def refusal(q, key, value, length, mask, scale, is_causal, fresh_key, fresh_value, at, key_layout, value_layout) -> str:
-    """Why this path does not take the call of kernels.attend.attend; "" where it does."""
+def refusal(call: AttendCall) -> str:
+    """Why this path does not take the call; "" where it does."""
+    q, key, value, _, mask, _, is_causal, *_, key_layout, value_layout = call[:12]
     reason = layouts_refusal(key_layout, value_layout)
     if reason:
         return reason
@@ -107,24 +109,9 @@ def layouts_refusal(k: Layout, v: Layout) -> str:
     return ""
 
 
-def attend(
-    q: Tensor,
-    key: list[Tensor],
-    value: list[Tensor],
-    length: int | None,
-    mask: Tensor | None,
-    scale: float | None,
-    is_causal: bool,
-    fresh_key: Tensor | None,
-    fresh_value: Tensor | None,
-    at: Tensor | None,
-    key_layout: Layout,
-    value_layout: Layout,
-    rotate: bool = False,
-    restore: bool = False,
-    splits: int | None = None,
-) -> Tensor:
-    """kernels.attend.attend, for calls that `refusal` does not refuse; splits: chosen by splits_for where omitted."""
+def attend(call: AttendCall, splits: int | None = None) -> Tensor:
+    """As kernels.attend.attend, for calls that `refusal` has nothing against; splits: as splits_for where omitted."""
+    q, key, value, length, mask, scale, _, fresh_key, fresh_value, at, key_layout, value_layout, rotate, restore = call
     layout = key_layout
     k, v = named(key, key_layout), named(value, value_layout)
     fresh = None
@@ -144,7 +131,7 @@ def attend(
     params.state, params.scale = k["state"].data_ptr(), (layout.head_dim**-0.5 if scale is None else scale) * LOG2_E
     params.heads, params.capacity, params.rows, params.queries = heads, capacity, rows, queries
     params.window, params.pivots, params.length = layout.window, layout.pivots, -1 if length is None else length
-    params.splits, params.turn, params.restore = splits, rotate and layout.rotated, restore
+    params.splits, params.rotate, params.restore = splits, rotate and layout.rotated, restore
     if rotate and layout.affine:
         params.affine = k["affine"].data_ptr()
     if layout.pivots:

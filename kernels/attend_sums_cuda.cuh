@@ -1,5 +1,4 @@
-// Queries as a block holds them, and what warps sum up for them: softmax without a second pass, and the merge of the
-// parts.
+// Queries as a block holds them, and what warps sum up for them: online softmax, and the merge of the warps' sums.
 
 #pragma once
 
@@ -30,7 +29,7 @@ __device__ __forceinline__ void rotate_query(float (&x)[OWN], const u16 *gain, i
     for (int i = 0; i < OWN; i++) x[i] = from_native((u16)native_pair(x[i], 0.f));
 }
 
-// A finished row in shared memory, as the model made it: one warp's work.
+// Rotate a finished row back and write it out. A whole warp calls this; `row` is in shared memory.
 __device__ __forceinline__ void write_restored(u16 *out, const float *row, int lane) {
     float x[OWN];
 #pragma unroll
@@ -41,7 +40,7 @@ __device__ __forceinline__ void write_restored(u16 *out, const float *row, int l
         if (lane + 32 * i < D) out[lane + 32 * i] = (u16)native_pair(x[i], 0.f);
 }
 
-// The block's queries in shared memory: q = half * a power of two, so that fp16's range is enough and nothing is lost.
+// The block's queries in shared memory. A row is divided by a power of two, so that it fits the range of fp16 exactly.
 struct Queries {
     u16 (&half)[ROWS][PITCH];
     u16 (*native)[PITCH];       // the same in the cache's dtype
@@ -59,7 +58,7 @@ struct Queries {
                 int channel = lane + 32 * i;
                 x[i] = row < self.rows && channel < D ? from_native(from[channel]) : 0.f;
             }
-            if (p.turn)
+            if (p.rotate)
                 rotate_query(x, p.affine ? p.affine + ((self.batch * 2LL + 1) * p.heads + self.bh % p.heads) * D
                                          : nullptr, lane);
 #pragma unroll
@@ -241,7 +240,7 @@ __device__ __forceinline__ void merge(const Params &p, const Thread &self, const
         const i64 place = (i64)self.bh * p.rows + self.row0 + row;
         if (p.splits == 1) {
             o = l == 0.f ? 0.f : o / l;
-            if (p.restore) all_o[0][row][channel] = o;  // which this thread alone has read
+            if (p.restore) all_o[0][row][channel] = o;  // no other thread reads this element
             else p.out[place * D + channel] = (u16)native_pair(o, 0.f);
         } else {
             p.part_o[(place * p.splits + self.split) * D + channel] = o;

@@ -38,8 +38,8 @@ struct Bf16Codes {
     static __device__ __forceinline__ float offset(int j) { return j % 3 == 0 ? 128.f : j % 3 == 1 ? 32.f : 8.f; }
 };
 
-// One tile in shared memory: codes of keys (rows in the order in which fragments take them) and values, then their
-// ranges. A tile of text tokens also has the lower bits of keys and values, and positions.
+// One tile in shared memory: codes of keys (rows in the order of the fragments) and of values, then their ranges. A
+// tile of text tokens also has the lower bits of keys and values, and positions.
 constexpr int CODE_BYTES = TILE * W * 2, RANGE_BYTES = TILE * NG * 4;
 constexpr int KEY_LOWER = 2 * (CODE_BYTES + RANGE_BYTES), VALUE_LOWER = KEY_LOWER + (TEXT_BITS ? CODE_BYTES : 0);
 constexpr int POSITIONS = VALUE_LOWER + (VALUE_TEXT_BITS ? CODE_BYTES : 0);
@@ -123,7 +123,7 @@ struct Feed {
     const Places &places;
     const Share &share;
     const Stream stream;
-    int position_ahead;  // of the text tile to be fetched next: its codes need not wait for it
+    int position_ahead;  // of the text tile to be fetched next, loaded early so that loading its codes need not wait
 
     __device__ __forceinline__ Feed(const Params &p_, const Thread &self_, const Places &places_, const Share &share_,
                                     u8 *rings)
@@ -156,7 +156,7 @@ struct Feed {
         else
             fetch_text(stage, tile);
     }
-    // To be called even where no tile is left, since `wait` counts the calls.
+    // Called even where no tile is left, since `wait` counts commits.
     __device__ __forceinline__ void fetch_if_any(int stage, int tile) {
         if (tile < share.last_tile) fetch(stage, tile);
         Stream::commit();

@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from akvq_fx.kernels.attend import AttendCall
 from akvq_fx.kernels.attend_tiles_triton import BOOL_MASK, FLOAT_MASK, NO_MASK, attend_tiles, combine
 from akvq_fx.kernels.cache import named
 from akvq_fx.kernels.layout import CODE_BITS, Layout
@@ -42,8 +43,9 @@ PROGRAMS_A_PROCESSOR = 2  # resident together, so that one unpacks while the oth
 ANY_COLUMNS = 2**31 - 1
 
 
-def refusal(q, key, value, length, mask, scale, is_causal, fresh_key, fresh_value, at, key_layout, value_layout) -> str:
-    """Why this kernel cannot take the call of kernels.attend.attend; "" where it can."""
+def refusal(call: AttendCall) -> str:
+    """Why this kernel cannot take the call; "" where it can."""
+    q, mask, key_layout, value_layout = call.q, call.mask, call.key_layout, call.value_layout
     reason = layouts_refusal(key_layout, value_layout)
     if reason:
         return reason
@@ -117,26 +119,12 @@ def along_channels(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def attend(
-    q: Tensor,
-    key: list[Tensor],
-    value: list[Tensor],
-    length: int | None,
-    mask: Tensor | None,
-    scale: float | None,
-    is_causal: bool,
-    fresh_key: Tensor | None,
-    fresh_value: Tensor | None,
-    at: Tensor | None,
-    key_layout: Layout,
-    value_layout: Layout,
-    splits: int | None = None,
-) -> Tensor:
+def attend(call: AttendCall, splits: int | None = None) -> Tensor:
     """kernels/attend.py's op; splits is for tests (count_splits chooses)."""
-    call = (q, key, value, length, mask, scale, is_causal, fresh_key, fresh_value, at, key_layout, value_layout)
-    reason = refusal(*call)
+    reason = refusal(call)
     if reason:
         raise ValueError(f"akvq::attend: {reason}")
+    q, key, value, length, mask, scale, is_causal, fresh_key, fresh_value, at, key_layout, value_layout = call[:12]
     B, Hq, tokens, D = q.shape
     DV = value_layout.head_dim
     k = {name: buffer.contiguous() for name, buffer in named(key, key_layout).items()}

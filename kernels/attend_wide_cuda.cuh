@@ -32,7 +32,7 @@ __device__ __forceinline__ Wide fresh_tile(const Params &p, const Places &places
     return {p.key.fresh, p.value.fresh, slot, position, count};
 }
 
-// Attend to one of them.
+// Attend to such a tile.
 __device__ __forceinline__ void attend_wide(const Params &p, const Thread &self, const Places &places, const Wide &wide,
                                             const Queries &queries, const Query &q, Sums &sums) {
     const int lane = self.lane, g = self.g, t = self.t, position = wide.position;
@@ -46,8 +46,8 @@ __device__ __forceinline__ void attend_wide(const Params &p, const Thread &self,
     bool row_live[2];
 #pragma unroll
     for (int half = 0; half < 2; half++) row_live[half] = live >> (token_of_row(g) + 8 * half) & 1;
-    // all loads set out together: 8 channels of two keys at a time, and of four values what this lane's accumulators
-    // are for
+    // All loads are issued before the first is used: 8 channels of two keys at a time, and of four values the channels
+    // that this lane accumulates.
     constexpr int LOADS = (D + 31) / 32;
     uint4 key[LOADS][2];
     u32 value[OT][PAIRED ? 1 : 2][4];

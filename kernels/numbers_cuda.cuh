@@ -56,9 +56,9 @@ __device__ __forceinline__ float warp_sum(float x) {
     return x;
 }
 
-// Walsh-Hadamard transform, without its factor, of DIM channels of which a lane holds lane, lane + 32, ...: butterflies
-// below 32 are lane exchanges, those above are between a lane's own registers. Where DIM is no power of two, it is a
-// transform of each block of channels, as long as the largest power of two that divides DIM.
+// Walsh-Hadamard transform of DIM channels, without its factor. A lane holds channels lane, lane + 32, ...: butterflies
+// below 32 are lane exchanges, those above are between a lane's own registers. Where DIM is no power of two, the
+// transform is applied to blocks of channels, as long as the largest power of two that divides DIM.
 template <int DIM, int COUNT>
 __device__ __forceinline__ void hadamard(float (&x)[COUNT], int lane) {
     static_assert(COUNT == (DIM + 31) / 32, "a lane holds every 32nd channel");

@@ -92,6 +92,16 @@ def test_the_command_says_what_is_wrong(capsys, tmp_path):
         (["--text", "x.txt", "--ablate", "pivts=1"], "unknown option 'pivts'"),
         (["--images", "x", "--ablate", "pivots=1"], "give --text"),
         (["--text", str(tmp_path / "none.txt")], "akvq_fx.analysis: "),
+        (["--text", __file__], "there is no such folder, and the hub did not give it"),
     ):
         assert command.main([*base, *rest]) == 1
         assert message in capsys.readouterr().err
+
+
+def test_the_command_stops_with_a_word(capsys, tmp_path, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "analyse", interrupted)
+    assert command.main(["--model", "tiny", "--text", "book.txt", "--out", str(tmp_path)]) == 130
+    assert f"stopped; {tmp_path} keeps" in capsys.readouterr().err

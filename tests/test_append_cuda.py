@@ -35,7 +35,7 @@ def test_refuses_with_a_reason(x, layout, reason):
 
 def test_a_layout_is_compiled_with_its_own_numbers():
     macros = dict(append_cuda.macros(Layout(80, bf16, body_bits=2, body_clip=0.8, text_bits=4), 2, False))
-    assert (macros["HEAD_DIM"], macros["DTYPE"], macros["TURN"], macros["BITS"], macros["TEXT_BITS"]) == (
+    assert (macros["HEAD_DIM"], macros["DTYPE"], macros["ROTATE"], macros["BITS"], macros["TEXT_BITS"]) == (
         80,
         1,
         2,

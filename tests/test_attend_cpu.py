@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from akvq_fx.kernels import attend_cpu, cpp
-from akvq_fx.kernels.attend import reference
+from akvq_fx.kernels.attend import AttendCall, reference
 from akvq_fx.kernels.cache import append, read
 from akvq_fx.kernels.layout import Layout
 from akvq_fx.kernels.rotate import matrix
@@ -67,10 +67,10 @@ def poisoned_outputs():
 
 def run(q, key, value, length, layouts, mask=None, scale=None, is_causal=False, fresh=(None, None, None)):
     """The kernel on buffers of two caches; it must not refuse."""
-    args = (q, key, value, length, mask, scale, is_causal, *fresh, *layouts)
-    assert attend_cpu.refusal(*args) == ""
+    args = AttendCall(q, key, value, length, mask, scale, is_causal, *fresh, *layouts)
+    assert attend_cpu.refusal(args) == ""
     with poisoned_outputs():
-        return attend_cpu.attend(*args)
+        return attend_cpu.attend(args)
 
 
 def call(q, key, value, length=None, **options):
@@ -113,10 +113,11 @@ def test_a_chunk_sees_the_cache_before_it_and_itself(drawn):
 
 @given(restored_calls().filter(lambda args: not args[-1].lossless and not args[-2].lossless))
 @few
-def test_restores_the_output_in_the_same_call(args):
-    assert attend_cpu.refusal(*args) == ""
+def test_restores_the_output_in_the_same_call(drawn):
+    args = AttendCall(*drawn)
+    assert attend_cpu.refusal(args) == ""
     with poisoned_outputs():
-        stored, out = attend_cpu.attend(*args), attend_cpu.attend(*args, restore=True)
+        stored, out = (attend_cpu.attend(args._replace(restore=restore)) for restore in (False, True))
     assert_close("out", stored.double() @ matrix(stored.shape[-1]), out)
 
 
@@ -189,7 +190,8 @@ def test_many_tokens_and_wide_heads(layout, rows, threads, monkeypatch):
     out = run(q, *caches, 1203, (layout, layout), mask=mask)
     assert_close("masked", oracle(q[1:], k[1:], v[1:], mask[1:]), out[1:])
     assert (out[0] == 0).all(), "nothing seen gives 0, as in torch"
-    restored = attend_cpu.attend(q, *caches, 1203, mask, None, False, None, None, None, layout, layout, restore=True)
+    asked = AttendCall(q, *caches, 1203, mask, None, False, None, None, None, layout, layout, restore=True)
+    restored = attend_cpu.attend(asked)
     assert_close("restored", out.double() @ matrix(layout.head_dim), restored)
 
 
@@ -211,7 +213,7 @@ def test_rows_that_see_nothing(lowest):
     key = case_of(LAYOUTS["2bit"])
     q, mask = randn(2, 2, 1, 16), torch.full((2, 1, 1, 11), lowest)
     cache = key.pack()
-    expected = reference(q, cache, cache, key.layout, key.layout, 11, mask, None, False, None)
+    expected = reference(AttendCall(q, cache, cache, 11, mask, None, False, *[None] * 3, key.layout, key.layout))
     assert_close("out", expected, run(q, cache, cache, 11, (key.layout,) * 2, mask=mask))
     assert expected.any() == (lowest > -torch.inf)
 
@@ -262,7 +264,7 @@ def args_for(layout=LAYOUTS["2bit"], **changes):
     cache = case_of(layout).pack()
     values = dict(q=randn(2, 2, 1, layout.head_dim, dtype=layout.dtype), key=cache, value=cache, length=11, mask=None)
     values |= dict(scale=None, is_causal=False, fresh_key=None, fresh_value=None, at=None)
-    return {**values, "key_layout": layout, "value_layout": layout, **changes}
+    return AttendCall(**{**values, "key_layout": layout, "value_layout": layout, **changes})
 
 
 REFUSED = {
@@ -287,15 +289,15 @@ REFUSED = {
 @pytest.mark.parametrize("changes, reason", REFUSED.values(), ids=REFUSED)
 def test_says_why_not(changes, reason):
     with pytest.raises(AssertionError, match=reason):
-        refused = attend_cpu.refusal(**args_for(**changes))
+        refused = attend_cpu.refusal(args_for(**changes))
         assert not refused, refused
 
 
 def test_says_which_buffer_does_not_fit():
     args = args_for()
-    args["key"] = [torch.stack([buffer, buffer], -1)[..., 0] for buffer in args["key"]]
-    assert attend_cpu.refusal(**args).startswith("key cache: state is [3] torch.int32, strides (2,), on cpu, accepted:")
-    assert attend_cpu.refusal(**args_for(length=None)) == ""
+    args = args._replace(key=[torch.stack([buffer, buffer], -1)[..., 0] for buffer in args.key])
+    assert attend_cpu.refusal(args).startswith("key cache: state is [3] torch.int32, strides (2,), on cpu, accepted:")
+    assert attend_cpu.refusal(args_for(length=None)) == ""
 
 
 @pytest.fixture
@@ -316,24 +318,24 @@ def test_without_a_compiler_the_reference_answers(fresh_build, monkeypatch, capl
         monkeypatch.setenv("CXX", chosen)
     args = args_for()
     with caplog.at_level(logging.INFO, "akvq_fx"), pytest.raises(RuntimeError, match=named):
-        reasons = {attend_cpu.refusal(**args) for _ in range(3)}
+        reasons = {attend_cpu.refusal(args) for _ in range(3)}
         assert len(reasons) == len(caplog.records) == 1
         raise RuntimeError(*reasons)
-    texts = args | {"key_layout": str(args["key_layout"]), "value_layout": str(args["value_layout"])}
-    tokens = read(args["key"], 11, args["key_layout"])
-    assert_close("out", oracle(args["q"], tokens, tokens), torch.ops.akvq.attend(*texts.values()))
+    tokens = read(args.key, 11, args.key_layout)
+    out = torch.ops.akvq.attend(*args[:10], str(args.key_layout), str(args.value_layout))
+    assert_close("out", oracle(args.q, tokens, tokens), out)
 
 
 def test_a_compiler_that_fails_is_a_reason(fresh_build, monkeypatch):
     monkeypatch.setenv("CXX", "false")
-    assert attend_cpu.refusal(**args_for()).startswith("no C++ kernel: false failed")
+    assert attend_cpu.refusal(args_for()).startswith("no C++ kernel: false failed")
     assert list(fresh_build.iterdir()) == []
 
 
 def test_a_damaged_library_is_built_again(fresh_build):
     fresh_build.mkdir(parents=True)
     cpp.library_path(attend_cpu.SOURCES).write_bytes(b"not a library")
-    assert attend_cpu.refusal(**args_for()) == ""
+    assert attend_cpu.refusal(args_for()) == ""
 
 
 def test_processes_that_build_at_once_do_not_disturb_each_other(tmp_path):

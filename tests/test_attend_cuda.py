@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from akvq_fx.kernels import attend_cuda
+from akvq_fx.kernels.attend import AttendCall
 from akvq_fx.kernels.cache import named, read
 from akvq_fx.kernels.layout import PIVOT, TEXT, Layout
 from akvq_fx.kernels.rotate import matrix, rotate, rotate_queries
@@ -56,7 +57,8 @@ def refusal(q=None, layout=None, values=None, mask=None, is_causal=False, capaci
     layout = layout or Layout(64, bf16, body_bits=2, window=8, pivots=2)
     key = layout.allocate(1, heads, capacity, capacity if layout.text_bits else 0)
     q = torch.zeros(1, 4, 1, layout.head_dim, dtype=layout.dtype) if q is None else q
-    return attend_cuda.refusal(q, key, key, 5, mask, None, is_causal, None, None, None, layout, values or layout)
+    layouts = layout, values or layout
+    return attend_cuda.refusal(AttendCall(q, key, key, 5, mask, None, is_causal, None, None, None, *layouts))
 
 
 @pytest.mark.parametrize(
@@ -197,9 +199,11 @@ def check_equals_the_reference(dtype, head_dim, group, shape, text_bits=0, value
         tokens = length or (T if fresh is None else int(fresh[2][-1]) + 1)
         due = expected(q, key[:-1], value, layout, tokens, mask, fresh, value_layout)
         for splits in (None, 1, 3):
-            args = (q, key, value, length, mask, None, False, *(fresh or (None,) * 3), key_layout, value_layout)
-            assert attend_cuda.refusal(*args) == ""
-            out = attend_cuda.attend(*args, splits=splits)
+            args = AttendCall(
+                q, key, value, length, mask, None, False, *(fresh or (None,) * 3), key_layout, value_layout
+            )
+            assert attend_cuda.refusal(args) == ""
+            out = attend_cuda.attend(args, splits)
             error = ((out.double() - due).norm() / due.norm()).item()
             assert error <= RELATIVE[dtype], f"{kind}, {splits} splits: {error:.2g}"
 
@@ -239,9 +243,11 @@ def test_restores_the_output_in_its_own_launch(dtype, text_bits, head_dim):
         q = torch.randn(2, heads, 3, head_dim, device="cuda").to(dtype)
         due = expected(q, key, value, layout, 300, seen, new) @ back
         for splits in (None, 1, 3):
-            args = (q, key, value, 300, seen, None, False, *(new or (None,) * 3), layout, layout)
-            assert attend_cuda.refusal(*args) == ""
-            out = attend_cuda.attend(*args, restore=True, splits=splits)
+            args = AttendCall(
+                q, key, value, 300, seen, None, False, *(new or (None,) * 3), layout, layout, restore=True
+            )
+            assert attend_cuda.refusal(args) == ""
+            out = attend_cuda.attend(args, splits)
             error = ((out.double() - due).norm() / due.norm()).item()
             assert error <= RELATIVE[dtype], f"{heads} heads, {splits} splits: {error:.2g}"
 
@@ -266,11 +272,11 @@ def test_a_broken_token_spoils_only_rows_that_see_it():
     named(value, layout)["range"][1, :, 40] = math.nan
     q = torch.randn(2, 2, 1, 128, device="cuda", dtype=bf16)
     args = (None, False, None, None, None, layout, layout)
-    seen = attend_cuda.attend(q, key, value, 300, None, *args)
+    seen = attend_cuda.attend(AttendCall(q, key, value, 300, None, *args))
     assert seen[0].isfinite().all() and seen[1].isnan().all()
     hidden = torch.ones(2, 1, 1, 300, dtype=torch.bool, device="cuda")
     hidden[1, :, :, 40] = False
-    assert attend_cuda.attend(q, key, value, 300, hidden, *args).isfinite().all()
+    assert attend_cuda.attend(AttendCall(q, key, value, 300, hidden, *args)).isfinite().all()
 
 
 @gpu
@@ -281,7 +287,8 @@ def test_a_row_that_sees_nothing_is_zero():
     mask = torch.ones(2, 1, 1, 100, dtype=torch.bool, device="cuda")
     mask[0] = False
     for splits in (1, 2):
-        out = attend_cuda.attend(q, key, value, 100, mask, None, False, None, None, None, layout, layout, splits)
+        asked = AttendCall(q, key, value, 100, mask, None, False, None, None, None, layout, layout)
+        out = attend_cuda.attend(asked, splits)
         assert (out[0] == 0).all() and (out[1] != 0).any()
 
 
@@ -291,6 +298,6 @@ def test_queries_of_any_size(size):
     layout = Layout(128, bf16, body_bits=2, window=16)
     key, value = cache_pair(layout, 1, 2, 300, 320)
     q = torch.randn(1, 4, 1, 128, device="cuda", dtype=bf16) * size
-    out = attend_cuda.attend(q, key, value, 300, None, None, False, None, None, None, layout, layout)
+    out = attend_cuda.attend(AttendCall(q, key, value, 300, None, None, False, None, None, None, layout, layout))
     due = expected(q, key, value, layout, 300, None, None)
     assert ((out.double() - due).norm() / due.norm()).item() <= RELATIVE[bf16]

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 pytest.importorskip("triton", reason="Triton is an optional dependency")
 
 from akvq_fx.kernels import attend_triton
-from akvq_fx.kernels.attend import reference
+from akvq_fx.kernels.attend import AttendCall, reference
 from akvq_fx.kernels.cache import append, named, read, restart
 from akvq_fx.kernels.layout import PADDING, TEXT, Layout
 from tests.kernel_cases import (
@@ -68,8 +68,8 @@ def launch(q, key, value, layouts, length=None, mask=None, scale=None, is_causal
     """The kernel on DEVICE, its answer on the CPU."""
     there = lambda t: None if t is None else t.to(DEVICE)
     caches = [[buffer.to(DEVICE) for buffer in cache] for cache in (key, value)]
-    args = (there(q), *caches, length, there(mask), scale, is_causal, *map(there, fresh), *layouts, splits)
-    out = attend_triton.attend(*args)
+    asked = AttendCall(there(q), *caches, length, there(mask), scale, is_causal, *map(there, fresh), *layouts)
+    out = attend_triton.attend(asked, splits)
     assert (out.dtype, out.is_contiguous()) == (q.dtype, True)
     return out.cpu()
 
@@ -251,7 +251,9 @@ def test_a_row_that_sees_nothing_is_as_torch_gives_it(kind, splits):
     seen[0, :, 1] = seen[1, :, 2] = False
     hidden = {"infinite": -torch.inf, "smallest": torch.finfo(f32).min}
     mask = seen if kind == "bool" else torch.zeros(seen.shape).masked_fill(~seen, hidden[kind])
-    expected = reference(q, key.pack(), value.pack(), key.layout, value.layout, 41, mask, None, False, None)
+    expected = reference(
+        AttendCall(q, key.pack(), value.pack(), 41, mask, None, False, *NO_FRESH, key.layout, value.layout)
+    )
     assert (expected[0, :, 1] == 0).all() == (kind != "smallest")
     assert_close("out", expected, call(q, key, value, mask=mask, splits=splits))
 
@@ -357,7 +359,7 @@ def test_leaves_the_cache_alone(layout):
     key, value = pair(layout)
     there = [[b.to(DEVICE) for b in case.pack()] for case in (key, value)]
     q = randn(2, 2, 1, 16, dtype=layout.dtype).to(DEVICE)
-    attend_triton.attend(q, *there, 41, None, None, False, *NO_FRESH, layout, layout).fill_(7)
+    attend_triton.attend(AttendCall(q, *there, 41, None, None, False, *NO_FRESH, layout, layout)).fill_(7)
     for case, cache in zip((key, value), there, strict=True):
         for before, after in zip(case.pack(), cache, strict=True):
             assert_same("buffer", before, after.cpu())
@@ -444,18 +446,14 @@ def test_refusals(key_layout, value_layout, dtype, mask, message):
     mask = None if mask is None else torch.ones(1, 1, dtype=mask)
     caches = [layout.allocate(1, 1, 3) for layout in (key_layout, value_layout)]
     with pytest.raises(ValueError, match=f"akvq::attend: .*{message}"):
-        attend_triton.attend(q, *caches, 3, mask, None, False, *NO_FRESH, key_layout, value_layout)
+        attend_triton.attend(AttendCall(q, *caches, 3, mask, None, False, *NO_FRESH, key_layout, value_layout))
 
 
 @every_layout
 def test_refuses_no_named_layout(layout):
     for mask in (None, torch.ones(1, dtype=torch.bool), torch.ones(1)):
-        assert (
-            attend_triton.refusal(
-                torch.ones(1, dtype=layout.dtype), [], [], 1, mask, None, False, None, None, None, layout, layout
-            )
-            == ""
-        )
+        q = torch.ones(1, dtype=layout.dtype)
+        assert attend_triton.refusal(AttendCall(q, [], [], 1, mask, None, False, *NO_FRESH, layout, layout)) == ""
 
 
 @pytest.mark.parametrize("shape", [(2, 1, 3, 40), (2, 3, 3, 41), (3, 41, 1), (1, 1, 1, 1, 41)], ids=str)
@@ -473,7 +471,7 @@ def test_a_captured_call_follows_the_cache():
     key, value = pair(ALL_OVERLAYS)
     caches = [[b.to(DEVICE) for b in case.pack()] for case in (key, value)]
     q = randn(2, 4, 1, 16).to(DEVICE)
-    args = (q, *caches, None, None, None, False, *NO_FRESH, ALL_OVERLAYS, ALL_OVERLAYS, 4)
+    args = AttendCall(q, *caches, None, None, None, False, *NO_FRESH, ALL_OVERLAYS, ALL_OVERLAYS), 4
     attend_triton.attend(*args)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

@@ -9,6 +9,7 @@ import torch
 
 from akvq_fx.kernels import append_cuda, attend_cuda, nvrtc
 from akvq_fx.kernels import cache as cache_ops
+from akvq_fx.kernels.attend import AttendCall
 from akvq_fx.kernels.choose import _log_refusal, _module
 from akvq_fx.kernels.layout import Layout
 from akvq_fx.kernels.supports import ANY, Supports, words
@@ -34,7 +35,7 @@ def about(name: str, layout: Layout) -> tuple:
     if not name.startswith("attend"):
         return x, layout
     cache = layout.allocate(1, 2, 64)
-    return x, cache, cache, 5, None, None, False, None, None, None, layout, layout
+    return (AttendCall(x, cache, cache, 5, None, None, False, None, None, None, layout, layout),)
 
 
 @pytest.fixture

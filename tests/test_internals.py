@@ -2,6 +2,7 @@
 
 import types
 import warnings
+from unittest import mock
 
 import pytest
 import torch
@@ -201,3 +202,15 @@ def test_a_version_never_tried_is_told_once(monkeypatch):
             versions.warn_of_untried()
     finally:
         versions.warn_of_untried.cache_clear()
+
+
+def test_without_a_cpp_compiler_inductors_error_says_what_to_do(monkeypatch):
+    from torch._inductor import compile_fx, exc
+
+    for raised, says in (
+        (exc.InductorError(exc.InvalidCxxCompiler(), None), r'install g\+\+ or clang\+\+.*"inner": "eager"'),
+        (exc.InductorError(ValueError("another fault"), None), "^ValueError: another fault"),
+    ):
+        monkeypatch.setattr(compile_fx, "compile_fx", mock.Mock(side_effect=raised))
+        with pytest.raises(RuntimeError, match=says):
+            torch_internals.inductor(None, [], None)

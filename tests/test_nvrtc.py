@@ -108,7 +108,7 @@ def test_attend_compiles(head_dim, dtype, group, text, tiles, columns, mask, arc
 @pytest.mark.parametrize(
     "layout, form, fast, text_only, architecture",
     [
-        (Layout(128, bf16, body_bits=2, text_bits=4, body_clip=0.8), 2, True, False, OLDEST),
+        (Layout(128, bf16, body_bits=2, text_bits=4, body_clip=0.8), 2, True, True, OLDEST),
         (Layout(64, f16, body_bits=2), 1, True, False, OLDEST),
         (Layout(64, f16, body_bits=2), 1, True, False, NEWER),
         (Layout(128, bf16, body_bits=2, text_bits=4), 2, False, True, OLDEST),

@@ -12,6 +12,7 @@ from akvq_fx import PackedKV
 from akvq_fx.kernels import append_cuda, attend_cpu, attend_cuda, cache_triton
 from akvq_fx.kernels import attend as attend_module  # noqa: F401 - registers the op
 from akvq_fx.kernels import cache as ops
+from akvq_fx.kernels.attend import AttendCall
 from akvq_fx.kernels.layout import CODES, PADDING, TEXT, VISION, Layout
 from akvq_fx.recipes import RECIPES, SIMULATORS, Context, Recipe, Simulation, Simulator
 from akvq_fx.transformers_names import cache_argument, cache_of
@@ -152,7 +153,7 @@ def test_restart_takes_the_new_prompts_gains():
 def test_faster_kernels_refuse():
     case = case_of("fp8()")
     q, cache, layout = randn(3, 2, 1, 16), case.pack(), case.layout
-    call = (q, cache, cache, case.length, None, None, False, None, None, None, layout, layout)
+    call = (AttendCall(q, cache, cache, case.length, None, None, False, None, None, None, layout, layout),)
     from akvq_fx.kernels import attend_triton
 
     for module, about in ((attend_cpu, call), (attend_cuda, call), (attend_triton, call), (append_cuda, (q, layout)),

@@ -10,7 +10,7 @@ from torch._dynamo.utils import counters
 from transformers import CompileConfig, StaticCache
 
 import akvq_fx
-from akvq_fx import PackedKV
+from akvq_fx import PackedKV, backend
 from akvq_fx.transformers_names import cache_argument, cache_of
 from tests.attention_models import token_ids
 from tests.zoo import ZOO, T, finish
@@ -202,7 +202,7 @@ def test_rows_that_multiply_and_shrink(plain, static, dynamic, searches):
         assert torch.equal(tokens, want), (batch, how)
         assert akvq_fx.cache_stats(cache).plain_tensors == 0, (batch, how)
     assert not akvq_fx.report(model).refused and not akvq_fx.report(model).gave_up
-    # dynamic=True makes symbols of the tensor, too, that positions of beams are a view of: others have a prompt of their own
+    # positions of beams are a view of a tensor, whose sizes dynamic=True makes symbols too: a prompt graph of their own
     assert counters["stats"]["unique_graphs"] <= (5 if dynamic and searches == "all" else 4)
 
 
@@ -242,3 +242,24 @@ def test_images(static):
         stats = akvq_fx.cache_stats(cache_of(out))
         assert (stats.packed_tensors, stats.plain_tensors) == (6, 0), batch
     assert not akvq_fx.report(model).refused
+
+
+def test_after_an_interrupted_compilation_the_next_call_compiles(monkeypatch):
+    """Ctrl-C while the rewritten graph of the prompt, then that of the decode step, is compiled."""
+    model, ids = llama(), token_ids(1, 12) + 10
+    due = model.generate(ids, max_new_tokens=4)
+    model.compile(backend="akvq", options={**LOSSLESS, "inner": "eager"})
+    whole, calls = backend.compile_inner, []
+
+    def interrupted_twice(*given):
+        calls.append(None)
+        if len(calls) in (1, 3):
+            raise KeyboardInterrupt
+        return whole(*given)
+
+    monkeypatch.setattr(backend, "compile_inner", interrupted_twice)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            model.generate(ids, max_new_tokens=4)
+    assert torch.equal(model.generate(ids, max_new_tokens=4), due)
+    assert {row.status for _, row in akvq_fx.report(model).rows} == {"prompt", "packed"}

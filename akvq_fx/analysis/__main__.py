@@ -49,6 +49,9 @@ def main(arguments: list[str] | None = None) -> int:
     except (ImportError, OSError, RuntimeError, ValueError) as error:
         print(f"akvq_fx.analysis: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print(f"\nakvq_fx.analysis: stopped; {args.out} keeps the files that were written", file=sys.stderr)
+        return 130
     return 0
 
 
@@ -78,12 +81,12 @@ def analyse(args, sweeps: dict[str, list]) -> str:
 
     args.out.mkdir(parents=True, exist_ok=True)
     model, prompts, following = load_images(args) if args.images else load_text(args)
-    with tqdm(total=len(prompts), desc="measuring", unit="prompt", file=sys.stderr) as bar:
+    with tqdm(total=len(prompts), desc="measuring", unit="prompt", file=sys.stderr, disable=None) as bar:
         calibration = calibrate(model, *prompts, queries=args.queries, ratio=args.ratio, progress=bar.update)
     calibration.save(args.out / "policy.json")
     ablations = []
     for option, values in sweeps.items():
-        with tqdm(total=len(values) * len(following), desc=option, unit="prompt", file=sys.stderr) as bar:
+        with tqdm(total=len(values) * len(following), desc=option, unit="prompt", file=sys.stderr, disable=None) as bar:
             ablations.append(ablation(model, following, option, values, progress=bar.update))
     tables = "".join(f"\n## {found.option}\n\n```\n{found}\n```\n" for found in ablations)
     report = f"# {args.model}\n\n```\n{calibration}\n```\n{tables}"
@@ -99,32 +102,29 @@ def analyse(args, sweeps: dict[str, list]) -> str:
 
 def load_text(args):
     """(model, prompts, the same prompts with the tokens after them)."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
+    from akvq_fx.evaluate.__main__ import load_language
     from akvq_fx.evaluate.fidelity import prompts_of, windows_of
 
-    extra = {"gguf_file": args.gguf} if args.gguf else {}
-    tokenizer = AutoTokenizer.from_pretrained(args.model, **extra)
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=getattr(torch, args.dtype), **extra)
-    ids = tokenizer(args.text.read_text(), return_tensors="pt")["input_ids"][0].to(args.device)
+    text = args.text.read_text(encoding="utf-8")
+    model, tokenizer = load_language(args, args.model)
+    ids = tokenizer(text, return_tensors="pt")["input_ids"][0].to(args.device)
     following = prompts_of(windows_of(ids, args.prompts, args.tokens + args.count), args.tokens)
-    return model.eval().to(args.device), [prompt.inputs for prompt in following], following
+    return model, [prompt.inputs for prompt in following], following
 
 
 def load_images(args):
     """(model, prompts, nothing to predict)."""
     import torch
     from PIL import Image
-    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    from akvq_fx.evaluate.__main__ import load_vision
 
     paths = sorted(path for path in args.images.iterdir() if path.suffix.lower() in SUFFIXES)
     groups = [paths[i : i + args.per_prompt] for i in range(0, len(paths), args.per_prompt)][: args.prompts]
     if not groups:
         raise ValueError(f"{args.images} holds no pictures; accepted: {', '.join(SUFFIXES)}")
     dtype = getattr(torch, args.dtype)
-    processor = AutoProcessor.from_pretrained(args.model)
-    model = AutoModelForImageTextToText.from_pretrained(args.model, dtype=dtype)
+    model, processor = load_vision(args, args.model)
     prompts = []
     for group in groups:
         pictures = [{"type": "image", "image": Image.open(path).convert("RGB")} for path in group]
@@ -133,7 +133,7 @@ def load_images(args):
             asked, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
         )
         prompts.append(inputs.to(args.device, dtype))
-    return model.eval().to(args.device), prompts, []
+    return model, prompts, []
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
         from tqdm import tqdm
 
         for suite in args.suites(args):
-            table += fill(suite, settings, store, tqdm)
+            table += fill(suite, settings, store, functools.partial(tqdm, disable=None))  # bars on a terminal only
     except (OSError, ValueError, ImportError, NothingPacked) as error:
         print(f"akvq_fx.evaluate: {error}", file=sys.stderr)
         return 1

@@ -43,7 +43,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 import akvq_fx
-from akvq_fx.kernels.attend import reference
+from akvq_fx.kernels.attend import AttendCall, reference
 from akvq_fx.kernels.layout import PADDING, TEXT, Layout
 
 # Counted by ncu in the loop of attend_cuda.cu (D = 128, one query row a head): 397 instructions of a warp for 32 tokens
@@ -153,7 +153,8 @@ def error_of(p: Problem, length: int | None, restore: bool = False) -> float:
     out = attend_call(p, p.key, p.value, length, restore)()[rows].float()
     mask = None if p.mask is None else p.mask[rows]
     q = p.stored_q[rows].float()
-    expected = reference(q, pick(p.key), pick(p.value), *p.layouts, p.shape.tokens, mask, None, False, None)
+    call = AttendCall(q, pick(p.key), pick(p.value), p.shape.tokens, mask, None, False, None, None, None, *p.layouts)
+    expected = reference(call)
     expected = torch.ops.akvq.rotate(expected) if restore else expected
     return ((out - expected).norm() / expected.norm()).item()
 

@@ -34,7 +34,7 @@ from torch import Tensor
 
 from akvq_fx.kernels import cache as ops
 from akvq_fx.kernels import rotate, salience
-from akvq_fx.kernels.attend import reference, rotate_query
+from akvq_fx.kernels.attend import AttendCall, reference, rotate_query
 from akvq_fx.kernels.layout import DTYPE_NAMES, DTYPES, PIVOT, STATE_TEXT, TEXT, VISION, Layout
 from akvq_fx.kernels.quantizer import dequantize
 
@@ -151,13 +151,13 @@ def attend(module: str, key_layout: Layout, value_layout: Layout, call: Call) ->
         mask = torch.where(mask, randn(*mask.shape, seed=6), -math.inf).to(DTYPES.get(call.mask, dtype))
     rotated = rotate_query(q, key, key_layout).double() if call.rotate else q.double()
     read = mask.double() if mask is not None and mask.is_floating_point() else mask
-    given = None if at is None else (*fresh, at)
-    due = reference(rotated, key, value, key_layout, value_layout, length, read, None, call.causal, given)
-    args = on_gpu(q, key, value, length, mask, None, call.causal, *fresh, at, key_layout, value_layout)
+    given = *fresh, at, key_layout, value_layout
+    due = reference(AttendCall(rotated, key, value, length, read, None, call.causal, *given))
+    kernels, wanted = kernels_of(module), (bool(call.rotate), bool(call.restore))
+    args = AttendCall(*on_gpu(q, key, value, length, mask, None, call.causal, *given), *wanted)
     due = rotate.rotate(due) if call.restore else due
-    kernels, extra = kernels_of(module), {name: True for name in ("rotate", "restore") if getattr(call, name)}
-    accept(kernels.refusal(*args))
-    check("out", due, kernels.attend(*args, splits=call.splits, **extra))
+    accept(kernels.refusal(args))
+    check("out", due, kernels.attend(args, call.splits))
 
 
 def write(module: str, lanes: bool, call: Write) -> None:
