@@ -10,7 +10,13 @@ import torch
 if not torch.cuda.is_available():  # before anything imports triton: kernels then run in its interpreter, on the CPU
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+from torch._dynamo import guards
+
 from akvq_fx import vision_carry
+
+# Telemetry of dynamo: it empties the CPU's caches to time the guards of every new graph, a twentieth of the tests' time.
+if hasattr(guards, "profile_guard_manager"):
+    guards.profile_guard_manager = lambda *_: 0.0
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -33,6 +39,12 @@ def fresh_dynamo():
     vision_carry.put(None)
     yield
     vision_carry.put(None)
+
+
+@pytest.fixture
+def two_layers(monkeypatch):
+    """Decoders of the zoo have two layers: tracing is what takes time, and layers are alike."""
+    monkeypatch.setattr("tests.zoo.LAYERS", 2)
 
 
 @pytest.fixture
