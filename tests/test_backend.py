@@ -16,11 +16,12 @@ from akvq_fx import AKVQConfig, PackedKV, backend
 from akvq_fx.transformers_names import cache_argument, cache_of
 from tests.zoo import ZOO
 
+pytestmark = pytest.mark.usefixtures("two_layers")
 SMALL = {"inner": "eager", "window": 8, "pivots": 3}
 
 
 @pytest.fixture
-def llama():
+def llama(two_layers):
     torch._dynamo.reset()
     return ZOO["llama"]()
 
@@ -182,7 +183,7 @@ def test_folding_leaves_the_weights_alone(llama):
     greedy(model, inputs, 2)
     assert {row.values for row in akvq_fx.report(model).packed} == {"folded"}
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
-    assert akvq_fx.unfold(model) == 3 and akvq_fx.unfold(model) == 0
+    assert akvq_fx.unfold(model) == 2 and akvq_fx.unfold(model) == 0
 
 
 def test_two_threads_two_models():
@@ -254,7 +255,7 @@ def test_static_cache_object_keeps_its_interface():
     cache = cache_of(out)
     assert int(cache.get_seq_length()) == inputs["input_ids"].shape[1] + 3
     stats = akvq_fx.cache_stats(cache)
-    assert stats.packed_tensors == 6 and stats.plain_tensors == 0
+    assert stats.packed_tensors == 4 and stats.plain_tensors == 0
     cache.reset()
     assert int(cache.get_seq_length()) == 0 and not cache.layers[0].keys.dequantize().any()
 
@@ -264,7 +265,7 @@ def test_cache_stats_of_a_plain_cache(llama):
     with torch.no_grad():
         cache = cache_of(model(**inputs, use_cache=True))
     stats = akvq_fx.cache_stats(cache)
-    assert stats.packed_tensors == 0 and stats.plain_tensors == 6 and stats.ratio == 0.5  # float32 here, 16 bits there
+    assert stats.packed_tensors == 0 and stats.plain_tensors == 4 and stats.ratio == 0.5  # float32 here, 16 bits there
     with pytest.raises(TypeError, match="no cache tensors"):
         akvq_fx.cache_stats(DynamicCache())
 
@@ -273,7 +274,7 @@ def test_explain_changes_nothing(llama):
     model, inputs = llama
     before = [p.detach().clone() for p in model.parameters()]
     report = akvq_fx.explain(model, **inputs, akvq_options=SMALL)
-    assert [row.status for row in report.packed] == ["prompt"] * 3
+    assert [row.status for row in report.packed] == ["prompt"] * 2
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
     assert "nothing was compiled" in str(akvq_fx.report(model))
 

@@ -19,6 +19,7 @@ from akvq_fx.transformers_names import cache_of
 from tests.attention_models import Decoder, Spy, token_ids
 from tests.zoo import ZOO
 
+pytestmark = pytest.mark.usefixtures("two_layers")
 SMALL = {"mode": CAPTURED_MODE, "window": 8, "pivots": 3, "capacity_step": 16}
 PLAIN = {**SMALL, "mode": None, "inner": "eager"}
 
@@ -348,10 +349,10 @@ def test_a_prompt_without_a_mask_and_steps_with_one(recorder, kind):
 def test_text_overlays_of_a_vision_prompt_are_replayed(recorder, cache):
     extra = {"cache_implementation": "static"} if cache == "static" else {}
     (plain, inputs), (model, _) = ZOO["llava"](), ZOO["llava"]()
-    plain.compile(backend="akvq", options=PLAIN)
+    plain.compile(backend="akvq", options={**PLAIN, "tsa_layers": (0,)})
     expected = run(plain, inputs, **extra)
     assert all(layer.keys.layout_of.text_bits for layer in cache_of(expected).layers)
-    model.compile(backend="akvq", options=SMALL)
+    model.compile(backend="akvq", options={**SMALL, "tsa_layers": (0,)})
     assert torch.equal(run(model, inputs, **extra).sequences, expected.sequences)
     (counts,) = captures(model)
     assert not counts.reason and counts.captured == (2 if cache == "growing" else 1) and counts.replayed >= 21

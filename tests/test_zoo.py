@@ -1,9 +1,10 @@
 """Model families of transformers, built tiny from config: lossless generation is token-identical, 2-bit generation runs
 on codes.
 
-Every family runs lossless with a growing cache and a left-padded batch of two, and with a static cache and one row;
-with a growing cache at 2 bits too, where a family whose report says that every cache stays at 16 bits must be exact.
-AKVQ_ZOO=full adds the other two combinations, and 2 bits with static caches.
+Every family runs with a growing cache and a left-padded batch of two, lossless and at 2 bits, where a family whose
+report says that every cache stays at 16 bits must be exact; every second one runs lossless with a static cache and one
+row. AKVQ_ZOO=full runs every family with every combination, at both bits. Models have two layers, of which
+tsa_layers=(0,) leaves one for each policy.
 """
 
 import os
@@ -18,14 +19,18 @@ from transformers.models.gptj.modeling_gptj import GPTJPreTrainedModel
 import akvq_fx
 from akvq_fx import PackedKV
 from akvq_fx.transformers_names import cache_of
+from tests.both_bits import BothBits
 from tests.zoo import ZOO
 
-COMBINATIONS = [("dynamic", 2), ("static", 1)]
+pytestmark = pytest.mark.usefixtures("two_layers")
 FULL = os.environ.get("AKVQ_ZOO") == "full"
+CASES = [(family, "dynamic", 2) for family in ZOO] + [
+    (family, "static", 1) for family in list(ZOO)[:: 1 if FULL else 2]
+]
 if FULL:
-    COMBINATIONS += [("dynamic", 1), ("static", 2)]
+    CASES += [(family, cache, batch) for family in ZOO for cache, batch in (("dynamic", 1), ("static", 2))]
 TOKENS = 8
-SMALL = {"inner": "eager", "window": 8, "pivots": 3}
+SMALL = {"inner": "eager", "window": 8, "pivots": 3, "tsa_layers": (0,)}
 
 # generate() of these runs an inner module; compiling the outer one compiles nothing
 INNER = {"blip2_opt": "language_model", "instructblip_opt": "language_model", "kosmos2": "text_model"}
@@ -43,13 +48,12 @@ NO_STATIC = {"kosmos2"}  # transformers fails before any compiler sees it
 MAY_FAIL = {"llama4", "mllama", "molmo2"}
 
 
-def generate(family, cache, batch, compile_options=None, backend="akvq"):
-    """(sequences, cache tensors, report) of one greedy generation."""
-    torch._dynamo.reset()
-    model, inputs = ZOO[family](batch=batch)
-    inner = getattr(model, INNER[family]) if family in INNER else model
-    if compile_options is not None:
-        inner.compile(backend=backend, options=compile_options or None)
+def to_compile(family, model):
+    return getattr(model, INNER[family]) if family in INNER else model
+
+
+def generate(model, inputs, cache):
+    """(sequences, cache tensors) of one greedy generation."""
     extra = {"cache_implementation": "static"} if cache == "static" else {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -58,33 +62,46 @@ def generate(family, cache, batch, compile_options=None, backend="akvq"):
     for part in (cache_of(out), *(getattr(cache_of(out), n, None) for n in
                  ("self_attention_cache", "cross_attention_cache"))):  # fmt: skip
         tensors += [layer.keys for layer in getattr(part, "layers", []) if getattr(layer, "keys", None) is not None]
-    return out.sequences, tensors, akvq_fx.report(inner)
+    return out.sequences, tensors
 
 
-@pytest.mark.parametrize("cache, batch", COMBINATIONS, ids=lambda value: str(value))
-@pytest.mark.parametrize("family", list(ZOO))
+def reference(family, cache, batch):
+    """Sequences of the uncompiled model; skips the test where it does not run."""
+    model, inputs = ZOO[family](batch=batch)
+    if family in COMPARE_COMPILED:
+        to_compile(family, model).compile(backend="eager")
+    try:
+        return generate(model, inputs, cache)[0]
+    except Exception as error:
+        if family not in MAY_FAIL:
+            raise
+        pytest.skip(f"the uncompiled model fails in transformers {transformers.__version__}: {error}")
+    finally:
+        torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("family, cache, batch", CASES)
 def test_family(family, cache, batch):
     if cache == "static" and family in NO_STATIC:
         pytest.skip("transformers cannot run this family with a static cache")
-    if family in COMPARE_COMPILED:
-        expected = generate(family, cache, batch, {}, backend="eager")[0]
-    else:
-        try:
-            expected = generate(family, cache, batch)[0]
-        except Exception as error:
-            if family not in MAY_FAIL:
-                raise
-            pytest.skip(f"the uncompiled model fails in transformers {transformers.__version__}: {error}")
+    expected = reference(family, cache, batch)
 
-    lossless, tensors, report = generate(family, cache, batch, {"body_bits": 16, **SMALL})
+    model, inputs = ZOO[family](batch=batch)
+    inner = to_compile(family, model)
+    backend = BothBits(SMALL, bits=(16, 2) if cache == "dynamic" or FULL else (16,))
+    inner.compile(backend=backend)
+    lossless, tensors = generate(model, inputs, cache)
+    report = akvq_fx.report(inner)
     assert torch.equal(lossless, expected), f"lossless tokens differ\n{report}"
     untouched = family in ALL_16BIT or (family in SLIDING_ONLY and cache == "dynamic")
     assert any(isinstance(t, PackedKV) for t in tensors) or family in ALL_16BIT | SLIDING_ONLY | set(INNER), str(report)
     assert all(row.reason for row in report.refused)
 
-    if cache == "static" and not FULL:
+    if backend.bits == (16,):
         return
-    two_bits, tensors, report = generate(family, cache, batch, SMALL)
+    backend.runs = 2
+    two_bits, tensors = generate(model, inputs, cache)
+    report = akvq_fx.report(inner)
     assert two_bits.shape == expected.shape
     if untouched:
         assert torch.equal(two_bits, expected), f"every cache stays at 16 bits, yet tokens differ\n{report}"
@@ -92,8 +109,8 @@ def test_family(family, cache, batch):
     elif family not in INNER and family not in SLIDING_ONLY:
         packed = [t for t in tensors if isinstance(t, PackedKV)]
         assert packed and all(t.codes.dtype == torch.int16 for t in packed), str(report)
-        statuses = {(graph.kind, row.status) for graph, row in report.rows}
-        assert ("decode", "packed") in statuses, str(report)
+        decoded = {row.bits for graph, row in report.rows if (graph.kind, row.status) == ("decode", "packed")}
+        assert decoded - {"16"}, str(report)
 
 
 @pytest.mark.parametrize("family", sorted(INNER))
