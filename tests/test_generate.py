@@ -80,8 +80,8 @@ MODES = {
 
 @pytest.mark.parametrize("family", ["llama", "llava"])
 def test_all_modes(family):
-    """One model through all modes, as a program would have it: lossless equals uncompiled. A model with images then runs
-    all of them at two bits: caches stay codes."""
+    """One model through all modes, as a program would have it: lossless equals uncompiled. A model with images then
+    runs all of them at two bits: caches stay codes."""
     (model, inputs), (plain, _) = ZOO[family](), ZOO[family]()
     backend = BothBits({**SMALL, "tsa_layers": (0,)}, bits=(16, 2) if family == "llava" else (16,))
     model.compile(backend=backend)

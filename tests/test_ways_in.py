@@ -122,7 +122,7 @@ def right(run, plain, static: bool, batches=BATCHES) -> None:
     ids=name,
 )
 def test_calls(plain, way, static, gradients):
-    """Every pair of way, cache and gradients; a function of one's own, with graphs of its own, has gradients both ways."""
+    """Every pair of way, cache and gradients; a function of one's own has gradients both ways."""
     run = way(llama(), {**LOSSLESS, "inner": "eager"})
     counters.clear()
     with GRADIENTS[gradients]():
