@@ -197,7 +197,7 @@ def test_help_explains_itself(capsys):
         assert stopped.value.code == 0
     shown = capsys.readouterr().out
     assert all(
-        word in shown for word in ("fidelity", "images", "milebench", "--setting", "none", "goes on at its sample")
+        word in shown for word in ("fidelity", "images", "milebench", "--setting", "none", "continues where it stopped")
     )
 
 

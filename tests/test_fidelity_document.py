@@ -98,7 +98,7 @@ def test_a_part_is_measured_stopped_and_gone_on_with(run, fidelity, monkeypatch)
     assert all(f"| akvq, pivots={count} | 2 |" in document for count in (15, 0))
     _, document, store = run(f"{quick} 3")
     assert len(measured) == samples(store) == 2 * 3 and "| akvq, pivots=15 | 3 |" in document
-    assert "3 of 3" in document and "words: prefix of 40 tokens, 8 read over it, float32 on cpu" in document
+    assert "1 of 1" in document and "words: prefix of 40 tokens, 8 read over it, float32 on cpu" in document
 
 
 def test_findings_and_other_parts_are_kept(run, fidelity):
