@@ -315,6 +315,10 @@ class RopeComplex(Attention):
         return torch.view_as_real(rotated).flatten(3).type_as(x)
 
 
+class DirectComplex(RopeComplex, Direct):
+    """The keys that are returned are a cast of attention's to the dtype that these have: packed."""
+
+
 class NoRope(Attention):
     """Keys as projected: packed."""
 

@@ -37,6 +37,7 @@ MUST_FIRE = {  # spelling: RoPE, q:kv heads, forms of the prompt's and the step'
     models.RopeInterleaved: ("rope interleaved", "4:2", GROWING),
     models.RopePartial: ("rope half, partial", "4:2", GROWING),
     models.RopeComplex: ("rope complex", "4:2", GROWING),
+    models.DirectComplex: ("rope complex", "4:2", GROWING),
     models.NoRope: ("no rope", "4:2", GROWING),
     models.NormBefore: ("rope half, key norm", "4:2", GROWING),
     models.NormAfter: ("rope half, key norm", "4:2", GROWING),

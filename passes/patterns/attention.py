@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 from torch.fx import Node
 
-from akvq_fx.passes.patterns.nodes import NoMatch, argument, dimension, op, same_size, shape, through_noops, value
+from akvq_fx.passes.patterns.nodes import (
+    NoMatch,
+    argument,
+    dimension,
+    is_returned,
+    op,
+    same_size,
+    shape,
+    through_noops,
+    value,
+)
 
 # the arguments of torch.nn.functional.scaled_dot_product_attention in order
 ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
@@ -51,17 +62,19 @@ def ungrouped(node: Node) -> Node:
     """The cache tensor behind an SDPA's key or value argument: GQA expansion taken off, heads kept in blocked order.
 
     Spellings: x[:, :, None].expand(...).reshape(...), x.unsqueeze(2).expand(...).reshape/flatten,
-    x.repeat_interleave(n, 1), enable_gqa or plain broadcasting (nothing to take off).
+    x.repeat_interleave(n, 1), enable_gqa or plain broadcasting (nothing to take off). Of several nodes that are one
+    tensor (a cast to its own dtype) the one that the graph returns is the cache.
     """
-    node = through_noops(node)
+    bare = functools.partial(through_noops, stop=is_returned)
+    node = bare(node)
     if op(node) == "repeat_interleave" and dimension(node, 2, 4, -1) == 1 and len(shape(node)) == 4:
-        return through_noops(node.args[0])
+        return bare(node.args[0])
     if op(node) in ("reshape", "view", "flatten"):
-        expanded = through_noops(node.args[0])
+        expanded = bare(node.args[0])
         if op(expanded) == "expand" and len(shape(expanded)) == 5:
             lifted = expanded.args[0]
             if is_new_axis(lifted, 2) and is_merge(shape(expanded), shape(node)):
-                return through_noops(lifted.args[0])
+                return bare(lifted.args[0])
     return node
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch.fx import Node
@@ -91,9 +91,16 @@ def same_size(a, b) -> bool:
 NOOPS = ("contiguous", "clone", "detach", "alias")
 
 
-def through_noops(node):
-    """Skip ops that leave values and shape alone: contiguous, a cast or a reshape to what it is already."""
-    while isinstance(node, Node):
+def is_returned(node: Node) -> bool:
+    return any(user.op == "output" for user in node.users)
+
+
+def through_noops(node, stop: Callable[[Node], bool] = lambda node: False):
+    """Skip ops that leave values and shape alone: contiguous, a cast or a reshape to what it is already.
+
+    stop    no node is skipped of which this is true
+    """
+    while isinstance(node, Node) and not stop(node):
         source = node.args[0] if node.args and isinstance(node.args[0], Node) else None
         if source is None or not is_tensor(source) or not is_tensor(node):
             return node
