@@ -19,7 +19,17 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
-from akvq_fx import compiled_generate, gave_up, kernels, policy, records, torch_internals, versions, vision_carry
+from akvq_fx import (
+    compiled_generate,
+    gave_up,
+    kernels,
+    policy,
+    progress,
+    records,
+    torch_internals,
+    versions,
+    vision_carry,
+)
 from akvq_fx.config import AKVQConfig
 from akvq_fx.cuda_graph import DecodeStep, recorder_for
 from akvq_fx.passes import DISABLE, PIPELINE, without
@@ -49,9 +59,11 @@ def compile_graph(gm: GraphModule, example_inputs: list, config: AKVQConfig):
     program = state.program
     changed = state.sites or program.packed or program.unpacked or program.vision
     if not changed:
-        inner = compile_inner(gm, example_inputs, config, config.mode)
+        with shown_while_compiling("a graph without a cache", config):
+            inner = compile_inner(gm, example_inputs, config, config.mode)
         return Passthrough(inner) if starts_a_call(gm.graph) else inner
-    with torch.no_grad() if program.inference else contextlib.nullcontext():
+    gradients = torch.no_grad() if program.inference else contextlib.nullcontext()
+    with gradients, shown_while_compiling(f"a graph of {len(state.sites)} attention layers", config):
         inner = compile_rewritten(state, inner_examples(state, example_inputs))
     runtime = Runtime(program, inner, config.capacity_step, starts_a_call(gm.graph))
     runtime.on_weights = record.add_weights
@@ -114,6 +126,13 @@ def leave_artifact(state: GraphState, number: int, name: str) -> None:
         "artifact",
         metadata_fn=lambda: {"name": f"akvq_{number:02d}_{name}", "encoding": "string"},
         payload_fn=lambda: str(state.graph),
+    )
+
+
+def shown_while_compiling(what: str, config: AKVQConfig):
+    """A line on a terminal, unless there is nothing to wait for."""
+    return (
+        contextlib.nullcontext() if config.inner == "eager" else progress.shown(f"akvq: {config.inner} compiles {what}")
     )
 
 

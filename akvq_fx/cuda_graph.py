@@ -59,9 +59,13 @@ class CudaRecorder:
         with torch.cuda.device(device):
             if device not in self.streams:
                 self.streams[device] = torch.cuda.Stream(device)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, self.pools[place], self.streams[device], capture_error_mode="thread_local"):
-                results = list(function(*arguments))
+            graph, stream = torch.cuda.CUDAGraph(), self.streams[device]
+            try:
+                with torch.cuda.graph(graph, self.pools[place], stream, capture_error_mode="thread_local"):
+                    results = list(function(*arguments))
+            except RuntimeError:
+                release_generator(device)
+                raise
         alive.add(graph)
 
         def replay() -> Sequence:
@@ -69,6 +73,15 @@ class CudaRecorder:
             return results
 
         return replay
+
+
+def release_generator(device: torch.device) -> None:
+    """Let random numbers be drawn again after a capture that failed.
+
+    PyTorch leaves the device's generator as if the capture went on, and every later torch.rand or sampling would raise.
+    """
+    generator = torch.cuda.default_generators[device.index]
+    generator.graphsafe_set_state(generator.clone_state())
 
 
 class Recording:
