@@ -392,6 +392,19 @@ def _(func, types, args, kwargs):
     return packed
 
 
+@implements([aten.scatter_.src])
+def _(func, types, args, kwargs):
+    packed, dim, index, x = args[:4]
+    if dim % 4 != TOKENS or packed.storage is not None and packed.storage.end is not None:
+        return NotImplemented
+    if packed.storage is not None:
+        if any(index.shape[axis] > 1 and index.stride(axis) for axis in (0, 1, 3)):
+            return NotImplemented  # each channel might have positions of its own
+        at = index[0, 0, :, 0]
+        ops.append(packed.storage.buffers, packed.storage.to_stored(x), at, None, None, packed.layout_text)
+    return packed
+
+
 @implements([aten.copy_.default])
 def _(func, types, args, kwargs):
     target, source = args[:2]

@@ -188,6 +188,20 @@ class StaticSetItem(StaticIndexCopy):
         cache[:, :, at] = new
 
 
+class StaticScatter(StaticIndexCopy):
+    """zeros allocated in the prompt's graph, scatter_ at positions expanded to the size of the tokens: packed."""
+
+    def put(self, cache, at, new):
+        cache.scatter_(2, at[None, None, :, None].expand(new.shape), new)
+
+
+class StaticScatterApart(StaticIndexCopy):
+    """scatter_ at positions that differ between channels: another computation, left alone."""
+
+    def put(self, cache, at, new):
+        cache.scatter_(2, at.view(1, 1, -1, 1) + torch.zeros(new.shape, dtype=at.dtype), new)
+
+
 # grouped queries
 
 

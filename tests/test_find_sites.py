@@ -22,6 +22,7 @@ MUST_FIRE = {  # spelling: RoPE, q:kv heads, forms of the prompt's and the step'
     models.Direct: ("rope half", "4:2", GROWING),
     models.StaticIndexCopy: ("rope half", "4:2", STATIC),
     models.StaticSetItem: ("rope half", "4:2", STATIC),
+    models.StaticScatter: ("rope half", "4:2", STATIC),
     models.UnsqueezeFlatten: ("rope half", "4:2", GROWING),
     models.Interleave: ("rope half", "4:2", GROWING),
     models.EnableGqa: ("rope half", "4:2", GROWING),
@@ -62,6 +63,7 @@ MUST_NOT_FIRE = {
     models.Dim12: "the head dim of the keys is 12, accepted: a multiple of 8",
     models.IntegerCache: UNREAD,
     models.TiledRepeat: UNREAD,
+    models.StaticScatterApart: "the cache is written by scatter_",
     models.Buffers: "16-bit buffers that the caller owns are written in place",
     models.ChunkedValues: "the values reach attention through cat, not straight from the cache",
 }
@@ -75,8 +77,8 @@ def test_fires_once_in_both_graphs(spelling):
     seen = lossless(spelling)
     assert len(seen.captures) == 2, "a prompt and a decode graph, no recompile"
     for capture, kind in zip(seen.captures, kinds, strict=True):
+        assert capture.state.refused == []  # else: name, layer, reason, node
         (site,) = capture.state.sites
-        assert capture.state.refused == []
         assert (site.key.kind, site.value.kind, site.rope, site.groups) == (kind, kind, rope, groups)
         assert site.head_dim == spelling.dim
         assert (site.layer, site.label) == (0, "layers.0.attention")

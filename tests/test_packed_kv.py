@@ -661,7 +661,7 @@ def test_batch_cat_of_compactions():
         assert_same("kept", before, y.append(tokens_for(y, 1)).dequantize()[:, :, :4])
 
 
-@pytest.mark.parametrize("write", ["index_copy_", "setitem", "setitem-ellipsis"])
+@pytest.mark.parametrize("write", ["index_copy_", "setitem", "setitem-ellipsis", "scatter_"])
 @every_layout
 def test_static_writes_equal_append(layout, write):
     x, growing = packed_of(case_of(layout, capacity=20), static=True), packed_of(case_of(layout, capacity=20))
@@ -672,6 +672,8 @@ def test_static_writes_equal_append(layout, write):
             x.index_copy_(2, at, new)
         elif write == "setitem":
             x[:, :, at] = new
+        elif write == "scatter_":
+            x.scatter_(2, at[None, None, :, None].expand(new.shape), new)
         else:
             x[..., at, :] = new
 
@@ -821,6 +823,7 @@ WRITES = {
     "setitem-row": lambda x, y: x.__setitem__(0, y[0]),
     "setitem-mask": lambda x, y: x.__setitem__(y > 0, 0.0),
     "index_copy_-heads": lambda x, y: x.index_copy_(1, torch.tensor([0]), y[:, :1]),
+    "scatter_-channels": lambda x, y: x.scatter_(2, torch.zeros(y.shape, dtype=torch.int64), y),
 }
 
 
