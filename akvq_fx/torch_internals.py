@@ -156,7 +156,7 @@ def compiling() -> Compiling | None:
     frame = sys._getframe(1)
     while frame is not None:
         if frame.f_code.co_name == "_compile" and frame.f_globals.get("__name__") == "torch._dynamo.convert_frame":
-            seen = frame.f_locals
+            seen = dict(frame.f_locals)  # from Python 3.13 on it is no dict
             if not {"code", "locals", "compiler_fn"} <= seen.keys():
                 return None
             hard = bool(seen.get("one_graph")) or torch._dynamo.config.fail_on_recompile_limit_hit

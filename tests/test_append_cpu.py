@@ -119,8 +119,8 @@ def test_codes_of_any_numbers(bits, clip):
 @pytest.mark.parametrize("bits", (2, 4, 8))
 def test_broken_and_huge_numbers(bits, broken, dtype):
     layout = Layout(40, dtype, body_bits=bits, text_bits=2 * bits % 16, group=8, window=2)
-    x = randn(2, 2, 11, 40, dtype=dtype)
-    x[0, 0, 3, 9], x[1, 1, 4, :8], x[0, 1, 5, [1, 2]] = broken, broken, torch.tensor([broken, -broken], dtype=dtype)
+    x, broken = randn(2, 2, 11, 40, dtype=dtype), torch.tensor(broken, dtype=torch.float64).to(dtype)
+    x[0, 0, 3, 9], x[1, 1, 4, :8], x[0, 1, 5, [1, 2]] = broken, broken, torch.stack([broken, -broken])
     x[1, 0, 10, 39] = broken
     check(layout.allocate(2, 2, 12, 12), x, torch.arange(11), None, None, layout)
 
