@@ -30,12 +30,11 @@ from akvq_fx import (
     versions,
     vision_carry,
 )
-from akvq_fx.config import AKVQConfig
+from akvq_fx.config import CAPTURED_MODE, AKVQConfig
 from akvq_fx.cuda_graph import DecodeStep, recorder_for
 from akvq_fx.passes import DISABLE, PIPELINE, without
 from akvq_fx.passes.patterns.nodes import value
 from akvq_fx.passes.patterns.tokens import starts_a_call
-from akvq_fx.passes.split_decode import CAPTURED_MODE
 from akvq_fx.passes.state import GraphState
 from akvq_fx.runtime import Runtime
 
@@ -60,7 +59,7 @@ def compile_graph(gm: GraphModule, example_inputs: list, config: AKVQConfig):
     changed = state.sites or program.packed or program.unpacked or program.vision
     if not changed:
         with shown_while_compiling("a graph without a cache", config):
-            inner = compile_inner(gm, example_inputs, config, config.mode)
+            inner = compile_inner(gm, example_inputs, config)
         return Passthrough(inner) if starts_a_call(gm.graph) else inner
     gradients = torch.no_grad() if program.inference else contextlib.nullcontext()
     with gradients, shown_while_compiling(f"a graph of {len(state.sites)} attention layers", config):
@@ -164,33 +163,32 @@ def fake_vision(state: GraphState):
 
 
 def compile_rewritten(state: GraphState, examples: list):
-    """The rewritten graph, whole or in the two parts that a captured decode step has.
-
-    Inductor's own CUDA graphs would be recorded anew for every length of a cache, so they are not used.
-    """
+    """The rewritten graph, whole or in the two parts that a captured decode step has."""
     config, split = state.config, state.split
-    mode = None if config.mode == CAPTURED_MODE else config.mode
     if split is None:
-        return compile_inner(state.gm, examples, config, mode)
+        return compile_inner(state.gm, examples, config)
     prologue = split.prologue
     if prologue is not None:
-        prologue = compile_inner(prologue, [examples[i] for i in split.feeds], config, mode)
+        prologue = compile_inner(prologue, [examples[i] for i in split.feeds], config)
     given = [examples[i] for i in (*split.held, *split.numbers)]
     moved = [value(n) for n in split.body.graph.nodes if n.op == "placeholder"][len(given) :]
-    body = compile_inner(split.body, [*given, *moved], config, mode)
+    body = compile_inner(split.body, [*given, *moved], config)
     record = recorder_for(given[0].device, state.capture)
-    return DecodeStep(split, prologue, body, state.capture, record)
+    return DecodeStep(split, prologue, body, state.capture, record, asked=config.mode == CAPTURED_MODE)
 
 
-def compile_inner(gm: GraphModule, example_inputs: list, config: AKVQConfig, mode: str | None):
-    """A graph through the inner compiler; mode is Inductor's."""
+def compile_inner(gm: GraphModule, example_inputs: list, config: AKVQConfig):
+    """A graph through the inner compiler.
+
+    Inductor's own CUDA graphs are never asked for: they would record a vision tower or a prompt anew for every size.
+    """
     if config.inner == "eager":
         return gm
     if config.inner == "aot_eager":
         return torch_internals.aot_eager(gm, example_inputs)
     # Inductor's disk cache identifies an op by its name alone; the digest keeps it from mixing up versions of our ops
     with torch.compiler.config.patch(cache_key_tag=f"{torch.compiler.config.cache_key_tag} akvq_fx {ops_digest()}"):
-        return torch_internals.inductor(gm, example_inputs, mode)
+        return torch_internals.inductor(gm, example_inputs, None if config.mode == CAPTURED_MODE else config.mode)
 
 
 @functools.cache

@@ -24,6 +24,7 @@ DEFAULTS = {
 PACKED_ONLY = ("body_bits", "text_bits", "psa_text_key_bits", "body_clip", "text_clip", "group", "window", "pivots",
                "center_keys", "balance_keys", "rotate")  # fmt: skip
 CLIPS = {2: 0.8, 4: 1.0, 8: 1.0, 16: 1.0}  # range clipping by bits: paper section IV-A; no clipping above 2 bits
+CAPTURED_MODE = "reduce-overhead"  # decode steps in CUDA graphs; Inductor's own graphs are never asked for
 INNERS = ("inductor", "aot_eager", "eager")
 CHOICES = {
     "body_bits": (2, 4, 8, 16),
@@ -58,6 +59,7 @@ class AKVQConfig:
                     the graph proves that legal, else online; "off"
     prefill         "exact": the prompt attends to its own 16-bit keys, as serving systems do; "quantized": to the
                     packed ones
+    cuda_graphs     on a CUDA device, decode steps are replayed from CUDA graphs
     inner, mode     the compiler of the rewritten graph, and its torch.compile mode (Inductor only)
     """
 
@@ -80,6 +82,7 @@ class AKVQConfig:
     value_rotation: str | None = None
     prefill: str = "exact"
     capacity_step: int = 128  # tokens a dynamic cache grows by; one reallocation a step
+    cuda_graphs: bool = True
     inner: str = "inductor"
     mode: str | None = None
 
@@ -113,6 +116,10 @@ class AKVQConfig:
             if isinstance(self.tsa_layers, (str, bytes)) or not all(_is_int(i) and i >= 0 for i in self.tsa_layers):
                 self._refuse("tsa_layers", 'a sequence of layer numbers >= 0, or "auto"')
             object.__setattr__(self, "tsa_layers", tuple(sorted(set(self.tsa_layers))))
+        if self.cuda_graphs not in (True, False):
+            self._refuse("cuda_graphs", "True or False")
+        if self.mode == CAPTURED_MODE and not self.cuda_graphs:
+            self._refuse("mode", "another mode with cuda_graphs=False")
         if self.mode is not None and self.inner != "inductor":
             self._refuse("mode", f"None when inner={self.inner!r}: only Inductor has modes")
 
@@ -128,7 +135,7 @@ class AKVQConfig:
                         f"no value with recipe={self.recipe!r}, which has its own numbers, "
                         f"or a packed recipe: {packed}",
                     )
-            if self.mode == "reduce-overhead":
+            if self.mode == CAPTURED_MODE:
                 self._refuse(
                     "mode", f"others with recipe={self.recipe!r}: a simulated cache cannot be read in a CUDA graph"
                 )

@@ -10,6 +10,7 @@ their addresses and not kept alive; a CUDA graph whose buffers died is dropped.
 from __future__ import annotations
 
 import collections
+import logging
 import operator
 import threading
 import warnings
@@ -22,6 +23,7 @@ from torch import Tensor
 from akvq_fx.program import Split
 from akvq_fx.report import Capture
 
+log = logging.getLogger(__name__)
 # sets of buffers remembered at a time, for generations that alternate; more would hold memory of caches no longer used
 KEPT = 8
 NO_CUDA = "there is no CUDA device under these tensors"
@@ -113,14 +115,15 @@ class DecodeStep:
 
     record    makes CUDA graphs, None where there are none to make (counts.reason says why)
     counts    what happened, for the report
+    asked     somebody asked for CUDA graphs by name, so a capture that fails is worth a warning
     """
 
-    def __init__(self, split: Split, prologue, body, counts: Capture, record=None):
+    def __init__(self, split: Split, prologue, body, counts: Capture, record=None, asked: bool = True):
         self.split, self.prologue, self.body, self.counts, self.record = split, prologue, body, counts, record
         self.feed, self.held, self.numbers, self.moved = map(
             picker, (split.feeds, split.held, split.numbers, split.moved)
         )
-        self.every = list(range(len(split.held)))
+        self.every, self.asked = list(range(len(split.held))), asked
         plain = [start.argument for start in split.starts]
         self.starts = picker(plain) if None not in plain else lambda inputs: [start(inputs) for start in split.starts]
         self.known: list[Recording] = []  # the latest used last
@@ -196,7 +199,11 @@ class DecodeStep:
         self.counts.reason = f"capturing it failed: {error}"
         self.record = None
         self.known.clear()
-        warnings.warn(f"akvq: no CUDA graph is used for decoding; {self.counts.reason}", UserWarning, stacklevel=4)
+        told = f"akvq: no CUDA graph is used for decoding; {self.counts.reason}"
+        if self.asked:
+            warnings.warn(told, UserWarning, stacklevel=4)
+        else:
+            log.info(told)
 
     def remember(self, recording: Recording) -> None:
         self.known.append(recording)

@@ -61,7 +61,7 @@ class SiteRow:
 
 @dataclass
 class Capture:
-    """What became of one graph under mode="reduce-overhead".
+    """What became of one graph whose steps are captured in CUDA graphs.
 
     reason    why no CUDA graph is made of it, "" where one is
     captured  CUDA graphs recorded: one for each set of cache buffers that lives for two steps
@@ -143,7 +143,7 @@ class GraphReport:
     kind: str  # "prefill", "decode" or "no cache"
     rows: list[SiteRow] = field(default_factory=list)
     passes: list[PassReport] = field(default_factory=list)
-    capture: Capture | None = None  # None in other modes than "reduce-overhead"
+    capture: Capture | None = None  # None where none is captured
     function: str = ""  # whose graph it is
     recompiled: str = ""  # why the function was compiled again (the guard that failed), "" for its first graph
     # calls of ops, which explain and report replace by the KernelAnswer of each

@@ -71,10 +71,11 @@ OPTIONS = {
     "massive_floor": ("smallest activation that is called massive", "arXiv 2402.17762"),
     "massive_ratio": ("the same, as a multiple of the layer's median", "arXiv 2402.17762"),
     "capacity_step": ("tokens by which a growing cache is enlarged", OURS),
+    "cuda_graphs": ("on a CUDA device, decode steps are replayed from CUDA graphs", OURS),
     "inner": ("compiler of the rewritten graph", ""),
     "mode": (
-        '`"reduce-overhead"`: CUDA graphs of decode steps; other modes are Inductor\'s. '
-        "`mode=` of `torch.compile` is this option",
+        "Inductor's mode. `mode=` of `torch.compile` is this option. "
+        '`"reduce-overhead"` is `cuda_graphs` with a warning where none can be made',
         "",
     ),
 }

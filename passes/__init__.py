@@ -29,7 +29,7 @@ PIPELINE = (
     read_unmatched,  # packed caches whose reader was not matched above
     fuse_rotations,  # after the last pass that uses rotated tokens
     clean_up,
-    split_decode,  # last: it reads the finished graph, and only for mode="reduce-overhead"
+    split_decode,  # last: it reads the finished graph
 )
 
 

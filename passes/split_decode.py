@@ -3,7 +3,7 @@
 Before   mask = f(T), at = arange(T, T + q), append(.., at), attend(q, key, value, T + q, mask), ...
 After    prologue: mask = f(T)     body: append(.., positions[i]), attend(q, key, value, None, padded mask), ...
 Needs    sites, buffers, made, program   Gives    split, capture
-Follows  clean_up                        Leaves   the graph as it was, and state.split; only for mode="reduce-overhead"
+Follows  clean_up                        Leaves   the graph as it was, and state.split; only where steps are captured
 
 A CUDA graph has fixed shapes and no arguments, but the number T of tokens in a growing cache changes in every step.
 Sizes of the cache's buffers do not: they change when it grows. So whatever has T in a size or among its arguments goes
@@ -19,6 +19,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from akvq_fx.config import CAPTURED_MODE
 from akvq_fx.kernels import attend, cache  # noqa: F401 - registers the ops
 from akvq_fx.kernels.layout import CODES
 from akvq_fx.passes.patterns.arguments import argument_of, place_of
@@ -37,7 +38,6 @@ from akvq_fx.passes.state import GraphState
 from akvq_fx.program import Size, Split
 from akvq_fx.report import Capture, PassReport
 
-CAPTURED_MODE = "reduce-overhead"
 APPEND, ATTEND = torch.ops.akvq.append.default, torch.ops.akvq.attend.default
 APPEND_AT = place_of(APPEND, "at")
 ATTEND_LENGTH, ATTEND_MASK, ATTEND_AT = (place_of(ATTEND, name) for name in ("length", "mask", "at"))
@@ -49,8 +49,8 @@ def split_decode(state: GraphState) -> PassReport:
     report = PassReport("split_decode")
     program = state.program
     ours = state.sites or program.packed or program.unpacked or program.vision
-    if state.config.mode != CAPTURED_MODE or not ours:
-        return report  # another mode, or a graph that is left to the inner compiler
+    if not ours or not is_captured(state):
+        return report
     reason = refusal(state)
     try:
         if reason:
@@ -63,6 +63,16 @@ def split_decode(state: GraphState) -> PassReport:
         state.capture = Capture()
         report.match("graph")
     return report
+
+
+def is_captured(state: GraphState) -> bool:
+    """CUDA graphs are asked for by name, or made unasked: wherever the graph runs on a CUDA device."""
+    if state.config.mode == CAPTURED_MODE:
+        return True
+    if not state.config.cuda_graphs or state.config.simulated:  # a simulation asks the device how much there is to read
+        return False
+    tensors = (value(node) for node in state.graph.nodes if node.op == "placeholder")
+    return any(isinstance(x, torch.Tensor) and x.is_cuda for x in tensors)
 
 
 def refusal(state: GraphState) -> str:

@@ -11,8 +11,8 @@ from transformers import DynamicCache
 
 import akvq_fx
 from akvq_fx import PackedKV, cuda_graph
+from akvq_fx.config import CAPTURED_MODE
 from akvq_fx.cuda_graph import KEPT, NO_CUDA, DecodeStep
-from akvq_fx.passes.split_decode import CAPTURED_MODE
 from akvq_fx.passes.state import Split
 from akvq_fx.report import Capture
 from akvq_fx.transformers_names import cache_of
@@ -57,7 +57,7 @@ class Rerun:
 def recorder(monkeypatch):
     """Every decode graph is captured by a Rerun, and runs without Inductor."""
     made = Rerun()
-    monkeypatch.setattr("akvq_fx.backend.compile_inner", lambda gm, examples, config, mode: gm)
+    monkeypatch.setattr("akvq_fx.backend.compile_inner", lambda gm, examples, config: gm)
     monkeypatch.setattr("akvq_fx.backend.recorder_for", lambda device, counts: made)
     return made
 

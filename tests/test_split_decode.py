@@ -10,11 +10,11 @@ from torch import nn
 from torch.testing._internal.two_tensor import TwoTensor
 
 import akvq_fx
-from akvq_fx.config import AKVQConfig
+from akvq_fx.config import CAPTURED_MODE, AKVQConfig
 from akvq_fx.cuda_graph import DecodeStep
 from akvq_fx.passes.patterns.nodes import value
 from akvq_fx.passes.patterns.values import symbols, written
-from akvq_fx.passes.split_decode import ATTEND, ATTEND_LENGTH, ATTEND_MASK, CAPTURED_MODE
+from akvq_fx.passes.split_decode import ATTEND, ATTEND_LENGTH, ATTEND_MASK
 from tests import attention_models as models
 from tests.attention_models import Attention, Decoder, SharedDecoder, Spy, evidence, mixed, token_ids
 
@@ -26,7 +26,7 @@ name = lambda x: x.__name__ if isinstance(x, type) else ""
 @pytest.fixture(autouse=True)
 def uncompiled(monkeypatch):
     """Both parts run as they are: what Inductor makes of them is test_cuda_graph's."""
-    monkeypatch.setattr("akvq_fx.backend.compile_inner", lambda gm, examples, config, mode: gm)
+    monkeypatch.setattr("akvq_fx.backend.compile_inner", lambda gm, examples, config: gm)
 
 
 def captured_mode(build, options=None, **schedule):

@@ -151,14 +151,12 @@ class Static(Contestant):
 class Akvq(Contestant):
     """The packed cache in a DynamicCache."""
 
-    title, options = "akvq", {}
+    title, options = "akvq, cuda_graphs=False", {"cuda_graphs": False}
     whole_rows = True
 
     def __init__(self, decoder: Decoder, compiler: str):
         super().__init__(decoder, compiler)
         options = {**self.options, "inner": compiler}
-        if compiler != "inductor":
-            options.pop("mode", None)
         self.prefill_call = self.step_call = torch.compile(decoder.model, backend="akvq", options=options)
 
     def probe(self, ids: Tensor, capacity: int, rows: int):
@@ -181,20 +179,20 @@ class Akvq(Contestant):
 
 
 class AkvqGraphs(Akvq):
-    title, options = "akvq, reduce-overhead", {"mode": "reduce-overhead"}
+    title, options = "akvq", {}
 
 
 class AkvqPaper(Akvq):
     """The paper's recipe with akvq's window: without centred and balanced keys."""
 
-    title = f"akvq-vl, window {akvq_fx.AKVQConfig().window}, reduce-overhead"
-    options = {"recipe": "akvq-vl", "window": akvq_fx.AKVQConfig().window, "mode": "reduce-overhead"}
+    title = f"akvq-vl, window {akvq_fx.AKVQConfig().window}"
+    options = {"recipe": "akvq-vl", "window": akvq_fx.AKVQConfig().window}
 
 
 class AkvqStatic(Akvq):
     """The same in a StaticCache, whose prompt is compiled too."""
 
-    title, options = "akvq, reduce-overhead, StaticCache", {"mode": "reduce-overhead"}
+    title, options = "akvq, StaticCache", {}
     parts = False
 
     def empty(self, batch: int, capacity: int):

@@ -23,11 +23,11 @@ STEPS = 8  # of one contestant, then as many of the other
 
 
 class Online(Akvq):
-    options = {"mode": "reduce-overhead", "value_rotation": "online"}
+    options = {"value_rotation": "online"}
 
 
 class Folded(Akvq):
-    options = {"mode": "reduce-overhead", "value_rotation": "fold"}
+    options = {"value_rotation": "fold"}
 
 
 def seconds(contestant, token, cache) -> float:
