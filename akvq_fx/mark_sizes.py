@@ -4,21 +4,23 @@ Dynamo makes a first graph for the very sizes that it sees, and a second one wit
 cache that is a pair of graphs, prompt and decode, that serve nobody afterwards: a server whose batches are 8, 3 and 1
 would compile six. So before dynamo compiles a function for this backend, the sizes that are bound to change are marked
 on its arguments, as torch._dynamo.maybe_mark_dynamic marks them: where a model needs a number after all, dynamo takes
-the number and says nothing.
+the number and says nothing. A size that the user has marked with torch._dynamo.mark_static stays a number.
 
 A batch of one and a prompt of one token stay numbers, since dynamo makes 0 and 1 constants.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from akvq_fx import torch_internals
+
 DIMS = 4  # of integer tensors are looked at
-DEPTH = 2  # arguments, and what a call's **kwargs or *args hold
+DEPTH = 3  # arguments, what a call's **kwargs or *args hold, and a batch of inputs among these
 
 
 def mark(arguments: dict[str, Any]) -> None:
@@ -36,8 +38,9 @@ def mark(arguments: dict[str, Any]) -> None:
     anywhere = (batches | lengths,) * DIMS
     for tensor in tensors:
         moving = (batches, lengths) if tensor.is_floating_point() else anywhere
+        numbers = torch_internals.static_dims(tensor)
         for dim, (size, sizes) in enumerate(zip(tensor.shape, moving, strict=False)):
-            if size in sizes:
+            if size in sizes and dim not in numbers:
                 torch._dynamo.maybe_mark_dynamic(tensor, dim)
 
 
@@ -48,6 +51,6 @@ def _twice(sizes: list[int]) -> set[int]:
 def _tensors(value: Any, depth: int) -> Iterator[Tensor]:
     if type(value) is Tensor:
         yield value
-    elif depth and isinstance(value, (dict, list, tuple)):
-        for item in value.values() if isinstance(value, dict) else value:
+    elif depth and isinstance(value, (Mapping, list, tuple)):
+        for item in value.values() if isinstance(value, Mapping) else value:
             yield from _tensors(item, depth - 1)

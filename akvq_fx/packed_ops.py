@@ -337,6 +337,11 @@ def _(func, types, args, kwargs):
     torch.Tensor.__getitem__, torch.Tensor.detach, torch.detach, torch.Tensor.narrow, torch.narrow,
     torch.Tensor.split, torch.split, torch.Tensor.chunk, torch.chunk, torch.Tensor.expand,
     torch.Tensor.expand_as, torch.Tensor.broadcast_to, torch.broadcast_to,
+    torch.Tensor.select, torch.select, torch.Tensor.unbind, torch.unbind, torch.Tensor.transpose, torch.transpose,
+    torch.Tensor.permute, torch.permute, torch.Tensor.movedim, torch.movedim, torch.Tensor.swapaxes, torch.swapaxes,
+    torch.Tensor.view, torch.Tensor.reshape, torch.reshape, torch.Tensor.flatten, torch.flatten,
+    torch.Tensor.unflatten, torch.unflatten, torch.Tensor.unsqueeze, torch.unsqueeze, torch.Tensor.squeeze,
+    torch.squeeze, torch.Tensor.unfold, torch.Tensor.mT.__get__, torch.Tensor.tensor_split, torch.tensor_split,
 ])  # fmt: skip
 def _(func, types, args, kwargs):
     """Without autograd's views: their `_base` would keep the longer view alive, so that the next write copied the

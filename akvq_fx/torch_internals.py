@@ -217,6 +217,11 @@ def dynamic_marks(dims: list[int]) -> dict[str, Any]:
     return dict(vars(probe))
 
 
+def static_dims(x: torch.Tensor) -> set[int]:
+    """The axes that the user marked with torch._dynamo.mark_static."""
+    return getattr(x, "_dynamo_static_indices", set())
+
+
 def hint(size) -> int:
     """The number that dynamo saw for a size when it traced, 2 where it kept none; asks without adding a guard."""
     if isinstance(size, int):

@@ -138,6 +138,13 @@ def test_marks_of_dynamic_sizes_can_be_copied():
     assert torch.SymInt in shapes[0], "copied marks mean nothing to dynamo"
 
 
+def test_static_marks_can_be_read():
+    x = torch.ones(2, 3)
+    assert not torch_internals.static_dims(x)
+    torch._dynamo.mark_static(x, 1)
+    assert torch_internals.static_dims(x) == {1}, "mark_static no longer leaves _dynamo_static_indices"
+
+
 def test_sizes_have_hints():
     found = []
 

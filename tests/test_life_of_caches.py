@@ -91,6 +91,33 @@ def test_lossless_equals_uncompiled(ops):
         assert isinstance(cache.layers[0].keys, PackedKV), name
 
 
+VIEWS = {
+    "select": lambda x: x.select(0, 1)[None],
+    "transpose": lambda x: x.transpose(1, 2).transpose(1, 2),
+    "permute": lambda x: x.permute(1, 0, 2, 3).permute(1, 0, 2, 3),
+    "movedim": lambda x: x.movedim(1, 2).movedim(1, 2),
+    "view": lambda x: x.view(*x.shape[:3], 2, -1).flatten(3),
+    "unsqueeze": lambda x: x.unsqueeze(0).squeeze(0),
+    "unfold": lambda x: x.unfold(2, 3, 1)[:, :, 0].mT,
+    "tensor_split": lambda x: x.tensor_split(2, 2)[0],
+}
+
+
+@pytest.mark.filterwarnings("ignore:akvq")
+def test_a_plain_view_continues():
+    """Whatever views a packed cache gives a plain tensor that knows no packed one: dynamo could not trace its past."""
+    model, plain = model_of(16), model_of(None)
+    for name, op in VIEWS.items():
+        caches = [DynamicCache(), DynamicCache()]
+        call(model, caches[0], ids(2))
+        call(plain, caches[1], ids(2))
+        got, expected = (mapped(cache, op) for cache in caches)
+        assert not isinstance(got.layers[0].keys._base, PackedKV), name
+        new = ids(got.layers[0].keys.shape[0], 1)
+        one, other = call(plain, expected, new), call(model, got, new)
+        torch.testing.assert_close(other, one, rtol=0, atol=2e-5, msg=lambda text, name=name: f"{name}: {text}")
+
+
 def test_no_code_changes():
     for name in ON_CODES:
         keeps_codes(name)

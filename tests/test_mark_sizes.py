@@ -1,8 +1,11 @@
 """The batch and the length of a prompt are symbols from the first graph on, and nothing else is."""
 
+from collections import UserDict
+
 import pytest
 import torch
 from torch._dynamo.utils import counters
+from transformers import BatchEncoding
 
 from akvq_fx import mark_sizes
 
@@ -58,6 +61,29 @@ def test_a_number_where_a_model_needs_one():
     for batch in (2, 3, 2):
         compiled(integers(batch, 5), integers(batch, 5))
     assert counters["stats"]["unique_graphs"] == 2
+
+
+def test_sizes_that_the_user_made_numbers_stay_numbers():
+    ids, mask = integers(3, 7), integers(3, 7)
+    torch._dynamo.mark_static(ids, 0)
+    mark_sizes.mark({"ids": ids, "mask": mask})
+    assert marked(ids) == {1} and marked(mask) == {0, 1}
+    counters.clear()
+    compiled = torch.compile(lambda ids, mask: ids * mask, backend="akvq", options=EAGER)
+    for batch in (2, 3):
+        ids, mask = integers(batch, 5), integers(batch, 5)
+        torch._dynamo.mark_static(ids, 0)
+        torch._dynamo.mark_static(mask, 0)
+        compiled(ids, mask)
+    assert counters["stats"]["unique_graphs"] == 2
+
+
+@pytest.mark.parametrize("kind", [dict, BatchEncoding, UserDict])
+def test_a_batch_of_inputs_as_one_argument(kind):
+    first, second = ({"ids": integers(3, 7), "mask": integers(3, 7)} for _ in range(2))
+    mark_sizes.mark({"batch": kind(first), "kwargs": {"batch": kind(second)}})
+    for given in (first, second):
+        assert marked(given["ids"]) == marked(given["mask"]) == {0, 1}
 
 
 def test_other_backends_see_no_marks():
