@@ -83,7 +83,7 @@ def test_without_a_cache_numbers_are_exact(llama):
     assert not akvq_fx.report(model).rows
 
 
-@pytest.mark.parametrize("inner", ["eager", "inductor"])
+@pytest.mark.parametrize("inner", ["eager", "aot_eager"])  # Inductor: test_ways_in
 def test_gradients_on_gives_a_packed_cache_and_refuses_a_backward_pass(llama, inner):
     """With gradients on, which is PyTorch's default, a call works as under no_grad; a backward pass is refused."""
     model, inputs = llama
@@ -279,12 +279,11 @@ def test_explain_changes_nothing(llama):
     assert "nothing was compiled" in str(akvq_fx.report(model))
 
 
-@pytest.mark.parametrize("inner", ["aot_eager", "inductor"])
-def test_inner_compilers_agree(llama, inner):
+def test_two_bits_through_aot_eager(llama):
     model, inputs = llama
     small = {k: v[1:, 6:] for k, v in inputs.items()}
     expected = model.generate(**small, max_new_tokens=4)
-    model.compile(backend="akvq", options={**SMALL, "inner": inner, "window": 64})
+    model.compile(backend="akvq", options={**SMALL, "inner": "aot_eager", "window": 64})
     out = model.generate(**small, max_new_tokens=4, return_dict_in_generate=True)
     assert torch.equal(out.sequences, expected)
     assert all(isinstance(layer.keys, PackedKV) for layer in cache_of(out).layers)
