@@ -130,9 +130,9 @@ def leave_artifact(state: GraphState, number: int, name: str) -> None:
 
 def shown_while_compiling(what: str, config: AKVQConfig):
     """A line on a terminal, unless there is nothing to wait for."""
-    return (
-        contextlib.nullcontext() if config.inner == "eager" else progress.shown(f"akvq: {config.inner} compiles {what}")
-    )
+    if config.inner == "eager":
+        return contextlib.nullcontext()
+    return progress.shown(f"akvq: {config.inner} compiles {what}")
 
 
 def inner_examples(state: GraphState, example_inputs: list) -> list:

@@ -375,14 +375,21 @@ def _(func, types, args, kwargs):
     return [take(packed, part.tolist()) for part in parts]
 
 
+def write_at(packed, at: Tensor, x: Tensor):
+    """packed[:, :, at] = x for a static PackedKV; a growing one refuses. Traced, it writes nothing."""
+    storage = packed.storage
+    if storage is None:
+        return packed
+    if storage.end is not None:
+        return NotImplemented  # a growing cache takes cat; a write before its end would break ring and text slots
+    ops.append(storage.buffers, storage.to_stored(x), at, None, None, packed.layout_text)
+    return packed
+
+
 @implements([aten.index_copy_.default])
 def _(func, types, args, kwargs):
     packed, dim, at, x = args
-    if dim % 4 != TOKENS or packed.storage is not None and packed.storage.end is not None:
-        return NotImplemented  # a growing cache takes cat; a write before its end would break ring and text slots
-    if packed.storage is not None:
-        ops.append(packed.storage.buffers, packed.storage.to_stored(x), at, None, None, packed.layout_text)
-    return packed
+    return write_at(packed, at, x) if dim % 4 == TOKENS else NotImplemented
 
 
 @implements([aten.index_put_.default])
@@ -390,24 +397,19 @@ def _(func, types, args, kwargs):
     packed, indices, x = args[:3]
     if len(indices) != 3 or indices[0] is not None or indices[1] is not None:
         return NotImplemented
-    if packed.storage is not None and packed.storage.end is not None:
-        return NotImplemented
-    if packed.storage is not None:
-        ops.append(packed.storage.buffers, packed.storage.to_stored(x), indices[2], None, None, packed.layout_text)
-    return packed
+    return write_at(packed, indices[2], x)
 
 
 @implements([aten.scatter_.src])
 def _(func, types, args, kwargs):
     packed, dim, index, x = args[:4]
-    if dim % 4 != TOKENS or packed.storage is not None and packed.storage.end is not None:
+    if dim % 4 != TOKENS:
         return NotImplemented
-    if packed.storage is not None:
-        if any(index.shape[axis] > 1 and index.stride(axis) for axis in (0, 1, 3)):
-            return NotImplemented  # each channel might have positions of its own
-        at = index[0, 0, :, 0]
-        ops.append(packed.storage.buffers, packed.storage.to_stored(x), at, None, None, packed.layout_text)
-    return packed
+    if packed.storage is None:  # tracing: sizes and strides of the index are not looked at, which would add guards
+        return packed
+    if any(index.shape[axis] > 1 and index.stride(axis) for axis in (0, 1, 3)):
+        return NotImplemented  # each channel might have positions of its own
+    return write_at(packed, index[0, 0, :, 0], x)
 
 
 @implements([aten.copy_.default])

@@ -94,15 +94,16 @@ def attend_call(call: Call, query, new, keys: Layout, values: Layout) -> attend.
     at = torch.empty(q, dtype=torch.int64, device=call.device) if q > 1 else None
     fresh = new if q > 1 else None
     return attend.AttendCall(
-        query,
-        *buffers,
-        call.capacity,
-        mask,
-        None,
-        call.is_causal,
-        fresh,
-        fresh,
-        at,
+        q=query,
+        key=buffers[0],
+        value=buffers[1],
+        length=call.capacity,
+        mask=mask,
+        scale=None,
+        is_causal=call.is_causal,
+        fresh_key=fresh,
+        fresh_value=fresh,
+        at=at,
         key_layout=keys,
         value_layout=values,
     )
