@@ -36,12 +36,6 @@ def fresh_dynamo():
 
 
 @pytest.fixture
-def two_layers(monkeypatch):
-    """Decoders of the zoo have two layers: tracing is what takes time, and layers are alike."""
-    monkeypatch.setattr("tests.zoo.LAYERS", 2)
-
-
-@pytest.fixture
 def golden(request):
     """golden(name, text): the text equals tests/golden/name.txt."""
 

@@ -16,12 +16,11 @@ from akvq_fx import AKVQConfig, PackedKV, backend
 from akvq_fx.transformers_names import cache_argument, cache_of
 from tests.zoo import ZOO
 
-pytestmark = pytest.mark.usefixtures("two_layers")
 SMALL = {"inner": "eager", "window": 8, "pivots": 3}
 
 
 @pytest.fixture
-def llama(two_layers):
+def llama():
     torch._dynamo.reset()
     return ZOO["llama"]()
 

@@ -74,7 +74,8 @@ def test_badges_are_true():
     assert "license = Apache-2.0" in setup and "Apache License" in (ROOT / "LICENSE").read_text()
 
 
-def test_explain_prints_that():
+def test_explain_prints_that(monkeypatch):
+    monkeypatch.setattr("tests.zoo.LAYERS", 3)  # the first two have the policy of TSA, the third that of PSA
     model, inputs = ZOO["llava"]()
     lines = [line.rstrip() for line in str(akvq_fx.explain(model, **inputs)).splitlines()]
     assert block("explain").splitlines() == [

