@@ -14,6 +14,8 @@ DEFAULTS = {
     "body_bits": 2,
     "text_bits": 4,  # section III-B, text-salient attention
     "psa_text_key_bits": 2,  # section III-B: of pivot-salient layers only pivots and recent tokens are salient
+    "uneven_keys": False,
+    "symmetric_values": False,
     "group": 128,  # section IV-A
     "window": 128,  # section IV-A
     "pivots": 15,  # figure 8
@@ -22,7 +24,7 @@ DEFAULTS = {
 }
 # options of the packed path; a simulated recipe takes none of them, since it has its own numbers
 PACKED_ONLY = ("body_bits", "text_bits", "psa_text_key_bits", "body_clip", "text_clip", "group", "window", "pivots",
-               "center_keys", "balance_keys", "rotate")  # fmt: skip
+               "center_keys", "balance_keys", "uneven_keys", "symmetric_values", "rotate")  # fmt: skip
 CLIPS = {2: 0.8, 4: 1.0, 8: 1.0, 16: 1.0}  # range clipping by bits: paper section IV-A; no clipping above 2 bits
 CAPTURED_MODE = "reduce-overhead"  # decode steps in CUDA graphs; Inductor's own graphs are never asked for
 INNERS = ("inductor", "aot_eager", "eager")
@@ -53,6 +55,10 @@ class AKVQConfig:
     window          most recent tokens kept at 16 bits, in every layer
     pivots          tokens kept at 16 bits in PSA layers; pivot_mode "topk" fills all slots by max |h|, "massive" only
                     with tokens above massive_floor and massive_ratio times the median
+    uneven_keys     of a head's channels the quarter that moves scores most gets 4 bits, the last quarter none (needs
+                    2 bits and rotate); not in layers that keep text at more bits
+    symmetric_values
+                    values have a scale alone, without a minimum; not in layers that keep text at more bits
     group           channels that share a scale; a head dim that is no multiple of it is one group
     rotate          Walsh-Hadamard rotation of keys and values; None: on, but off in lossless mode
     value_rotation  "online": in the graph, where tokens are written and read; "fold": into copies of W_V and W_O where
@@ -78,6 +84,8 @@ class AKVQConfig:
     tsa_layers: tuple[int, ...] | str | None = None
     center_keys: bool | None = None
     balance_keys: bool | None = None
+    uneven_keys: bool | None = None
+    symmetric_values: bool | None = None
     rotate: bool | None = None
     value_rotation: str | None = None
     prefill: str = "exact"
@@ -103,7 +111,7 @@ class AKVQConfig:
         for name in ("massive_floor", "massive_ratio"):
             if not _is_number(getattr(self, name)) or getattr(self, name) < 0:
                 self._refuse(name, "a number >= 0")
-        for name in ("center_keys", "balance_keys", "rotate"):
+        for name in ("center_keys", "balance_keys", "uneven_keys", "symmetric_values", "rotate"):
             if getattr(self, name) not in (None, True, False):
                 self._refuse(name, "True, False or None")
         for name, bits in (("body_clip", self.body_bits), ("text_clip", self.text_bits)):
@@ -120,6 +128,10 @@ class AKVQConfig:
             self._refuse("cuda_graphs", "True or False")
         if self.mode == CAPTURED_MODE and not self.cuda_graphs:
             self._refuse("mode", "another mode with cuda_graphs=False")
+        if self.uneven_keys and not (self.rotate and self.body_bits == 2):
+            self._refuse("uneven_keys", "False where body_bits is not 2 or rotate is False")
+        if self.symmetric_values and self.body_bits not in (2, 4):
+            self._refuse("symmetric_values", f"False with body_bits={self.body_bits}, or body_bits of 2 or 4")
         if self.mode is not None and self.inner != "inductor":
             self._refuse("mode", f"None when inner={self.inner!r}: only Inductor has modes")
 
@@ -144,7 +156,7 @@ class AKVQConfig:
             chosen |= {"body_bits": 16, "window": 0, "pivots": 0}
         bits = chosen["body_bits"] if self.body_bits is None else self.body_bits
         if bits == 16:  # lossless
-            chosen |= {"center_keys": False, "balance_keys": False, "rotate": False}
+            chosen |= dict.fromkeys(("center_keys", "balance_keys", "uneven_keys", "symmetric_values", "rotate"), False)
         chosen.setdefault("rotate", True)
         for name, value in chosen.items():
             if getattr(self, name) is None:

@@ -207,4 +207,5 @@ def bits_of(keys: Layout, values: Layout) -> str:
     parts += [f"pivots {keys.pivots}: 16"] if keys.pivots else []
     if keys.text_bits:
         parts.append(f"{'text' if values.text_bits else 'keys of text'}: {keys.text_bits}")
-    return ", ".join([*parts, f"rest: {keys.body_bits}"])
+    rest = "rest: 4, 2, 0 by channel of keys, 2" if keys.uneven else f"rest: {keys.body_bits}"
+    return ", ".join([*parts, rest])

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from akvq_fx import torch_internals
-from akvq_fx.kernels.layout import CODES, GAIN, PADDING, STATE_TEXT, Layout
+from akvq_fx.kernels.layout import CODES, GAIN, ORDER, PADDING, STATE_TEXT, Layout
 from akvq_fx.kernels.rotate import rotate_as_stored
 
 ROWS, TOKENS = 0, 2  # axes of [B, H, T, D]
@@ -149,6 +149,8 @@ class Storage:
                 self[name].copy_(fresh)
         if self.layout.affine:
             self["affine"][:, GAIN] = 1.0  # the identity: tokens written outside a graph must not be multiplied by 0
+        if self.layout.uneven:
+            self["affine"][:, ORDER] = torch.arange(self.layout.head_dim, device=self["affine"].device).half()
         self.prompt, self.end = 0, None if self.end is None else 0
 
     def to_stored(self, x: Tensor) -> Tensor:

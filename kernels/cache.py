@@ -18,7 +18,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from akvq_fx.kernels import quantizer
+from akvq_fx.kernels import quantizer, uneven
 from akvq_fx.kernels.choose import dispatch
 from akvq_fx.kernels.in_place import in_place
 from akvq_fx.kernels.layout import (
@@ -92,7 +92,7 @@ def write(
     if layout.plain:
         b["codes"].index_copy_(2, at, x.to(b["codes"].dtype))
     else:
-        codes, range_ = quantizer.encode(x, layout.body_bits, layout.body_clip, layout.groups)
+        codes, range_ = encode(x, layout)
         if layout.text_bits:
             text, text_range = quantizer.encode(x, layout.text_bits, layout.text_clip, layout.groups)
             is_text = (kinds == TEXT)[:, None, :, None]
@@ -117,6 +117,25 @@ def write(
     held = torch.where(start > last, start, torch.minimum(ring, start))
     b["state"][STATE_RING : STATE_RING + 1] = torch.maximum(held, end - layout.window)
     b["state"][STATE_END : STATE_END + 1] = end
+
+
+def encode(x: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
+    """x [..., D] in the stored space -> codes of the body [..., D] int32, range [..., Layout.range_size] fp16."""
+    if layout.uneven:
+        return uneven.encode(x)
+    if layout.symmetric:
+        return quantizer.encode_symmetric(x, layout.body_bits, layout.groups)
+    return quantizer.encode(x, layout.body_bits, layout.body_clip, layout.groups)
+
+
+def decode(words: Tensor, range_: Tensor, layout: Layout) -> Tensor:
+    """The inverse, of packed codes: words [..., D*b/16] int16 -> [..., D] in the layout's dtype."""
+    codes = unpack_bits(words, layout.body_bits)
+    if layout.uneven:
+        return uneven.decode(codes, range_, layout.dtype)
+    if layout.symmetric:
+        return quantizer.decode_symmetric(codes, range_, layout.body_bits, layout.dtype)
+    return quantizer.decode(codes, range_, layout.dtype)
 
 
 def kinds_of(x: Tensor, classes: Tensor | None) -> Tensor:
@@ -190,7 +209,7 @@ def read(cache: list[Tensor], length: int, layout: Layout, past: int | None = No
         return simulated(b, length, layout, past)
     if layout.lossless:
         return b["codes"][:, :, :length]
-    out = quantizer.dequantize(b["codes"][:, :, :length], b["range"][:, :, :length], layout.body_bits, layout.dtype)
+    out = decode(b["codes"][:, :, :length], b["range"][:, :, :length], layout)
     if layout.text_bits:
         scatter_tokens(out, b["text_at"], read_text(b, layout))
     if layout.pivots:

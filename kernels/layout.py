@@ -8,13 +8,14 @@ state       [3]               int32  end of what was written, first position the
 codes       [B, H, C, D*b/16] int16  body, of text tokens the upper body_bits of text_bits; or [B, H, C, D] in the
                                      cache's dtype when body_bits is 16
 classes     [B, C]            uint8  VISION, TEXT, PIVOT or PADDING; values have none where they share their keys'
-range       [B, H, C, 2*G]    fp16   scale of each of the G channel groups, then their minima
+range       [B, H, C, 2*G]    fp16   scale of each of the G channel groups, then their minima, but for symmetric ones
 ring        [B, H, W, D]      dtype  the last W positions, slot = position mod W
 pivots      [B, H, P, D]      dtype  pivot tokens
 pivot_at    [B, P]            int32  their positions, -1 for a free slot
 text_codes  [B, H, Ct, D*l/16] int16 lower bits of text tokens, l wide; slot = position + state[2] of appended ones
 text_at     [B, Ct]           int32  their positions, -1 for a free slot
-affine      [B, 2, H, D]      fp16   centre c and gain s: keys are stored as H((k - c)/s), asked by H(q*s);
+affine      [B, 2, H, D]      fp16   centre c and gain s: keys are stored as H((k - c)/s), asked by H(q*s); uneven
+                                     ones have a third row, which channel each one of the stored space is;
                                      where `simulate` wants gains, keys are stored as they are and read through s
 
 A layout with `simulate` keeps the originals (body_bits 16); akvq_fx.recipes defines what reads make of them.
@@ -37,7 +38,7 @@ WORD_BITS = 16  # codes are packed into int16 words: one GPU lane unpacks two fp
 CODE_BITS = (2, 4, 8)
 STATE_END, STATE_RING, STATE_TEXT = range(3)
 CODES = 1  # codes stand second in every layout's fields
-CENTRE, GAIN = range(2)  # rows of affine
+CENTRE, GAIN, ORDER = range(3)  # rows of affine
 DTYPES = {"f16": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32, "f64": torch.float64}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -58,6 +59,8 @@ class Layout:
     rotated: bool = False  # buffers hold H x rather than x
     affine: bool = False
     shares_classes: bool = False  # values whose tokens' classes stand with their keys: a byte a token less
+    symmetric: bool = False  # levels lie evenly around zero: ranges are scales alone, and nothing is clipped
+    uneven: bool = False  # keys whose channels have 4, 2 and 0 bits, see kernels/uneven.py
     simulate: str = ""  # text of a Simulation of akvq_fx.recipes: originals are kept, and quantized when they are read
 
     def __post_init__(self):
@@ -82,6 +85,12 @@ class Layout:
             refuse("overlays", "present", "none when body_bits is 16")
         if 0 < self.text_bits <= self.body_bits:
             refuse("text_bits", self.text_bits, f"more than body_bits, which is {self.body_bits}, or 0")
+        if self.symmetric and (self.body_bits not in (2, 4) or self.text_bits or self.body_clip != 1):
+            given = (self.body_bits, self.text_bits, self.body_clip)
+            refuse("symmetric with body_bits, text_bits, body_clip", given, "2 or 4, 0, 1")
+        if self.uneven and not (self.body_bits == 2 and self.symmetric and self.rotated and self.affine):
+            given = (self.body_bits, self.symmetric, self.rotated, self.affine)
+            refuse("uneven with body_bits, symmetric, rotated, affine", given, "2, True, True, True")
         if self.simulate:
             Simulation.parse(self.simulate)
             if not self.plain or self.rotated or self.affine:
@@ -120,8 +129,15 @@ class Layout:
 
     @property
     def groups(self) -> int:
-        """Channel groups of a head: 128 channels each, or the whole head."""
+        """Channel groups of a head: 128 channels each, or the whole head; the two parts with bits of an uneven one."""
+        if self.uneven:
+            return 2
         return self.head_dim // self.group if self.head_dim % self.group == 0 else 1
+
+    @property
+    def range_size(self) -> int:
+        """Numbers of a token's range: a scale for each group and, where levels are not symmetric, a minimum."""
+        return self.groups if self.symmetric else 2 * self.groups
 
     @property
     def low_bits(self) -> int:
@@ -154,13 +170,13 @@ class Layout:
             "state": ((3,), torch.int32),
             "codes": ((batch, heads, capacity, body[0]), body[1]),
             "classes": ((batch, capacity), torch.uint8),
-            "range": ((batch, heads, capacity, 2 * self.groups), torch.float16),
+            "range": ((batch, heads, capacity, self.range_size), torch.float16),
             "ring": ((batch, heads, self.window, self.head_dim), self.dtype),
             "pivots": ((batch, heads, self.pivots, self.head_dim), self.dtype),
             "pivot_at": ((batch, self.pivots), torch.int32),
             "text_codes": ((batch, heads, text_capacity, words(self.low_width)), torch.int16),
             "text_at": ((batch, text_capacity), torch.int32),
-            "affine": ((batch, 2, heads, self.head_dim), torch.float16),
+            "affine": ((batch, 3 if self.uneven else 2, heads, self.head_dim), torch.float16),
         }
         return table[name]
 
@@ -184,6 +200,8 @@ class Layout:
         parts += ["rotated"] if self.rotated else []
         parts += ["affine"] if self.affine else []
         parts += ["shares"] if self.shares_classes else []
+        parts += ["symmetric"] if self.symmetric else []
+        parts += ["uneven"] if self.uneven else []
         parts += [self.simulate] if self.simulate else []
         return "/".join(parts)
 
@@ -193,7 +211,7 @@ class Layout:
         """The inverse of str(). Raises ValueError for anything str() cannot have written."""
         keys = {"d": "head_dim", "b": "body_bits", "c": "body_clip", "g": "group", "w": "window", "p": "pivots",
                 "t": "text_bits", "tc": "text_clip"}  # fmt: skip
-        flags = {"rotated": "rotated", "affine": "affine", "shares": "shares_classes"}
+        flags = {name: name for name in ("rotated", "affine", "symmetric", "uneven")} | {"shares": "shares_classes"}
         dtype, *parts = text.split("/")
         values: dict = {"dtype": DTYPES.get(dtype)}
         for part in parts:

@@ -4,6 +4,10 @@ Per group: lo = clip * min, hi = clip * max, scale = (hi - lo) / (2^b - 1), code
 and x is read back as code * scale + lo. The paper's integer zero-point is unbounded, so the 16-bit minimum is kept
 instead. Codes are computed against the *stored* (fp16) scale and minimum: inside the clipped range the error is at most
 scale / 2. A non-finite group stays non-finite and touches no other token, as in a 16-bit cache.
+
+A symmetric layout's levels lie evenly around zero, (code - (2^b - 1) / 2) * scale, so the scale is all that is stored.
+step = STEPS[b] * rms(x) is best for numbers of a normal distribution, which a Hadamard transform comes near to; the
+stored scale is then (x . x) / (x . level), which gives what is read x's own part along x.
 """
 
 from __future__ import annotations
@@ -14,6 +18,8 @@ from torch import Tensor
 from akvq_fx.kernels.layout import pack_bits, unpack_bits
 
 SCALE_FLOOR = 1e-5  # a constant group has no range; QuaRot kv_cache.py uses the same floor
+# of the root mean square: uniform levels with the least mean square error for a normal (Max, 1960, table II)
+STEPS = {2: 0.9957, 4: 0.3352}
 FP16_MAX = 65504.0  # ranges are stored as fp16; larger finite keys saturate instead of turning into inf
 
 
@@ -28,11 +34,34 @@ def encode(x: Tensor, bits: int, clip: float, groups: int) -> tuple[Tensor, Tens
     top = 2**bits - 1
     grouped = x.float().unflatten(-1, (groups, -1))
     lo, hi = grouped.amin(-1) * clip, grouped.amax(-1) * clip
-    saturate = lambda t: torch.where(t.isfinite(), t.clamp(-FP16_MAX, FP16_MAX), t).half()
     scale, lo = saturate((hi / top - lo / top).clamp_min(SCALE_FLOOR)), saturate(lo)
     codes = ((grouped - lo.float()[..., None]) / scale.float()[..., None]).round().clamp(0, top)
     codes = codes.nan_to_num(0.0).to(torch.int32).flatten(-2)
     return codes, torch.cat([scale, lo], -1)
+
+
+def saturate(x: Tensor) -> Tensor:
+    """x as it is stored, in fp16."""
+    return torch.where(x.isfinite(), x.clamp(-FP16_MAX, FP16_MAX), x).half()
+
+
+def encode_symmetric(x: Tensor, bits: int, groups: int) -> tuple[Tensor, Tensor]:
+    """x [..., D] float -> codes [..., D] int32, scales [..., groups] fp16; a group of zeros has scale 0."""
+    middle = (2**bits - 1) / 2
+    grouped = x.float().unflatten(-1, (groups, -1))
+    step = STEPS[bits] * grouped.square().mean(-1, keepdim=True).sqrt()
+    codes = (grouped / torch.where(step == 0, 1.0, step) + middle).round().clamp(0, 2 * middle).nan_to_num(0.0)
+    level = codes - middle
+    length, along = grouped.square().sum(-1), (grouped * level).sum(-1)
+    scale = saturate(torch.where(length == 0, 0.0, length / along))
+    return codes.to(torch.int32).flatten(-2), scale
+
+
+def decode_symmetric(codes: Tensor, scales: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
+    """The inverse of encode_symmetric: [..., D] in dtype, computed in fp32."""
+    limit = min(torch.finfo(dtype).max, torch.finfo(torch.float32).max)
+    level = codes.float().unflatten(-1, (scales.shape[-1], -1)) - (2**bits - 1) / 2
+    return (level * scales.float()[..., None]).flatten(-2).clamp(-limit, limit).to(dtype)
 
 
 def dequantize(codes: Tensor, range_: Tensor, bits: int, dtype: torch.dtype) -> Tensor:

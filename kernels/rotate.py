@@ -6,6 +6,7 @@ symmetric and its own inverse for every D, so (qH)(kH)^T = q k^T.
 
 affine  [B, 2, H, D] float16: centre c, gain s. Keys become H((k - c)/s) and queries H(q*s): q (k - c) differs from q k
 by a constant per query, which softmax does not see, and (q*s)(k/s) = q k. Both hold for c and s as stored, rounded.
+A third row is an order of channels: then these are sorted, and rotated part by part (kernels/uneven.py).
 Raises ValueError for a D that is not a multiple of 8. Sources: QuaRot, arXiv 2404.00456; AKVQ-VL eq. 7.
 """
 
@@ -14,8 +15,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from akvq_fx.kernels import uneven
 from akvq_fx.kernels.choose import choose
-from akvq_fx.kernels.layout import CENTRE, GAIN
+from akvq_fx.kernels.layout import CENTRE, GAIN, ORDER
 
 FASTER = {"cuda": ("rotate_triton",)}  # before the reference, by device
 
@@ -55,7 +57,7 @@ def reference(x: Tensor) -> Tensor:
 def keys_reference(k: Tensor, affine: Tensor) -> Tensor:
     wide = torch.promote_types(k.dtype, torch.float32)
     rows = affine.to(wide).unsqueeze(3)
-    return rotate_wide((k.to(wide) - rows[:, CENTRE]) * rows[:, GAIN].reciprocal()).to(k.dtype)
+    return mapped((k.to(wide) - rows[:, CENTRE]) * rows[:, GAIN].reciprocal(), affine).to(k.dtype)
 
 
 def queries_reference(q: Tensor, affine: Tensor) -> Tensor:
@@ -63,7 +65,20 @@ def queries_reference(q: Tensor, affine: Tensor) -> Tensor:
     wide = torch.promote_types(q.dtype, torch.float32)
     gain = affine[:, GAIN, :, None, None].to(wide)  # [B, H, 1, 1, D]
     grouped = q.to(wide).unflatten(1, (affine.shape[2], -1)) * gain
-    return rotate_wide(grouped.flatten(1, 2)).to(q.dtype)
+    return mapped(grouped.flatten(1, 2), affine).to(q.dtype)
+
+
+def order_in(affine: Tensor) -> Tensor | None:
+    """[B, H, D] int64: the order of channels in an affine map; None where channels stay where they are."""
+    return affine[:, ORDER].long() if affine.shape[1] > ORDER else None
+
+
+def mapped(x: Tensor, affine: Tensor) -> Tensor:
+    """x [B, Hq, T, D] centred and scaled -> the stored space."""
+    order = order_in(affine)
+    if order is None:
+        return rotate_wide(x)
+    return uneven.to_stored(x, order.repeat_interleave(x.shape[1] // order.shape[1], 1))
 
 
 def rotate_directly(x: Tensor) -> Tensor:
@@ -73,14 +88,14 @@ def rotate_directly(x: Tensor) -> Tensor:
 
 
 def rotate_keys_directly(k: Tensor, affine: Tensor) -> Tensor:
-    kernel = choose("rotate_keys", FASTER.get(k.device.type, ()), k)
+    kernel = choose("rotate_keys", FASTER.get(k.device.type, ()), k, affine)
     if kernel is not None:
         return kernel(k, affine)
     return keys_reference(k, affine)
 
 
 def rotate_queries_directly(q: Tensor, affine: Tensor) -> Tensor:
-    kernel = choose("rotate_queries", FASTER.get(q.device.type, ()), q)
+    kernel = choose("rotate_queries", FASTER.get(q.device.type, ()), q, affine)
     if kernel is not None:
         return kernel(q, affine)
     return queries_reference(q, affine)
@@ -109,7 +124,10 @@ def rotate_as_stored(x: Tensor, affine: Tensor | None, rotated: bool) -> Tensor:
 
 def restore(stored: Tensor, affine: Tensor | None, rotated: bool) -> Tensor:
     """Undo rotate_as_stored: stored [B, H, T, D] -> keys or values as the model made them."""
-    x = rotate_wide(stored) if rotated else stored
+    order = None if affine is None else order_in(affine)
+    x = rotate_wide(stored) if rotated and order is None else stored
+    if order is not None:
+        x = uneven.from_stored(stored.to(torch.promote_types(stored.dtype, torch.float32)), order)
     if affine is not None:
         rows = affine.to(torch.promote_types(x.dtype, torch.float32)).unsqueeze(3)
         x = x * rows[:, GAIN] + rows[:, CENTRE]

@@ -59,8 +59,10 @@ def padded(head_dim: int) -> int:
     return max(MIN_DOT, triton.next_power_of_2(head_dim))
 
 
-def refusal(x: Tensor) -> str:
-    """Why these kernels cannot take x; "" where they can."""
+def refusal(x: Tensor, affine: Tensor | None = None) -> str:
+    """Why these kernels cannot take x with this affine map; "" where they can."""
+    if affine is not None and affine.shape[1] > 2:
+        return f"the affine map has {affine.shape[1]} rows, accepted: 2; the third is an order of channels"
     if x.dtype not in DTYPES:
         return f"x is {x.dtype}, accepted: float16, bfloat16, float32"
     if x.shape[-1] > MAX_DIM:

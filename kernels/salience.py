@@ -7,6 +7,7 @@ find_pivots(h [B, T, E], valid [B, T] bool or None) -> [B, P] int32
     with massive tokens. -1 marks a free slot. Padding is left out of everything.
 
 key_affine(k [B, H, T, D], q [B, Hq, Tq, D], valid [B, T], centre, balance) -> [B, 2, H, D] float16: c, s
+    With order=True [B, 3, H, D]: the third row is the order of channels that uneven layouts store (kernels/uneven.py).
     c = mean of the prompt's keys, s = sqrt(std K / rms Q) per head and channel: exact identities that take a key's
     constant part and the mismatch of its channels away before two bits have to hold them. With alpha, SmoothQuant's
     gains instead (arXiv 2211.10438): s = max|K|^alpha / max|Q|^(1 - alpha), c = 0.
@@ -19,6 +20,7 @@ import math
 import torch
 from torch import Tensor
 
+from akvq_fx.kernels import uneven
 from akvq_fx.kernels.choose import choose
 from akvq_fx.kernels.layout import PADDING, TEXT, VISION
 from akvq_fx.kernels.quantizer import FP16_MAX
@@ -71,7 +73,9 @@ def _(h, valid, count, mode, floor, ratio):
     return h.new_empty((h.shape[0], count), dtype=torch.int32)
 
 
-def key_affine_reference(k: Tensor, q: Tensor, valid: Tensor | None, centre: bool, balance: bool) -> Tensor:
+def key_affine_reference(
+    k: Tensor, q: Tensor, valid: Tensor | None, centre: bool, balance: bool, order: bool = False
+) -> Tensor:
     B, H, T, D = k.shape
     k, q = k.detach().float(), q.detach().float()
     weight = torch.ones(B, T, device=k.device) if valid is None else valid.float()
@@ -80,13 +84,16 @@ def key_affine_reference(k: Tensor, q: Tensor, valid: Tensor | None, centre: boo
     finite = lambda x: torch.nan_to_num(x, 0.0, 0.0, 0.0)  # one broken token must not spoil the prompt's statistics
     mean = (finite(k) * weight).sum(2)  # [B, H, D]
     c = mean if centre else torch.zeros_like(mean)
-    s = torch.ones_like(mean)
-    if balance:
-        deviation = (finite(k - mean[:, :, None]).square() * weight).sum(2).sqrt()
-        squares = finite(q).square()  # [B, Hq, Tq, D]
-        squares = (squares * weight).sum(2) if q.shape[2] == T else squares.mean(2)
-        s = gains(deviation, squares)
-    return as_stored(c, s)
+    if not balance and not order:
+        return as_stored(c, torch.ones_like(mean))
+    deviation = (finite(k - mean[:, :, None]).square() * weight).sum(2).sqrt()
+    squares = finite(q).square()  # [B, Hq, Tq, D]
+    squares = (squares * weight).sum(2) if q.shape[2] == T else squares.mean(2)
+    rms = squares.unflatten(1, (H, -1)).mean(2).sqrt()
+    rows = as_stored(c, gains(deviation, rms) if balance else torch.ones_like(mean))
+    if not order:
+        return rows
+    return torch.cat([rows, uneven.channel_order(deviation * rms)[:, None].half()], 1)
 
 
 def smooth_affine(k: Tensor, q: Tensor, valid: Tensor | None, alpha: float) -> Tensor:
@@ -105,9 +112,8 @@ def as_stored(c: Tensor, s: Tensor) -> Tensor:
     return torch.stack([c, s], 1).clamp(-FP16_MAX, FP16_MAX).half()
 
 
-def gains(deviation: Tensor, squares: Tensor) -> Tensor:
-    """s [B, H, D] from the keys' standard deviations [B, H, D] and the queries' mean squares [B, Hq, D]."""
-    rms = squares.unflatten(1, (deviation.shape[1], -1)).mean(2).sqrt()
+def gains(deviation: Tensor, rms: Tensor) -> Tensor:
+    """s [B, H, D] from the keys' standard deviations and the root mean squares of their queries, [B, H, D] both."""
     log = 0.5 * (deviation.clamp_min(STD_FLOOR).log() - rms.clamp_min(STD_FLOOR).log())
     log = log - log.mean(-1, keepdim=True)
     return log.clamp(-math.log(GAIN_RANGE), math.log(GAIN_RANGE)).exp()
@@ -115,18 +121,26 @@ def gains(deviation: Tensor, squares: Tensor) -> Tensor:
 
 @torch.library.custom_op("akvq::key_affine", mutates_args=())
 def key_affine(
-    k: Tensor, q: Tensor, valid: Tensor | None, centre: bool, balance: bool, alpha: float | None = None
+    k: Tensor,
+    q: Tensor,
+    valid: Tensor | None,
+    centre: bool,
+    balance: bool,
+    alpha: float | None = None,
+    order: bool = False,
 ) -> Tensor:
     if alpha is not None:
         return smooth_affine(k, q, valid, alpha)
+    if order:  # once a prompt, and the order needs the statistics themselves
+        return key_affine_reference(k, q, valid, centre, balance, order)
     kernel = choose("key_affine", FASTER.get(k.device.type, ()), k, q)
     return (kernel or key_affine_reference)(k, q, valid, centre, balance)
 
 
 @key_affine.register_fake
-def _(k, q, valid, centre, balance, alpha=None):
+def _(k, q, valid, centre, balance, alpha=None, order=False):
     B, H, _, D = k.shape
-    return k.new_empty((B, 2, H, D), dtype=torch.float16)
+    return k.new_empty((B, 3 if order else 2, H, D), dtype=torch.float16)
 
 
 @torch.library.custom_op("akvq::mark_vision", mutates_args=())

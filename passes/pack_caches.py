@@ -91,10 +91,12 @@ def append(state: GraphState, site: Site, write: CacheWrite, buffers: Buffers) -
 
 
 def affine_map(state: GraphState, site: Site, x: Node, valid: Node | None) -> Node:
-    """[B, 2, H, D]: centre and gains of the keys, from this prompt's own keys and queries."""
+    """[B, rows, H, D]: centre, gains and order of the keys' channels, from this prompt's own keys and queries."""
     config, simulation = state.config, site.key_layout.simulation
-    alpha = () if simulation is None else (simulation.alpha,)
-    choice = (config.center_keys, config.balance_keys, *alpha)
+    last = () if simulation is None else (simulation.alpha,)
+    if site.key_layout.uneven:
+        last = (None, True)
+    choice = (config.center_keys, config.balance_keys, *last)
     return state.call(akvq.key_affine.default, x, site.attention.query, valid, *choice)
 
 

@@ -65,7 +65,8 @@ def layout_of(config: AKVQConfig, half: str, head_dim: int, dtype: torch.dtype, 
     recipe = RECIPES[config.recipe]
     if recipe.simulated:
         return Layout(head_dim, dtype, simulate=recipe.keys if half == "keys" else recipe.values)
-    affine = half == "keys" and config.rotate and (config.center_keys or config.balance_keys)
+    mapped = config.center_keys or config.balance_keys or config.uneven_keys
+    affine = half == "keys" and config.rotate and mapped
     base = Layout(
         head_dim,
         dtype,
@@ -80,13 +81,16 @@ def layout_of(config: AKVQConfig, half: str, head_dim: int, dtype: torch.dtype, 
     text_bits = config.text_bits if tsa else 0
     if has_vision and not tsa and half == "keys" and config.keeps_psa_text_keys:
         text_bits = config.psa_text_key_bits
+    symmetric = (config.uneven_keys if half == "keys" else config.symmetric_values) and not text_bits
     return dataclasses.replace(
         base,
         text_bits=text_bits,
         window=config.window,
         pivots=0 if tsa else config.pivots,
         group=config.group,
-        body_clip=config.body_clip,
+        symmetric=symmetric,
+        uneven=symmetric and half == "keys",
+        body_clip=1.0 if symmetric else config.body_clip,
         text_clip=config.text_clip,
     )
 

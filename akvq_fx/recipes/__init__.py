@@ -1,6 +1,6 @@
 """Recipes: published KV-cache quantization methods by name, one file each. They import nothing else of akvq_fx."""
 
-from akvq_fx.recipes.akvq import AKVQ
+from akvq_fx.recipes.akvq import AKVQ, AKVQ_UNEVEN
 from akvq_fx.recipes.akvq_vl import AKVQ_VL
 from akvq_fx.recipes.calibquant import CALIBQUANT
 from akvq_fx.recipes.fp8 import FP8
@@ -14,7 +14,21 @@ from akvq_fx.recipes.turboquant import TURBOQUANT
 
 RECIPES: dict[str, Recipe] = {
     recipe.name: recipe
-    for recipe in (AKVQ_VL, AKVQ, RTN2, RTN4, SMOOTHQUANT, KIVI, KIVI_G128, SKVQ, QUAROT, TURBOQUANT, CALIBQUANT, FP8)
+    for recipe in (
+        AKVQ_VL,
+        AKVQ,
+        AKVQ_UNEVEN,
+        RTN2,
+        RTN4,
+        SMOOTHQUANT,
+        KIVI,
+        KIVI_G128,
+        SKVQ,
+        QUAROT,
+        TURBOQUANT,
+        CALIBQUANT,
+        FP8,
+    )
 }
 
 __all__ = ["RECIPES", "SIMULATORS", "Context", "Recipe", "Simulation", "Simulator"]
