@@ -2,7 +2,7 @@
 
 A channel's part of a score's variance goes with lambda = std(key) * rms(query), which is uneven: in SmolLM2 16 of 64
 channels hold 64 %, the last 16 hold 7 %, and one Hadamard transform over the head spreads the noise of the large ones
-over all. So `key_affine` orders the channels of each head by lambda for each prompt, and three parts follow one another:
+over all. So `key_affine` orders the channels of each head by lambda for each prompt. In the stored space they are:
 
 part    channels  bits  rotated by
 first   D / 4     4     the Walsh-Hadamard transform of the part

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from akvq_fx.kernels import cache as ops
 from akvq_fx.kernels import cpp
-from akvq_fx.kernels.layout import PADDING, TEXT, VISION, Layout
+from akvq_fx.kernels.layout import PADDING, TEXT, VISION, Layout, pack_bits
 from akvq_fx.kernels.quantizer import dequantize, quantize
 
 # Largest error allowed, as a share of the largest expected number (or of 1 where all are smaller).
@@ -32,6 +32,8 @@ LAYOUTS = {
     "2bit-f16-rotated": Layout(24, f16, body_bits=2, window=3, pivots=1, rotated=True),
     "2bit-groups": Layout(40, f32, body_bits=2, window=3, pivots=1, group=8),
     "2bit-no-overlay": Layout(16, f32, body_bits=2),
+    "2bit-symmetric": Layout(16, f32, body_bits=2, window=5, pivots=2, rotated=True, symmetric=True),
+    "2bit-uneven": Layout(24, f32, 2, window=5, pivots=2, rotated=True, affine=True, symmetric=True, uneven=True),
     "2bit-text4-bf16": Layout(16, bf16, body_bits=2, text_bits=4, window=3, body_clip=0.8),
     "4bit-text8-pivots": Layout(8, f32, body_bits=4, text_bits=8, pivots=2),
     "4bit-affine": Layout(24, f32, body_bits=4, window=3, rotated=True, affine=True),
@@ -98,9 +100,13 @@ def expected_tokens(layout: Layout, x: Tensor, classes: Tensor, pivots: Tensor |
     """x [B, H, T, D] with every token at its due bits: ring and pivots exact, text at text bits, else body bits."""
     if layout.lossless:
         return x.to(layout.dtype)
-    rounded = lambda bits, clip: dequantize(*quantize(x, bits, clip, layout.groups), bits, layout.dtype)
-    out = rounded(layout.body_bits, layout.body_clip)
-    text = rounded(layout.text_bits, layout.text_clip) if layout.text_bits else None
+    codes, range_ = ops.encode(x, layout)
+    out = ops.decode(pack_bits(codes, layout.body_bits), range_, layout)
+    text = None
+    if layout.text_bits:
+        text = dequantize(
+            *quantize(x, layout.text_bits, layout.text_clip, layout.groups), layout.text_bits, layout.dtype
+        )
     for row in range(x.shape[0]):
         for t in range(x.shape[2]):
             exact = (layout.window and t in ring) or (
@@ -124,10 +130,12 @@ def skip_without_a_compiler() -> None:
         pytest.skip(str(error))
 
 
-def random_affine(B: int, H: int, D: int, seed: int = 0) -> Tensor:
-    """Centres of order 1 and gains that are powers of two, so that s * (1/s) is exactly 1."""
+def random_affine(B: int, H: int, D: int, seed: int = 0, uneven: bool = False) -> Tensor:
+    """Centres of order 1 and gains that are powers of two, so that s * (1/s) is exactly 1; for uneven layouts an order
+    of channels."""
     gain = 2.0 ** randn(B, H, D, seed=seed + 1).mul(2).round().clamp(-4, 4)
-    return torch.stack([randn(B, H, D, seed=seed), gain], 1).half()
+    order = [randn(B, H, D, seed=seed + 2).argsort(-1)] if uneven else []
+    return torch.stack([randn(B, H, D, seed=seed), gain, *order], 1).half()
 
 
 @st.composite
@@ -140,15 +148,19 @@ def layouts(draw, head_dims=(8, 16, 24, 40), dtypes=(f32, f16, bf16), shares=(Fa
             "window": draw(st.sampled_from((0, 1, 5, 40))),
             "pivots": draw(st.sampled_from((0, 1, 3))),
         }
+    symmetric = bits in (2, 4) and not overlays["text_bits"] and draw(st.booleans())
+    uneven = symmetric and bits == 2 and draw(st.booleans())
     return Layout(
         draw(st.sampled_from(head_dims)),
         draw(st.sampled_from(dtypes)),
         body_bits=bits,
-        body_clip=draw(st.sampled_from((0.8, 1.0))),
+        body_clip=1.0 if symmetric else draw(st.sampled_from((0.8, 1.0))),
+        symmetric=symmetric,
+        uneven=uneven,
         text_clip=draw(st.sampled_from((0.9, 1.0))) if overlays.get("text_bits") else 1.0,
         group=draw(st.sampled_from((8, 128))),
-        rotated=draw(st.booleans()),
-        affine=draw(st.booleans()),
+        rotated=uneven or draw(st.booleans()),
+        affine=uneven or draw(st.booleans()),
         shares_classes=draw(st.sampled_from(shares)),
         **overlays,
     )
@@ -173,7 +185,7 @@ def cases(draw, layout=None, batch=None, heads=None, length=None) -> Case:
         randn(B, H, T, layout.head_dim, seed=seed, dtype=layout.dtype),
         torch.tensor(classes, dtype=torch.uint8).view(B, T),
         pivots,
-        random_affine(B, H, layout.head_dim, seed) if layout.affine else None,
+        random_affine(B, H, layout.head_dim, seed, layout.uneven) if layout.affine else None,
         T + draw(st.integers(0, 7)),
     )
 
@@ -185,7 +197,7 @@ def case_of(layout: Layout, B: int = 2, H: int = 2, T: int = 11, capacity: int =
     pivots[0, -1:] = -1
     pivots[pivots >= T] = -1
     x = randn(B, H, T, layout.head_dim, seed=seed, dtype=layout.dtype)
-    affine = random_affine(B, H, layout.head_dim, seed) if layout.affine else None
+    affine = random_affine(B, H, layout.head_dim, seed, layout.uneven) if layout.affine else None
     return Case(layout, x, classes, pivots.to(torch.int32) if layout.pivots else None, affine, capacity)
 
 
