@@ -8,6 +8,7 @@ models   every recipe on text, language models       images     every recipe on 
 ablation one thing more, one thing less              context    prefixes of 1,024 to 8,000 tokens
 pivots   with and without                            window     recent window of 0 to 128
 text-bits  text at 4 bits in the first layers, or not
+copying  tokens that stood 6,000 before                short      2,048 tokens after a prompt of 64
 
 The JSON file holds every sample: a stopped run continues where it stopped, more windows or samples add
 to those that it has, and parts that are not asked for stay in the document as they are. Weights and texts are found
@@ -191,8 +192,9 @@ def text_suites(args, part: Part, model: LanguageModel, texts: Sequence[Text]) -
     prefixes, count = (args.prefix or part.prefixes), (args.count or part.count)
     for prefix in prefixes:
         calls = f" in calls of {part.step}" if part.step else ""
-        at = f"prefix of {prefix:,} tokens, {count} read over it{calls}, {numerics(args)}"
-        yield TextTasks(model, texts, args.windows, prefix, count, max(prefixes), part.step), at
+        what = f"{count} of them copied from {part.copied:,} before its end" if part.copied else f"{count} read over it"
+        at = f"prefix of {prefix:,} tokens, {what}{calls}, {numerics(args)}"
+        yield TextTasks(model, texts, args.windows, prefix, count, max(prefixes), part.step, part.copied), at
 
 
 def vision_tasks(args, source: Source, path: Path, every: bool) -> VisionTasks:

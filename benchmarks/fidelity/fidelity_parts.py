@@ -27,6 +27,7 @@ ASKED = ("match", "retrieval", "counting", "spatial")
 class Part:
     """models: names of weights.SOURCES; prefixes, count: of text windows, read `step` tokens a call, or all in one.
 
+    copied: what is read is not what follows in the text but what stood so many tokens before the end of the prefix.
     every_text, every_task: all of them, else few.
     """
 
@@ -36,6 +37,7 @@ class Part:
     prefixes: tuple[int, ...] = (1024,)
     count: int = 192
     step: int | None = None
+    copied: int | None = None
     every_text: bool = False
     every_task: bool = False
 
@@ -92,8 +94,8 @@ def settings_of(part: str, vision: bool) -> Settings:
         return {"none": None, **recipes()}
     if part == "ablation":
         return {"none": None, **ablation(True)} if vision else ablation(False)
-    if part == "context":
-        return {name: {"recipe": name} for name in (DEFAULT, PAPER, "kivi", "rtn4")}
+    if part in ("context", "copying", "short"):
+        return {name: {"recipe": name} for name in (DEFAULT, "akvq-uneven", PAPER, "kivi", "rtn4")}
     if part == "pivots":
         return both(pivots=(15, 0))
     if part == "window":
@@ -132,6 +134,25 @@ PARTS = {
         "8,192, which is SmolLM2's limit.",
         ("smollm2",),
         prefixes=(1024, 4096, 8000),
+        every_text=True,
+    ),
+    "copying": Part(
+        "Copying from far back",
+        "Read over the prefix are tokens that stand 6,000 before its end, which the model copies: every one depends on"
+        " finding one place among thousands.",
+        ("smollm2",),
+        prefixes=(8000,),
+        copied=6000,
+        every_text=True,
+    ),
+    "short": Part(
+        "A long text after a short prompt",
+        "The statistics that a cache is packed by come from a prompt of 64 tokens; 2,048 more are read 64 at a time.",
+        ("smollm2",),
+        prefixes=(64,),
+        count=2048,
+        step=64,
+        every_text=True,
     ),
     "pivots": Part(
         "Pivots",

@@ -62,6 +62,7 @@ class TextTasks:
     reach   tokens that every window has before those that are read; with equal `reach`, all prefixes predict the same
             tokens
     step    tokens read in a call, None for all
+    copied  read are the tokens that stand so many before the end of the prefix, None for those after it
     """
 
     columns = (BITS, Column("nll", "own NLL", 3), *COLUMNS)
@@ -76,11 +77,13 @@ class TextTasks:
         count: int,
         reach: int,
         step: int | None = None,
+        copied: int | None = None,
     ):
         self.model, self._of = model.source.title, model
         self._texts = {text.name: text for text in texts}
         self.tasks = tuple(self._texts)
         self._windows, self._prefix, self._count, self._reach, self._step = windows, prefix, count, reach, step
+        self._copied = copied
 
     def what(self, task: str) -> dict[str, Any]:
         return {
@@ -94,6 +97,7 @@ class TextTasks:
             "count": self._count,
             "reach": self._reach,
             **({"step": self._step} if self._step else {}),
+            **({"copied": self._copied} if self._copied else {}),
         }
 
     def count(self, task: str) -> int:
@@ -112,12 +116,14 @@ class TextTasks:
         prefix = piece[start : start + self._prefix - bos]
         if bos:
             prefix = torch.cat([torch.tensor([tokenizer.bos_token_id]), prefix])
+        if self._copied:
+            return prefix[None], prefix[-self._copied :][: self._count]
         return prefix[None], piece[-self._count :]
 
     @torch.no_grad()
     def _measure(self, run: Any, task: str, index: int) -> dict[str, Any]:
         prefix, following = self.window(task, index)
-        key = (self._texts[task].digest, self._prefix, self._count, self._reach, index)
+        key = (self._texts[task].digest, self._prefix, self._count, self._reach, self._copied, index)
         if key not in self._of.own:
             own, _ = logits_of(original(run), prefix, following, self._step)
             self._of.keep(key, own)
