@@ -56,9 +56,8 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-if not _torch_internals.has_entry_point(
-    "akvq"
-):  # a checkout that is not installed: dynamo must be told, so it is loaded
+# a checkout that is not installed: dynamo must be told, so it is loaded
+if not _torch_internals.has_entry_point("akvq"):
     _import_module("akvq_fx.backend").register()
 
 __version__ = "0.1.0"
