@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import transformers
 
 import akvq_fx
@@ -59,6 +60,15 @@ def test_prose_ends_at_120(page):
         inside ^= line.startswith("```")
         free = inside or line.startswith(("|", "!", "[!")) or "](" in line
         assert free or len(line) <= WIDTH, line
+
+
+def test_prompt_graph_is_as_shown():
+    shown = re.search(r"<!-- prompt -->\n```\n(.*?)```", (ROOT / "docs" / "how-it-works.md").read_text(), re.DOTALL)[1]
+    graph = (ROOT / "tests" / "golden" / "prompt_graph.txt").read_text()
+    assert re.findall(r"akvq::(\w+)", shown) == re.findall(r"target=torch\.ops\.akvq\.(\w+)", graph)
+    for op, arguments in re.findall(r"akvq::(\w+)\((.*)\)", shown):
+        known = {argument.name for argument in getattr(torch.ops.akvq, op).default._schema.arguments}
+        assert set(re.findall(r"(\w+)=", arguments)) <= known, op
 
 
 def test_readme_is_short():
