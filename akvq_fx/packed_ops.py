@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from akvq_fx.kernels import autocast  # noqa: F401 - registers the ops for autocast
 from akvq_fx.packed_tokens import Tokens, concat_rows, concat_tokens
 from akvq_fx.storage import TOKENS
 
