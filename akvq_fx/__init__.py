@@ -11,7 +11,7 @@ akvq_fx.calibrate(model, inputs)         # where its attention goes; decides tsa
 
 from importlib import import_module as _import_module
 from pathlib import Path as _Path
-from typing import TYPE_CHECKING as _TYPE_CHECKING
+from typing import TYPE_CHECKING
 
 _here = _Path(__file__).parent
 if not (_here / "passes").is_dir():  # a checkout: passes/ and kernels/ lie beside akvq_fx/
@@ -24,7 +24,7 @@ from akvq_fx.kernels import autocast as _autocast  # noqa: E402, F401 - register
 from akvq_fx.report import Report  # noqa: E402
 from akvq_fx.tokens import mark_vision  # noqa: E402
 
-if _TYPE_CHECKING:
+if TYPE_CHECKING:
     from akvq_fx.analysis.calibrate import calibrate
     from akvq_fx.backend import akvq
     from akvq_fx.folding import unfold
