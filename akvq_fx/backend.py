@@ -74,8 +74,8 @@ gave_up.register_hook()
 compiled_generate.install(akvq)
 
 
-def _register_checkout() -> None:
-    """Make the name "akvq" known where no entry point does: a checkout that is imported but not installed."""
+def register() -> None:
+    """Make the name "akvq" known where no entry point does: in a checkout that is imported but not installed."""
     torch_internals.register("akvq", akvq)
 
 

@@ -1,15 +1,21 @@
-"""explain: what would be packed, before compiling. report: what was packed, after the model ran."""
+"""explain: what would be packed, before compiling. report: what was packed, after the model ran.
+
+Everything that brings the passes with it is imported in the functions: `import akvq_fx` imports this module.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from akvq_fx import gave_up, records, torch_internals, which_kernel
+from akvq_fx import torch_internals
 from akvq_fx.config import AKVQConfig
 from akvq_fx.report import Report
+
+if TYPE_CHECKING:
+    from akvq_fx import gave_up
 
 
 class ExplainBackend:
@@ -19,6 +25,7 @@ class ExplainBackend:
         self.config, self.found = config, Report()
 
     def __call__(self, gm, example_inputs):
+        from akvq_fx import records
         from akvq_fx.backend import rewrite
 
         graph = records.graph_report(rewrite(gm, example_inputs, self.config))
@@ -36,6 +43,8 @@ def explain(model: nn.Module, *args: Any, akvq_options: dict | None = None, **kw
     akvq_options: the `options` of torch.compile(backend="akvq"). What dynamo gave up on before is in the report too:
     compiling would not pack it.
     """
+    from akvq_fx import gave_up, records
+
     look = ExplainBackend(AKVQConfig.from_options(akvq_options))
     found = look.found
     original = getattr(model, "_orig_mod", model)
@@ -56,12 +65,16 @@ def explain(model: nn.Module, *args: Any, akvq_options: dict | None = None, **kw
 
 def find_kernels(found: Report) -> None:
     """Fill in which kernels answer; to be called when nothing is being traced."""
+    from akvq_fx import which_kernel
+
     for graph in found.graphs:
         graph.kernels = which_kernel.answers(graph.kernels)
 
 
 def report(model: nn.Module) -> Report:
     """What was compiled for a model so far: one row per attention site and graph, packed or why not."""
+    from akvq_fx import records
+
     original = getattr(model, "_orig_mod", model)
     found = records.of(original)
     find_kernels(found)

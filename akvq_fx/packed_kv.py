@@ -18,7 +18,7 @@ import weakref
 import torch
 from torch import Tensor
 
-from akvq_fx import packed_ops, torch_internals
+from akvq_fx import packed_ops, packed_writes, torch_internals  # noqa: F401 - writes are handlers too
 from akvq_fx.kernels import cache as ops
 from akvq_fx.kernels.layout import CLASS_NAMES, PADDING, STATE_END, Layout
 from akvq_fx.storage import GROWING, STATIC, TOKENS, Storage

@@ -1,9 +1,10 @@
 """What happens to a PackedKV outside a graph: rows and tokens are chosen, joined and padded as codes.
 
 Handlers return NotImplemented for a case that codes do not cover; the op then reads the cache through `dequantize()`
-and says so once, and what it gives is a plain tensor.
+and says so once, and what it gives is a plain tensor. Handlers of writes are in akvq_fx/packed_writes.py.
 
-akvq_fx/packed_kv.py imports this module and registers the handlers on its class; here the class is that of the tensors.
+akvq_fx/packed_kv.py imports both modules and registers the handlers on its class; here the class is that of the
+tensors.
 """
 
 from __future__ import annotations
@@ -14,8 +15,6 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from akvq_fx.kernels import autocast  # noqa: F401 - registers the ops for autocast
-from akvq_fx.kernels import cache as ops
 from akvq_fx.packed_tokens import Tokens, concat_rows, concat_tokens
 from akvq_fx.storage import TOKENS
 
@@ -36,7 +35,7 @@ def implements_function(targets: list) -> Callable:
 
 
 def register(kind: type) -> None:
-    """Give a class of packed tensors all handlers of this file."""
+    """Give a class of packed tensors all handlers."""
     for targets, handler in _handlers:
         kind.implements(targets)(handler)
     for targets, handler in _function_handlers:
@@ -353,17 +352,6 @@ def _(func, types, args, kwargs):
             return func(*args, **kwargs)
 
 
-@implements_function([torch.Tensor.__setitem__])
-def _(func, types, args, kwargs):
-    packed, index, _ = args
-    if is_packed(packed) and not torch.compiler.is_compiling():
-        parts = index if isinstance(index, tuple) else (index,)
-        if any(not isinstance(i, Tensor | list) and i is not Ellipsis and i != slice(None) for i in parts):
-            raise unsupported_write(f"x[{index}] = ...")  # aten would write into a temporary and lose it
-    with torch._C.DisableTorchFunctionSubclass():
-        return func(*args, **kwargs)
-
-
 @implements([aten.split.Tensor, aten.split_with_sizes.default])
 def _(func, types, args, kwargs):
     packed, size, dim = (*args, kwargs.get("dim", 0))[:3]
@@ -373,72 +361,3 @@ def _(func, types, args, kwargs):
     if dim % 4 == 0:
         return [rowwise(packed, part.to(packed.device)) for part in parts]
     return [take(packed, part.tolist()) for part in parts]
-
-
-def write_at(packed, at: Tensor, x: Tensor):
-    """packed[:, :, at] = x for a static PackedKV; a growing one refuses. Traced, it writes nothing."""
-    storage = packed.storage
-    if storage is None:
-        return packed
-    if storage.end is not None:
-        return NotImplemented  # a growing cache takes cat; a write before its end would break ring and text slots
-    ops.append(storage.buffers, storage.to_stored(x), at, None, None, packed.layout_text)
-    return packed
-
-
-@implements([aten.index_copy_.default])
-def _(func, types, args, kwargs):
-    packed, dim, at, x = args
-    return write_at(packed, at, x) if dim % 4 == TOKENS else NotImplemented
-
-
-@implements([aten.index_put_.default])
-def _(func, types, args, kwargs):
-    packed, indices, x = args[:3]
-    if len(indices) != 3 or indices[0] is not None or indices[1] is not None:
-        return NotImplemented
-    return write_at(packed, indices[2], x)
-
-
-@implements([aten.scatter_.src])
-def _(func, types, args, kwargs):
-    packed, dim, index, x = args[:4]
-    if dim % 4 != TOKENS:
-        return NotImplemented
-    if packed.storage is None:  # tracing: sizes and strides of the index are not looked at, which would add guards
-        return packed
-    if any(index.shape[axis] > 1 and index.stride(axis) for axis in (0, 1, 3)):
-        return NotImplemented  # each channel might have positions of its own
-    return write_at(packed, index[0, 0, :, 0], x)
-
-
-@implements([aten.copy_.default])
-def _(func, types, args, kwargs):
-    target, source = args[:2]
-    if not is_packed(target):
-        return NotImplemented
-    if target.storage is None:
-        return target
-    same = is_packed(source) and source.layout_text == target.layout_text and source.shape == target.shape
-    same = same and source.static == target.static
-    if target.static and not is_packed(source):  # a full sliding window that rolls outside a graph
-        target.unpack().copy_(source)
-        return target
-    if not same or [b.shape for b in source.storage.buffers] != [b.shape for b in target.storage.buffers]:
-        return NotImplemented
-    target.storage.release_borrowers()
-    # caches that were selected from a growing one share its affine map
-    if not target.static and "affine" in target.storage.layout.fields:
-        target.storage["affine"] = target.storage["affine"].clone()
-    for into, out_of in zip(target.storage.buffers, source.storage.buffers, strict=True):
-        into.copy_(out_of)
-    for name in ("end", "prompt", "owner"):
-        setattr(target.storage, name, getattr(source.storage, name))
-    return target
-
-
-@implements([aten.zero_.default])
-def _(func, types, args, kwargs):
-    if args[0].storage is not None:
-        args[0].storage.clear()
-    return args[0]

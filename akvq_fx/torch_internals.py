@@ -70,12 +70,16 @@ def innermost(backend) -> Any:
     return backend
 
 
-def register(name: str, backend: Callable, group: str = "torch_dynamo_backends") -> None:
-    """Make a backend's name known where no installed package's entry point does and nobody registered it yet."""
+def has_entry_point(name: str, group: str = "torch_dynamo_backends") -> bool:
+    """Whether an installed package tells dynamo of a backend, which dynamo then imports when its name is asked for."""
+    return name in importlib.metadata.entry_points(group=group).names
+
+
+def register(name: str, backend: Callable) -> None:
+    """Make a backend's name known where no installed package does and nobody registered it yet."""
     from torch._dynamo.backends import registry
 
-    installed = {point.name for point in importlib.metadata.entry_points(group=group)}
-    if name not in installed and name not in registry._COMPILER_FNS:
+    if not has_entry_point(name) and name not in registry._COMPILER_FNS:
         registry.register_backend(backend, name=name)
 
 
@@ -213,8 +217,9 @@ def compile_isolated(function: Callable, backend: Callable) -> Callable:
 def dynamic_marks(dims: list[int]) -> dict[str, Any]:
     """What torch._dynamo.maybe_mark_dynamic(x, dims) leaves on a tensor; a copy is 50 times faster."""
     probe = torch.empty((1,) * (max(dims) + 1))
+    others = set(vars(probe))  # a fake tensor has attributes of its own
     torch._dynamo.maybe_mark_dynamic(probe, dims)
-    return dict(vars(probe))
+    return {name: mark for name, mark in vars(probe).items() if name not in others}
 
 
 def static_dims(x: torch.Tensor) -> set[int]:

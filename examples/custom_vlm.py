@@ -8,6 +8,7 @@ tensors. What every step claims is asserted, so this file is a test as well.
 
 from __future__ import annotations
 
+import argparse
 import sys
 
 import torch
@@ -137,6 +138,8 @@ def say(title: str, *lines) -> None:
 
 
 def main() -> int:
+    raw = argparse.RawDescriptionHelpFormatter  # keeps the docstring's lines
+    argparse.ArgumentParser(description=__doc__, formatter_class=raw).parse_args()
     torch.manual_seed(1)
     ids, image = torch.randint(VOCABULARY, (1, 40)), torch.randn(1, IMAGE_TOKENS, PATCH)
     plain_tokens, plain_logits, plain_cache = generate(fresh(), ids, image, 24)

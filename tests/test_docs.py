@@ -4,13 +4,16 @@ import os
 import re
 import subprocess
 import sys
+import textwrap
+import types
 from pathlib import Path
 
 import pytest
+import torch
 import transformers
 
 import akvq_fx
-from akvq_fx import torch_internals
+from akvq_fx import kernels, torch_internals
 from tests.zoo import ZOO
 
 ROOT = Path(__file__).parent.parent
@@ -59,6 +62,29 @@ def test_prose_ends_at_120(page):
         inside ^= line.startswith("```")
         free = inside or line.startswith(("|", "!", "[!")) or "](" in line
         assert free or len(line) <= WIDTH, line
+
+
+def test_prompt_graph_is_as_shown():
+    shown = re.search(r"<!-- prompt -->\n```\n(.*?)```", (ROOT / "docs" / "how-it-works.md").read_text(), re.DOTALL)[1]
+    graph = (ROOT / "tests" / "golden" / "prompt_graph.txt").read_text()
+    assert re.findall(r"akvq::(\w+)", shown) == re.findall(r"target=torch\.ops\.akvq\.(\w+)", graph)
+    for op, arguments in re.findall(r"akvq::(\w+)\((.*)\)", shown):
+        known = {argument.name for argument in getattr(torch.ops.akvq, op).default._schema.arguments}
+        assert set(re.findall(r"(\w+)=", arguments)) <= known, op
+
+
+def test_the_kernel_of_extending_is_right(monkeypatch):
+    """The two Python blocks of its third walk are a kernel and its test."""
+    walk = (ROOT / "docs" / "extending.md").read_text().split("## A kernel")[1]
+    kernel, test = (textwrap.dedent(code) for code in re.findall(r"   ```python\n(.*?)   ```", walk, re.DOTALL))
+    module, namespace = types.ModuleType("akvq_fx.kernels.rotate_butterfly"), {}
+    exec(compile(kernel, "extending.md", "exec"), vars(module))
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr(kernels, "rotate_butterfly", module, raising=False)
+    exec(compile(test, "extending.md", "exec"), namespace)
+    for dtype in module.DTYPES:
+        namespace["test_equals_the_matrix_product"](24, dtype)
+    assert "accepted: float32" in module.refusal(torch.ones(8).double())
 
 
 def test_readme_is_short():

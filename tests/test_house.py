@@ -251,7 +251,7 @@ def state():
 
 before = [n for n in logging.root.manager.loggerDict]
 first = state()
-import akvq_fx
+import akvq_fx, akvq_fx.backend
 second = state()
 changed = {}
 for key in first:

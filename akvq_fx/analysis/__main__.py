@@ -77,7 +77,7 @@ def analyse(args, sweeps: dict[str, list]) -> str:
     from tqdm import tqdm
 
     from akvq_fx.analysis import ablation, save_figures
-    from akvq_fx.calibrate import calibrate
+    from akvq_fx.analysis.calibrate import calibrate
 
     args.out.mkdir(parents=True, exist_ok=True)
     model, prompts, following = load_images(args) if args.images else load_text(args)
