@@ -5,6 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from akvq_fx.kernels import uneven
 from akvq_fx.kernels.cache import append, create, dequantize, named, pack, read, restart
 from akvq_fx.kernels.layout import PADDING, PIVOT, STATE_TEXT, TEXT, VISION, Layout
 from akvq_fx.kernels.rotate import matrix, rotate_keys
@@ -262,7 +263,11 @@ def test_dequantize_undoes_what_the_layout_says(layout):
     out = dequantize(case.pack(), case.length, str(layout))
     assert (out.dtype, out.is_contiguous()) == (layout.dtype, True)
     stored = read(case.pack(), case.length, layout).double()
-    stored = stored @ matrix(D) if layout.rotated else stored
+    if layout.uneven:
+        where = affine[:, 2].argsort(-1)[:, :, None].expand(stored.shape)
+        stored = (stored @ uneven.matrix(D, stored.dtype, stored.device)).gather(-1, where)
+    elif layout.rotated:
+        stored = stored @ matrix(D)
     if affine is not None:
         stored = stored * affine[:, 1, :, None].double() + affine[:, 0, :, None].double()
     assert_close("restored", stored, out)
