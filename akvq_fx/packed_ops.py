@@ -341,6 +341,10 @@ def _(func, types, args, kwargs):
     torch.Tensor.view, torch.Tensor.reshape, torch.reshape, torch.Tensor.flatten, torch.flatten,
     torch.Tensor.unflatten, torch.unflatten, torch.Tensor.unsqueeze, torch.unsqueeze, torch.Tensor.squeeze,
     torch.squeeze, torch.Tensor.unfold, torch.Tensor.mT.__get__, torch.Tensor.tensor_split, torch.tensor_split,
+    torch.Tensor.mH.__get__, torch.Tensor.adjoint, torch.adjoint, torch.Tensor.swapdims, torch.swapdims,
+    torch.Tensor.moveaxis, torch.moveaxis, torch.Tensor.view_as, torch.Tensor.reshape_as, torch.Tensor.as_strided,
+    torch.as_strided, torch.Tensor.diagonal, torch.diagonal, torch.Tensor.hsplit, torch.hsplit, torch.Tensor.vsplit,
+    torch.vsplit, torch.Tensor.dsplit, torch.dsplit,
 ])  # fmt: skip
 def _(func, types, args, kwargs):
     """Without autograd's views: their `_base` would keep the longer view alive, so that the next write copied the

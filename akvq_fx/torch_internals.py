@@ -89,7 +89,9 @@ def inductor(gm: torch.fx.GraphModule, example_inputs: list, mode: str | None) -
     from torch._inductor.compile_fx import compile_fx
 
     patches = list_mode_options(mode) if mode else {}
-    if version() < (2, 12):  # its C++ checks an index before the line that computes it, where sizes are symbols
+    devices = {x.device.type for x in example_inputs if isinstance(x, torch.Tensor)}
+    if version() < (2, 12) and "cuda" not in devices:
+        # its C++ checks an index before the line that computes it, where sizes are symbols
         patches = {**patches, "assert_indirect_indexing": False}
     try:
         return compile_fx(gm, example_inputs, config_patches=patches or None)

@@ -99,6 +99,12 @@ VIEWS = {
     "unsqueeze": lambda x: x.unsqueeze(0).squeeze(0),
     "unfold": lambda x: x.unfold(2, 3, 1)[:, :, 0].mT,
     "tensor_split": lambda x: x.tensor_split(2, 2)[0],
+    "dsplit": lambda x: x.dsplit([4])[1],
+    "swapdims": lambda x: x.swapdims(1, 2).swapdims(1, 2),
+    "mH": lambda x: x.mH.mH,
+    "view_as": lambda x: x.view_as(torch.empty(x.shape)),
+    "as_strided": lambda x: x.as_strided(x.shape, x.stride()),
+    "diagonal": lambda x: x.diagonal(0, 0, 1).permute(2, 0, 1)[:, None].expand(-1, 2, -1, -1),
 }
 
 
