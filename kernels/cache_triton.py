@@ -153,7 +153,7 @@ def write_kernel(
     x, at, kinds, affine, state, classes, codes, ranges, ring, pivot_at, text_codes, text_at,
     heads, owners, leads, tokens, steps, capacity, text_capacity,
     stride_b, stride_h, stride_t, stride_d, kinds_b, kinds_t,
-    D: tl.constexpr, DP: tl.constexpr, ORDER: tl.constexpr, DEPTH: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr, ORDER: tl.constexpr, DEPTH: tl.constexpr, UNEVEN: tl.constexpr,
     ROTATE: tl.constexpr, MAP: tl.constexpr, TERMS: tl.constexpr, TERM: tl.constexpr, NORM: tl.constexpr,
     BITS: tl.constexpr, CLIP: tl.constexpr, TEXT_BITS: tl.constexpr, LOW_WIDTH: tl.constexpr, TEXT_CLIP: tl.constexpr,
     GROUPS: tl.constexpr,
@@ -169,7 +169,7 @@ def write_kernel(
     first_head = exists & (lead % heads + place * 0 == 0)  # for its batch row
     maps, has_map = row, exists
     if MAP:
-        maps, has_map = affine_rows(affine, lead, heads, owners, leads, D, SHARE)
+        maps, has_map = affine_rows(affine, lead, heads, owners, leads, D, UNEVEN, SHARE)
     shift = tl.load(state + SHIFT)
 
     for step in range(steps):
@@ -181,8 +181,9 @@ def write_kernel(
         source = row + token.to(tl.int64) * stride_t
         if ROTATE:
             tile = rotated(
-                source, stride_d, live, maps, has_map, owners * D, D, DP, ORDER, DEPTH, MAP, TERMS, TERM, NORM, ROWS
-            )
+                source, stride_d, live, maps, has_map, owners * D,
+                D, DP, ORDER, DEPTH, UNEVEN, MAP, TERMS, TERM, NORM, ROWS,
+            )  # fmt: skip
             tile = tile.to(x.dtype.element_ty).to(tl.float32)  # as the rotated keys of the reference are
         else:
             tile = tl.load(source[:, None] + channel[None, :] * stride_d, mask=live[:, None] & real, other=0)
@@ -236,9 +237,9 @@ def launch(b: dict[str, Tensor], x: Tensor, at: Tensor, classes, pivots, affine,
     B, H, q, D = x.shape
     kind = KEYS if rotate and affine is not None else 0
     if kind:
-        rotate_triton.check_affine("append", x, affine)
+        rotate_triton.check_affine("append", x, affine, layout.uneven)
         affine = affine.contiguous()
-    constants = rotate_triton.rotation_constants(x.dtype, D, kind)
+    constants = rotate_triton.rotation_constants(x.dtype, D, kind, layout.uneven)
     plan = rotate_triton.plan_of(B * H, q, D)
     text_capacity = b["text_codes"].shape[2] if layout.text_bits else 0
     kinds_strides = (0, 0) if classes is None else classes.stride()
