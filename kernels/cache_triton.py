@@ -172,23 +172,24 @@ def store_uneven(x, codes, ranges, slots, live, D: tl.constexpr, DP: tl.constexp
     tl.store(ranges + slots * 2 + 1, coarse_scale, mask=live)
     high = tl.floor(fine / 4)
     low = fine - 4 * high
-    words = tl.dot(tl.where(first, high, 0.0).to(TERM), word_weights(0, D, DP, 2, TERM), input_precision="ieee")
+    weights = word_weights(0, D, DP, 2).to(tl.float32).to(TERM)
+    words = tl.dot(tl.where(first, high, 0.0).to(TERM), weights, input_precision="ieee")
+    weights = word_weights(FIRST, D, DP, 2).to(tl.float32).to(TERM)
     rest = tl.where(first, low, tl.where(middle, coarse, 0.0))
-    words = tl.dot(rest.to(TERM), word_weights(FIRST, D, DP, 2, TERM), words, input_precision="ieee")
+    words = tl.dot(rest.to(TERM), weights, words, input_precision="ieee")
     put_words(words, codes, slots, live, D, 2)
 
 
 @triton.jit
-def word_weights(FIRST: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BITS: tl.constexpr, TERM: tl.constexpr):
-    """[DP, WIDTH]: what the code of a channel, whose slot is channel + FIRST, weighs in each word."""
+def word_weights(FIRST: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BITS: tl.constexpr):
+    """[DP, WIDTH] int32: what the code of a channel, whose slot is channel + FIRST, weighs in each word."""
     WORDS: tl.constexpr = D * BITS // 16
     # at least 32 wide, or the compiler has every warp of a decode step compute all products
     WIDTH: tl.constexpr = DP * BITS // 16 if DP * BITS > 512 else 32
     slot, word = FIRST + tl.arange(0, DP), tl.arange(0, WIDTH)
     lane = slot // WORDS
     weight = tl.where(lane < 16 // BITS, 1 << (lane % (16 // BITS) * BITS), 0)  # slot lane * WORDS + word
-    weights = tl.where((slot % WORDS)[:, None] == word[None, :], weight[:, None], 0)
-    return weights.to(tl.float32).to(TERM)
+    return tl.where((slot % WORDS)[:, None] == word[None, :], weight[:, None], 0)
 
 
 @triton.jit
@@ -196,7 +197,8 @@ def store_words(
     values, codes, slots, live, D: tl.constexpr, DP: tl.constexpr, BITS: tl.constexpr, TERM: tl.constexpr
 ):  # fmt: skip
     """Pack whole float32 numbers below 2**BITS [ROWS, DP]; write words to slots [ROWS] of [slots, D * BITS / 16]."""
-    words = tl.dot(values.to(TERM), word_weights(0, D, DP, BITS, TERM), input_precision="ieee")
+    weights = word_weights(0, D, DP, BITS)
+    words = tl.dot(values.to(TERM), weights.to(tl.float32).to(TERM), input_precision="ieee")
     put_words(words, codes, slots, live, D, BITS)
 
 
