@@ -227,7 +227,7 @@ def product_type(dtype: torch.dtype = torch.bfloat16) -> tl.dtype:
 
 
 def rotation_constants(dtype: torch.dtype, head_dim: int, kind: int, ordered: bool = False) -> dict:
-    """The compile-time arguments of `rotated`; kind is 0, KEYS or QUERIES; ordered: the map has an order of channels."""
+    """The compile-time arguments of `rotated`. kind: 0, KEYS or QUERIES; ordered: the map has an order of channels."""
     order, wide = order_of(head_dim), padded(head_dim)
     if ordered:
         order = uneven.blocks(uneven.parts(head_dim)[0])[0]
