@@ -8,6 +8,7 @@
 //         8 * lane + 32 * run: only the butterflies of 8 and 16 are lane exchanges, and rows are read, and words
 //         written, 16 bytes at a time. The numbers to quantize are 16-bit floats, so a code is how many of three
 //         16-bit thresholds a number reaches; one instruction compares two numbers. Further warps rotate the pivots.
+//         Symmetric layouts have their edges at -step, 0 and step.
 //         With `fresh` the buffers are new memory, and the kernel writes every byte outside ring and pivots.
 //         Where text has more bits than the body, `pack` leaves out the codes and ranges of text tokens, and `append`
 //         with TEXT_ONLY runs after it: it writes these and the lower bits.
@@ -441,7 +442,10 @@ __device__ __forceinline__ void clear(const Params &p, i64 lead, int batch, int 
     uint4 *words = (uint4 *)((u16 *)p.codes + lead * p.capacity * WORDS);
     for (int i = from * (WORDS / 8) + lane; i < to * (WORDS / 8); i += 32) words[i] = make_uint4(0, 0, 0, 0);
     for (int slot = from + lane; slot < to; slot += 32) {
-        ((u32 *)p.range)[lead * p.capacity + slot] = 0;
+        if (SYMMETRIC)
+            p.range[lead * p.capacity + slot] = 0;
+        else
+            ((u32 *)p.range)[lead * p.capacity + slot] = 0;
         if (p.classes && head == 0) p.classes[(i64)batch * p.capacity + slot] = PADDING;
     }
 }
@@ -503,6 +507,30 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 3) pack(const __grid_co
         if (real && p.window && token >= p.tokens - p.window)
             store((u16 *)p.ring + (lead * p.window + slot % p.window) * D + 8 * lane, pairs);
 
+#if SYMMETRIC
+        float length = 0.f, along = 0.f;
+#pragma unroll
+        for (int i = 0; i < OWN / 2; i++) {
+            const float a = first_of(pairs[i]), b = second_of(pairs[i]);
+            length += a * a + b * b;
+        }
+#pragma unroll
+        for (int h = 1; h < 4; h *= 2) length += __shfl_xor_sync(ALL, length, h);
+        float step = STEP_2 * sqrtf(length / D);
+        step = step == 0.f ? 1.f : step;
+        // half to even: -step is in code 0, zero in code 2 and step in code 2
+        const u32 own = threshold(0.f, step, lane == 0 ? -step : step, true);
+        const u32 one = __shfl_sync(ALL, own, 0, 4), two = step < INFINITY ? 0 : 0x7fff7fff;
+        const u32 three = __shfl_sync(ALL, own, 2, 4);
+#pragma unroll
+        for (int i = 0; i < OWN / 2; i++) {  // levels are 1.5 beyond the outer edges, else 0.5
+            const u32 size = pairs[i] & 0x7fff7fff, outer = size & (reaches(pairs[i], three) | ~reaches(pairs[i], one));
+            along += .5f * (first_of(size) + second_of(size)) + (first_of(outer) + second_of(outer));
+        }
+#pragma unroll
+        for (int h = 1; h < 4; h *= 2) along += __shfl_xor_sync(ALL, along, h);
+        const u16 scale_half = saturated(length == 0.f ? 0.f : length / along);
+#else
         u32 lowest = pairs[0], highest = pairs[0];
 #pragma unroll
         for (int i = 1; i < OWN / 2; i++) lowest = smaller(lowest, pairs[i]), highest = larger(highest, pairs[i]);
@@ -520,6 +548,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 3) pack(const __grid_co
         const u32 own = threshold(low, scale, (lane == 0 ? .5f : lane == 1 ? 1.5f : 2.5f) * scale, lane != 1);
         const u32 one = __shfl_sync(ALL, own, 0, 4), two = __shfl_sync(ALL, own, 1, 4);
         const u32 three = __shfl_sync(ALL, own, 2, 4);
+#endif
 
         u32 words[4] = {0, 0, 0, 0};  // two neighbouring 16-bit words in each; codes of a word are WORDS channels apart
 #pragma unroll
@@ -542,7 +571,11 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 3) pack(const __grid_co
             if (8 * lane < WORDS)
                 *(uint4 *)((u16 *)p.codes + place * WORDS + 8 * lane) =
                     make_uint4(words[0], words[1], words[2], words[3]);
+#if SYMMETRIC
+            if (lane == 0) p.range[place] = scale_half;
+#else
             if (lane == 0) ((u32 *)p.range)[place] = scale_half | (u32)low_half << 16;
+#endif
         }
         if (p.classes && head == 0 && lane == 0) {
             u8 kind = kind_of(p, batch, token);

@@ -140,7 +140,7 @@ def run(launches: list[tuple[str, int, tuple]], params: Params, device: torch.de
 
 def packs(x: Tensor, layout: Layout) -> bool:
     """The tokens are a prompt that the kernel `pack` takes: 2 bits, one range a token, rows of whole 16 bytes."""
-    simple = layout.body_bits == 2 and layout.groups == 1 and layout.head_dim in PACKED_DIMS and not layout.symmetric
+    simple = layout.body_bits == 2 and layout.groups == 1 and layout.head_dim in PACKED_DIMS and not layout.uneven
     aligned = x.itemsize == 2 and x.data_ptr() % 16 == 0 and all(step % 8 == 0 for step in x.stride()[:3])
     return simple and aligned and x.shape[2] >= PACKED_TOKENS
 

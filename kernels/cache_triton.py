@@ -13,7 +13,8 @@ for t / scale to be rounded onto it, and on a step half to even goes to 0, 2 and
 two: words below 2**16 are exact in float32.
 
 A symmetric layout's step and scale come of sums, which are taken in another order than in the reference: a scale may be
-the fp16 number next to the reference's, and a number that lies on the edge between two codes may get the other one.
+the fp16 number next to the reference's, and a number that lies on the edge between two codes may get the other one. The
+edges of two bits are -step, 0 and step, which half to even puts in codes 0, 2 and 2.
 """
 
 from __future__ import annotations
@@ -134,9 +135,15 @@ def symmetric_of(x, member, SIZE: tl.constexpr, BITS: tl.constexpr):
     length = tl.sum(own * own, 1)
     step = (STEP_2 if BITS == 2 else STEP_4) * tl.sqrt_rn(tl.div_rn(length, tl.full(length.shape, SIZE, tl.float32)))
     step = tl.where(step == 0, 1.0, step)
-    codes = tl.div_rn(own, step[:, None] + tl.zeros_like(own)) + MIDDLE
-    codes = tl.where(codes == codes, codes, 0.0)
-    codes = tl.minimum(tl.maximum(codes, 0.0), 2 * MIDDLE) + ROUND - ROUND
+    step = step[:, None]
+    if BITS == 2:
+        codes = tl.where(own > -step, 1.0, 0.0)
+        codes = tl.where(own >= 0, 2.0, codes)
+        codes = tl.where(own > step, 3.0, codes)
+    else:
+        codes = tl.div_rn(own, step + tl.zeros_like(own)) + MIDDLE
+        codes = tl.where(codes == codes, codes, 0.0)
+        codes = tl.minimum(tl.maximum(codes, 0.0), 2 * MIDDLE) + ROUND - ROUND
     along = tl.sum(own * (codes - MIDDLE), 1)
     return codes, as_half(tl.where(length == 0, 0.0, tl.div_rn(length, along)))
 

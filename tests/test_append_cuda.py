@@ -79,6 +79,7 @@ def test_which_prompts_are_packed_four_lanes_a_token():
     layout = Layout(64, bf16, body_bits=2)
     x = torch.zeros(1, 2, 64, 64, dtype=bf16)
     assert append_cuda.packs(x, layout) and append_cuda.packs(x, Layout(64, bf16, body_bits=2, text_bits=4))
+    assert append_cuda.packs(x, symmetric(64, bf16))
     wide = torch.zeros(1, 2, 64, 68, dtype=bf16)
     others = [
         (x[:, :, 1:], layout),  # too few tokens
@@ -87,7 +88,6 @@ def test_which_prompts_are_packed_four_lanes_a_token():
         (x.float(), Layout(64, torch.float32, body_bits=2)),
         (x, Layout(64, bf16, body_bits=4)),
         (x, Layout(64, bf16, body_bits=2, group=32)),
-        (x, symmetric(64, bf16)),
         (x, uneven(64, bf16)),
         (torch.zeros(1, 2, 64, 96, dtype=bf16), Layout(96, bf16, body_bits=2)),
     ]
@@ -144,6 +144,13 @@ def assert_same_but_for_rounded_pivots(due, cache, layout):
     assert_close("pivots", due[at], cache[at])
 
 
+def poisoned(shape, dtype, device):
+    """torch.empty with garbage in it."""
+    nothing = torch.zeros(shape, dtype=dtype, device=device)
+    nothing.view(torch.uint8).fill_(0xA5)
+    return nothing
+
+
 def chosen_pivots(tokens, count):
     """[2, count] int32 on the GPU, of whole tokens: some free slots, one token twice."""
     rows = torch.randint(10, tokens, (2, count), generator=torch.Generator().manual_seed(count))
@@ -163,12 +170,6 @@ def test_every_byte_of_new_buffers_is_written(head_dim, form, given, monkeypatch
     monkeypatch.setattr(append_cuda, "PACKED_TOKENS", 10**9)
     due = append_cuda.pack(x, at, kinds, pivots, affine, 230, layout, rotate=True)
     monkeypatch.undo()
-
-    def poisoned(shape, dtype, device):
-        nothing = torch.zeros(shape, dtype=dtype, device=device)
-        nothing.view(torch.uint8).fill_(0xA5)
-        return nothing
-
     monkeypatch.setattr(torch, "empty", poisoned)
     cache = append_cuda.pack(x, at, kinds, pivots, affine, 230, layout, rotate=True)
     monkeypatch.undo()
@@ -177,11 +178,12 @@ def test_every_byte_of_new_buffers_is_written(head_dim, form, given, monkeypatch
 
 @gpu
 @pytest.mark.parametrize("tokens", (1, 67, 30000))
+@pytest.mark.parametrize("dtype", (torch.float16, bf16), ids=str)
 @pytest.mark.parametrize("head_dim", (64, 80, 128))
 @pytest.mark.parametrize("made", (symmetric, uneven), ids=("symmetric", "uneven"))
-def test_symmetric_caches_are_the_reference_s(made, head_dim, tokens):
-    """x in the stored space: numbers of both kernels are the same, so that only sums differ."""
-    layout = made(head_dim, bf16, window=70, pivots=15)
+def test_symmetric_caches_are_the_reference_s(made, head_dim, dtype, tokens):
+    """x in the stored space: the numbers to quantize are the same, so that only sums differ."""
+    layout = made(head_dim, dtype, window=70, pivots=15)
     x, at, kinds, affine = prompt(layout, max(tokens, 10), seed=5)
     x, at, kinds = x[:, :, :tokens], at[:tokens], kinds[:, :tokens]
     pivots = chosen_pivots(tokens, 15) if tokens > 10 else None
@@ -192,6 +194,25 @@ def test_symmetric_caches_are_the_reference_s(made, head_dim, tokens):
     reference.write(due, x.cpu(), at.cpu(), kinds.cpu(), None if pivots is None else pivots.cpu(), layout)
     append_cuda.append(cache, x, at, kinds, pivots, layout)
     assert_caches_alike(due, [buffer.cpu() for buffer in cache], layout)
+
+
+@gpu
+@pytest.mark.parametrize("given", (3, 20))
+@pytest.mark.parametrize("dtype", (torch.float16, bf16), ids=str)
+@pytest.mark.parametrize("head_dim", (64, 128))
+def test_every_byte_of_new_symmetric_buffers_is_written(head_dim, dtype, given, monkeypatch):
+    layout = symmetric(head_dim, dtype, window=60, pivots=15, shares_classes=given == 3)
+    x, at, kinds, _ = prompt(layout, 200, seed=2)
+    pivots = chosen_pivots(200, given)
+    monkeypatch.setattr(append_cuda, "PACKED_TOKENS", 10**9)
+    due = append_cuda.pack(x, at, kinds, pivots, None, 230, layout, rotate=True)
+    monkeypatch.undo()
+    monkeypatch.setattr(torch, "empty", poisoned)
+    cache = append_cuda.pack(x, at, kinds, pivots, None, 230, layout, rotate=True)
+    monkeypatch.undo()
+    due, cache = ([buffer.cpu() for buffer in buffers] for buffers in (due, cache))
+    assert_caches_alike(due, cache, layout, skip=("pivots",))
+    assert_close("pivots", *(reference.named(buffers, layout)["pivots"].nan_to_num() for buffers in (due, cache)))
 
 
 def without_other_text(cache, layout):

@@ -118,6 +118,8 @@ def test_attend_compiles(head_dim, dtype, group, text, tiles, columns, mask, arc
         (Layout(80, f32, body_bits=4, text_bits=8), 0, False, False, OLDEST),
         (Layout(96, bf16), 2, False, False, OLDEST),
         (symmetric(64, bf16), 1, False, False, OLDEST),
+        (symmetric(64, bf16), 1, True, False, OLDEST),
+        (symmetric(128, f16), 1, True, False, NEWER),
         (symmetric(128, f32, body_bits=4, group=64), 0, False, False, OLDEST),
         (uneven(64, bf16), 2, False, False, OLDEST),
         (uneven(128, f16), 2, False, False, NEWER),
