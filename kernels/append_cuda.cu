@@ -1,12 +1,14 @@
 // akvq::append and akvq::pack for NVIDIA GPUs; kernels/append_cuda.py launches them. One kernel rotates, clips,
 // quantizes, packs and writes the tokens. The order of the arithmetic is that of kernels/quantizer.py, so that results
-// are equal to the bit.
+// are equal to the bit; but for sums, which symmetric layouts take.
 //
-// append  One warp per token and head, for every layout. A lane holds channels lane, lane + 32, ...
+// append  One warp per token and head, for every layout. A lane holds channels lane, lane + 32, ...; of an uneven
+//         layout those of the first part, then those of the middle, then those of the last part.
 // pack    Four lanes per token and head, for prompts at 2 bits. A lane holds runs of 8 channels that begin at
 //         8 * lane + 32 * run: only the butterflies of 8 and 16 are lane exchanges, and rows are read, and words
 //         written, 16 bytes at a time. The numbers to quantize are 16-bit floats, so a code is how many of three
 //         16-bit thresholds a number reaches; one instruction compares two numbers. Further warps rotate the pivots.
+//         Symmetric layouts have their edges at -step, 0 and step.
 //         With `fresh` the buffers are new memory, and the kernel writes every byte outside ring and pivots.
 //         Where text has more bits than the body, `pack` leaves out the codes and ranges of text tokens, and `append`
 //         with TEXT_ONLY runs after it: it writes these and the lower bits.
@@ -16,6 +18,8 @@
 //   DTYPE             0 fp16, 1 bf16, 2 fp32
 //   ROTATE            a token x is stored as 0: x, 1: H x, 2: H((x - c) / s)
 //   NORM              factor that makes H orthonormal: order**-0.5
+//   SYMMETRIC         1: levels around zero; a range is scales alone
+//   UNEVEN            1: kernels/uneven.py's layout of keys. NORM is of the first part, MIDDLE_NORM of the middle
 //   BITS, TEXT_BITS   2, 4 or 8; BITS 16: a lossless body; TEXT_BITS 0: no text overlay
 //   LOW_WIDTH         Layout.low_width
 //   CLIP, TEXT_CLIP   factor by which a range is shrunk before quantizing
@@ -25,8 +29,12 @@
 
 #include "numbers_cuda.cuh"
 
-constexpr int D = HEAD_DIM, N = (D + 31) / 32;  // N: channels that a lane holds
+constexpr int D = HEAD_DIM, FIRST = D / 4;  // FIRST: channels of an uneven layout's first part
+constexpr int N_FIRST = (FIRST + 31) / 32, N_MIDDLE = (2 * FIRST + 31) / 32;
+constexpr int N = UNEVEN ? 2 * N_FIRST + N_MIDDLE : (D + 31) / 32;  // channels that a lane holds
+constexpr int RANGE = SYMMETRIC ? GROUPS : 2 * GROUPS;              // numbers of a token's range
 constexpr float SCALE_FLOOR = 1e-5f, HALF_MAX = 65504.f;
+constexpr float STEP_2 = .9957f, STEP_4 = .3352f;  // STEPS of kernels/quantizer.py
 
 struct Params {
     const void *x;
@@ -70,6 +78,14 @@ __device__ __forceinline__ void write(void *to, i64 i, float x) {
 // To fp16. A finite number out of range becomes the largest finite one; inf and NaN stay.
 __device__ __forceinline__ u16 saturated(float x) {
     return to_half(fabsf(x) < INFINITY ? fminf(fmaxf(x, -HALF_MAX), HALF_MAX) : x);
+}
+
+// The channel that a lane holds in register i, D or more for none.
+__device__ __forceinline__ int channel_of(int i, int lane) {
+    if (!UNEVEN) return lane + 32 * i;
+    const bool first = i < N_FIRST, middle = !first && i < N_FIRST + N_MIDDLE;
+    const int place = lane + 32 * (first ? i : middle ? i - N_FIRST : i - N_FIRST - N_MIDDLE);
+    return place < (middle ? 2 * FIRST : FIRST) ? place + (first ? 0 : middle ? FIRST : 3 * FIRST) : D;
 }
 
 // Pack the B bits from bit `shift` on of each code in scratch.
@@ -133,6 +149,94 @@ __device__ __forceinline__ void quantize(const float (&x)[N], float clip, u8 *sc
     __syncwarp();
 }
 
+// Quantize registers [FROM, TO) of a token to B bits with levels around zero; SIZE of their numbers belong to the group,
+// the others do not. Codes replace the numbers. Returns the scale.
+template <int B, int SIZE, int FROM, int TO>
+__device__ __forceinline__ u16 encode_symmetric(const float (&x)[N], const bool (&member)[N], int (&codes)[N]) {
+    constexpr float MIDDLE = ((1 << B) - 1) * .5f;
+    float length = 0.f, along = 0.f;
+#pragma unroll
+    for (int i = FROM; i < TO; i++)
+        if (member[i]) length += x[i] * x[i];
+    length = warp_sum(length);
+    float step = (B == 2 ? STEP_2 : STEP_4) * sqrtf(length / SIZE);
+    step = step == 0.f ? 1.f : step;
+#pragma unroll
+    for (int i = FROM; i < TO; i++)
+        if (member[i]) {
+            const float code = fminf(fmaxf(rintf(x[i] / step + MIDDLE), 0.f), 2 * MIDDLE);  // fmaxf makes 0 of NaN
+            along += x[i] * (code - MIDDLE), codes[i] = (int)code;
+        }
+    along = warp_sum(along);
+    return saturated(length == 0.f ? 0.f : length / along);
+}
+
+// quantize, of a symmetric layout.
+template <int B>
+__device__ __forceinline__ void quantize_symmetric(const float (&x)[N], u8 *scratch, u16 *words, u16 *range, int lane) {
+    bool member[N];
+    int codes[N] = {};
+#pragma unroll
+    for (int g = 0; g < GROUPS; g++) {
+#pragma unroll
+        for (int i = 0; i < N; i++) member[i] = lane + 32 * i < D && (lane + 32 * i) / (D / GROUPS) == g;
+        const u16 scale = encode_symmetric<B, D / GROUPS, 0, N>(x, member, codes);
+        if (lane == 0) range[g] = scale;
+    }
+#pragma unroll
+    for (int i = 0; i < N; i++)
+        if (lane + 32 * i < D) scratch[lane + 32 * i] = (u8)codes[i];
+    __syncwarp();
+    pack_words<B>(scratch, 0, words, lane);
+    __syncwarp();
+}
+
+// quantize, of an uneven layout: slots are high and low codes of the first part, then codes of the middle.
+__device__ __forceinline__ void quantize_uneven(const float (&x)[N], u8 *scratch, u16 *words, u16 *range, int lane) {
+    bool member[N];
+    int codes[N] = {};
+#pragma unroll
+    for (int i = 0; i < N; i++) member[i] = channel_of(i, lane) < D;
+    const u16 fine = encode_symmetric<4, FIRST, 0, N_FIRST>(x, member, codes);
+    const u16 coarse = encode_symmetric<2, 2 * FIRST, N_FIRST, N_FIRST + N_MIDDLE>(x, member, codes);
+    if (lane == 0) range[0] = fine, range[1] = coarse;
+#pragma unroll
+    for (int i = 0; i < N_FIRST + N_MIDDLE; i++) {
+        const int channel = channel_of(i, lane);
+        if (channel >= D) continue;
+        if (i < N_FIRST)
+            scratch[channel] = (u8)(codes[i] >> 2), scratch[FIRST + channel] = (u8)(codes[i] & 3);
+        else
+            scratch[FIRST + channel] = (u8)codes[i];
+    }
+    __syncwarp();
+    pack_words<2>(scratch, 0, words, lane);
+    __syncwarp();
+}
+
+// Rotate the channels that lanes hold, parts of an uneven layout on their own, and round them to the tokens' dtype.
+__device__ __forceinline__ void rotate_lanes(float (&x)[N], int lane) {
+#if UNEVEN
+    float first[N_FIRST], middle[N_MIDDLE];
+#pragma unroll
+    for (int i = 0; i < N_FIRST; i++) first[i] = x[i];
+#pragma unroll
+    for (int i = 0; i < N_MIDDLE; i++) middle[i] = x[N_FIRST + i];
+    hadamard<FIRST>(first, lane);
+    hadamard<2 * FIRST>(middle, lane);
+#pragma unroll
+    for (int i = 0; i < N_FIRST; i++) x[i] = first[i] * NORM;
+#pragma unroll
+    for (int i = 0; i < N_MIDDLE; i++) x[N_FIRST + i] = middle[i] * MIDDLE_NORM;
+#pragma unroll
+    for (int i = 0; i < N; i++) x[i] = rounded(x[i]);
+#else
+    hadamard<D>(x, lane);
+#pragma unroll
+    for (int i = 0; i < N; i++) x[i] = rounded(x[i] * NORM);
+#endif
+}
+
 // What a call changes beside its tokens: one worker of each batch row drops pivots, the first of all updates the state.
 __device__ __forceinline__ void finish(const Params &p, int batch, int head, int first, i64 worker, int lane) {
     const int start = (int)p.at[0], end = (int)p.at[p.tokens - 1] + 1;
@@ -159,11 +263,15 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) append(const __grid_con
     const int first = (int)(worker % parts) * p.share, last = min(first + p.share, p.tokens);
 
     float centre[N], gain[N];
+    int source[N];  // the channel of x that a lane's register is made of, D or more for none
+#pragma unroll
+    for (int i = 0; i < N; i++) source[i] = channel_of(i, lane);
     if (ROTATE == 2) {
+        const u16 *map = p.affine + ((i64)batch * (UNEVEN ? 3 : 2) * p.heads + head) * D;
 #pragma unroll
         for (int i = 0; i < N; i++) {
-            const int channel = lane + 32 * i;
-            const u16 *map = p.affine + ((i64)batch * 2 * p.heads + head) * D;
+            if (UNEVEN && source[i] < D) source[i] = (int)from_half(map[(i64)2 * p.heads * D + source[i]]);
+            const int channel = source[i];
             centre[i] = channel < D ? from_half(map[channel]) : 0.f;
             gain[i] = channel < D ? reciprocal(from_half(map[(i64)p.heads * D + channel])) : 0.f;
         }
@@ -178,22 +286,20 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) append(const __grid_con
         if (TEXT_ONLY && kind != TEXT) continue;
         float x[N];
 #pragma unroll
-        for (int i = 0; i < N; i++) x[i] = lane + 32 * i < D ? read(p.x, from + lane + 32 * i) : 0.f;
+        for (int i = 0; i < N; i++) x[i] = source[i] < D ? read(p.x, from + source[i]) : 0.f;
         if (ROTATE) {
             if (ROTATE == 2) {
 #pragma unroll
                 for (int i = 0; i < N; i++) x[i] = (x[i] - centre[i]) * gain[i];
             }
-            hadamard<D>(x, lane);
-#pragma unroll
-            for (int i = 0; i < N; i++) x[i] = rounded(x[i] * NORM);
+            rotate_lanes(x, lane);
         }
         const bool as_text = TEXT_BITS && overlaid && kind == TEXT;
         if (!TEXT_ONLY && p.window && token >= p.tokens - p.window) {
             const i64 to = (lead * p.window + slot % p.window) * D;
 #pragma unroll
             for (int i = 0; i < N; i++)
-                if (lane + 32 * i < D) write(p.ring, to + lane + 32 * i, x[i]);
+                if (channel_of(i, lane) < D) write(p.ring, to + channel_of(i, lane), x[i]);
         }
         const bool inside = slot >= 0 && slot < p.capacity;
         const i64 place = lead * p.capacity + slot;
@@ -204,9 +310,13 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) append(const __grid_con
                     if (lane + 32 * i < D) write(p.codes, place * D + lane + 32 * i, x[i]);
             } else {
                 constexpr int BODY = BITS == 16 ? 2 : BITS;
-                u16 *codes = (u16 *)p.codes + place * (D * BODY / 16), *range = p.range + place * 2 * GROUPS;
+                u16 *codes = (u16 *)p.codes + place * (D * BODY / 16), *range = p.range + place * RANGE;
                 u16 *lower = p.text_codes + (lead * p.text_capacity + overlay) * (D * LOW_WIDTH / 16);
-                if (as_text)
+                if (UNEVEN)
+                    quantize_uneven(x, scratch, codes, range, lane);
+                else if (SYMMETRIC)
+                    quantize_symmetric<BODY>(x, scratch, codes, range, lane);
+                else if (as_text)
                     quantize<TEXT_BITS ? TEXT_BITS : BODY, BODY, LOW_WIDTH>(x, TEXT_CLIP, scratch, codes, range, lower,
                                                                             lane);
                 else if (!TEXT_ONLY)
@@ -229,7 +339,10 @@ __device__ __forceinline__ void clear(const Params &p, i64 lead, int batch, int 
     uint4 *words = (uint4 *)((u16 *)p.codes + lead * p.capacity * WORDS);
     for (int i = from * (WORDS / 8) + lane; i < to * (WORDS / 8); i += 32) words[i] = make_uint4(0, 0, 0, 0);
     for (int slot = from + lane; slot < to; slot += 32) {
-        ((u32 *)p.range)[lead * p.capacity + slot] = 0;
+        if (SYMMETRIC)
+            p.range[lead * p.capacity + slot] = 0;
+        else
+            ((u32 *)p.range)[lead * p.capacity + slot] = 0;
         if (p.classes && head == 0) p.classes[(i64)batch * p.capacity + slot] = PADDING;
     }
 }
@@ -291,6 +404,30 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 3) pack(const __grid_co
         if (real && p.window && token >= p.tokens - p.window)
             store((u16 *)p.ring + (lead * p.window + slot % p.window) * D + 8 * lane, pairs);
 
+#if SYMMETRIC
+        float length = 0.f, along = 0.f;
+#pragma unroll
+        for (int i = 0; i < OWN / 2; i++) {
+            const float a = first_of(pairs[i]), b = second_of(pairs[i]);
+            length += a * a + b * b;
+        }
+#pragma unroll
+        for (int h = 1; h < 4; h *= 2) length += __shfl_xor_sync(ALL, length, h);
+        float step = STEP_2 * sqrtf(length / D);
+        step = step == 0.f ? 1.f : step;
+        // half to even: -step is in code 0, zero in code 2 and step in code 2
+        const u32 own = threshold(0.f, step, lane == 0 ? -step : step, true);
+        const u32 one = __shfl_sync(ALL, own, 0, 4), two = step < INFINITY ? 0 : 0x7fff7fff;
+        const u32 three = __shfl_sync(ALL, own, 2, 4);
+#pragma unroll
+        for (int i = 0; i < OWN / 2; i++) {  // levels are 1.5 beyond the outer edges, else 0.5
+            const u32 size = pairs[i] & 0x7fff7fff, outer = size & (reaches(pairs[i], three) | ~reaches(pairs[i], one));
+            along += .5f * (first_of(size) + second_of(size)) + (first_of(outer) + second_of(outer));
+        }
+#pragma unroll
+        for (int h = 1; h < 4; h *= 2) along += __shfl_xor_sync(ALL, along, h);
+        const u16 scale_half = saturated(length == 0.f ? 0.f : length / along);
+#else
         u32 lowest = pairs[0], highest = pairs[0];
 #pragma unroll
         for (int i = 1; i < OWN / 2; i++) lowest = smaller(lowest, pairs[i]), highest = larger(highest, pairs[i]);
@@ -308,6 +445,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 3) pack(const __grid_co
         const u32 own = threshold(low, scale, (lane == 0 ? .5f : lane == 1 ? 1.5f : 2.5f) * scale, lane != 1);
         const u32 one = __shfl_sync(ALL, own, 0, 4), two = __shfl_sync(ALL, own, 1, 4);
         const u32 three = __shfl_sync(ALL, own, 2, 4);
+#endif
 
         u32 words[4] = {0, 0, 0, 0};  // two neighbouring 16-bit words in each; codes of a word are WORDS channels apart
 #pragma unroll
@@ -330,7 +468,11 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 3) pack(const __grid_co
             if (8 * lane < WORDS)
                 *(uint4 *)((u16 *)p.codes + place * WORDS + 8 * lane) =
                     make_uint4(words[0], words[1], words[2], words[3]);
+#if SYMMETRIC
+            if (lane == 0) p.range[place] = scale_half;
+#else
             if (lane == 0) ((u32 *)p.range)[place] = scale_half | (u32)low_half << 16;
+#endif
         }
         if (p.classes && head == 0 && lane == 0) {
             u8 kind = kind_of(p, batch, token);

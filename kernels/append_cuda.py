@@ -11,7 +11,7 @@ import ctypes
 import torch
 from torch import Tensor
 
-from akvq_fx.kernels import cache_triton, nvrtc
+from akvq_fx.kernels import cache_triton, nvrtc, uneven
 from akvq_fx.kernels.cache import check_fits, keep_pivots, named
 from akvq_fx.kernels.layout import CODE_BITS, Layout
 from akvq_fx.kernels.rotate import order_of
@@ -26,7 +26,7 @@ SUPPORTS = Supports(
     head_dim=range(8, 513, 8),  # 16 channels a lane
     groups=range(1, 5),  # each costs a reduction over the warp
     **dict.fromkeys(("group", "window", "pivots", "body_clip", "text_clip"), ANY),
-    **dict.fromkeys(("rotated", "affine", "shares_classes"), ANY),
+    **dict.fromkeys(("rotated", "affine", "shares_classes", "symmetric", "uneven"), ANY),
 )
 WARPS = 4
 SHARE = 8  # tokens a warp (in pack: four lanes) takes where there are many, to read the affine map once
@@ -140,13 +140,16 @@ def run(launches: list[tuple[str, int, tuple]], params: Params, device: torch.de
 
 def packs(x: Tensor, layout: Layout) -> bool:
     """The tokens are a prompt that the kernel `pack` takes: 2 bits, one range a token, rows of whole 16 bytes."""
-    simple = layout.body_bits == 2 and layout.groups == 1 and layout.head_dim in PACKED_DIMS
+    simple = layout.body_bits == 2 and layout.groups == 1 and layout.head_dim in PACKED_DIMS and not layout.uneven
     aligned = x.itemsize == 2 and x.data_ptr() % 16 == 0 and all(step % 8 == 0 for step in x.stride()[:3])
     return simple and aligned and x.shape[2] >= PACKED_TOKENS
 
 
 def macros(layout: Layout, form: int, fast: bool, text_only: bool = False) -> tuple:
     exact = lambda number: f"{float(number)!r}f"
+    orders = [order_of(layout.head_dim)] * 2
+    if layout.uneven:
+        orders = [uneven.blocks(size)[0] for size in uneven.parts(layout.head_dim)[:2]]
     return (
         ("HEAD_DIM", layout.head_dim),
         ("DTYPE", DTYPES[layout.dtype]),
@@ -154,7 +157,10 @@ def macros(layout: Layout, form: int, fast: bool, text_only: bool = False) -> tu
         ("GROUPS", layout.groups),
         ("BITS", layout.body_bits),
         ("CLIP", exact(layout.body_clip)),
-        ("NORM", exact(order_of(layout.head_dim) ** -0.5)),
+        ("NORM", exact(orders[0] ** -0.5)),
+        ("MIDDLE_NORM", exact(orders[1] ** -0.5)),
+        ("SYMMETRIC", int(layout.symmetric)),
+        ("UNEVEN", int(layout.uneven)),
         ("TEXT_BITS", 0 if fast else layout.text_bits),
         ("LOW_WIDTH", 0 if fast else layout.low_width),
         ("TEXT_CLIP", exact(layout.text_clip)),

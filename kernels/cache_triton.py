@@ -11,6 +11,10 @@ Two bits need no division. With t = x - minimum, the code is how many of the ste
 below t, and these products are exact: an fp16 scale has 11 bits. A float32 t that is not on a step is too far from it
 for t / scale to be rounded onto it, and on a step half to even goes to 0, 2 and 2. Packing is a product with powers of
 two: words below 2**16 are exact in float32.
+
+A symmetric layout's step and scale come of sums, which are taken in another order than in the reference: a scale may be
+the fp16 number next to the reference's, and a number that lies on the edge between two codes may get the other one. The
+edges of two bits are -step, 0 and step, which half to even puts in codes 0, 2 and 2.
 """
 
 from __future__ import annotations
@@ -33,10 +37,11 @@ SUPPORTS = Supports(
     dtype=rotate_triton.DTYPES,
     head_dim=range(8, rotate_triton.MAX_DIM + 1, 8),
     **dict.fromkeys(("group", "window", "pivots", "body_clip", "text_clip"), ANY),
-    **dict.fromkeys(("rotated", "affine", "shares_classes"), ANY),
+    **dict.fromkeys(("rotated", "affine", "shares_classes", "symmetric", "uneven"), ANY),
 )
 SCALE_FLOOR = tl.constexpr(quantizer.SCALE_FLOOR)
 FP16_MAX = tl.constexpr(quantizer.FP16_MAX)
+STEP_2, STEP_4 = tl.constexpr(quantizer.STEPS[2]), tl.constexpr(quantizer.STEPS[4])
 ROUND = tl.constexpr(1.5 * 2**23)  # x + ROUND - ROUND rounds half to even where |x| < 2**22
 TEXT_CLASS = tl.constexpr(TEXT)
 END, RING, SHIFT = tl.constexpr(STATE_END), tl.constexpr(STATE_RING), tl.constexpr(STATE_TEXT)
@@ -122,19 +127,93 @@ def store_codes(
 
 
 @triton.jit
+def symmetric_of(x, member, SIZE: tl.constexpr, BITS: tl.constexpr):
+    """Codes of x [ROWS, DP] as whole float32 numbers, and scales, float16 [ROWS], that are of the SIZE channels which
+    are members [1, DP] of a group."""
+    MIDDLE: tl.constexpr = ((1 << BITS) - 1) / 2
+    own = tl.where(member, x, 0.0)
+    length = tl.sum(own * own, 1)
+    step = (STEP_2 if BITS == 2 else STEP_4) * tl.sqrt_rn(tl.div_rn(length, tl.full(length.shape, SIZE, tl.float32)))
+    step = tl.where(step == 0, 1.0, step)
+    step = step[:, None]
+    if BITS == 2:
+        codes = tl.where(own > -step, 1.0, 0.0)
+        codes = tl.where(own >= 0, 2.0, codes)
+        codes = tl.where(own > step, 3.0, codes)
+    else:
+        codes = tl.div_rn(own, step + tl.zeros_like(own)) + MIDDLE
+        codes = tl.where(codes == codes, codes, 0.0)
+        codes = tl.minimum(tl.maximum(codes, 0.0), 2 * MIDDLE) + ROUND - ROUND
+    along = tl.sum(own * (codes - MIDDLE), 1)
+    return codes, as_half(tl.where(length == 0, 0.0, tl.div_rn(length, along)))
+
+
+@triton.jit
+def store_symmetric(
+    x, codes, ranges, slots, live,
+    D: tl.constexpr, DP: tl.constexpr, BITS: tl.constexpr, GROUPS: tl.constexpr, TERM: tl.constexpr,
+):  # fmt: skip
+    """store_codes of a symmetric layout: ranges [slots, GROUPS] are scales."""
+    channel = tl.arange(0, DP)
+    values = tl.zeros_like(x)
+    for group in tl.static_range(GROUPS):
+        member = (channel // (D // GROUPS) == group)[None, :]
+        group_codes, scale = symmetric_of(x, member, D // GROUPS, BITS)
+        tl.store(ranges + slots * GROUPS + group, scale, mask=live)
+        values = tl.where(member, group_codes, values)
+    store_words(values, codes, slots, live, D, DP, BITS, TERM)
+
+
+@triton.jit
+def store_uneven(x, codes, ranges, slots, live, D: tl.constexpr, DP: tl.constexpr, TERM: tl.constexpr):
+    """store_codes of an uneven layout: the slots of a token are high and low codes of the first part, then the middle.
+
+    A code of the first part, 4 * high + low, takes two slots, so words are the sum of two products.
+    """
+    FIRST: tl.constexpr = D // 4
+    channel = tl.arange(0, DP)
+    first, middle = (channel < FIRST)[None, :], ((channel >= FIRST) & (channel < 3 * FIRST))[None, :]
+    fine, fine_scale = symmetric_of(x, first, FIRST, 4)
+    coarse, coarse_scale = symmetric_of(x, middle, 2 * FIRST, 2)
+    tl.store(ranges + slots * 2, fine_scale, mask=live)
+    tl.store(ranges + slots * 2 + 1, coarse_scale, mask=live)
+    high = tl.floor(fine / 4)
+    low = fine - 4 * high
+    weights = word_weights(0, D, DP, 2).to(tl.float32).to(TERM)
+    words = tl.dot(tl.where(first, high, 0.0).to(TERM), weights, input_precision="ieee")
+    weights = word_weights(FIRST, D, DP, 2).to(tl.float32).to(TERM)
+    rest = tl.where(first, low, tl.where(middle, coarse, 0.0))
+    words = tl.dot(rest.to(TERM), weights, words, input_precision="ieee")
+    put_words(words, codes, slots, live, D, 2)
+
+
+@triton.jit
+def word_weights(FIRST: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BITS: tl.constexpr):
+    """[DP, WIDTH] int32: what the code of a channel, whose slot is channel + FIRST, weighs in each word."""
+    WORDS: tl.constexpr = D * BITS // 16
+    # at least 32 wide, or the compiler has every warp of a decode step compute all products
+    WIDTH: tl.constexpr = DP * BITS // 16 if DP * BITS > 512 else 32
+    slot, word = FIRST + tl.arange(0, DP), tl.arange(0, WIDTH)
+    lane = slot // WORDS
+    weight = tl.where(lane < 16 // BITS, 1 << (lane % (16 // BITS) * BITS), 0)  # slot lane * WORDS + word
+    return tl.where((slot % WORDS)[:, None] == word[None, :], weight[:, None], 0)
+
+
+@triton.jit
 def store_words(
     values, codes, slots, live, D: tl.constexpr, DP: tl.constexpr, BITS: tl.constexpr, TERM: tl.constexpr
 ):  # fmt: skip
     """Pack whole float32 numbers below 2**BITS [ROWS, DP]; write words to slots [ROWS] of [slots, D * BITS / 16]."""
-    channel = tl.arange(0, DP)
-    WORDS: tl.constexpr = D * BITS // 16
-    # at least 32 wide, or the compiler has every warp of a decode step compute all products
-    WIDTH: tl.constexpr = DP * BITS // 16 if DP * BITS > 512 else 32
-    word = tl.arange(0, WIDTH)
-    lane = channel // WORDS
-    weight = tl.where(lane < 16 // BITS, 1 << (lane % (16 // BITS) * BITS), 0)  # channel lane * WORDS + word
-    weights = tl.where((channel % WORDS)[:, None] == word[None, :], weight[:, None], 0)
+    weights = word_weights(0, D, DP, BITS)
     words = tl.dot(values.to(TERM), weights.to(tl.float32).to(TERM), input_precision="ieee")
+    put_words(words, codes, slots, live, D, BITS)
+
+
+@triton.jit
+def put_words(words, codes, slots, live, D: tl.constexpr, BITS: tl.constexpr):
+    """Write words [ROWS, WIDTH] to slots [ROWS] of [slots, D * BITS / 16]."""
+    WORDS: tl.constexpr = D * BITS // 16
+    word = tl.arange(0, words.shape[1])
     where = codes + (slots * WORDS)[:, None] + word[None, :]
     tl.store(where, words.to(tl.int32).to(tl.int16), mask=live[:, None] & (word < WORDS)[None, :])
 
@@ -153,10 +232,10 @@ def write_kernel(
     x, at, kinds, affine, state, classes, codes, ranges, ring, pivot_at, text_codes, text_at,
     heads, owners, leads, tokens, steps, capacity, text_capacity,
     stride_b, stride_h, stride_t, stride_d, kinds_b, kinds_t,
-    D: tl.constexpr, DP: tl.constexpr, ORDER: tl.constexpr, DEPTH: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr, ORDER: tl.constexpr, DEPTH: tl.constexpr, UNEVEN: tl.constexpr,
     ROTATE: tl.constexpr, MAP: tl.constexpr, TERMS: tl.constexpr, TERM: tl.constexpr, NORM: tl.constexpr,
     BITS: tl.constexpr, CLIP: tl.constexpr, TEXT_BITS: tl.constexpr, LOW_WIDTH: tl.constexpr, TEXT_CLIP: tl.constexpr,
-    GROUPS: tl.constexpr,
+    GROUPS: tl.constexpr, SYMMETRIC: tl.constexpr,
     WINDOW: tl.constexpr, PIVOTS: tl.constexpr, PIVOTS_P: tl.constexpr, PACK_TERM: tl.constexpr,
     SHARE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
@@ -169,7 +248,7 @@ def write_kernel(
     first_head = exists & (lead % heads + place * 0 == 0)  # for its batch row
     maps, has_map = row, exists
     if MAP:
-        maps, has_map = affine_rows(affine, lead, heads, owners, leads, D, SHARE)
+        maps, has_map = affine_rows(affine, lead, heads, owners, leads, D, UNEVEN, SHARE)
     shift = tl.load(state + SHIFT)
 
     for step in range(steps):
@@ -181,8 +260,9 @@ def write_kernel(
         source = row + token.to(tl.int64) * stride_t
         if ROTATE:
             tile = rotated(
-                source, stride_d, live, maps, has_map, owners * D, D, DP, ORDER, DEPTH, MAP, TERMS, TERM, NORM, ROWS
-            )
+                source, stride_d, live, maps, has_map, owners * D,
+                D, DP, ORDER, DEPTH, UNEVEN, MAP, TERMS, TERM, NORM, ROWS,
+            )  # fmt: skip
             tile = tile.to(x.dtype.element_ty).to(tl.float32)  # as the rotated keys of the reference are
         else:
             tile = tl.load(source[:, None] + channel[None, :] * stride_d, mask=live[:, None] & real, other=0)
@@ -210,6 +290,11 @@ def write_kernel(
         if BITS == 16:
             where = codes + ((wide_lead * capacity + slot) * D)[:, None] + channel[None, :]
             tl.store(where, tile.to(codes.dtype.element_ty), mask=kept[:, None] & real)
+        elif UNEVEN:
+            store_uneven(tile, codes, ranges, wide_lead * capacity + slot, kept, D, DP, PACK_TERM)
+        elif SYMMETRIC:
+            body = wide_lead * capacity + slot
+            store_symmetric(tile, codes, ranges, body, kept, D, DP, BITS, GROUPS, PACK_TERM)
         else:
             body = wide_lead * capacity + slot
             store_codes(
@@ -236,9 +321,9 @@ def launch(b: dict[str, Tensor], x: Tensor, at: Tensor, classes, pivots, affine,
     B, H, q, D = x.shape
     kind = KEYS if rotate and affine is not None else 0
     if kind:
-        rotate_triton.check_affine("append", x, affine)
+        rotate_triton.check_affine("append", x, affine, layout.uneven)
         affine = affine.contiguous()
-    constants = rotate_triton.rotation_constants(x.dtype, D, kind)
+    constants = rotate_triton.rotation_constants(x.dtype, D, kind, layout.uneven)
     plan = rotate_triton.plan_of(B * H, q, D)
     text_capacity = b["text_codes"].shape[2] if layout.text_bits else 0
     kinds_strides = (0, 0) if classes is None else classes.stride()
@@ -251,7 +336,7 @@ def launch(b: dict[str, Tensor], x: Tensor, at: Tensor, classes, pivots, affine,
             **constants, ROTATE=bool(kind) or (rotate and layout.rotated),
             BITS=layout.body_bits, CLIP=layout.body_clip, TEXT_BITS=layout.text_bits, LOW_WIDTH=layout.low_width,
             TEXT_CLIP=layout.text_clip,
-            GROUPS=layout.groups, WINDOW=layout.window, PIVOTS=layout.pivots,
+            GROUPS=layout.groups, SYMMETRIC=layout.symmetric, WINDOW=layout.window, PIVOTS=layout.pivots,
             PIVOTS_P=triton.next_power_of_2(max(1, layout.pivots)), PACK_TERM=rotate_triton.product_type(),
             SHARE=plan.share, TILE=plan.tile, num_warps=plan.warps, num_stages=1,
         )  # fmt: skip

@@ -1,12 +1,14 @@
 """rotate, rotate_keys, rotate_queries as Triton kernels; `rotated`, the device function that the append kernel shares.
 
 x       [..., D] float16 | bfloat16 | float32 of any strides, D a multiple of 8 up to 256
-affine  [B, 2, Ha, D] float16: c, s; heads of x may be a multiple of Ha (GQA queries)
+affine  [B, 2, Ha, D] float16: c, s; heads of x may be a multiple of Ha (GQA queries); a third row is an order of
+        channels, and the transform is that of the parts of kernels/uneven.py
 ->      [..., D] in x's dtype, contiguous; the meaning is kernels/rotate.py
 
 The rotation is a product with H's signs on tensor cores. Signs are exact in 16 bits, so x is what must not lose digits:
 16-bit x goes in as it is; a float32 tile t is cut into bfloat16 terms, t = t0 + t1 (16 digits: t came of 16-bit x) or
 t0 + t1 + t2 (24 digits: float32 x). Sums are float32, scaled by order**-0.5 at the end (so |x| must stay below 1e36).
+Where the map has an order of channels, rows are read in it.
 
 Grid (heads / share, token tiles / steps). A program's rows are `share` heads times `tile` tokens: a decode step has one
 token, and many heads fill the 16 rows that a product needs at least.
@@ -21,6 +23,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from akvq_fx.kernels import uneven
+from akvq_fx.kernels.layout import ORDER as ROW_OF_ORDER
 from akvq_fx.kernels.rotate import order_of
 
 MAX_DIM = 256  # a program holds whole rows
@@ -30,6 +34,8 @@ MAX_DEPTH = 64  # channels of a product: more of them do not fit the registers n
 PROGRAMS = 2048  # with more programs than these, each loops over several tiles and makes the signs once
 MAX_STEPS = 8
 KEYS, QUERIES = 1, 2  # which affine map
+ORDER_ROW = tl.constexpr(ROW_OF_ORDER)
+HALF_ROOT = tl.constexpr(0.5**0.5)  # blocks of the middle part are twice as long as those of the first
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -61,8 +67,6 @@ def padded(head_dim: int) -> int:
 
 def refusal(x: Tensor, affine: Tensor | None = None) -> str:
     """Why these kernels cannot take x with this affine map; "" where they can."""
-    if affine is not None and affine.shape[1] > 2:
-        return f"the affine map has {affine.shape[1]} rows, accepted: 2; the third is an order of channels"
     if x.dtype not in DTYPES:
         return f"x is {x.dtype}, accepted: float16, bfloat16, float32"
     if x.shape[-1] > MAX_DIM:
@@ -71,14 +75,32 @@ def refusal(x: Tensor, affine: Tensor | None = None) -> str:
 
 
 @triton.jit
-def signs(rows, columns, D: tl.constexpr, ORDER: tl.constexpr, TERM: tl.constexpr):
+def block_of(channel, D: tl.constexpr, ORDER: tl.constexpr):
+    """Of channels of an uneven layout, whose first part has blocks of ORDER: number of the block, place in it."""
+    FIRST: tl.constexpr = D // 4
+    within = tl.where(channel < FIRST, channel, channel - FIRST)
+    size = tl.where(channel < FIRST, ORDER, 2 * ORDER)
+    block = tl.where(channel < FIRST, within // size, D + within // size)
+    last = channel >= 3 * FIRST
+    return tl.where(last, 2 * D + channel, block), tl.where(last, 0, within % size)
+
+
+@triton.jit
+def signs(rows, columns, D: tl.constexpr, ORDER: tl.constexpr, UNEVEN: tl.constexpr, TERM: tl.constexpr):
     """H's entries times sqrt(order): +-1 by the parity of i & j within a block, 0 between blocks."""
-    parity = rows[:, None] & columns[None, :] & (ORDER - 1)
+    if UNEVEN:
+        row_block, i = block_of(rows, D, ORDER)
+        column_block, j = block_of(columns, D, ORDER)
+        parity = i[:, None] & j[None, :]
+    else:
+        parity = rows[:, None] & columns[None, :] & (ORDER - 1)
     parity ^= parity >> 4
     parity ^= parity >> 2
     parity ^= parity >> 1
     sign = 1 - 2 * (parity & 1)
-    if ORDER < D:
+    if UNEVEN:
+        sign = tl.where(row_block[:, None] == column_block[None, :], sign, 0)
+    elif ORDER < D:
         sign = tl.where(rows[:, None] // ORDER == columns[None, :] // ORDER, sign, 0)
     return sign.to(tl.float32).to(TERM)
 
@@ -98,30 +120,36 @@ def head_rows(leads, SHARE: tl.constexpr, TILE: tl.constexpr):
 
 
 @triton.jit
-def affine_rows(affine, lead, heads, owners, leads, D: tl.constexpr, SHARE: tl.constexpr):
+def affine_rows(affine, lead, heads, owners, leads, D: tl.constexpr, UNEVEN: tl.constexpr, SHARE: tl.constexpr):
     """Pointers to c of each row's head, [rows], or [1] where the tile is of one head; and which of them exist."""
     if SHARE == 1:
         lead += tl.zeros([1], tl.int32)
     owner = lead % heads // (heads // owners)
-    return affine + (lead // heads * 2 * owners + owner).to(tl.int64) * D, lead < leads
+    ROWS: tl.constexpr = 3 if UNEVEN else 2
+    return affine + (lead // heads * ROWS * owners + owner).to(tl.int64) * D, lead < leads
 
 
 @triton.jit
 def add_product(
     total, first, x, step, live, affine, has_affine, plane,
-    D: tl.constexpr, DP: tl.constexpr, ORDER: tl.constexpr, DEPTH: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr, ORDER: tl.constexpr, DEPTH: tl.constexpr, UNEVEN: tl.constexpr,
     MAP: tl.constexpr, TERMS: tl.constexpr, TERM: tl.constexpr,
 ):  # fmt: skip
     """total + what channels first .. first + DEPTH of the mapped rows add to the signed sums."""
     k = first + tl.arange(0, DEPTH)
-    rest = tl.load(x[:, None] + k[None, :] * step, mask=live[:, None] & (k < D)[None, :], other=0)
-    matrix = signs(k, tl.arange(0, DP), D, ORDER, TERM)
+    channel = k[None, :]
+    if UNEVEN:
+        real = has_affine[:, None] & (k < D)[None, :]
+        where = affine[:, None] + ORDER_ROW * plane + k[None, :]
+        channel = tl.load(where, mask=real, other=0).to(tl.int32)
+    rest = tl.load(x[:, None] + channel * step, mask=live[:, None] & (k < D)[None, :], other=0)
+    matrix = signs(k, tl.arange(0, DP), D, ORDER, UNEVEN, TERM)
     if MAP:
         real = has_affine[:, None] & (k < D)[None, :]
         rest = rest.to(tl.float32)
-        gain = tl.load(affine[:, None] + plane + k[None, :], mask=real, other=1).to(tl.float32)
+        gain = tl.load(affine[:, None] + plane + channel, mask=real, other=1).to(tl.float32)
         if MAP == 1:
-            rest -= tl.load(affine[:, None] + k[None, :], mask=real, other=0).to(tl.float32)
+            rest -= tl.load(affine[:, None] + channel, mask=real, other=0).to(tl.float32)
             gain = tl.div_rn(tl.full(gain.shape, 1.0, tl.float32), gain)
         rest *= gain
     if TERMS == 1:
@@ -139,7 +167,7 @@ def add_product(
 @triton.jit
 def rotated(
     x, step, live, affine, has_affine, plane,
-    D: tl.constexpr, DP: tl.constexpr, ORDER: tl.constexpr, DEPTH: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr, ORDER: tl.constexpr, DEPTH: tl.constexpr, UNEVEN: tl.constexpr,
     MAP: tl.constexpr, TERMS: tl.constexpr, TERM: tl.constexpr, NORM: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """H((x - c) * gain) of rows at pointers x [ROWS], -> [ROWS, DP] float32; plane = numbers from c to s."""
@@ -147,20 +175,27 @@ def rotated(
     if DP <= 128:  # unrolled, so that the compiler makes the signs before the loop over tiles
         for first in tl.static_range(0, DP, DEPTH):
             total = add_product(
-                total, first, x, step, live, affine, has_affine, plane, D, DP, ORDER, DEPTH, MAP, TERMS, TERM
+                total, first, x, step, live, affine, has_affine, plane, D, DP, ORDER, DEPTH, UNEVEN, MAP, TERMS, TERM
             )
     else:  # signs of all channels would take 128 KiB of shared memory: more than most GPUs have
         for first in range(0, DP, DEPTH):
             total = add_product(
-                total, first, x, step, live, affine, has_affine, plane, D, DP, ORDER, DEPTH, MAP, TERMS, TERM
+                total, first, x, step, live, affine, has_affine, plane, D, DP, ORDER, DEPTH, UNEVEN, MAP, TERMS, TERM
             )
-    return total * NORM
+    if UNEVEN:
+        FIRST: tl.constexpr = D // 4
+        channel = tl.arange(0, DP)
+        norm = tl.where(channel < FIRST, NORM, tl.where(channel < 3 * FIRST, NORM * HALF_ROOT, 1.0))
+        total *= norm[None, :]
+    else:
+        total *= NORM
+    return total
 
 
 @triton.jit
 def rotate_kernel(
     x, affine, out, heads, owners, leads, tokens, steps, stride_b, stride_h, stride_t, stride_d,
-    D: tl.constexpr, DP: tl.constexpr, ORDER: tl.constexpr, DEPTH: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr, ORDER: tl.constexpr, DEPTH: tl.constexpr, UNEVEN: tl.constexpr,
     MAP: tl.constexpr, TERMS: tl.constexpr, TERM: tl.constexpr, NORM: tl.constexpr,
     SHARE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
@@ -169,13 +204,13 @@ def rotate_kernel(
     rows = x + (lead // heads).to(tl.int64) * stride_b + (lead % heads).to(tl.int64) * stride_h
     maps, has_map = rows, exists
     if MAP:
-        maps, has_map = affine_rows(affine, lead, heads, owners, leads, D, SHARE)
+        maps, has_map = affine_rows(affine, lead, heads, owners, leads, D, UNEVEN, SHARE)
     for step in range(steps):
         token = (tl.program_id(1) * steps + step) * TILE + place
         live = exists & (token < tokens)
         y = rotated(
             rows + token.to(tl.int64) * stride_t, stride_d, live, maps, has_map, owners * D,
-            D, DP, ORDER, DEPTH, MAP, TERMS, TERM, NORM, SHARE * TILE,
+            D, DP, ORDER, DEPTH, UNEVEN, MAP, TERMS, TERM, NORM, SHARE * TILE,
         )  # fmt: skip
         slots = (lead.to(tl.int64) * tokens + token) * D
         where = out + slots[:, None] + columns[None, :]
@@ -191,15 +226,18 @@ def product_type(dtype: torch.dtype = torch.bfloat16) -> tl.dtype:
     return TERM_TYPES[dtype] if COMPILED else tl.float32
 
 
-def rotation_constants(dtype: torch.dtype, head_dim: int, kind: int) -> dict:
-    """The compile-time arguments of `rotated`; kind is 0, KEYS or QUERIES."""
+def rotation_constants(dtype: torch.dtype, head_dim: int, kind: int, ordered: bool = False) -> dict:
+    """The compile-time arguments of `rotated`. kind: 0, KEYS or QUERIES; ordered: the map has an order of channels."""
     order, wide = order_of(head_dim), padded(head_dim)
+    if ordered:
+        order = uneven.blocks(uneven.parts(head_dim)[0])[0]
     terms = 3 if dtype == torch.float32 else 2 if kind else 1
     return dict(
         D=head_dim,
         DP=wide,
         ORDER=order,
         DEPTH=min(wide, MAX_DEPTH),
+        UNEVEN=ordered,
         MAP=kind,
         TERMS=terms,
         TERM=product_type(dtype if terms == 1 else torch.bfloat16),
@@ -207,12 +245,13 @@ def rotation_constants(dtype: torch.dtype, head_dim: int, kind: int) -> dict:
     )
 
 
-def check_affine(op: str, x: Tensor, affine: Tensor) -> None:
-    B, H, _, D = x.shape
-    fits = affine.dim() == 4 and (affine.shape[0], affine.shape[1], affine.shape[3]) == (B, 2, D)
+def check_affine(op: str, x: Tensor, affine: Tensor, ordered: bool) -> None:
+    """Raises ValueError where affine is no map of x, with an order of channels where it is `ordered`."""
+    (B, H, _, D), rows = x.shape, 3 if ordered else 2
+    fits = affine.dim() == 4 and (affine.shape[0], affine.shape[1], affine.shape[3]) == (B, rows, D)
     if not fits or affine.dtype != torch.float16 or H % affine.shape[2]:
         raise ValueError(
-            f"akvq::{op}: affine is {affine.dtype} {list(affine.shape)}, accepted: float16 [{B}, 2, heads, {D}] "
+            f"akvq::{op}: affine is {affine.dtype} {list(affine.shape)}, accepted: float16 [{B}, {rows}, heads, {D}] "
             f"with heads that divide {H}"
         )
 
@@ -221,10 +260,11 @@ def launch(op: str, x: Tensor, affine: Tensor | None, kind: int) -> Tensor:
     reason = refusal(x)
     if reason:
         raise ValueError(f"akvq::{op}: {reason}")
-    constants, out = rotation_constants(x.dtype, x.shape[-1], kind), x.new_empty(x.shape)
+    ordered = affine is not None and affine.dim() > 1 and affine.shape[1] > ROW_OF_ORDER
+    constants, out = rotation_constants(x.dtype, x.shape[-1], kind, ordered), x.new_empty(x.shape)
     x = x[(None,) * (4 - x.dim())] if x.dim() <= 4 else x.flatten(0, x.dim() - 4)
     if affine is not None:
-        check_affine(op, x, affine)
+        check_affine(op, x, affine, ordered)
         affine = affine.contiguous()
     B, H, T, D = x.shape
     if not x.numel():

@@ -131,10 +131,8 @@ def key_affine(
 ) -> Tensor:
     if alpha is not None:
         return smooth_affine(k, q, valid, alpha)
-    if order:  # once a prompt, and the order needs the statistics themselves
-        return key_affine_reference(k, q, valid, centre, balance, order)
     kernel = choose("key_affine", FASTER.get(k.device.type, ()), k, q)
-    return (kernel or key_affine_reference)(k, q, valid, centre, balance)
+    return (kernel or key_affine_reference)(k, q, valid, centre, balance, order)
 
 
 @key_affine.register_fake

@@ -15,6 +15,7 @@ M2 (the sum of squares around the mean) of what passes there and is valid and fi
 tile waits for a reduction; places, chunks and heads are combined by Chan's formula. In both nothing cancels even where
 the mean is far larger than the deviation. Queries need only their sum of squares. A program per key head then joins the
 chunks and writes its part of the map: three launches, since on a short prompt the host's time for each is what counts.
+With an order of channels it writes lambda, of D numbers a head, too, and PyTorch sorts these.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from akvq_fx.kernels import uneven
+from akvq_fx.kernels.layout import ORDER
 from akvq_fx.kernels.quantizer import FP16_MAX
 from akvq_fx.kernels.salience import GAIN_RANGE, STD_FLOOR, select_pivots
 
@@ -231,14 +234,15 @@ def chunk_sums(x: Tensor, valid: Tensor | None, squares: bool) -> Tensor:
 
 @triton.jit
 def map_kernel(
-    parts, squares, valid, out, heads, tokens, chunks, rows, sharing, asked, valid_b, valid_t,
+    parts, squares, valid, out, weights, heads, tokens, chunks, rows, sharing, asked, valid_b, valid_t,
     D: tl.constexpr, DP: tl.constexpr, PARTS: tl.constexpr, COUNTED: tl.constexpr,
-    SAME: tl.constexpr, CENTRE: tl.constexpr,
+    SAME: tl.constexpr, CENTRE: tl.constexpr, BALANCE: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """A key head's c, s to out [B, 2, heads, D], from chunk_sums of its keys and of its `sharing` query heads.
+    """A key head's c, s to out [B, ROWS, heads, D], from chunk_sums of its keys and of its `sharing` query heads.
 
     The squares are `rows` rows [D], one query head's after another's, each head's over `asked` tokens or, where SAME,
-    over the keys' valid ones. Without squares s = 1, without CENTRE c = 0.
+    over the keys' valid ones. Without BALANCE s = 1, without CENTRE c = 0. weights [B, heads, D], or None, take lambda
+    of kernels/uneven.py; squares may be None where neither asks for them.
     """
     lead = tl.program_id(0).to(tl.int64)
     batch = lead // heads
@@ -279,43 +283,52 @@ def map_kernel(
         query_rms = tl.sqrt(query_rms / ((count if SAME else asked) * sharing))
         miss = middle - mean
         deviation = tl.sqrt((spread + miss * (finite * miss)) / count)
-        # comparisons, not tl.maximum and tl.minimum, which lose a NaN
-        deviation = tl.where(deviation < FLOOR, FLOOR, deviation)
-        query_rms = tl.where(query_rms < FLOOR, FLOOR, query_rms)
-        log = tl.where(real, 0.5 * (tl.log(deviation) - tl.log(query_rms)), 0.0)
-        log -= tl.sum(log, 0) / D
-        log = tl.where(log > LOG_RANGE, LOG_RANGE, log)
-        s = tl.exp(tl.where(log < -LOG_RANGE, -LOG_RANGE, log))
+        if weights is not None:
+            tl.store(weights + lead * D + channel, deviation * query_rms, mask=real)
+        if BALANCE:
+            # comparisons, not tl.maximum and tl.minimum, which lose a NaN
+            deviation = tl.where(deviation < FLOOR, FLOOR, deviation)
+            query_rms = tl.where(query_rms < FLOOR, FLOOR, query_rms)
+            log = tl.where(real, 0.5 * (tl.log(deviation) - tl.log(query_rms)), 0.0)
+            log -= tl.sum(log, 0) / D
+            log = tl.where(log > LOG_RANGE, LOG_RANGE, log)
+            s = tl.exp(tl.where(log < -LOG_RANGE, -LOG_RANGE, log))
 
     c = mean if CENTRE else tl.zeros([DP], tl.float32)
     c = tl.where(c > MOST, MOST, tl.where(c < -MOST, -MOST, c))
-    where = out + ((batch * 2) * heads + lead % heads) * D + channel
+    where = out + ((batch * ROWS) * heads + lead % heads) * D + channel
     tl.store(where, c.to(tl.float16), mask=real)
     tl.store(where + heads * D, s.to(tl.float16), mask=real)
 
 
-def key_affine(k: Tensor, q: Tensor, valid: Tensor | None, centre: bool, balance: bool) -> Tensor:
+def key_affine(k: Tensor, q: Tensor, valid: Tensor | None, centre: bool, balance: bool, order: bool = False) -> Tensor:
     reason = refusal(k, q)
     if reason:
         raise ValueError(f"akvq::key_affine: {reason}")
     B, H, T, D = k.shape
     k, q = k.detach(), q.detach()
-    out = torch.empty(B, 2, H, D, dtype=torch.float16, device=k.device)
+    rows, asks = 3 if order else 2, balance or order
+    out = torch.empty(B, rows, H, D, dtype=torch.float16, device=k.device)
     if not out.numel():
         return out
-    if balance and (q.shape[0] != B or q.shape[1] % H or q.shape[3] != D):  # the kernel would read elsewhere
+    if asks and (q.shape[0] != B or q.shape[1] % H or q.shape[3] != D):  # the kernel would read elsewhere
         raise ValueError(
             f"akvq::key_affine: q is {list(q.shape)}, "
             f"accepted with k {list(k.shape)}: [{B}, a multiple of {H}, tokens, {D}]"
         )
     same, sharing = q.shape[2] == T, q.shape[1] // H
     parts = chunk_sums(k, valid, squares=False)
-    squares = chunk_sums(q, valid if same else None, squares=True) if balance else None
+    squares = chunk_sums(q, valid if same else None, squares=True) if asks else None
+    weights = torch.empty(B, H, D, dtype=torch.float32, device=k.device) if order else None
     wide = triton.next_power_of_2(D)
     with torch.cuda.device_of(k):
         map_kernel[(B * H,)](
-            parts, squares, valid, out, H, T, parts.shape[2], sharing * squares.shape[2] if balance else 0, sharing,
+            parts, squares, valid, out, weights,
+            H, T, parts.shape[2], sharing * squares.shape[2] if asks else 0, sharing,
             q.shape[2], *((0, 0) if valid is None else valid.stride()),
             D=D, DP=wide, PARTS=JOIN_NUMBERS // wide, COUNTED=COUNT_TILE, SAME=same, CENTRE=centre,
+            BALANCE=balance, ROWS=rows,
         )  # fmt: skip
+    if order:
+        out[:, ORDER] = uneven.channel_order(weights)
     return out

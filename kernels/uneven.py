@@ -42,21 +42,21 @@ def blocks(size: int) -> tuple[int, int]:
 
 
 @functools.cache
-def dealt(head_dim: int) -> tuple[int, ...]:
-    """For each channel of the stored space, its rank by lambda."""
+def dealt(head_dim: int, device: torch.device) -> Tensor:
+    """For each channel of the stored space, its rank by lambda: [D] int64."""
     ranks, start = [], 0
     first, middle, last = parts(head_dim)
     for size in (first, middle):
         order, number = blocks(size)
         ranks += [start + j * number + block for block in range(number) for j in range(order)]
         start += size
-    return (*ranks, *range(start, start + last))
+    return torch.tensor([*ranks, *range(start, start + last)], device=device)
 
 
 def channel_order(weight: Tensor) -> Tensor:
     """weight [..., D], lambda of each channel -> [..., D] int64: which channel each one of the stored space is."""
     ranked = weight.nan_to_num(0.0).sort(dim=-1, descending=True, stable=True).indices
-    return ranked[..., torch.tensor(dealt(weight.shape[-1]), device=weight.device)]
+    return ranked[..., dealt(weight.shape[-1], weight.device)]
 
 
 @functools.cache

@@ -1,13 +1,21 @@
 """append_cuda: what a GPU is not needed for, and its kernel pack on one. test_cache_triton.py runs append there too."""
 
+import functools
+import re
+from pathlib import Path
+
 import pytest
 import torch
 
 from akvq_fx.kernels import append_cuda, cache_triton
 from akvq_fx.kernels import cache as reference
 from akvq_fx.kernels.layout import Layout
-from tests.kernel_cases import assert_caches_same, assert_close, bf16, randn, random_affine
+from akvq_fx.kernels.quantizer import STEPS
+from tests.kernel_cases import assert_caches_alike, assert_caches_same, assert_close, bf16, randn, random_affine
 from tests.test_attend_cuda import gpu, struct_fields
+
+symmetric = functools.partial(Layout, body_bits=2, rotated=True, symmetric=True)
+uneven = functools.partial(symmetric, affine=True, uneven=True)
 
 
 def test_the_structs_here_and_there_have_the_same_members():
@@ -45,6 +53,20 @@ def test_a_layout_is_compiled_with_its_own_numbers():
     assert (macros["CLIP"], macros["TEXT_CLIP"], macros["NORM"]) == ("0.8f", "1.0f", "0.25f")
 
 
+def test_an_uneven_layout_is_compiled_with_the_orders_of_its_parts():
+    macros = dict(append_cuda.macros(uneven(80, bf16), 2, False))
+    assert (macros["SYMMETRIC"], macros["UNEVEN"], macros["GROUPS"]) == (1, 1, 2)
+    assert (macros["NORM"], macros["MIDDLE_NORM"]) == ("0.5f", f"{8**-0.5!r}f")
+    macros = dict(append_cuda.macros(symmetric(80, bf16), 1, False))
+    assert (macros["SYMMETRIC"], macros["UNEVEN"], macros["GROUPS"], macros["NORM"]) == (1, 0, 1, "0.25f")
+
+
+def test_the_steps_here_and_there_are_the_same():
+    source = Path(append_cuda.__file__).with_name("append_cuda.cu").read_text()
+    steps = {int(bits): float(step) for bits, step in re.findall(r"STEP_(\d) = ([.\d]+)f", source)}
+    assert steps == STEPS
+
+
 def test_what_only_the_triton_kernel_refuses_is_written_by_this_one():
     layout, launched = Layout(512, torch.float32, body_bits=2), []
     x, at = torch.zeros(1, 1, 1, 512), torch.tensor([0])
@@ -57,6 +79,7 @@ def test_which_prompts_are_packed_four_lanes_a_token():
     layout = Layout(64, bf16, body_bits=2)
     x = torch.zeros(1, 2, 64, 64, dtype=bf16)
     assert append_cuda.packs(x, layout) and append_cuda.packs(x, Layout(64, bf16, body_bits=2, text_bits=4))
+    assert append_cuda.packs(x, symmetric(64, bf16))
     wide = torch.zeros(1, 2, 64, 68, dtype=bf16)
     others = [
         (x[:, :, 1:], layout),  # too few tokens
@@ -65,6 +88,7 @@ def test_which_prompts_are_packed_four_lanes_a_token():
         (x.float(), Layout(64, torch.float32, body_bits=2)),
         (x, Layout(64, bf16, body_bits=4)),
         (x, Layout(64, bf16, body_bits=2, group=32)),
+        (x, uneven(64, bf16)),
         (torch.zeros(1, 2, 64, 96, dtype=bf16), Layout(96, bf16, body_bits=2)),
     ]
     assert not any(append_cuda.packs(*other) for other in others)
@@ -78,7 +102,7 @@ def prompt(layout, tokens, seed=0):
     x[1, 1, 3, 5], x[1, 1, 4, 0], x[1, 2, 5, 7], x[0, 2, 6] = torch.nan, torch.inf, -torch.inf, 0
     x[0, 0, 8] *= 30000
     kinds = torch.randint(0, 4, (2, tokens), generator=torch.Generator().manual_seed(seed)).to(torch.uint8)
-    affine = random_affine(2, 3, layout.head_dim, seed).cuda() if layout.affine else None
+    affine = random_affine(2, 3, layout.head_dim, seed, layout.uneven).cuda() if layout.affine else None
     return x.to(layout.dtype), torch.arange(tokens).cuda(), kinds.cuda(), affine
 
 
@@ -120,6 +144,13 @@ def assert_same_but_for_rounded_pivots(due, cache, layout):
     assert_close("pivots", due[at], cache[at])
 
 
+def poisoned(shape, dtype, device):
+    """torch.empty with garbage in it."""
+    nothing = torch.zeros(shape, dtype=dtype, device=device)
+    nothing.view(torch.uint8).fill_(0xA5)
+    return nothing
+
+
 def chosen_pivots(tokens, count):
     """[2, count] int32 on the GPU, of whole tokens: some free slots, one token twice."""
     rows = torch.randint(10, tokens, (2, count), generator=torch.Generator().manual_seed(count))
@@ -139,16 +170,49 @@ def test_every_byte_of_new_buffers_is_written(head_dim, form, given, monkeypatch
     monkeypatch.setattr(append_cuda, "PACKED_TOKENS", 10**9)
     due = append_cuda.pack(x, at, kinds, pivots, affine, 230, layout, rotate=True)
     monkeypatch.undo()
-
-    def poisoned(shape, dtype, device):
-        nothing = torch.zeros(shape, dtype=dtype, device=device)
-        nothing.view(torch.uint8).fill_(0xA5)
-        return nothing
-
     monkeypatch.setattr(torch, "empty", poisoned)
     cache = append_cuda.pack(x, at, kinds, pivots, affine, 230, layout, rotate=True)
     monkeypatch.undo()
     assert_same_but_for_rounded_pivots(due, cache, layout)
+
+
+@gpu
+@pytest.mark.parametrize("tokens", (1, 67, 30000))
+@pytest.mark.parametrize("dtype", (torch.float16, bf16), ids=str)
+@pytest.mark.parametrize("head_dim", (64, 80, 128))
+@pytest.mark.parametrize("made", (symmetric, uneven), ids=("symmetric", "uneven"))
+def test_symmetric_caches_are_the_reference_s(made, head_dim, dtype, tokens):
+    """x in the stored space: the numbers to quantize are the same, so that only sums differ."""
+    layout = made(head_dim, dtype, window=70, pivots=15)
+    x, at, kinds, affine = prompt(layout, max(tokens, 10), seed=5)
+    x, at, kinds = x[:, :, :tokens], at[:tokens], kinds[:, :tokens]
+    pivots = chosen_pivots(tokens, 15) if tokens > 10 else None
+    due = layout.allocate(2, 3, tokens + 5)
+    if affine is not None:
+        reference.named(due, layout)["affine"].copy_(affine)
+    cache = [buffer.cuda() for buffer in due]
+    reference.write(due, x.cpu(), at.cpu(), kinds.cpu(), None if pivots is None else pivots.cpu(), layout)
+    append_cuda.append(cache, x, at, kinds, pivots, layout)
+    assert_caches_alike(due, [buffer.cpu() for buffer in cache], layout)
+
+
+@gpu
+@pytest.mark.parametrize("given", (3, 20))
+@pytest.mark.parametrize("dtype", (torch.float16, bf16), ids=str)
+@pytest.mark.parametrize("head_dim", (64, 128))
+def test_every_byte_of_new_symmetric_buffers_is_written(head_dim, dtype, given, monkeypatch):
+    layout = symmetric(head_dim, dtype, window=60, pivots=15, shares_classes=given == 3)
+    x, at, kinds, _ = prompt(layout, 200, seed=2)
+    pivots = chosen_pivots(200, given)
+    monkeypatch.setattr(append_cuda, "PACKED_TOKENS", 10**9)
+    due = append_cuda.pack(x, at, kinds, pivots, None, 230, layout, rotate=True)
+    monkeypatch.undo()
+    monkeypatch.setattr(torch, "empty", poisoned)
+    cache = append_cuda.pack(x, at, kinds, pivots, None, 230, layout, rotate=True)
+    monkeypatch.undo()
+    due, cache = ([buffer.cpu() for buffer in buffers] for buffers in (due, cache))
+    assert_caches_alike(due, cache, layout, skip=("pivots",))
+    assert_close("pivots", *(reference.named(buffers, layout)["pivots"].nan_to_num() for buffers in (due, cache)))
 
 
 def without_other_text(cache, layout):

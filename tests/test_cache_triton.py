@@ -1,6 +1,7 @@
-"""append and pack as one kernel (Triton, on a GPU CUDA C++ too): buffers equal to the bit, rotated tokens to a step of
-a code."""
+"""append and pack as one kernel (Triton, on a GPU CUDA C++ too): buffers equal to the bit, but for sums of symmetric
+layouts; rotated tokens to a step of a code."""
 
+import dataclasses
 import importlib
 
 import pytest
@@ -12,11 +13,11 @@ from akvq_fx.kernels import cache as reference
 from akvq_fx.kernels import cache_triton, rotate_triton
 from akvq_fx.kernels.cache import named, read_text
 from akvq_fx.kernels.layout import CODES, PADDING, STATE_TEXT, TEXT, VISION, Layout, unpack_bits
-from akvq_fx.kernels.quantizer import dequantize
 from akvq_fx.kernels.rotate import rotate_as_stored
 from tests.kernel_cases import (
     LAYOUTS,
-    assert_caches_same,
+    Case,
+    assert_caches_alike,
     assert_close,
     assert_same,
     bf16,
@@ -43,6 +44,12 @@ WIDE = {
     "80": Layout(80, f16, body_bits=2, text_bits=4, text_clip=0.9, window=5, rotated=True, affine=True),
     "96": Layout(96, f32, body_bits=4, text_bits=8, window=5, rotated=True, affine=True),
     "lossless-96": Layout(96, bf16, rotated=True, affine=True),
+    "64-symmetric": Layout(64, bf16, 2, window=9, pivots=3, rotated=True, symmetric=True, shares_classes=True),
+    "128-symmetric": Layout(128, f16, 2, window=9, pivots=3, rotated=True, symmetric=True),
+    "64-uneven": Layout(64, f16, 2, window=9, pivots=3, rotated=True, affine=True, symmetric=True, uneven=True),
+    "128-uneven": Layout(128, bf16, 2, window=9, pivots=3, rotated=True, affine=True, symmetric=True, uneven=True),
+    "80-uneven": Layout(80, f32, 2, window=9, rotated=True, affine=True, symmetric=True, uneven=True),
+    "256-symmetric-groups": Layout(256, bf16, 4, window=4, rotated=True, symmetric=True),
 }
 every_wide = pytest.mark.parametrize("layout", WIDE.values(), ids=WIDE)
 
@@ -81,7 +88,7 @@ def check_pack(case):
     args = on(DEVICE, (case.x, at, case.classes, case.pivots, case.affine))
     packed = on("cpu", cache_triton.pack(*args, case.capacity, case.layout))
     due = reference.create(case.x, at, case.classes, case.pivots, case.affine, case.capacity, case.layout)
-    assert_caches_same(due, packed, case.layout)
+    assert_caches_alike(due, packed, case.layout)
 
 
 @every_layout
@@ -112,7 +119,7 @@ def test_codes_are_the_reference_s_for_any_numbers(bits, clip):
     layout = Layout(16, f32, body_bits=bits, body_clip=clip)
     cache, at = layout.allocate(1, 18, 256), torch.arange(256)
     args = (x, at, None, None, layout)
-    assert_caches_same(expected(cache, *args), wrote(cache, *args), layout)
+    assert_caches_alike(expected(cache, *args), wrote(cache, *args), layout)
 
 
 def test_codes_on_the_edge_between_two_codes():
@@ -125,13 +132,39 @@ def test_codes_on_the_edge_between_two_codes():
     cache, at = layout.allocate(1, 1, 64), torch.arange(64)
     due, done = (f(cache, x, at, None, None, layout) for f in (expected, wrote))
     assert_same("scales", scale[:, 0], named(due, layout)["range"][0, 0, :, 0].float())
-    assert_caches_same(due, done, layout)
+    assert_caches_alike(due, done, layout)
 
 
 @pytest.mark.parametrize("broken", (torch.nan, torch.inf, -torch.inf, 65504.0, -1e38), ids=str)
 @pytest.mark.parametrize("bits", (2, 4, 8))
 def test_broken_and_huge_numbers(bits, broken):
     layout = Layout(40, f32, body_bits=bits, text_bits=2 * bits % 16, group=8, window=2)
+    case = case_of(layout)
+    case.x[0, 0, 3, 9], case.x[1, 1, 4, :8], case.x[0, 1, 5, [1, 2]] = broken, broken, torch.tensor([broken, -broken])
+    case.x[1, 0, 10, 39] = broken
+    check_pack(case)
+
+
+SYMMETRIC = {
+    "2": Layout(40, f32, 2, group=10, window=2, symmetric=True),
+    "4": Layout(40, f32, 4, group=10, window=2, symmetric=True),
+    "uneven": Layout(40, f32, 2, rotated=True, affine=True, symmetric=True, uneven=True, window=2),
+}
+every_symmetric = pytest.mark.parametrize("layout", SYMMETRIC.values(), ids=SYMMETRIC)
+
+
+@every_symmetric
+def test_symmetric_groups_that_are_silent_tiny_or_overflow(layout):
+    sizes = torch.tensor([0.0, 1e-30, 1e-7, 1e-3, 1.0, 300.0, 1e6, 1e30])
+    x = randn(1, 8, 40, 40) * sizes[:, None, None]
+    x[:, 4, :5, :10], x[:, 4, 5, :], x[:, 4, 6, ::3] = 0.0, 3.0, 0.0
+    affine = random_affine(1, 8, 40, uneven=True) if layout.uneven else None
+    check_pack(Case(layout, x, torch.ones(1, 40, dtype=torch.uint8), None, affine, 40))
+
+
+@pytest.mark.parametrize("broken", (torch.nan, torch.inf, -torch.inf, 65504.0, -1e38), ids=str)
+@every_symmetric
+def test_broken_and_huge_numbers_of_symmetric_groups(layout, broken):
     case = case_of(layout)
     case.x[0, 0, 3, 9], case.x[1, 1, 4, :8], case.x[0, 1, 5, [1, 2]] = broken, broken, torch.tensor([broken, -broken])
     case.x[1, 0, 10, 39] = broken
@@ -148,7 +181,7 @@ def test_append_equals_the_reference(layout):
         kinds = torch.randint(0, 2, (2, size), generator=torch.Generator().manual_seed(seed)).to(torch.uint8)
         args = (x, torch.arange(start, start + size), kinds if seed % 2 else None, None, layout)
         due, done = expected(cache, *args), wrote(cache, *args)
-        assert_caches_same(due, done, layout)
+        assert_caches_alike(due, done, layout)
         cache = due
 
 
@@ -161,7 +194,7 @@ def test_append_writes_nothing_else(data, case):
     cache = poison(case.pack(), case.layout, case.length)
     x = randn(*case.x.shape[:2], size, case.x.shape[3], dtype=case.layout.dtype)
     args = (x, torch.arange(start, start + size), None, None, case.layout)
-    assert_caches_same(expected(cache, *args), wrote(cache, *args), case.layout)
+    assert_caches_alike(expected(cache, *args), wrote(cache, *args), case.layout)
 
 
 @every_layout
@@ -171,7 +204,7 @@ def test_pivots_count_at_the_start_only(layout):
     for start in (0, 11):
         x = randn(2, 2, 2 + (start == 0), layout.head_dim, seed=start, dtype=layout.dtype)
         args = (x, torch.arange(start, start + x.shape[2]), None, pivots.clamp_max(x.shape[2] - 1), layout)
-        assert_caches_same(expected(cache, *args), wrote(cache, *args), layout)
+        assert_caches_alike(expected(cache, *args), wrote(cache, *args), layout)
 
 
 def test_a_pivot_on_padding_is_dropped():
@@ -192,23 +225,25 @@ def test_a_moved_text_overlay_and_its_end():
     b["state"][STATE_TEXT] = -3
     x = randn(2, 2, 2, 16, dtype=f16)
     args = (x, torch.tensor([8, 9]), None, None, layout)
-    assert_caches_same(expected(cache, *args), wrote(cache, *args), layout)
+    assert_caches_alike(expected(cache, *args), wrote(cache, *args), layout)
     b["state"][STATE_TEXT] = 3
     done = named(wrote(cache, *args), layout)
     assert_same("text", b["text_at"][:, :11], done["text_at"][:, :11])
     assert (done["text_at"][:, 11] == 8).all()
 
 
-def check_codes(name, due, done, bits, dtype):
+def check_codes(name, due, done, layout):
     """Codes and ranges of rotated tokens: a value may differ by the token's last digit, and by a step where it crosses
     an edge."""
-    values, others = (dequantize(*pair, bits, f32) for pair in (due, done))
-    step = due[1].float().chunk(2, -1)[0].amax(-1, keepdim=True)
+    values, others = (reference.decode(*pair, dataclasses.replace(layout, dtype=f32)) for pair in (due, done))
+    step = due[1][..., : layout.groups].float().amax(-1, keepdim=True)
+    if layout.symmetric:  # the crossing moves the scale of its group, whose levels are up to 7.5 scales from zero
+        step = step + 7.5 * (due[1].float() - done[1].float()).abs().amax(-1, keepdim=True)
     # a last digit of a number that was clipped and rounded twice
-    digit = 4 * torch.finfo(dtype).eps * values.abs().amax(-1, keepdim=True)
+    digit = 4 * torch.finfo(layout.dtype).eps * values.abs().amax(-1, keepdim=True)
     difference = (values - others).abs()
     assert (difference <= 1.01 * step + digit).all(), name
-    if bits == 2:
+    if layout.body_bits == 2:
         crossed = (unpack_bits(due[0], 2) != unpack_bits(done[0], 2)).sum().item()
         assert crossed <= 2 + 0.02 * values.numel(), name
 
@@ -218,12 +253,17 @@ def check_rotated(layout, cache, x, at, classes, pivots, affine):
     due = expected(cache, rotate_as_stored(x, affine, layout.rotated), at, classes, pivots, layout)
     done = wrote(cache, x, at, classes, pivots, layout, rotate=True)
     b, d = named(due, layout), named(done, layout)
-    assert_caches_same(due, done, layout, ("codes", "range", "ring", "pivots", "text_codes"))
-    for name in ("codes",) if layout.lossless else ("range", "ring", "pivots"):
-        if name in b:
+    assert_caches_alike(due, done, layout, ("codes", "range", "ring", "pivots", "text_codes"))
+    names = ("codes",) if layout.lossless else ("range", "ring", "pivots")
+    for name in names:
+        if name in b and not (name == "range" and layout.symmetric):
             assert_close(name, b[name], d[name], layout.dtype if b[name].dtype == f16 else None)
     if not layout.lossless:
-        check_codes("codes", *((c["codes"], c["range"]) for c in (b, d)), layout.body_bits, layout.dtype)
+        check_codes("codes", *((c["codes"], c["range"]) for c in (b, d)), layout)
+    if layout.symmetric:  # a code that crosses an edge moves the scale
+        same = (b["codes"] == d["codes"]).all(-1)
+        assert same.any()
+        assert_close("range", b["range"][same], d["range"][same], bf16 if layout.dtype == bf16 else f16)
     if layout.text_bits:
         due, done = (read_text(c, layout).float() for c in (b, d))
         is_text, place = b["text_at"] >= 0, b["text_at"].clamp_min(0).long()[:, None].expand(-1, due.shape[1], -1)
@@ -250,7 +290,7 @@ def test_rotated_prompts(layout):
     args = on(DEVICE, (case.x, torch.arange(11), case.classes, case.pivots, case.affine))
     packed = on("cpu", writing(args[0], layout).pack(*args, case.capacity, layout, rotate=True))
     written = wrote(case.empty(), case.x, torch.arange(11), case.classes, case.pivots, layout, rotate=True)
-    assert_caches_same(packed, written, layout)
+    assert_caches_alike(packed, written, layout)
     check_rotated(layout, case.empty(), case.x, torch.arange(11), case.classes, case.pivots, case.affine)
 
 
@@ -258,7 +298,7 @@ def test_rotated_prompts(layout):
 @few
 def test_rotated_tokens_of_any_layout(data, layout, seed):
     B, H, q = data.draw(st.tuples(st.integers(1, 3), st.integers(1, 20), st.integers(1, 5)), label="B, H, q")
-    affine = random_affine(B, H, layout.head_dim, seed) if layout.affine else None
+    affine = random_affine(B, H, layout.head_dim, seed, layout.uneven) if layout.affine else None
     cache = layout.allocate(B, H, q + 3, q + 3 if layout.text_bits else 0)
     if layout.affine:
         named(cache, layout)["affine"].copy_(affine)
@@ -290,7 +330,7 @@ def test_takes_any_strides(make, rotate):
     kinds = torch.tensor([[VISION, TEXT, PADDING, TEXT, TEXT]], dtype=torch.uint8, device=DEVICE)
     expanded = cache_triton.pack(x, at, kinds.expand(2, 5), pivots, None, 7, layout, rotate)
     copied = cache_triton.pack(x.contiguous(), at, kinds.repeat(2, 1), pivots, None, 7, layout, rotate)
-    assert_caches_same(copied, expanded, layout)
+    assert_caches_alike(copied, expanded, layout)
 
 
 def test_refuses_what_it_cannot_write():
@@ -310,7 +350,7 @@ def test_refuses_other_shapes(shape):
     cache = case.pack()
     with pytest.raises(ValueError, match=r"akvq::append: x is \[.*\], accepted: \[B, H, q, D\] of a cache with codes"):
         cache_triton.append(cache, torch.ones(shape), torch.tensor([11]), None, None, case.layout)
-    assert_caches_same(case.pack(), cache, case.layout)
+    assert_caches_alike(case.pack(), cache, case.layout)
 
 
 def test_refuses_other_positions_classes_and_buffers():

@@ -3,6 +3,7 @@ extra brings it on Linux, as CUDA builds of PyTorch do."""
 
 import ctypes
 import ctypes.util
+import functools
 import importlib.metadata
 import importlib.util
 import os
@@ -20,6 +21,8 @@ bf16, f16, f32 = torch.bfloat16, torch.float16, torch.float32
 OLDEST, NEWER = "sm_80", "sm_90"
 PACKAGES = ("nvidia-cuda-nvrtc", "nvidia-cuda-nvrtc-cu12")
 SUCCESS = 0  # nvrtcResult
+symmetric = functools.partial(Layout, body_bits=2, rotated=True, symmetric=True)
+uneven = functools.partial(symmetric, affine=True, uneven=True)
 
 
 def libraries(roots) -> list[str]:
@@ -114,6 +117,15 @@ def test_attend_compiles(head_dim, dtype, group, text, tiles, columns, mask, arc
         (Layout(128, bf16, body_bits=2, text_bits=4), 2, False, True, OLDEST),
         (Layout(80, f32, body_bits=4, text_bits=8), 0, False, False, OLDEST),
         (Layout(96, bf16), 2, False, False, OLDEST),
+        (symmetric(64, bf16), 1, False, False, OLDEST),
+        (symmetric(64, bf16), 1, True, False, OLDEST),
+        (symmetric(128, f16), 1, True, False, NEWER),
+        (symmetric(128, f32, body_bits=4, group=64), 0, False, False, OLDEST),
+        (uneven(64, bf16), 2, False, False, OLDEST),
+        (uneven(128, f16), 2, False, False, NEWER),
+        (uneven(80, f32), 2, False, False, OLDEST),
+        (uneven(8, bf16), 0, False, False, OLDEST),
+        (uneven(512, bf16), 2, False, False, OLDEST),
     ],
     ids=str,
 )

@@ -19,7 +19,7 @@ def made(*shape):
 
 
 def exact(name, x, affine):
-    """The op's meaning in float64, on the CPU."""
+    """The op's meaning in float64, on the CPU; affine with or without an order of channels."""
     if name == "rotate":
         return x.double() @ matrix(x.shape[-1])
     return MEANING[name](x.double(), affine)
@@ -42,6 +42,18 @@ def test_equals_the_matrix_product(shape, head_dim, dtype):
         assert_close(name, exact(name, x, affine), y)
 
 
+@every_dtype
+@pytest.mark.parametrize("head_dim", (*HEAD_DIMS, 64, 200))
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_channels_in_order_equal_the_matrix_product(shape, head_dim, dtype):
+    x = randn(*shape, head_dim, dtype=dtype) * 10
+    affine = random_affine(*shape[:2], head_dim, uneven=True)
+    for name in ("rotate_keys", "rotate_queries"):
+        y = rotated(name, x, affine)
+        assert y.dtype == dtype
+        assert_close(name, exact(name, x, affine), y)
+
+
 @pytest.mark.parametrize("head_dim", (16, 64, 256))
 def test_float32_keeps_its_last_digit(head_dim):
     """One channel that is not zero, in blocks whose sqrt(order) is a power of two: nothing has to be rounded."""
@@ -53,8 +65,9 @@ def test_float32_keeps_its_last_digit(head_dim):
 
 
 @pytest.mark.parametrize("tokens", (1, 20))
-def test_queries_take_their_key_head_s_map(tokens):
-    q, affine = randn(2, 6, tokens, 24), random_affine(2, 2, 24)
+@pytest.mark.parametrize("ordered", (False, True))
+def test_queries_take_their_key_head_s_map(tokens, ordered):
+    q, affine = randn(2, 6, tokens, 24), random_affine(2, 2, 24, uneven=ordered)
     assert_close("queries", exact("rotate_queries", q, affine), rotated("rotate_queries", q, affine))
 
 
@@ -69,8 +82,9 @@ STRIDED = {
 
 
 @pytest.mark.parametrize("make", STRIDED.values(), ids=STRIDED)
-def test_takes_any_strides(make):
-    x, affine = make(), random_affine(2, 3, 16)
+@pytest.mark.parametrize("ordered", (False, True))
+def test_takes_any_strides(make, ordered):
+    x, affine = make(), random_affine(2, 3, 16, uneven=ordered)
     for name, args in (("rotate", ()), ("rotate_keys", (affine.to(DEVICE),))):
         y = getattr(rotate_triton, name)(x, *args)
         assert y.is_contiguous()
@@ -87,16 +101,17 @@ def test_takes_any_number_of_axes(shape):
 
 def test_several_tiles_a_program(monkeypatch):
     monkeypatch.setattr(rotate_triton, "PROGRAMS", 1)
-    x, affine = randn(1, 2, 700, 16), random_affine(1, 2, 16)
+    x, affine, ordered = randn(1, 2, 700, 16), random_affine(1, 2, 16), random_affine(1, 2, 16, uneven=True)
     assert rotate_triton.plan_of(2, 700, 16).steps > 1
-    for name in ("rotate", "rotate_keys"):
-        assert_close(name, exact(name, x, affine), rotated(name, x, affine))
+    for name, given in (("rotate", affine), ("rotate_keys", affine), ("rotate_keys", ordered)):
+        assert_close(name, exact(name, x, given), rotated(name, x, given))
 
 
 @pytest.mark.parametrize("broken", (torch.nan, torch.inf), ids=str)
 @every_dtype
-def test_a_broken_row_stays_alone(dtype, broken):
-    x, affine = randn(2, 3, 5, 24, dtype=dtype), random_affine(2, 3, 24)
+@pytest.mark.parametrize("ordered", (False, True))
+def test_a_broken_row_stays_alone(dtype, broken, ordered):
+    x, affine = randn(2, 3, 5, 24, dtype=dtype), random_affine(2, 3, 24, uneven=ordered)
     clean = [rotated(name, x, affine) for name in ("rotate", "rotate_keys")]
     x[1, 2, 3, 9] = broken
     others = torch.ones(x.shape[:3], dtype=torch.bool)
@@ -117,7 +132,12 @@ def test_refuses_what_it_cannot_hold():
         rotate_triton.rotate(randn(2, 20))
 
 
-@pytest.mark.parametrize("shape", [(1, 2, 3, 16), (2, 2, 3, 8), (2, 2, 2, 16), (2, 3, 3, 16)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 2, 3, 16), (2, 2, 3, 8), (2, 2, 2, 16), (2, 1, 3, 16)], ids=str)
 def test_refuses_another_map(shape):
     with pytest.raises(ValueError, match=r"akvq::rotate_keys: affine is .*, accepted: float16 \[2, 2, heads, 16\]"):
         rotate_triton.rotate_keys(randn(2, 3, 5, 16), randn(*shape).half())
+
+
+def test_refuses_more_rows_than_an_order_of_channels():
+    with pytest.raises(ValueError, match=r"affine is .*\[2, 4, 3, 16\], accepted: float16 \[2, 3, heads, 16\]"):
+        rotate_triton.rotate_keys(randn(2, 3, 5, 16), randn(2, 4, 3, 16).half())

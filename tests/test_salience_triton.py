@@ -119,6 +119,47 @@ def test_map_is_the_reference_s(centre, balance, dtype):
     check_affine(k, randn(2, 6, 9, 24, dtype=dtype), None, centre, balance)
 
 
+def check_order(k, q, valid, centre=True, balance=True):
+    """Channels may change places with those whose lambda is as large but for a rounding."""
+    affine = salience_triton.key_affine(*to_device(k, q, valid), centre, balance, True).cpu()
+    due = key_affine_reference(k, q, valid, centre, balance, True)
+    assert (affine.shape, affine.dtype) == (due.shape, f16)
+    assert_close("map", due[:, :2], affine[:, :2])
+    weight = lambda_of(k, q, valid)
+    order, due = affine[:, 2].long(), due[:, 2].long()
+    assert_same("channels", torch.arange(k.shape[3]).expand(order.shape), order.sort(-1).values)
+    torch.testing.assert_close(weight.gather(-1, order), weight.gather(-1, due), rtol=1e-4, atol=1e-6)
+
+
+def lambda_of(k, q, valid):
+    """[B, H, D] in float64, of finite numbers: std(key) * rms(query)."""
+    weight = torch.ones(k.shape[0], k.shape[2]) if valid is None else valid.double()
+    weight = (weight / weight.sum(-1, keepdim=True))[:, None, :, None]
+    k, q = k.double(), q.double()
+    deviation = ((k - (k * weight).sum(2, keepdim=True)).square() * weight).sum(2).sqrt()
+    squares = (q.square() * weight).sum(2) if q.shape[2] == k.shape[2] else q.square().mean(2)
+    return deviation * squares.unflatten(1, (k.shape[1], -1)).mean(2).sqrt()
+
+
+@every_dtype
+@pytest.mark.parametrize("asked", (90, 7))
+@pytest.mark.parametrize("centre, balance", [(True, True), (False, False)])
+def test_order_of_channels_is_the_reference_s(centre, balance, asked, dtype):
+    for head_dim in (24, 64):
+        k = (randn(2, 2, 90, head_dim) * 2 ** randn(head_dim, seed=1) + 3).to(dtype)
+        q = (randn(2, 6, asked, head_dim, seed=2) * 2 ** randn(head_dim, seed=3)).to(dtype)
+        check_order(k, q, None, centre, balance)
+        check_order(k, q, left_padding(2, 90, 30), centre, balance)
+
+
+def test_channels_that_never_vary_come_last():
+    k, q = randn(1, 2, 40, 16), randn(1, 2, 40, 16)
+    k[..., :4] = 5.0
+    k[0, 0, 3, 9] = torch.nan
+    affine = salience_triton.key_affine(*to_device(k, q, None), True, True, True).cpu()
+    assert affine[0, 2, :, 12:].sort(-1).values.tolist() == [[0, 1, 2, 3]] * 2
+
+
 @given(st.data(), st.sampled_from((8, 24, 64, 80)), st.integers(1, 3), st.integers(1, 40), seeds)
 @few
 def test_map_of_any_prompt(data, head_dim, groups, tokens, seed):
@@ -242,6 +283,9 @@ def test_few_launches(monkeypatch, masked, asked):
         launches.names.clear()
         salience_triton.key_affine(k, q, valid, True, False)
         assert launches.names == ["moments_kernel", "map_kernel"]
+        launches.names.clear()
+        salience_triton.key_affine(k, q, valid, True, True, True)
+        assert [name for name in launches.names if name.endswith("_kernel")] == ["moments_kernel"] * 2 + ["map_kernel"]
 
 
 def test_nothing_to_do():
