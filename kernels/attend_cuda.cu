@@ -9,7 +9,8 @@
 // A code becomes a float by one LOP3: or-ing it, where it stands, into the mantissa of a power of two gives offset +
 // code exactly (fp16: 64, 16 or 4; bf16: 128, 32 or 8). The offsets leave by linearity: the score accumulators start at
 // -sum(offset * q), and offset * sum(p') is taken off the output once, at the end. Scales and minima multiply scores
-// and probabilities, never elements.
+// and probabilities, never elements. Symmetric levels are code - 1.5: the 1.5 leaves with the offset, and there is no
+// minimum. Uneven keys are asked by slot, with four times the query where the slot has a code's upper bits.
 //
 // A text token's code has its upper two bits in the body and its lower two in the overlay: q.(4 upper + lower) is two
 // products of the same kind. Tiles of text are gathered by position into the arrangement of a tile of the body.
@@ -17,14 +18,19 @@
 // This file has the kernels and what they do with a tile of codes. Its headers:
 //   attend_cuda.cuh           shapes, arguments, which positions stand where, a warp's share of the work, masks
 //   attend_tiles_cuda.cuh     codes as numbers; tiles in shared memory and on their way there
-//   attend_sums_cuda.cuh      queries; softmax and output as they are summed up, and their merge
+//   attend_queries_cuda.cuh   queries: as they are stored keys' and as a lane holds them
+//   attend_sums_cuda.cuh      softmax and output as they are summed up, and their merge
 //   attend_products_cuda.cuh  products of queries and weights with codes
 //   attend_wide_cuda.cuh      tokens at 16 bits: ring, pivots and this step's own
 //
 // Compile-time:
 //   HEAD_DIM                    multiple of 16
 //   BF16                        0: fp16
-//   GROUPS                      1, 2 or 4 scales a head
+//   KEY_GROUPS, VALUE_GROUPS    1, 2 or 4 scales a head
+//   KEY_SYMMETRIC, VALUE_SYMMETRIC, KEY_UNEVEN
+//                               as in kernels/layout.py
+//   FIRST_NORM, MIDDLE_NORM     of uneven keys: NORM of the transforms of their parts
+//   STAGE_BYTES                 that a tile takes in shared memory
 //   NT                          tiles of 8 query rows
 //   CC                          1 where a block has up to 4 query rows, else 2
 //   MT, STAGES                  16-token tiles that a warp takes at a time, and how many such tiles its ring has
@@ -107,53 +113,56 @@ __device__ __forceinline__ u64 live_tokens(const Places &places, const Flags &fl
 // A tile's scores and the ranges of its values: of tokens 16 m + token_of_row(g) + 8 half and this lane's columns.
 struct Scores {
     float s[MT][NT][2][CC];
-    float scales[MT][2][NG], lows[MT][2][NG];
+    float scales[MT][2][VG], lows[MT][2][VG];  // lows of symmetric values: 0
 };
 
 // Scores of 16 text tokens, from those of their upper bits, which weigh four times the lower ones.
-__device__ __forceinline__ void add_lower_bits(float (&c)[NT][NG][4], const Query &q, u32 rows, int g, int t) {
+__device__ __forceinline__ void add_lower_bits(float (&c)[NT][KG][4], const Query &q, u32 rows, int g, int t) {
 #pragma unroll
     for (int n = 0; n < NT; n++)
 #pragma unroll
-        for (int a = 0; a < NG; a++)
+        for (int a = 0; a < KG; a++)
 #pragma unroll
             for (int x = 0; x < 4; x++)
                 c[n][a][x] = 4.f * c[n][a][x] + ((x & 1) < CC ? q.start[n][a][(x & 1) % CC] : 0.f);
     add_products(c, q, rows, g, t);
 }
 
-__device__ __forceinline__ void read_keys(Scores &scores, const Query &q, bool is_text, u32 stage, u32 ranges, int g,
-                                          int t) {
+__device__ __forceinline__ void read_keys(Scores &scores, const Query &q, bool is_text, u32 stage, u32 key_ranges,
+                                          u32 value_ranges, int g, int t) {
 #pragma unroll
     for (int m = 0; m < MT; m++) {
-        float c[NT][NG][4];
+        float c[NT][KG][4];
 #pragma unroll
         for (int n = 0; n < NT; n++)
 #pragma unroll
-            for (int a = 0; a < NG; a++)
+            for (int a = 0; a < KG; a++)
 #pragma unroll
                 for (int x = 0; x < 4; x++) c[n][a][x] = (x & 1) < CC ? q.start[n][a][(x & 1) % CC] : 0.f;
         add_products(c, q, stage + 16 * m * (W * 2), g, t);
         if (is_text) add_lower_bits(c, q, stage + KEY_LOWER + 16 * m * (W * 2), g, t);
 #pragma unroll
         for (int half = 0; half < 2; half++) {
-            u32 range[NG];
             const int token = 16 * m + 8 * half + token_of_row(g);
-            read_shared(range, ranges + token * NG * 4);
+            const Range<KEY_RANGE> of_key(key_ranges, token);
 #pragma unroll
             for (int n = 0; n < NT; n++)
 #pragma unroll
                 for (int x = 0; x < CC; x++) {
                     float &s = scores.s[m][n][half][x] = 0.f;
 #pragma unroll
-                    for (int a = 0; a < NG; a++)
-                        s += c[n][a][2 * half + x] * scale_of(range, a) * q.factor[n][x] +
-                             minimum_of(range, a) * q.sum[n][a][x];
+                    for (int a = 0; a < KG; a++)
+                        if (KEY_SYMMETRIC)
+                            s += c[n][a][2 * half + x] * of_key[a];
+                        else
+                            s += c[n][a][2 * half + x] * of_key[a] * q.factor[n][x] + of_key[KG + a] * q.sum[n][a][x];
+                    if (KEY_SYMMETRIC) s *= q.factor[n][x];
                 }
-            read_shared(range, ranges + RANGE_BYTES + token * NG * 4);
+            const Range<VALUE_RANGE> of_value(value_ranges, token);
 #pragma unroll
-            for (int a = 0; a < NG; a++)
-                scores.scales[m][half][a] = scale_of(range, a), scores.lows[m][half][a] = minimum_of(range, a);
+            for (int a = 0; a < VG; a++)
+                scores.scales[m][half][a] = of_value[a],
+                scores.lows[m][half][a] = VALUE_SYMMETRIC ? 0.f : of_value[VG + a];
         }
     }
 }
@@ -188,7 +197,7 @@ __device__ __forceinline__ void drop(Scores &scores, u64 live, int g) {
 #pragma unroll
                     for (int x = 0; x < CC; x++) scores.s[m][n][half][x] = -INFINITY;
 #pragma unroll
-                for (int a = 0; a < NG; a++) scores.scales[m][half][a] = scores.lows[m][half][a] = 0.f;
+                for (int a = 0; a < VG; a++) scores.scales[m][half][a] = scores.lows[m][half][a] = 0.f;
             }
 }
 
@@ -197,18 +206,18 @@ __device__ __forceinline__ void read_values(Sums &sums, const Scores &scores, bo
     const bool whole = VALUE_TEXT_BITS && is_text;
 #pragma unroll
     for (int m = 0; m < MT; m++) {
-        u32 b[NT][NG][2];
+        u32 b[NT][VG][2];
 #pragma unroll
         for (int n = 0; n < NT; n++)
 #pragma unroll
-            for (int a = 0; a < NG; a++) {
+            for (int a = 0; a < VG; a++) {
 #pragma unroll
                 for (int half = 0; half < 2; half++) {
                     float weighted[2] = {0.f, 0.f};
 #pragma unroll
                     for (int x = 0; x < CC; x++) {
                         weighted[x] = scores.s[m][n][half][x] * scores.scales[m][half][a];
-                        sums.low[n][a][x] += scores.s[m][n][half][x] * scores.lows[m][half][a];
+                        if (!VALUE_SYMMETRIC) sums.low[n][a][x] += scores.s[m][n][half][x] * scores.lows[m][half][a];
                     }
                     b[n][a][half] = transpose(bf16_pair(weighted[0], weighted[1]));
                 }
@@ -218,7 +227,7 @@ __device__ __forceinline__ void read_values(Sums &sums, const Scores &scores, bo
 #pragma unroll
             for (int n = 0; n < NT; n++)
 #pragma unroll
-                for (int a = 0; a < NG; a++)
+                for (int a = 0; a < VG; a++)
 #pragma unroll
                     for (int half = 0; half < 2; half++) b[n][a][half] = four_times(b[n][a][half]);
             add_values(sums, b, stage + CODE_BYTES + 16 * m * (W * 2), g, t);
@@ -242,13 +251,15 @@ __device__ __forceinline__ void attend_body(const Params &p, const Thread &self,
         Stream::wait<STAGES - 2>();
         __syncwarp();
         feed.fetch_if_any(stage == 0 ? STAGES - 1 : stage - 1, number + STAGES - 1);
-        const u32 codes = feed.stream.at(stage), ranges = codes + 2 * CODE_BYTES;
+        const u32 codes = feed.stream.at(stage);
+        const u32 key_ranges = feed.stream.key_ranges(stage, first);
+        const u32 value_ranges = feed.stream.value_ranges(stage, first);
         const Flags flags = ahead;
         ahead.read(p, self, places, share, number + 1);
 
         const u64 live = live_tokens(places, flags, number, first, plain_end, is_text, codes, self.lane);
         Scores scores;
-        read_keys(scores, q, is_text, codes, ranges, self.g, self.t);
+        read_keys(scores, q, is_text, codes, key_ranges, value_ranges, self.g, self.t);
         if (MASK == 2) add_mask(scores, p, self, places, first, is_text, codes);
         if (live != FULL) drop(scores, live, self.g);
         sums.to_weights(scores.s);
@@ -258,9 +269,9 @@ __device__ __forceinline__ void attend_body(const Params &p, const Thread &self,
 
 extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) attend(const __grid_constant__ Params p) {
     extern __shared__ __align__(16) u8 shared[];  // the warps' rings of tiles; afterwards their outputs
-    __shared__ __align__(16) u16 q_half[ROWS][PITCH], q_bf16[BF16 ? ROWS : 1][PITCH];
-    __shared__ float q_factor[ROWS], q_sum[NG][ROWS], q_start[NG][ROWS];
-    const Queries queries{q_half, BF16 ? q_bf16 : q_half, q_factor, q_sum, q_start};
+    __shared__ __align__(16) u16 q_half[ROWS][PITCH], q_exact[EXACT ? ROWS : 1][PITCH];
+    __shared__ float q_factor[ROWS], q_sum[KG][ROWS], q_start[KG][ROWS];
+    const Queries queries{q_half, EXACT ? q_exact : q_half, q_factor, q_sum, q_start};
 
     const Thread self(p);
     const Places places(p, self);

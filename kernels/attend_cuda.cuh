@@ -4,7 +4,8 @@
 
 #include "numbers_cuda.cuh"
 
-constexpr int D = HEAD_DIM, W = D / 8, NG = GROUPS;  // W: int16 words of a token
+constexpr int D = HEAD_DIM, W = D / 8;               // W: int16 words of a token
+constexpr int KG = KEY_GROUPS, VG = VALUE_GROUPS;    // scales of a token
 constexpr int ROWS = 4 * CC * NT;                    // query rows of a block; with CC 1 they take every other column
 constexpr int R = (W + 7) / 8;                       // 32-bit registers a lane holds of a key
 constexpr int PIECES = 8 * R;                        // channel pairs a lane holds of a key
@@ -17,10 +18,16 @@ constexpr int WIDE_TILE = 16;                        // tokens of a tile that is
 constexpr int OWN = (D + 31) / 32;                   // channels lane, lane + 32, ... that a lane holds of a warp's row
 static_assert(!TEXT_BITS || TEXT_BITS == 4, "two bits above and two below");
 static_assert(!TEXT_BITS || TILE == 32, "a lane has one token's position");
+static_assert(!TEXT_BITS || (KG == VG && !KEY_SYMMETRIC && !VALUE_SYMMETRIC), "text is gathered in whole words");
+static_assert(!KEY_UNEVEN || (KG == 2 && KEY_SYMMETRIC), "see kernels/uneven.py");
+
+// Bytes of a token's range, and what lies between the levels of symmetric codes and the codes.
+constexpr int KEY_RANGE = KG * (KEY_SYMMETRIC ? 2 : 4), VALUE_RANGE = VG * (VALUE_SYMMETRIC ? 2 : 4);
+constexpr float KEY_MIDDLE = KEY_SYMMETRIC ? 1.5f : 0.f, VALUE_MIDDLE = VALUE_SYMMETRIC ? 1.5f : 0.f;
 
 struct Cache {
     const u32 *codes;    // [B, H, C, W] int16
-    const u32 *range;    // [B, H, C, 2 * NG] fp16: scales, then minima
+    const u8 *range;     // [B, H, C, KEY_RANGE or VALUE_RANGE] bytes, fp16: scales, then, but of symmetric ones, minima
     const u16 *ring;     // [B, H, window, D]
     const u16 *pivots;   // [B, H, pivots, D]
     const u16 *fresh;    // [B, H, fresh_count, D] or null
@@ -35,7 +42,7 @@ struct Params {
     const int *pivot_at;       // [B, pivots]
     const i64 *fresh_at;       // [fresh_count]
     const void *mask;
-    const u16 *affine;         // [B, 2, H, D] of the key, or null
+    const u16 *affine;         // [B, 2 or, of uneven keys, 3, H, D] of the key, or null
     const u8 *classes;         // [B, C]
     const int *text_at;        // [B, text_capacity]
     float *part_o;             // [B * H, rows, splits, D]

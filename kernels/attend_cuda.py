@@ -1,9 +1,9 @@
 """attend for decode steps over a 2-bit cache on NVIDIA tensor cores: compiles and launches kernels/attend_cuda.cu.
 
-The meaning is kernels/attend.py's. This path takes few query tokens over bodies of 2 bits, with a text overlay of 4 or
-none (values may lack the one that keys have), which is nearly every decode step; `refusal` says why it does not take a
-call, and kernels/attend_triton.py takes those. Compiled at first use by NVRTC, which comes with PyTorch's CUDA builds
-(about a second per head dim and dtype, kept for the process).
+The meaning is kernels/attend.py's. This path takes few query tokens over bodies of 2 bits, symmetric, uneven or
+neither, with a text overlay of 4 or none (values may lack the one that keys have), which is nearly every decode step;
+`refusal` says why it does not take a call, and kernels/attend_triton.py takes those. Compiled at first use by NVRTC,
+which comes with PyTorch's CUDA builds (about a second per head dim and dtype, kept for the process).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import math
 import torch
 from torch import Tensor
 
-from akvq_fx.kernels import nvrtc
+from akvq_fx.kernels import nvrtc, uneven
 from akvq_fx.kernels.attend import AttendCall
 from akvq_fx.kernels.cache import named
 from akvq_fx.kernels.layout import CODES, Layout
@@ -34,8 +34,10 @@ SUPPORTS = Supports(
     pivots=range(33),  # one lane holds one position
     **dict.fromkeys(("body_clip", "text_clip"), ANY),  # of who writes
     **dict.fromkeys(("rotated", "affine", "shares_classes"), ANY),
+    **dict.fromkeys(("symmetric", "uneven"), ANY),
 )
-ALIKE = ("head_dim", "dtype", "window", "pivots", "groups")  # of keys and values
+ALIKE = ("head_dim", "dtype", "window", "pivots")  # of keys and values
+ALIKE_WITH_TEXT = ("groups", "symmetric")  # where keys have a text overlay: a lane gathers both ranges at once
 LOG2_E = math.log2(math.e)
 ROWS_MAX = 64  # query rows per KV head; with more, re-reading the codes per 16 rows costs more than it saves
 WARPS = 4
@@ -101,11 +103,14 @@ def layouts_refusal(k: Layout, v: Layout) -> str:
     reason = SUPPORTS.pair_refusal(k, v)
     if reason:
         return reason
-    different = [name for name in ALIKE if getattr(k, name) != getattr(v, name)]
+    alike = ALIKE + ALIKE_WITH_TEXT if k.text_bits else ALIKE
+    different = [name for name in alike if getattr(k, name) != getattr(v, name)]
     if different:
         return f"keys and values differ in {', '.join(different)}"
     if v.text_bits not in (0, k.text_bits):
         return f"text_bits of values is {v.text_bits} and of keys {k.text_bits}, accepted: as the keys or 0"
+    if v.uneven:
+        return "values are uneven, which only keys can be"
     return ""
 
 
@@ -146,7 +151,7 @@ def attend(call: AttendCall, splits: int | None = None) -> Tensor:
         parts = torch.empty(B * heads * rows * splits, layout.head_dim + 2, dtype=torch.float32, device=q.device)
         params.part_o = parts.data_ptr()
         params.part_ml = params.part_o + 4 * layout.head_dim * parts.shape[0]
-    kernels = _compiled(q.device.index, _shape_of(layout), value_layout.text_bits, tiles, columns, form)
+    kernels = _compiled(q.device.index, _shape_of(layout), _shape_of(value_layout), tiles, columns, form)
     with torch.cuda.device(q.device):
         nvrtc.launch(kernels["attend"], (blocks[0], splits, blocks[1]), 32 * WARPS, params, kernels["shared"])
         if splits > 1:
@@ -176,7 +181,8 @@ def splits_for(blocks: int, tokens: int, multiprocessors: int) -> int:
 @functools.cache
 def _shape_of(layout: Layout) -> Layout:
     """The parts of a layout that a kernel is compiled for."""
-    return Layout(layout.head_dim, layout.dtype, body_bits=2, text_bits=layout.text_bits, group=layout.group)
+    form = {"symmetric": layout.symmetric, **dict.fromkeys(("uneven", "rotated", "affine"), layout.uneven)}
+    return Layout(layout.head_dim, layout.dtype, body_bits=2, text_bits=layout.text_bits, group=layout.group, **form)
 
 
 def _cache(buffers: dict[str, Tensor], layout: Layout, fresh, which: int) -> _Cache:
@@ -209,24 +215,34 @@ def _multiprocessors(index: int) -> int:
 
 
 @functools.cache
-def _compiled(index: int, layout: Layout, value_text_bits: int, tiles: int, columns: int, form: int) -> dict:
+def _compiled(index: int, keys: Layout, values: Layout, tiles: int, columns: int, form: int) -> dict:
     """The kernels and the shared memory of the first; form is the kernel's MASK."""
-    head_dim, tokens = layout.head_dim, 16 * DEPTH
-    codes, positions = tokens * head_dim // 4, tokens * 4 if layout.text_bits else 0
-    stage = (
-        2 * (codes + tokens * layout.groups * 4) + (bool(layout.text_bits) + bool(value_text_bits)) * codes + positions
-    )
-    stage = -(-stage // 16) * 16
-    shared = WARPS * max(STAGES * stage, 4 * columns * tiles * head_dim * 4)  # rings of tiles, then outputs
-    given = tuple(macros(layout, value_text_bits, tiles, columns, form).items())
+    stage, outputs = STAGES * stage_bytes(keys, values), 4 * columns * tiles * keys.head_dim * 4
+    shared = WARPS * max(stage, outputs)  # rings of tiles, then outputs
+    given = tuple(macros(keys, values, tiles, columns, form).items())
     return {**nvrtc.compiled(index, "attend_cuda", ("attend", "combine"), given, shared), "shared": shared}
 
 
-def macros(layout: Layout, value_text_bits: int, tiles: int, columns: int, form: int) -> dict[str, object]:
+def stage_bytes(keys: Layout, values: Layout) -> int:
+    """What a tile of tokens takes in shared memory; attend_tiles_cuda.cuh says what stands where."""
+    tokens = 16 * DEPTH
+    codes, padded = tokens * keys.head_dim // 4, lambda size: -(-size // 16) * 16
+    ranges = [2 * layout.range_size for layout in (keys, values)]  # bytes of a token
+    lower = codes * (bool(keys.text_bits) + bool(values.text_bits)) + (tokens * 4 if keys.text_bits else 0)
+    return padded(2 * codes + sum(padded(tokens * size + size % 4) for size in ranges) + lower)
+
+
+def macros(keys: Layout, values: Layout, tiles: int, columns: int, form: int) -> dict[str, object]:
     """What attend_cuda.cu calls compile-time."""
-    head_dim = layout.head_dim
+    head_dim = keys.head_dim
     many = tiles > 1 or head_dim > 128  # accumulators a lane: fewer blocks
-    given = {"HEAD_DIM": head_dim, "BF16": int(layout.dtype == torch.bfloat16), "GROUPS": layout.groups, "NT": tiles}
+    given = {"HEAD_DIM": head_dim, "BF16": int(keys.dtype == torch.bfloat16), "NT": tiles}
     given |= {"MT": DEPTH, "CC": columns, "SPLITS_MAX": SPLITS_MAX, "STAGES": STAGES, "WARPS": WARPS, "MASK": form}
-    given |= {"TEXT_BITS": layout.text_bits, "VALUE_TEXT_BITS": value_text_bits}
-    return given | {"BLOCKS": 2 if many else BLOCKS, "NORM": f"{order_of(head_dim) ** -0.5!r}f"}
+    for name, layout in (("KEY", keys), ("VALUE", values)):
+        given |= {f"{name}_GROUPS": layout.groups, f"{name}_SYMMETRIC": int(layout.symmetric)}
+    given |= {"KEY_UNEVEN": int(keys.uneven), "TEXT_BITS": keys.text_bits, "VALUE_TEXT_BITS": values.text_bits}
+    orders = {"NORM": order_of(head_dim)}
+    first, middle, _ = uneven.parts(head_dim)
+    orders |= {"FIRST_NORM": uneven.blocks(first)[0], "MIDDLE_NORM": uneven.blocks(middle)[0]}
+    given |= {name: f"{order**-0.5!r}f" for name, order in orders.items()}
+    return given | {"STAGE_BYTES": stage_bytes(keys, values), "BLOCKS": 2 if many else BLOCKS}

@@ -27,7 +27,7 @@ __device__ __forceinline__ void mma(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a
 }
 
 // c += q (offset + code) for the 16 keys whose rows of words stand in shared memory from `rows` on.
-__device__ __forceinline__ void add_products(float (&c)[NT][NG][4], const Query &q, u32 rows, int g, int t) {
+__device__ __forceinline__ void add_products(float (&c)[NT][KG][4], const Query &q, u32 rows, int g, int t) {
     u32 words[2][R];
 #pragma unroll
     for (int half = 0; half < 2; half++) {
@@ -50,18 +50,18 @@ __device__ __forceinline__ void add_products(float (&c)[NT][NG][4], const Query 
         for (int j = 0; j < 8; j += 2)
 #pragma unroll
             for (int n = 0; n < NT; n++)
-                mma<true>(c[n][j * NG / 8], upper[j], lower[j], upper[j + 1], lower[j + 1],
+                mma<true>(c[n][j * KG / 8], upper[j], lower[j], upper[j + 1], lower[j + 1],
                           q.f[n][8 * r + j], q.f[n][8 * r + j + 1]);
     }
 }
 
 // sums.o += b (offset + code) for the 16 values whose rows of words stand in shared memory from `rows` on; sums.p += b.
-__device__ __forceinline__ void add_values(Sums &sums, const u32 (&b)[NT][NG][2], u32 rows, int g, int t) {
+__device__ __forceinline__ void add_values(Sums &sums, const u32 (&b)[NT][VG][2], u32 rows, int g, int t) {
     constexpr u32 ONES = 0x3F803F80u;
 #pragma unroll
     for (int n = 0; n < NT; n++)
 #pragma unroll
-        for (int a = 0; a < NG; a++) mma<false>(sums.p[n][a], ONES, ONES, ONES, ONES, b[n][a][0], b[n][a][1]);
+        for (int a = 0; a < VG; a++) mma<false>(sums.p[n][a], ONES, ONES, ONES, ONES, b[n][a][0], b[n][a][1]);
 #pragma unroll
     for (int v = 0; v < VR; v++) {
         u32 x[4];
@@ -84,7 +84,7 @@ __device__ __forceinline__ void add_values(Sums &sums, const u32 (&b)[NT][NG][2]
 #pragma unroll
                 for (int n = 0; n < NT; n++)
                     mma<false>(sums.o[n][8 * v + j], x01[j], y01[j], x23[j], y23[j],
-                               b[n][j * NG / 8][0], b[n][j * NG / 8][1]);
+                               b[n][j * VG / 8][0], b[n][j * VG / 8][1]);
         } else {
             Bf16Codes x01(x[0] | x[1] << 16), x23(x[2] | x[3] << 16);
 #pragma unroll
@@ -92,7 +92,7 @@ __device__ __forceinline__ void add_values(Sums &sums, const u32 (&b)[NT][NG][2]
 #pragma unroll
                 for (int n = 0; n < NT; n++)
                     mma<false>(sums.o[n][4 * v + j / 2], x01[j], x01[j + 1], x23[j], x23[j + 1],
-                               b[n][j * NG / 8][0], b[n][j * NG / 8][1]);
+                               b[n][j * VG / 8][0], b[n][j * VG / 8][1]);
         }
     }
 }

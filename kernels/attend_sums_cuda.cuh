@@ -1,32 +1,13 @@
-// Queries as a block holds them, and what warps sum up for them: online softmax, and the merge of the warps' sums.
+// What warps sum up for the queries: online softmax, and the merge of the warps' sums.
 
 #pragma once
 
-#include "attend_tiles_cuda.cuh"
-
-constexpr int PITCH = D + 8;  // numbers from one query row to the next in shared memory
+#include "attend_queries_cuda.cuh"
 
 __device__ __forceinline__ float exp2_fast(float x) {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
-}
-
-// H x of a row that a warp holds.
-__device__ __forceinline__ void rotate(float (&x)[OWN], int lane) {
-    hadamard<D>(x, lane);
-#pragma unroll
-    for (int i = 0; i < OWN; i++) x[i] *= NORM;
-}
-
-// H(x * gain) of such a row, rounded to the queries' dtype.
-__device__ __forceinline__ void rotate_query(float (&x)[OWN], const u16 *gain, int lane) {
-#pragma unroll
-    for (int i = 0; i < OWN; i++)
-        if (gain && lane + 32 * i < D) x[i] *= from_half(gain[lane + 32 * i]);
-    rotate(x, lane);
-#pragma unroll
-    for (int i = 0; i < OWN; i++) x[i] = from_native((u16)native_pair(x[i], 0.f));
 }
 
 // Rotate a finished row back and write it out. A whole warp calls this; `row` is in shared memory.
@@ -40,95 +21,12 @@ __device__ __forceinline__ void write_restored(u16 *out, const float *row, int l
         if (lane + 32 * i < D) out[lane + 32 * i] = (u16)native_pair(x[i], 0.f);
 }
 
-// The block's queries in shared memory. A row is divided by a power of two, so that it fits the range of fp16 exactly.
-struct Queries {
-    u16 (&half)[ROWS][PITCH];
-    u16 (*native)[PITCH];       // the same in the cache's dtype
-    float (&factor)[ROWS];      // that power of two * scale * log2(e)
-    float (&sum)[NG][ROWS];     // sum of q, times factor
-    float (&start)[NG][ROWS];   // -sum(offset * half): where scores start
-
-    __device__ __forceinline__ void read(const Params &p, const Thread &self) const {
-        const int lane = self.lane;
-        for (int row = self.warp; row < ROWS; row += WARPS) {
-            float x[OWN], top = 0.f, sums[NG] = {}, starts[NG] = {};
-            const u16 *from = p.q + ((i64)self.bh * p.rows + self.row0 + row) * D;
-#pragma unroll
-            for (int i = 0; i < OWN; i++) {
-                int channel = lane + 32 * i;
-                x[i] = row < self.rows && channel < D ? from_native(from[channel]) : 0.f;
-            }
-            if (p.rotate)
-                rotate_query(x, p.affine ? p.affine + ((self.batch * 2LL + 1) * p.heads + self.bh % p.heads) * D
-                                         : nullptr, lane);
-#pragma unroll
-            for (int i = 0; i < OWN; i++) top = fmaxf(top, fabsf(x[i]));
-            top = warp_max(top);
-            const u32 exponent = __float_as_uint(top) >> 23;  // 0 for zero, 255 for inf
-            const float unit = __uint_as_float(min(max(exponent, 1u), 253u) << 23), inverse = 1.f / unit;
-#pragma unroll
-            for (int i = 0; i < OWN; i++) {
-                int channel = lane + 32 * i;
-                u16 h = (u16)half_pair(x[i] * inverse, 0.f);
-                if (channel < D) {
-                    half[row][channel] = h;
-                    if (BF16) native[row][channel] = (u16)bf16_pair(x[i] * inverse, 0.f);
-                    const int j = channel / W;
-                    const float offset = HalfCodes::offset(j);
-#pragma unroll
-                    for (int a = 0; a < NG; a++)
-                        if (j * NG / 8 == a) sums[a] += from_half(h), starts[a] -= offset * from_half(h);
-                }
-            }
-#pragma unroll
-            for (int a = 0; a < NG; a++)
-#pragma unroll
-                for (int i = 16; i; i /= 2) {
-                    sums[a] += __shfl_xor_sync(ALL, sums[a], i);
-                    starts[a] += __shfl_xor_sync(ALL, starts[a], i);
-                }
-            if (lane == 0) {
-                factor[row] = unit * p.scale;
-#pragma unroll
-                for (int a = 0; a < NG; a++) sum[a][row] = sums[a] * unit * p.scale, start[a][row] = starts[a];
-            }
-        }
-    }
-};
-
-// What a lane holds of the block's queries.
-struct Query {
-    u32 f[NT][PIECES];            // fp16 fragments
-    float sum[NT][NG][CC];        // of this lane's columns: sum q, times factor
-    float start[NT][NG][CC];      // -sum(offset * q)
-    float factor[NT][CC];         // q as stored * factor = q * scale * log2(e)
-
-    __device__ __forceinline__ Query(const Queries &queries, int g, int t) {
-#pragma unroll
-        for (int n = 0; n < NT; n++) {
-#pragma unroll
-            for (int i = 0; i < PIECES; i++) {
-                int word = key_word(t, i / 8);
-                const bool there = word < W && row_of(n, g) >= 0;
-                f[n][i] = there ? *(const u32 *)&queries.half[row_of(n, g)][(i % 8) * W + word] : 0;
-            }
-#pragma unroll
-            for (int c = 0; c < CC; c++) {
-                const int row = row_of(n, 2 * t + c);
-                factor[n][c] = queries.factor[row];
-#pragma unroll
-                for (int a = 0; a < NG; a++) sum[n][a][c] = queries.sum[a][row], start[n][a][c] = queries.start[a][row];
-            }
-        }
-    }
-};
-
 // What a warp has accumulated: for its columns 2t, 2t + 1 of every query tile.
 struct Sums {
     float o[NT][OT][4];         // channels of rows g and g + 8, columns 2t and 2t + 1
     float m[NT][CC], l[NT][CC]; // running maximum; sum of p over this lane's tokens
-    float low[NT][NG][CC];      // sum of p * minimum, over this lane's tokens
-    float p[NT][NG][4];         // sum of p' = p * scale as rounded (rows are equal)
+    float low[NT][VG][CC];      // sum of p * minimum, over this lane's tokens; 0 where values are symmetric
+    float p[NT][VG][4];         // sum of p' = p * scale as rounded (rows are equal)
 
     __device__ __forceinline__ void clear() {
 #pragma unroll
@@ -138,7 +36,7 @@ struct Sums {
 #pragma unroll
             for (int c = 0; c < CC; c++) m[n][c] = -INFINITY, l[n][c] = 0.f;
 #pragma unroll
-            for (int a = 0; a < NG; a++) {
+            for (int a = 0; a < VG; a++) {
                 low[n][a][0] = low[n][a][CC - 1] = 0.f;
                 p[n][a][0] = p[n][a][1] = p[n][a][2] = p[n][a][3] = 0.f;
             }
@@ -173,10 +71,10 @@ struct Sums {
 #pragma unroll
                         for (int i = 0; i < OT; i++) o[n][i][2 * half + c] *= alpha[c];
 #pragma unroll
-                        for (int a = 0; a < NG; a++) p[n][a][2 * half + c] *= alpha[c];
+                        for (int a = 0; a < VG; a++) p[n][a][2 * half + c] *= alpha[c];
                     }
 #pragma unroll
-                    for (int a = 0; a < NG; a++) low[n][a][c] *= alpha[c];
+                    for (int a = 0; a < VG; a++) low[n][a][c] *= alpha[c];
                     l[n][c] *= alpha[c], m[n][c] = top[c];
                 }
             }
@@ -209,18 +107,20 @@ __device__ __forceinline__ void merge(const Params &p, const Thread &self, const
 #pragma unroll
         for (int c = 0; c < CC; c++) {
             const int row = row_of(n, 2 * self.t + c);
-            float l = sum_over_rows(sums.l[n][c]), low[NG];
+            float l = sum_over_rows(sums.l[n][c]), low[VG];
 #pragma unroll
-            for (int a = 0; a < NG; a++) low[a] = sum_over_rows(sums.low[n][a][c]);
+            for (int a = 0; a < VG; a++) low[a] = VALUE_SYMMETRIC ? 0.f : sum_over_rows(sums.low[n][a][c]);
             if (row < self.rows) {
                 if (self.g == 0) all_m[self.warp][row] = sums.m[n][c], all_l[self.warp][row] = l;
 #pragma unroll
                 for (int o = 0; o < OT; o++)
 #pragma unroll
                     for (int half = 0; half < 2; half++) {
-                        int j = PAIRED ? o % 8 : 2 * (o % 4) + half, a = j * NG / 8;
+                        int j = PAIRED ? o % 8 : 2 * (o % 4) + half, a = j * VG / 8;
                         int word = PAIRED ? value_word(self.g, o / 8) + half : value_word(self.g, o / 4);
-                        float x = sums.o[n][o][2 * half + c] - Bf16Codes::offset(j) * sums.p[n][a][c] + low[a];
+                        const float offset = Bf16Codes::offset(j) + VALUE_MIDDLE;
+                        float x = sums.o[n][o][2 * half + c] - offset * sums.p[n][a][c];
+                        if (!VALUE_SYMMETRIC) x += low[a];
                         if (word < W) all_o[self.warp][row][j * W + word] = x;
                     }
             }

@@ -40,10 +40,17 @@ struct Bf16Codes {
 
 // One tile in shared memory: codes of keys (rows in the order of the fragments) and of values, then their ranges. A
 // tile of text tokens also has the lower bits of keys and values, and positions.
-constexpr int CODE_BYTES = TILE * W * 2, RANGE_BYTES = TILE * NG * 4;
-constexpr int KEY_LOWER = 2 * (CODE_BYTES + RANGE_BYTES), VALUE_LOWER = KEY_LOWER + (TEXT_BITS ? CODE_BYTES : 0);
+//
+// Ranges are copied in words of 4 bytes. Where a token's range has 2, a tile may begin in the middle of a word: it is
+// copied from the word's start on, and takes a word more.
+__device__ constexpr int padded(int bytes) { return (bytes + 15) / 16 * 16; }
+__device__ constexpr int range_bytes(int range) { return padded(TILE * range + range % 4); }
+constexpr int CODE_BYTES = TILE * W * 2, KEY_RANGES = 2 * CODE_BYTES;
+constexpr int VALUE_RANGES = KEY_RANGES + range_bytes(KEY_RANGE);
+constexpr int KEY_LOWER = VALUE_RANGES + range_bytes(VALUE_RANGE);
+constexpr int VALUE_LOWER = KEY_LOWER + (TEXT_BITS ? CODE_BYTES : 0);
 constexpr int POSITIONS = VALUE_LOWER + (VALUE_TEXT_BITS ? CODE_BYTES : 0);
-constexpr int STAGE_BYTES = (POSITIONS + (TEXT_BITS ? TILE * 4 : 0) + 15) / 16 * 16;
+static_assert(STAGE_BYTES == padded(POSITIONS + (TEXT_BITS ? TILE * 4 : 0)), "attend_cuda.py reserves as much");
 constexpr int CHUNK = W % 8 == 0 ? 16 : 4;                // bytes of one cp.async
 constexpr int ROW_CHUNKS = W * 2 / CHUNK;
 
@@ -55,6 +62,11 @@ __device__ __forceinline__ void copy_async(u32 to, const void *from) {
         asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to), "l"(from));
 }
 
+// Copies a word, of which bytes from `bytes` on become 0 and are not read: they may lie behind the buffer.
+__device__ __forceinline__ void copy_word(u32 to, const void *from, int bytes) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(from), "r"(bytes));
+}
+
 // Copies tiles of one head into a warp's ring of STAGES tiles in shared memory.
 struct Stream {
     const u8 *k, *v, *kr, *vr;  // of token 0 of the head, this lane's first chunk
@@ -64,14 +76,35 @@ struct Stream {
     __device__ __forceinline__ Stream(const Params &p, i64 head, u32 base_, int lane_) : base(base_), lane(lane_) {
         k = (const u8 *)p.key.codes + head * (W * 2) + lane * CHUNK;
         v = (const u8 *)p.value.codes + head * (W * 2) + lane * CHUNK;
-        kr = (const u8 *)p.key.range + head * (NG * 4) + lane * 4;
-        vr = (const u8 *)p.value.range + head * (NG * 4) + lane * 4;
+        kr = p.key.range + head * KEY_RANGE + lane * 4;
+        vr = p.value.range + head * VALUE_RANGE + lane * 4;
     }
     __device__ __forceinline__ u32 at(int stage) const { return base + stage * STAGE_BYTES; }
 
+    // Bytes between the start of a word and the range of the tile's first token, which stands in it.
+    template <int RANGE>
+    static __device__ __forceinline__ u32 skew(const u8 *range) {
+        return RANGE % 4 ? (u32)(u64)range & 3 : 0;
+    }
+    __device__ __forceinline__ u32 key_ranges(int stage, int first) const {
+        return at(stage) + KEY_RANGES + skew<KEY_RANGE>(kr + (i64)first * KEY_RANGE);
+    }
+    __device__ __forceinline__ u32 value_ranges(int stage, int first) const {
+        return at(stage) + VALUE_RANGES + skew<VALUE_RANGE>(vr + (i64)first * VALUE_RANGE);
+    }
+
+    // Words 32 i to 32 i + 31 of a tile's ranges, where it has so many; from: its first one, this lane's word.
+    template <int RANGE>
+    __device__ __forceinline__ void copy_ranges(u32 to, const u8 *from, int i) const {
+        const int before = skew<RANGE>(from), left = TILE * RANGE + before - lane * 4;
+        if (RANGE % 4 == 0 && i < TILE * RANGE / 128) copy_async<4>(to + (lane + 32 * i) * 4, from + 128 * i);
+        if (RANGE % 4 && i == 0 && left > 0) copy_word(to + lane * 4, from - before, min(left, 4));
+    }
+
     __device__ __forceinline__ void fetch(int stage, int first) const {
         const u32 to = at(stage);
-        const i64 codes = (i64)first * (W * 2), ranges = (i64)first * (NG * 4);
+        const i64 codes = (i64)first * (W * 2), key_range = (i64)first * KEY_RANGE;
+        const i64 value_range = (i64)first * VALUE_RANGE;
 #pragma unroll
         for (int i = 0; i < CODE_BYTES / CHUNK / 32; i++) {
             const int chunk = lane + 32 * i, row = row_of_token(chunk / ROW_CHUNKS);
@@ -79,9 +112,9 @@ struct Stream {
             copy_async<CHUNK>(to + CODE_BYTES + chunk * CHUNK, v + codes + 32 * CHUNK * i);
         }
 #pragma unroll
-        for (int i = 0; i < TILE * NG / 32; i++) {
-            copy_async<4>(to + 2 * CODE_BYTES + (lane + 32 * i) * 4, kr + ranges + 128 * i);
-            copy_async<4>(to + 2 * CODE_BYTES + RANGE_BYTES + (lane + 32 * i) * 4, vr + ranges + 128 * i);
+        for (int i = 0; i < (TILE * max(KEY_RANGE, VALUE_RANGE) + 127) / 128; i++) {
+            copy_ranges<KEY_RANGE>(to + KEY_RANGES, kr + key_range, i);
+            copy_ranges<VALUE_RANGE>(to + VALUE_RANGES, vr + value_range, i);
         }
     }
     // A tile of text tokens. Lane i has the position of token i, -1 for none; codes and range are read from there, the
@@ -103,11 +136,11 @@ struct Stream {
                 copy_async<CHUNK>(value_row - CODE_BYTES + VALUE_LOWER, (const u8 *)p.value.text + lower);
         }
 #pragma unroll
-        for (int i = 0; i < TILE * NG / 32; i++) {
+        for (int i = 0; i < TILE * KG / 32; i++) {
             const int word = lane + 32 * i;
-            const i64 from = (i64)max(__shfl_sync(ALL, position, word / NG), 0) * (NG * 4) + (word % NG - lane) * 4;
-            copy_async<4>(to + 2 * CODE_BYTES + word * 4, kr + from);
-            copy_async<4>(to + 2 * CODE_BYTES + RANGE_BYTES + word * 4, vr + from);
+            const i64 from = (i64)max(__shfl_sync(ALL, position, word / KG), 0) * (KG * 4) + (word % KG - lane) * 4;
+            copy_async<4>(to + KEY_RANGES + word * 4, kr + from);
+            copy_async<4>(to + VALUE_RANGES + word * 4, vr + from);
         }
         asm volatile("st.shared.b32 [%0], %1;" ::"r"(to + POSITIONS + lane * 4), "r"(position) : "memory");
     }
@@ -191,10 +224,19 @@ __device__ __forceinline__ u32 read_word(u32 from) {
     return x;
 }
 
-// Of a token's range, as it stands there.
-__device__ __forceinline__ float scale_of(const u32 (&range)[NG], int group) {
-    return from_half((u16)(range[group / 2] >> 16 * (group & 1)));
-}
-__device__ __forceinline__ float minimum_of(const u32 (&range)[NG], int group) {
-    return from_half((u16)(range[(NG + group) / 2] >> 16 * ((NG + group) & 1)));
-}
+// A token's range, as it stands there: its words, and its numbers.
+template <int RANGE>
+struct Range {
+    u32 words[(RANGE + 3) / 4];
+
+    __device__ __forceinline__ Range(u32 ranges, int token) {
+        const u32 from = ranges + token * RANGE;
+        if (RANGE % 4)
+            words[0] = read_word(from);
+        else
+            read_shared(words, from);
+    }
+    __device__ __forceinline__ float operator[](int i) const {
+        return from_half((u16)(words[i / 2] >> 16 * (i & 1)));
+    }
+};

@@ -13,6 +13,7 @@ Every position is read from one segment: fresh tokens by their range, the ring b
 which names the one overlay that holds them (PIVOT, TEXT) or none. Where there are fresh tokens, the other segments end
 before them. Text tokens have the upper bits of their codes, and their ranges, in the body and LOW bits more in the
 overlay; values may lack the overlay (VALUE_TEXT 0) and are then read from the body alone.
+Keys that are uneven (kernels/uneven.py) are put together from their slots' codes: their channels are what queries ask.
 A slot that nothing was written to may hold NaN: its load is masked for keys and values alike, because 0 * NaN is NaN.
 DP is a head dim padded to a power of two of 16 or more, as tl.dot asks.
 Source: FlashAttention-2, arXiv 2307.08691 (online softmax); Flash-Decoding (splits over tokens).
@@ -41,37 +42,69 @@ NO_MASK, BOOL_MASK, FLOAT_MASK = tl.constexpr(0), tl.constexpr(1), tl.constexpr(
 
 
 @triton.jit
-def codes_at(codes, slot, valid, D: tl.constexpr, DP: tl.constexpr, BITS: tl.constexpr):
-    """Codes of the tokens in slots [N] of a low-bit buffer, int32 [N, DP]."""
-    WORDS: tl.constexpr = D * BITS // WORD_BITS
-    LANES: tl.constexpr = WORD_BITS // BITS
+def code_in(words, block, BITS: tl.constexpr, UNEVEN: tl.constexpr):
+    """Code number `block` of words; of uneven keys that of the channel in its place, 4 or 2 bits."""
     TOP: tl.constexpr = 2**BITS - 1
-    channel = tl.arange(0, DP)
-    if D == DP:  # code j of word i is channel j * WORDS + i: every word is loaded once and all its codes taken
-        words = tl.load(codes + slot[:, None] * WORDS + tl.arange(0, WORDS)[None, :], mask=valid[:, None], other=0)
-        shift = tl.arange(0, LANES) * BITS
-        code = (words.to(tl.int32)[:, None, :] >> shift[None, :, None]) & TOP
-        code = tl.reshape(code, (slot.shape[0], DP))
-    else:  # channels without a code read 0; queries are 0 there and outputs are not stored
-        inside = valid[:, None] & (channel < D)[None, :]
-        words = tl.load(codes + slot[:, None] * WORDS + (channel % WORDS)[None, :], mask=inside, other=0)
-        code = (words.to(tl.int32) >> ((channel // WORDS) * BITS)[None, :]) & TOP
+    if UNEVEN:  # a word has two high codes, two low ones and four of the middle, and nothing of the last two channels
+        low = (words >> (tl.minimum(block + 2, 7) * BITS)) & TOP
+        high = (words >> (block * BITS)) & TOP
+        code = tl.where(block < 2, high << BITS | low, low)
+    else:
+        code = (words >> (block * BITS)) & TOP
     return code
 
 
 @triton.jit
-def numbers_of(code, range_, slot, valid, D: tl.constexpr, DP: tl.constexpr, GROUPS: tl.constexpr, ROUND: tl.constexpr,
-               DOT: tl.constexpr):  # fmt: skip
-    """Codes [N, DP] with ranges in slots [N], as quantizer.decode reads them in dtype ROUND: [N, DP] in dtype DOT."""
+def codes_at(codes, slot, valid, D: tl.constexpr, DP: tl.constexpr, BITS: tl.constexpr, UNEVEN: tl.constexpr):
+    """Codes of the tokens in slots [N] of a low-bit buffer, int32 [N, DP]."""
+    WORDS: tl.constexpr = D * BITS // WORD_BITS
+    LANES: tl.constexpr = WORD_BITS // BITS
     channel = tl.arange(0, DP)
-    if GROUPS == 1:
+    if D == DP:  # code j of word i is channel j * WORDS + i: every word is loaded once and all its codes taken
+        words = tl.load(codes + slot[:, None] * WORDS + tl.arange(0, WORDS)[None, :], mask=valid[:, None], other=0)
+        code = code_in(words.to(tl.int32)[:, None, :], tl.arange(0, LANES)[None, :, None], BITS, UNEVEN)
+        code = tl.reshape(code, (slot.shape[0], DP))
+    else:  # channels without a code read 0; queries are 0 there and outputs are not stored
+        inside = valid[:, None] & (channel < D)[None, :]
+        words = tl.load(codes + slot[:, None] * WORDS + (channel % WORDS)[None, :], mask=inside, other=0)
+        code = code_in(words.to(tl.int32), (channel // WORDS)[None, :], BITS, UNEVEN)
+    return code
+
+
+@triton.jit
+def levels_of(code, range_, slot, valid, D: tl.constexpr, DP: tl.constexpr, BITS: tl.constexpr, GROUPS: tl.constexpr,
+              SYMMETRIC: tl.constexpr, UNEVEN: tl.constexpr):  # fmt: skip
+    """Codes [N, DP] with ranges in slots [N] -> fp32 [N, DP]."""
+    channel = tl.arange(0, DP)
+    if UNEVEN:
+        first = (channel < D // 4)[None, :]
+        scale = tl.load(range_ + slot * 2, mask=valid, other=0.0).to(tl.float32)[:, None]
+        middle_scale = tl.load(range_ + slot * 2 + 1, mask=valid, other=0.0).to(tl.float32)[:, None]
+        level = code.to(tl.float32) - tl.where(first, (4**BITS - 1) / 2, (2**BITS - 1) / 2)
+        x = level * tl.where(first, scale, middle_scale)
+        x = tl.where((channel < D // 4 * 3)[None, :], x, 0.0)  # even where a scale is NaN
+    elif GROUPS == 1 and SYMMETRIC:
+        scale = tl.load(range_ + slot, mask=valid, other=0.0).to(tl.float32)[:, None]
+        x = (code.to(tl.float32) - (2**BITS - 1) / 2) * scale
+    elif GROUPS == 1:
         scale = tl.load(range_ + slot * 2, mask=valid, other=0.0).to(tl.float32)[:, None]
         lo = tl.load(range_ + slot * 2 + 1, mask=valid, other=0.0).to(tl.float32)[:, None]
+        x = code.to(tl.float32) * scale + lo
+    elif SYMMETRIC:
+        group = range_ + slot[:, None] * GROUPS + (tl.minimum(channel, D - 1) // (D // GROUPS))[None, :]
+        scale = tl.load(group, mask=valid[:, None], other=0.0).to(tl.float32)
+        x = (code.to(tl.float32) - (2**BITS - 1) / 2) * scale
     else:
         group = range_ + slot[:, None] * (2 * GROUPS) + (tl.minimum(channel, D - 1) // (D // GROUPS))[None, :]
         scale = tl.load(group, mask=valid[:, None], other=0.0).to(tl.float32)
         lo = tl.load(group + GROUPS, mask=valid[:, None], other=0.0).to(tl.float32)
-    x = code.to(tl.float32) * scale + lo
+        x = code.to(tl.float32) * scale + lo
+    return x
+
+
+@triton.jit
+def rounded(x, ROUND: tl.constexpr, DOT: tl.constexpr):
+    """fp32 numbers as a cache of dtype ROUND reads, in dtype DOT."""
     if tl.float16 == ROUND:  # 255 fp16 steps past an fp16 minimum stay far inside the other dtypes; a NaN stays
         x = tl.where(x > LIMIT, LIMIT, tl.where(x < -LIMIT, -LIMIT, x))
     return x.to(ROUND).to(DOT)
@@ -79,9 +112,10 @@ def numbers_of(code, range_, slot, valid, D: tl.constexpr, DP: tl.constexpr, GRO
 
 @triton.jit
 def code_tile(codes, range_, slot, valid, D: tl.constexpr, DP: tl.constexpr, BITS: tl.constexpr, GROUPS: tl.constexpr,
-              ROUND: tl.constexpr, DOT: tl.constexpr):  # fmt: skip
+              SYMMETRIC: tl.constexpr, UNEVEN: tl.constexpr, ROUND: tl.constexpr, DOT: tl.constexpr):  # fmt: skip
     """Tokens of the body: slot, valid [N] -> [N, DP] in dtype DOT."""
-    return numbers_of(codes_at(codes, slot, valid, D, DP, BITS), range_, slot, valid, D, DP, GROUPS, ROUND, DOT)
+    code = codes_at(codes, slot, valid, D, DP, BITS, UNEVEN)
+    return rounded(levels_of(code, range_, slot, valid, D, DP, BITS, GROUPS, SYMMETRIC, UNEVEN), ROUND, DOT)
 
 
 @triton.jit
@@ -89,9 +123,9 @@ def text_tile(codes, range_, lower, position, slot, valid, D: tl.constexpr, DP: 
               LOW: tl.constexpr, LOW_WIDTH: tl.constexpr, GROUPS: tl.constexpr, ROUND: tl.constexpr,
               DOT: tl.constexpr):  # fmt: skip
     """Text tokens at `position` [N] of the body; LOW bits more, LOW_WIDTH wide, are in `slot` [N] of the overlay."""
-    code = codes_at(codes, position, valid, D, DP, BITS) << LOW
-    code += codes_at(lower, slot, valid, D, DP, LOW_WIDTH)
-    return numbers_of(code, range_, position, valid, D, DP, GROUPS, ROUND, DOT)
+    code = codes_at(codes, position, valid, D, DP, BITS, False) << LOW
+    code += codes_at(lower, slot, valid, D, DP, LOW_WIDTH, False)
+    return rounded(levels_of(code, range_, position, valid, D, DP, BITS, GROUPS, False, False), ROUND, DOT)
 
 
 @triton.jit
@@ -143,7 +177,9 @@ def attend_tiles(
     SHARE: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr,
     BITS: tl.constexpr, LOW: tl.constexpr, LOW_WIDTH: tl.constexpr, VALUE_TEXT: tl.constexpr,
     WINDOW: tl.constexpr, PIVOTS: tl.constexpr,
-    KEY_GROUPS: tl.constexpr, VALUE_GROUPS: tl.constexpr, KEY_ROUND: tl.constexpr, VALUE_ROUND: tl.constexpr,
+    KEY_GROUPS: tl.constexpr, VALUE_GROUPS: tl.constexpr,
+    KEY_SYMMETRIC: tl.constexpr, VALUE_SYMMETRIC: tl.constexpr, KEY_UNEVEN: tl.constexpr,
+    KEY_ROUND: tl.constexpr, VALUE_ROUND: tl.constexpr,
     DOT: tl.constexpr, FRESH: tl.constexpr, MASK: tl.constexpr, HAS_LENGTH: tl.constexpr, IS_CAUSAL: tl.constexpr,
     SPLIT: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
@@ -208,9 +244,9 @@ def attend_tiles(
     acc = tl.zeros([M, DVP], tl.float32)
 
     key_codes += pair * capacity * (D * BITS // WORD_BITS)
-    key_range += pair * capacity * (2 * KEY_GROUPS)
+    key_range += pair * capacity * (KEY_GROUPS if KEY_SYMMETRIC else 2 * KEY_GROUPS)
     value_codes += pair * value_capacity * (DV * BITS // WORD_BITS)
-    value_range += pair * value_capacity * (2 * VALUE_GROUPS)
+    value_range += pair * value_capacity * (VALUE_GROUPS if VALUE_SYMMETRIC else 2 * VALUE_GROUPS)
     classes += b * capacity
     for i in range(start, tl.minimum(stop, body_tiles)):
         position = i * N + tile_n
@@ -221,8 +257,10 @@ def attend_tiles(
                 valid = valid & (kind != PIVOT)
             if LOW > 0:
                 valid = valid & (kind != TEXT)
-        k = code_tile(key_codes, key_range, position, valid, D, DP, BITS, KEY_GROUPS, KEY_ROUND, DOT)
-        v = code_tile(value_codes, value_range, position, valid, DV, DVP, BITS, VALUE_GROUPS, VALUE_ROUND, DOT)
+        k = code_tile(key_codes, key_range, position, valid,
+                      D, DP, BITS, KEY_GROUPS, KEY_SYMMETRIC, KEY_UNEVEN, KEY_ROUND, DOT)  # fmt: skip
+        v = code_tile(value_codes, value_range, position, valid,
+                      DV, DVP, BITS, VALUE_GROUPS, VALUE_SYMMETRIC, False, VALUE_ROUND, DOT)  # fmt: skip
         top, total, acc = step(queries, k, v, position, valid, token, mask_row, row_valid, mask_t, scale,
                                top, total, acc, MASK, IS_CAUSAL)  # fmt: skip
 
@@ -243,7 +281,8 @@ def attend_tiles(
                 v = text_tile(value_codes, value_range, value_text, position, slot, valid,
                               DV, DVP, BITS, LOW, LOW_WIDTH, VALUE_GROUPS, VALUE_ROUND, DOT)  # fmt: skip
             else:
-                v = code_tile(value_codes, value_range, position, valid, DV, DVP, BITS, VALUE_GROUPS, VALUE_ROUND, DOT)
+                v = code_tile(value_codes, value_range, position, valid,
+                              DV, DVP, BITS, VALUE_GROUPS, VALUE_SYMMETRIC, False, VALUE_ROUND, DOT)  # fmt: skip
             top, total, acc = step(queries, k, v, position, valid, token, mask_row, row_valid, mask_t, scale,
                                    top, total, acc, MASK, IS_CAUSAL)  # fmt: skip
         start, stop = start - text_tiles, stop - text_tiles

@@ -36,6 +36,7 @@ SUPPORTS = Supports(
     **dict.fromkeys(("group", "window", "pivots"), ANY),
     **dict.fromkeys(("body_clip", "text_clip"), ANY),  # of who writes
     **dict.fromkeys(("rotated", "affine", "shares_classes"), ANY),
+    **dict.fromkeys(("symmetric", "uneven"), ANY),
 )
 SPLIT_TOKENS = 256  # fewer tokens than this are not worth a program of their own
 MAX_SPLITS = 64  # combine holds one row of every split in registers
@@ -65,6 +66,8 @@ def layouts_refusal(k: Layout, v: Layout) -> str:
         return f"layouts {k} and {v}, accepted: equal body bits, window and pivots"
     if v.text_bits not in (0, k.text_bits):
         return f"layouts {k} and {v}, accepted: values with the text bits of the keys, or without text overlay"
+    if v.uneven:
+        return "values are uneven, which only keys can be"
     return ""
 
 
@@ -170,6 +173,7 @@ def attend(call: AttendCall, splits: int | None = None) -> Tensor:
             VALUE_TEXT=value_layout.text_bits > 0,
             WINDOW=key_layout.window, PIVOTS=key_layout.pivots,
             KEY_GROUPS=key_layout.groups, VALUE_GROUPS=value_layout.groups,
+            KEY_SYMMETRIC=key_layout.symmetric, VALUE_SYMMETRIC=value_layout.symmetric, KEY_UNEVEN=key_layout.uneven,
             KEY_ROUND=seen_as[key_layout.dtype], VALUE_ROUND=seen_as[value_layout.dtype],
             DOT=seen_as[q.dtype], FRESH=fresh, MASK=kind, HAS_LENGTH=length is not None, IS_CAUSAL=is_causal,
             SPLIT=splits > 1, M=M, N=N, num_warps=warps, num_stages=2,

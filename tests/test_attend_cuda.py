@@ -24,6 +24,15 @@ gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="runs on a GPU")
 # of the norm: the cache reads as 8 or 11 bits, probabilities meet the codes as bf16 (2**-9 each), averages of many
 # tokens are small
 RELATIVE = {f16: 8e-3, bf16: 1.2e-2}
+SYMMETRIC = {"symmetric": True}
+UNEVEN = dict.fromkeys(("symmetric", "uneven", "rotated", "affine"), True)
+LEVELS = {  # of keys, of values
+    "uneven keys": (UNEVEN, SYMMETRIC),
+    "symmetric values": ({}, SYMMETRIC),
+    "symmetric": (SYMMETRIC, SYMMETRIC),
+    "uneven keys alone": (UNEVEN, {}),
+}
+every_level = pytest.mark.parametrize("levels", LEVELS.values(), ids=LEVELS)
 
 
 def struct_fields(name: str, source: str = "attend_cuda.cuh") -> list[str]:
@@ -79,6 +88,17 @@ def refusal(q=None, layout=None, values=None, mask=None, is_causal=False, capaci
         ({"layout": Layout(64, bf16, body_bits=2, group=8)}, "groups is 8, accepted: 1, 2 or 4"),
         ({"layout": Layout(64, bf16, body_bits=2, pivots=33)}, "pivots is 33, accepted: 0 to 32"),
         ({"values": Layout(64, bf16, body_bits=2, window=4)}, "keys and values differ in window, pivots"),
+        (
+            {
+                "layout": Layout(64, bf16, body_bits=2, text_bits=4),
+                "values": Layout(64, bf16, body_bits=2, group=32, symmetric=True),
+            },
+            "keys and values differ in groups, symmetric",
+        ),
+        (
+            {"layout": Layout(64, bf16, 2), "values": Layout(64, bf16, 2, **UNEVEN)},
+            "values are uneven, which only keys can be",
+        ),
         ({"is_causal": True}, "is_causal"),
         ({"q": torch.zeros(1, 4, 40, 64, dtype=bf16)}, "80 query rows per KV head, accepted: up to 64"),
         ({"mask": torch.zeros(1, 1, 1, 5, dtype=torch.float64)}, "the mask is torch.float64"),
@@ -160,14 +180,36 @@ def test_reads_the_text_overlay(dtype, head_dim, group, shape, value_text):
     check_equals_the_reference(dtype, head_dim, group, shape, 4, value_text)
 
 
-def check_equals_the_reference(dtype, head_dim, group, shape, text_bits=0, value_text=0):
+@gpu
+@every_level
+@pytest.mark.parametrize(
+    "dtype, head_dim, group",
+    [(f16, 16, 128), (f16, 64, 32), (bf16, 64, 128), (bf16, 80, 128), (f16, 128, 128), (bf16, 256, 128)],
+    ids=str,
+)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_reads_other_levels(dtype, head_dim, group, shape, levels):
+    check_equals_the_reference(dtype, head_dim, group, shape, levels=levels)
+
+
+def layouts_of(levels, head_dim, dtype, **rest) -> tuple[Layout, Layout]:
+    """Keys and values; levels: as in LEVELS."""
+    clip = lambda given: 1.0 if "symmetric" in given else 0.8
+    key, value = (Layout(head_dim, dtype, body_bits=2, body_clip=clip(given), **rest, **given) for given in levels)
+    return key, value
+
+
+def check_equals_the_reference(dtype, head_dim, group, shape, text_bits=0, value_text=0, levels=({}, {})):
     B, H, share, queries, T, capacity, window, pivots = shape
     overlays = {"window": window, "pivots": pivots, "text_bits": text_bits}
-    layout = Layout(head_dim, dtype, body_bits=2, body_clip=0.8, group=group, **overlays)
-    value_layout = dataclasses.replace(layout, text_bits=value_text, shares_classes=True)
+    layout, value_layout = layouts_of(levels, head_dim, dtype, group=group, **overlays)
+    value_layout = dataclasses.replace(value_layout, text_bits=value_text, shares_classes=True)
     key, value = cache_pair(layout, B, H, T, capacity, value_layout)
-    key_layout = dataclasses.replace(layout, rotated=True, affine=True)  # a field more, which attention does not read
-    key = [*key, torch.full((B, 3, H, head_dim), math.nan, device="cuda")]
+    if layout.affine:  # as read() takes them
+        plain, key_layout = key, layout
+    else:  # a field more, which attention does not read
+        plain, key_layout = key, dataclasses.replace(layout, rotated=True, affine=True)
+        key = [*key, torch.full((B, 3, H, head_dim), math.nan, device="cuda")]
     generator = torch.Generator("cuda").manual_seed(head_dim)
     normal = lambda *size: torch.randn(size, device="cuda", generator=generator).to(dtype)
     uniform = lambda *size: torch.rand(size, device="cuda", generator=generator)
@@ -197,7 +239,7 @@ def check_equals_the_reference(dtype, head_dim, group, shape, text_bits=0, value
         if mask is not None:
             mask[..., T - 1] = True if mask.dtype == torch.bool else 0.5
         tokens = length or (T if fresh is None else int(fresh[2][-1]) + 1)
-        due = expected(q, key[:-1], value, layout, tokens, mask, fresh, value_layout)
+        due = expected(q, plain, value, layout, tokens, mask, fresh, value_layout)
         for splits in (None, 1, 3):
             args = AttendCall(
                 q, key, value, length, mask, None, False, *(fresh or (None,) * 3), key_layout, value_layout
@@ -206,6 +248,26 @@ def check_equals_the_reference(dtype, head_dim, group, shape, text_bits=0, value
             out = attend_cuda.attend(args, splits)
             error = ((out.double() - due).norm() / due.norm()).item()
             assert error <= RELATIVE[dtype], f"{kind}, {splits} splits: {error:.2g}"
+
+
+@gpu
+@pytest.mark.parametrize("head_dim", (16, 48, 64, 80, 96, 128, 192, 256))
+@pytest.mark.parametrize("dtype", (f16, bf16), ids=str)
+def test_rotates_queries_of_uneven_keys_in_its_own_launch(head_dim, dtype):
+    layout, value_layout = layouts_of((UNEVEN, SYMMETRIC), head_dim, dtype, window=16, pivots=3)
+    key, value = cache_pair(layout, 2, 2, 301, 321, value_layout)
+    affine = named(key, layout)["affine"]
+    for heads, tokens in ((2, 1), (6, 3), (10, 2)):
+        q = torch.randn(2, heads, tokens, head_dim, device="cuda").to(dtype)
+        args = (key, value, 301, None, None, False, None, None, None, layout, value_layout)
+        due = expected(rotate_queries(q, affine), key, value, layout, 301, None, None, value_layout)
+        for splits in (None, 1, 3):
+            call = AttendCall(q, *args, rotate=True)
+            assert attend_cuda.refusal(call) == ""
+            error = ((attend_cuda.attend(call, splits).double() - due).norm() / due.norm()).item()
+            assert error <= RELATIVE[dtype], f"{heads} heads, {splits} splits: {error:.2g}"
+        unrotated = attend_cuda.attend(AttendCall(q, *args))
+        assert (unrotated.double() - due).norm() / due.norm() > 0.1
 
 
 @gpu
@@ -229,10 +291,10 @@ def test_rotates_queries_in_its_own_launch(head_dim, affine):
 
 @gpu
 @pytest.mark.parametrize("head_dim", (48, 64, 80, 96, 128, 256))
-@pytest.mark.parametrize("text_bits", (0, 4), ids=("two bits", "text"))
+@pytest.mark.parametrize("form", ({}, {"text_bits": 4}, {"symmetric": True}), ids=("two bits", "text", "symmetric"))
 @pytest.mark.parametrize("dtype", (f16, bf16), ids=str)
-def test_restores_the_output_in_its_own_launch(dtype, text_bits, head_dim):
-    layout = Layout(head_dim, dtype, body_bits=2, text_bits=text_bits, window=16, pivots=3, rotated=True)
+def test_restores_the_output_in_its_own_launch(dtype, form, head_dim):
+    layout = Layout(head_dim, dtype, body_bits=2, window=16, pivots=3, rotated=True, **form)
     key, value = cache_pair(layout, 2, 2, 300, 320)
     back, at = matrix(head_dim).cuda(), torch.arange(297, 300).cuda()
     fresh = (*torch.randn(2, 2, 2, 3, head_dim, device="cuda").to(dtype), at)
@@ -266,12 +328,15 @@ def test_the_op_restores_whichever_kernel_answers(bits):
 
 
 @gpu
-def test_a_broken_token_spoils_only_rows_that_see_it():
-    layout = Layout(128, bf16, body_bits=2, window=16)
-    key, value = cache_pair(layout, 2, 2, 300, 320)
-    named(value, layout)["range"][1, :, 40] = math.nan
+@pytest.mark.parametrize("levels", (({}, {}), *LEVELS.values()), ids=("even", *LEVELS))
+@pytest.mark.parametrize("half", ("keys", "values"))
+def test_a_broken_token_spoils_only_rows_that_see_it(levels, half):
+    layout, value_layout = layouts_of(levels, 128, bf16, window=16)
+    key, value = cache_pair(layout, 2, 2, 300, 321, value_layout)
+    cache, broken = (key, layout) if half == "keys" else (value, value_layout)
+    named(cache, broken)["range"][1, :, 40] = math.nan
     q = torch.randn(2, 2, 1, 128, device="cuda", dtype=bf16)
-    args = (None, False, None, None, None, layout, layout)
+    args = (None, False, None, None, None, layout, value_layout)
     seen = attend_cuda.attend(AttendCall(q, key, value, 300, None, *args))
     assert seen[0].isfinite().all() and seen[1].isnan().all()
     hidden = torch.ones(2, 1, 1, 300, dtype=torch.bool, device="cuda")
@@ -294,10 +359,12 @@ def test_a_row_that_sees_nothing_is_zero():
 
 @gpu
 @pytest.mark.parametrize("size", (1e-6, 1e4), ids=str)
-def test_queries_of_any_size(size):
-    layout = Layout(128, bf16, body_bits=2, window=16)
-    key, value = cache_pair(layout, 1, 2, 300, 320)
+@pytest.mark.parametrize("levels", (({}, {}), LEVELS["uneven keys"]), ids=("even", "uneven"))
+def test_queries_of_any_size(size, levels):
+    layout, value_layout = layouts_of(levels, 128, bf16, window=16)
+    key, value = cache_pair(layout, 1, 2, 300, 320, value_layout)
     q = torch.randn(1, 4, 1, 128, device="cuda", dtype=bf16) * size
-    out = attend_cuda.attend(AttendCall(q, key, value, 300, None, None, False, None, None, None, layout, layout))
-    due = expected(q, key, value, layout, 300, None, None)
+    asked = AttendCall(q, key, value, 300, None, None, False, None, None, None, layout, value_layout)
+    out = attend_cuda.attend(asked)
+    due = expected(q, key, value, layout, 300, None, None, value_layout)
     assert ((out.double() - due).norm() / due.norm()).item() <= RELATIVE[bf16]

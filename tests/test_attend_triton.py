@@ -37,7 +37,7 @@ from tests.test_cache_ops import gather_text
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PACKED = {name: layout for name, layout in LAYOUTS.items() if not layout.lossless}
 every_layout = pytest.mark.parametrize("layout", PACKED.values(), ids=PACKED)
-TEXT_BF16, GROUPED = LAYOUTS["2bit-text4-bf16"], LAYOUTS["2bit-groups"]
+TEXT_BF16, GROUPED, UNEVEN_KEYS = (LAYOUTS[name] for name in ("2bit-text4-bf16", "2bit-groups", "2bit-uneven"))
 ALL_OVERLAYS = Layout(16, f32, body_bits=2, text_bits=4, window=5, pivots=3)
 NO_TEXT = dataclasses.replace(ALL_OVERLAYS, text_bits=0)  # values may lack the text overlay that the keys have
 some = settings(few, max_examples=12)  # the interpreter is slow, and a GPU compiles a kernel for nearly every example
@@ -55,12 +55,17 @@ def spoil(made):
     return made.fill_(torch.nan) if made.is_floating_point() else made
 
 
+def values_of(layout: Layout) -> Layout:
+    """The layout of values beside such keys: only keys can be uneven."""
+    return dataclasses.replace(layout, uneven=False, affine=False) if layout.uneven else layout
+
+
 def pair(layout: Layout, value_layout: Layout | None = None, **sizes) -> tuple[Case, Case]:
     """A prompt's keys and values: other numbers, the same classes and pivots; no pivot is padding."""
     key = case_of(layout, **{"T": 41, "capacity": 45, **sizes})
     for row, at in enumerate(key.pivots.tolist() if key.pivots is not None else ()):
         key.classes[row, [p for p in at if p >= 0]] = TEXT
-    value = case_of(value_layout or layout, *key.x.shape[:3], capacity=key.capacity + 3, seed=1)
+    value = case_of(value_layout or values_of(layout), *key.x.shape[:3], capacity=key.capacity + 3, seed=1)
     return key, dataclasses.replace(value, classes=key.classes, pivots=key.pivots)
 
 
@@ -107,6 +112,33 @@ def test_head_dims(D, dtype, bits):
     assert_close("out", oracle(q, key.expected(), value.expected()), call(q, key, value, splits=2))
 
 
+UNEVEN = dict.fromkeys(("symmetric", "uneven", "rotated", "affine"), True)
+LEVELS = [  # of keys, of values
+    (8, f16, 2, UNEVEN, {"symmetric": True}),
+    (16, f32, 2, UNEVEN, {}),
+    (64, bf16, 2, UNEVEN, {"symmetric": True}),
+    (80, f16, 2, UNEVEN, {"symmetric": True, "group": 16}),
+    (128, f16, 2, UNEVEN, {"symmetric": True, "group": 32}),
+    (256, f32, 2, UNEVEN, {"symmetric": True}),
+    (64, f16, 2, {}, {"symmetric": True}),
+    (24, bf16, 4, {"symmetric": True}, {}),
+    (96, f16, 4, {"symmetric": True, "group": 24}, {"symmetric": True, "group": 48}),
+    (40, f32, 2, {"text_bits": 4}, {"symmetric": True}),
+]
+
+
+@pytest.mark.parametrize("D, dtype, bits, of_keys, of_values", LEVELS, ids=str)
+def test_levels_of_keys_and_values(D, dtype, bits, of_keys, of_values):
+    layouts = [Layout(D, dtype, body_bits=bits, window=3, pivots=2, **levels) for levels in (of_keys, of_values)]
+    key, value = pair(*layouts, B=1, T=35, capacity=37)
+    q, at = randn(1, 4, 2, D, seed=2, dtype=dtype), torch.tensor([33, 34])
+    dirty = [poison(case.pack(), case.layout, 35) for case in (key, value)]
+    assert_close("out", oracle(q, key.expected(), value.expected()), launch(q, *dirty, layouts, 35, splits=2))
+    mask, fresh = randn(1, 1, 2, 35, seed=3) > -1, (key.x[:, :, at] * 2, value.x[:, :, at] + 1, at)
+    k, v = key.expected().index_copy(2, at, fresh[0]), value.expected().index_copy(2, at, fresh[1])
+    assert_close("fresh", oracle(q, k, v, mask), launch(q, *dirty, layouts, None, mask=mask, fresh=fresh))
+
+
 @pytest.mark.parametrize("dims", [(24, 64), (128, 16)], ids=str)
 def test_values_may_have_another_head_dim_group_and_dtype(dims):
     layout = Layout(dims[0], f32, body_bits=2, window=3, group=8, rotated=True)
@@ -118,8 +150,8 @@ def test_values_may_have_another_head_dim_group_and_dtype(dims):
 @st.composite
 def calls(draw):
     """Caches of one prompt, queries, and the other arguments of attention; few layouts, as each is compiled anew."""
-    layout = draw(st.sampled_from((LAYOUTS["2bit"], LAYOUTS["2bit-f16-rotated"], TEXT_BF16, ALL_OVERLAYS)))
-    value_layout = NO_TEXT if layout == ALL_OVERLAYS and draw(st.booleans()) else layout
+    layout = draw(st.sampled_from((LAYOUTS["2bit"], LAYOUTS["2bit-f16-rotated"], TEXT_BF16, ALL_OVERLAYS, UNEVEN_KEYS)))
+    value_layout = NO_TEXT if layout == ALL_OVERLAYS and draw(st.booleans()) else values_of(layout)
     T = draw(st.integers(1, 75))
     B, H, groups = draw(st.sampled_from(((1, 1, 5), (2, 2, 1), (3, 2, 2))))
     key, value = pair(layout, value_layout, B=B, H=H, T=T, capacity=T + 2, seed=draw(seeds))
@@ -161,7 +193,7 @@ def test_fresh_tokens_are_read_at_full_precision(drawn, data):
 @st.composite
 def chunk_calls(draw):
     """As calls(), a chunk after a prompt that may have been cropped."""
-    layout = draw(st.sampled_from((LAYOUTS["2bit"], TEXT_BF16, ALL_OVERLAYS)))
+    layout = draw(st.sampled_from((LAYOUTS["2bit"], TEXT_BF16, ALL_OVERLAYS, UNEVEN_KEYS)))
     B, H, groups = draw(st.sampled_from(((1, 1, 5), (2, 2, 1))))
     key, value = pair(layout, B=B, H=H, T=draw(st.integers(1, 75)), seed=draw(seeds), capacity=75)
     return draw_chunk(draw, key, value, groups, draw(st.sampled_from((1, 4, 37)))), draw(st.sampled_from((1, 3)))
@@ -378,9 +410,11 @@ def test_answers_in_the_dtype_of_q(cache_dtype, q_dtype):
 
 @pytest.mark.parametrize("splits", (1, 2), ids=str)
 @pytest.mark.parametrize("broken", (torch.nan, torch.inf), ids=str)
-@pytest.mark.parametrize("place", (4, 8, 18), ids=("body", "text", "ring"))
-def test_a_broken_token_spoils_only_queries_that_may_see_it(broken, place, splits):
-    layout = Layout(16, f32, body_bits=2, text_bits=4, window=3)
+@pytest.mark.parametrize(
+    "place, levels", [(4, {}), (8, {}), (18, {}), (4, UNEVEN)], ids=("body", "text", "ring", "uneven")
+)
+def test_a_broken_token_spoils_only_queries_that_may_see_it(broken, place, levels, splits):
+    layout = Layout(16, f32, body_bits=2, text_bits=0 if levels else 4, window=3, **levels)
     key, value = pair(layout, T=20)
     key.classes[:, place] = TEXT if place == 8 else PADDING
     q = randn(2, 2, 20, 16)
@@ -429,6 +463,7 @@ REFUSALS = {
     ),
     "overlays": (GROUPED, dataclasses.replace(GROUPED, window=4), f32, None, "accepted: equal body bits, window"),
     "body": (GROUPED, dataclasses.replace(GROUPED, body_bits=4), f32, None, "accepted: equal body bits, window"),
+    "uneven": (UNEVEN_KEYS, UNEVEN_KEYS, f32, None, "values are uneven, which only keys can be"),
     "text": (NO_TEXT, ALL_OVERLAYS, f32, None, "accepted: values with the text bits of the keys, or without"),
     "queries": (
         GROUPED,
@@ -456,7 +491,8 @@ def test_refusals(key_layout, value_layout, dtype, mask, message):
 def test_refuses_no_named_layout(layout):
     for mask in (None, torch.ones(1, dtype=torch.bool), torch.ones(1)):
         q = torch.ones(1, dtype=layout.dtype)
-        assert attend_triton.refusal(AttendCall(q, [], [], 1, mask, None, False, *NO_FRESH, layout, layout)) == ""
+        layouts = layout, values_of(layout)
+        assert attend_triton.refusal(AttendCall(q, [], [], 1, mask, None, False, *NO_FRESH, *layouts)) == ""
 
 
 @pytest.mark.parametrize("shape", [(2, 1, 3, 40), (2, 3, 3, 41), (3, 41, 1), (1, 1, 1, 1, 41)], ids=str)

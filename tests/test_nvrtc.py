@@ -3,6 +3,7 @@ extra brings it on Linux, as CUDA builds of PyTorch do."""
 
 import ctypes
 import ctypes.util
+import dataclasses
 import functools
 import importlib.metadata
 import importlib.util
@@ -23,6 +24,8 @@ PACKAGES = ("nvidia-cuda-nvrtc", "nvidia-cuda-nvrtc-cu12")
 SUCCESS = 0  # nvrtcResult
 symmetric = functools.partial(Layout, body_bits=2, rotated=True, symmetric=True)
 uneven = functools.partial(symmetric, affine=True, uneven=True)
+SYMMETRIC = {"symmetric": True}
+UNEVEN = dict.fromkeys(("symmetric", "uneven", "rotated", "affine"), True)
 
 
 def libraries(roots) -> list[str]:
@@ -103,8 +106,34 @@ def compile_for(architecture: str, source: str, macros: dict) -> str:
 )
 def test_attend_compiles(head_dim, dtype, group, text, tiles, columns, mask, architecture):
     layout = Layout(head_dim, dtype, body_bits=2, text_bits=text[0], group=group)
-    macros = attend_cuda.macros(layout, text[1], tiles, columns, mask)
+    values = dataclasses.replace(layout, text_bits=text[1])
+    macros = attend_cuda.macros(layout, values, tiles, columns, mask)
     assert compile_for(architecture, "attend_cuda", macros) == ""
+
+
+@needs_nvrtc
+@pytest.mark.parametrize(
+    "head_dim, dtype, groups, keys, values, tiles, columns, mask",
+    [
+        (64, f16, (1, 1), UNEVEN, SYMMETRIC, 1, 1, 0),
+        (128, bf16, (1, 1), UNEVEN, SYMMETRIC, 2, 2, 1),
+        (256, bf16, (2, 2), UNEVEN, SYMMETRIC, 1, 2, 2),
+        (80, f16, (1, 1), UNEVEN, {}, 1, 1, 1),
+        (128, bf16, (1, 1), {}, SYMMETRIC, 1, 1, 0),
+        (16, bf16, (1, 1), SYMMETRIC, SYMMETRIC, 1, 2, 0),
+        (64, f16, (4, 1), SYMMETRIC, SYMMETRIC, 2, 2, 2),
+        (64, bf16, (2, 4), {}, {}, 1, 1, 0),
+    ],
+    ids=str,
+)
+def test_attend_compiles_for_other_levels(head_dim, dtype, groups, keys, values, tiles, columns, mask):
+    layouts = [
+        Layout(head_dim, dtype, body_bits=2, group=head_dim // count, **levels)
+        for count, levels in zip(groups, (keys, values), strict=True)
+    ]
+    assert attend_cuda.layouts_refusal(*layouts) == ""
+    macros = attend_cuda.macros(*map(attend_cuda._shape_of, layouts), tiles, columns, mask)
+    assert compile_for(OLDEST, "attend_cuda", macros) == ""
 
 
 @needs_nvrtc
