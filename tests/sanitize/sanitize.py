@@ -29,14 +29,29 @@ from typing import Any
 from unittest import mock
 
 import torch
-from sanitize_cases import COMMON, LANES, RARE, ROTATIONS, TEXTS, TRITON, WARPS, Call, Write, bf16, f16, f32, two
+from sanitize_cases import (
+    COMMON,
+    LANES,
+    RARE,
+    ROTATIONS,
+    SYMMETRIC_LANES,
+    SYMMETRIC_WARPS,
+    TEXTS,
+    TRITON,
+    WARPS,
+    Call,
+    Write,
+    bf16,
+    f16,
+    f32,
+    two,
+)
 from torch import Tensor
 
 from akvq_fx.kernels import cache as ops
 from akvq_fx.kernels import rotate, salience
 from akvq_fx.kernels.attend import AttendCall, reference, rotate_query
 from akvq_fx.kernels.layout import DTYPE_NAMES, DTYPES, PIVOT, STATE_TEXT, TEXT, VISION, Layout
-from akvq_fx.kernels.quantizer import dequantize
 
 Cases = Iterator[tuple[str, Callable[[], None]]]
 LIMIT = 0.03  # of the norm; kernels at 16 bits differ by a third of it
@@ -54,9 +69,10 @@ def randn(*shape: int, seed: int = 0, dtype: torch.dtype = f32) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-def random_affine(B: int, H: int, D: int, seed: int = 7) -> Tensor:
+def random_affine(B: int, H: int, D: int, seed: int = 7, ordered: bool = False) -> Tensor:
     gain = 2.0 ** randn(B, H, D, seed=seed + 1).round().clamp(-2, 2)
-    return torch.stack([randn(B, H, D, seed=seed), gain], 1).half()
+    order = [randn(B, H, D, seed=seed + 2).argsort(-1)] if ordered else []
+    return torch.stack([randn(B, H, D, seed=seed), gain, *order], 1).half()
 
 
 def strided(B: int, H: int, T: int, D: int, how: str, seed: int = 0, dtype: torch.dtype = f32) -> tuple[Tensor, Tensor]:
@@ -109,7 +125,7 @@ def classes_of(B: int, T: int) -> Tensor:
 def filled(layout: Layout, B: int, H: int, T: int, capacity: int, seed: int) -> list[Tensor]:
     """A cache of T tokens; slots that none was written to hold NaN or garbage. One row's text slots are gathered."""
     pivots = chosen(B, T, layout.pivots) if layout.pivots else None
-    affine = random_affine(B, H, layout.head_dim) if layout.affine else None
+    affine = random_affine(B, H, layout.head_dim, ordered=layout.uneven) if layout.affine else None
     x = randn(B, H, T, layout.head_dim, seed=seed, dtype=layout.dtype)
     cache = ops.create(x, torch.arange(T), classes_of(B, T), pivots, affine, capacity, layout)
     b = ops.named(cache, layout)
@@ -166,7 +182,7 @@ def write(module: str, lanes: bool, call: Write) -> None:
     x, x_there = strided(B, H, T, D, call.x, dtype=layout.dtype)
     at, kinds = torch.arange(begin, begin + T), classes_of(B, T) if call.kinds else None
     pivots = chosen(B, T, call.pivots) if call.pivots else None
-    affine = random_affine(B, H, D) if layout.affine else None
+    affine = random_affine(B, H, D, ordered=layout.uneven) if layout.affine else None
     stored = rotate.rotate_as_stored(x, affine, layout.rotated) if call.rotate else x
     kernels = kernels_of(module)
     accept(kernels.refusal(x_there, layout))
@@ -198,7 +214,8 @@ def compare(due: dict[str, Tensor], got: dict[str, Tensor], layout: Layout, rota
         check("text", *texts, limit)
         due.pop("text_codes"), got.pop("text_codes")
     if "range" in due:
-        check("codes", *(dequantize(b.pop("codes"), b.pop("range"), layout.body_bits, f32) for b in (due, got)), limit)
+        wide = dataclasses.replace(layout, dtype=f32)
+        check("codes", *(ops.decode(b.pop("codes"), b.pop("range"), wide) for b in (due, got)), limit)
     for name, buffer in due.items():
         if buffer.is_floating_point():
             check(name, buffer, got[name])
@@ -206,9 +223,11 @@ def compare(due: dict[str, Tensor], got: dict[str, Tensor], layout: Layout, rota
             assert torch.equal(buffer, got[name]), f"{name} differs"
 
 
-def check_rotation(op: str, sizes: tuple[int, ...], dtype: torch.dtype, owners: int, how: str, many: bool) -> None:
+def check_rotation(
+    op: str, sizes: tuple[int, ...], dtype: torch.dtype, owners: int, how: str, many: bool, ordered: bool = False
+) -> None:
     x, x_there = strided(*sizes, how, dtype=dtype)
-    maps = [random_affine(sizes[0], owners, sizes[3])] if owners else []
+    maps = [random_affine(sizes[0], owners, sizes[3], ordered=ordered)] if owners else []
     due = getattr(rotate, op)(x.double(), *maps)
     kernels = kernels_of("rotate_triton")
     accept(kernels.refusal(x_there))
@@ -226,13 +245,13 @@ def find_pivots(mode: str, dtype: torch.dtype) -> None:
     assert torch.equal(due, found), f"pivots are {found.tolist()}, due {due.tolist()}"
 
 
-def key_affine(dtype: torch.dtype, tokens: int, asked: int, padded: bool) -> None:
+def key_affine(dtype: torch.dtype, tokens: int, asked: int, padded: bool, ordered: bool = False) -> None:
     k, q = randn(2, 2, tokens, 80, dtype=dtype) + 1, randn(2, 6, asked, 80, seed=1, dtype=dtype) * 2
     valid = torch.arange(tokens) >= torch.tensor([[0], [9]]) if padded else None
-    due = salience.key_affine_reference(k, q, valid, True, True)
+    due = salience.key_affine_reference(k, q, valid, True, True, ordered)[:, :2]  # channels may be near enough to swap
     kernels = kernels_of("salience_triton")
     accept(kernels.refusal(k, q))
-    check("affine", due, kernels.key_affine(*on_gpu(k, q, valid), True, True))
+    check("affine", due, kernels.key_affine(*on_gpu(k, q, valid), True, True, ordered)[:, :2])
 
 
 def cases() -> Cases:
@@ -253,17 +272,21 @@ def cases() -> Cases:
         sizes = f"{body} bits/text {bits[0]} {bits[1]}/q {call.sizes[3]}/splits {call.splits}"
         title = f"attend_triton/{head_dim}/{DTYPE_NAMES[dtype]}/{sizes}/{call}"
         yield title, functools.partial(attend, "attend_triton", *pair, call)
-    for kernel, calls in (("four lanes", LANES), ("warp", WARPS)):
+    for kernel, calls in (("four lanes", LANES + SYMMETRIC_LANES), ("warp", WARPS + SYMMETRIC_WARPS)):
         for call in calls:
-            yield f"append_cuda/{kernel}/{call}", functools.partial(write, "append_cuda", calls is LANES, call)
-    for call in (LANES[2], LANES[5], WARPS[0], WARPS[3], WARPS[5], WARPS[9]):
+            lanes = kernel == "four lanes"
+            yield f"append_cuda/{kernel}/{call}", functools.partial(write, "append_cuda", lanes, call)
+    for call in (LANES[2], LANES[5], WARPS[0], WARPS[3], WARPS[5], WARPS[9], *SYMMETRIC_LANES, *SYMMETRIC_WARPS):
         yield f"cache_triton/{call}", functools.partial(write, "cache_triton", False, call)
     for op, sizes, dtype, owners, how, many in ROTATIONS:
         title = f"rotate_triton/{op}/{list(sizes)}/{DTYPE_NAMES[dtype]}/{how or 'dense'}" + "+many" * many
         yield title, functools.partial(check_rotation, op, sizes, dtype, owners, how, many)
+        if owners and sizes[3] <= 128:
+            yield f"{title}+order", functools.partial(check_rotation, op, sizes, dtype, owners, how, many, True)
     yield "salience_triton/find_pivots/topk/f32", functools.partial(find_pivots, "topk", f32)
     yield "salience_triton/find_pivots/massive/f16", functools.partial(find_pivots, "massive", f16)
     yield "salience_triton/key_affine/bf16/padded", functools.partial(key_affine, bf16, 300, 300, True)
+    yield "salience_triton/key_affine/bf16/order", functools.partial(key_affine, bf16, 300, 300, True, True)
     yield "salience_triton/key_affine/f32/other queries", functools.partial(key_affine, f32, 600, 33, False)
 
 

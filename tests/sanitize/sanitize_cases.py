@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -9,6 +10,8 @@ import torch
 from akvq_fx.kernels.layout import Layout
 
 f16, bf16, f32 = torch.float16, torch.bfloat16, torch.float32
+symmetric = functools.partial(Layout, body_bits=2, rotated=True, symmetric=True)
+uneven = functools.partial(symmetric, affine=True, uneven=True)
 
 
 class Call(NamedTuple):
@@ -140,6 +143,17 @@ WARPS = [  # a warp a token
     Write(Layout(96, bf16, rotated=True, affine=True), (2, 2, 17), rotate=True),
     Write(Layout(8, f16), (3, 5, 1), start=3),
     Write(two(64, f16, "affine", body_bits=4, window=64, pivots=5), (2, 3, 200), start=0, rotate=True, many=True),
+]
+SYMMETRIC_LANES = [
+    Write(symmetric(64, bf16, window=70, pivots=15, shares_classes=True), (2, 3, 301), rotate=True, pivots=15),
+    Write(symmetric(128, f16, window=64), (2, 2, 130), start=7, rotate=True, x="heads last", many=True),
+]
+SYMMETRIC_WARPS = [
+    Write(symmetric(128, bf16, window=64, pivots=3, shares_classes=True), (2, 3, 1), start=40, rotate=True),
+    Write(symmetric(80, f32, body_bits=4, group=20), (1, 3, 13), rotate=True),
+    Write(uneven(64, bf16, window=64, pivots=3), (2, 3, 1), start=40, rotate=True, x="heads last"),
+    Write(uneven(128, f16, window=70, pivots=15), (2, 3, 130), rotate=True, pivots=15, many=True),
+    Write(uneven(80, bf16, window=5), (1, 2, 67)),
 ]
 ROTATIONS = [  # op, sizes, dtype, heads of the affine map, strides, many
     ("rotate", (2, 9, 1, 128), bf16, 0, "heads last", False),
