@@ -30,6 +30,7 @@ SUPPORTS = Supports(
     head_dim=range(8, 513, 8),
     **dict.fromkeys(("group", "window", "pivots", "body_clip", "text_clip"), ANY),
     **dict.fromkeys(("rotated", "affine", "shares_classes"), ANY),
+    **dict.fromkeys(("symmetric", "uneven"), (False,)),
 )
 BAD_POSITION = 1  # what the kernel answers, 0 for done
 SOURCES = ("append_cpu.cpp", "numbers_cpu.h")

@@ -34,6 +34,7 @@ SUPPORTS = Supports(
     **dict.fromkeys(("group", "window", "pivots"), ANY),
     **dict.fromkeys(("body_clip", "text_clip"), ANY),  # of who writes
     **dict.fromkeys(("rotated", "affine", "shares_classes"), ANY),
+    **dict.fromkeys(("symmetric", "uneven"), (False,)),
 )
 OUT_OF_MEMORY, BAD_POSITION = 1, 2  # what the kernel answers, 0 for done
 SOURCES = ("attend_cpu.cpp", "attend_cpu.h", "numbers_cpu.h")

@@ -139,7 +139,9 @@ def random_affine(B: int, H: int, D: int, seed: int = 0, uneven: bool = False) -
 
 
 @st.composite
-def layouts(draw, head_dims=(8, 16, 24, 40), dtypes=(f32, f16, bf16), shares=(False, True)) -> Layout:
+def layouts(
+    draw, head_dims=(8, 16, 24, 40), dtypes=(f32, f16, bf16), shares=(False, True), symmetric=(False, True)
+) -> Layout:
     bits = draw(st.sampled_from((2, 4, 8, 16)))
     overlays = {}
     if bits != 16:
@@ -148,7 +150,7 @@ def layouts(draw, head_dims=(8, 16, 24, 40), dtypes=(f32, f16, bf16), shares=(Fa
             "window": draw(st.sampled_from((0, 1, 5, 40))),
             "pivots": draw(st.sampled_from((0, 1, 3))),
         }
-    symmetric = bits in (2, 4) and not overlays["text_bits"] and draw(st.booleans())
+    symmetric = bits in (2, 4) and not overlays["text_bits"] and draw(st.sampled_from(symmetric))
     uneven = symmetric and bits == 2 and draw(st.booleans())
     return Layout(
         draw(st.sampled_from(head_dims)),

@@ -192,9 +192,9 @@ def test_reads_other_levels(dtype, head_dim, group, shape, levels):
     check_equals_the_reference(dtype, head_dim, group, shape, levels=levels)
 
 
-def layouts_of(levels, head_dim, dtype, **rest) -> tuple[Layout, Layout]:
+def layouts_of(levels, head_dim, dtype, body_clip=0.8, **rest) -> tuple[Layout, Layout]:
     """Keys and values; levels: as in LEVELS."""
-    clip = lambda given: 1.0 if "symmetric" in given else 0.8
+    clip = lambda given: 1.0 if "symmetric" in given else body_clip
     key, value = (Layout(head_dim, dtype, body_bits=2, body_clip=clip(given), **rest, **given) for given in levels)
     return key, value
 
@@ -361,7 +361,7 @@ def test_a_row_that_sees_nothing_is_zero():
 @pytest.mark.parametrize("size", (1e-6, 1e4), ids=str)
 @pytest.mark.parametrize("levels", (({}, {}), LEVELS["uneven keys"]), ids=("even", "uneven"))
 def test_queries_of_any_size(size, levels):
-    layout, value_layout = layouts_of(levels, 128, bf16, window=16)
+    layout, value_layout = layouts_of(levels, 128, bf16, body_clip=1.0, window=16)
     key, value = cache_pair(layout, 1, 2, 300, 320, value_layout)
     q = torch.randn(1, 4, 1, 128, device="cuda", dtype=bf16) * size
     asked = AttendCall(q, key, value, 300, None, None, False, None, None, None, layout, value_layout)
