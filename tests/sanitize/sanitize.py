@@ -29,7 +29,22 @@ from typing import Any
 from unittest import mock
 
 import torch
-from sanitize_cases import COMMON, LANES, RARE, ROTATIONS, TEXTS, TRITON, WARPS, Call, Write, bf16, f16, f32, two
+from sanitize_cases import (
+    COMMON,
+    LANES,
+    RARE,
+    ROTATIONS,
+    TEXTS,
+    TRITON,
+    UNEVEN,
+    WARPS,
+    Call,
+    Write,
+    bf16,
+    f16,
+    f32,
+    two,
+)
 from torch import Tensor
 
 from akvq_fx.kernels import cache as ops
@@ -109,7 +124,7 @@ def classes_of(B: int, T: int) -> Tensor:
 def filled(layout: Layout, B: int, H: int, T: int, capacity: int, seed: int) -> list[Tensor]:
     """A cache of T tokens; slots that none was written to hold NaN or garbage. One row's text slots are gathered."""
     pivots = chosen(B, T, layout.pivots) if layout.pivots else None
-    affine = random_affine(B, H, layout.head_dim) if layout.affine else None
+    affine = random_affine(B, H, layout.head_dim, uneven=layout.uneven) if layout.affine else None
     x = randn(B, H, T, layout.head_dim, seed=seed, dtype=layout.dtype)
     cache = ops.create(x, torch.arange(T), classes_of(B, T), pivots, affine, capacity, layout)
     b = ops.named(cache, layout)
@@ -247,6 +262,13 @@ def cases() -> Cases:
             pair = [dataclasses.replace(layout, text_bits=b) for b in bits]
             title = f"attend_cuda/{head_dim}/{DTYPE_NAMES[dtype]}/{layout.groups} groups/{name}/{text}/{call}"
             yield title, functools.partial(attend, "attend_cuda", *pair, call)
+    for name, call in UNEVEN.items():
+        for head_dim, dtype in ((64, f16), (80, f16), (128, bf16)):
+            overlays = {"body_clip": 1.0, "window": call.window, "pivots": call.pivots}
+            values = two(head_dim, dtype, symmetric=True, **overlays)
+            keys = dataclasses.replace(values, uneven=True, rotated=True, affine=True)
+            title = f"{head_dim}/{DTYPE_NAMES[dtype]}/uneven/{name}/{call}"
+            yield f"attend_cuda/{title}", functools.partial(attend, "attend_cuda", keys, values, call)
     for head_dim, dtype, body, bits, group, call in TRITON:
         layout = Layout(head_dim, dtype, body, 0, call.window, call.pivots, group)
         pair = [dataclasses.replace(layout, text_bits=b) for b in bits]
