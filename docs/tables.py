@@ -58,7 +58,7 @@ OPTIONS = {
         "keep text at more bits; see [recipes.md](recipes.md#akvq-uneven)",
         OURS,
     ),
-    "symmetric_values": ("values have a scale and no minimum; not in layers that keep text at more bits", OURS),
+    "symmetric_values": ("values have a scale and no minimum; not in layers whose text has more bits", OURS),
     "body_clip": ("factor by which the range of a group is shrunk before it is quantized", f"{PAPER}, section IV-A"),
     "text_clip": ("the same for text tokens", f"{PAPER}, section IV-A"),
     "group": (
@@ -89,8 +89,8 @@ OPTIONS = {
 # recipe: what it does
 RECIPE_WORDS = {
     "akvq": "AKVQ-VL with centred and balanced keys, 4-bit keys of text in every layer and half the window",
-    "akvq-uneven": "the same with 4, 2 and 0 bits for a key's channels by their part in scores, values without a "
-    "minimum and text at 2 bits but in layers 0 and 1: for long contexts",
+    "akvq-uneven": "the same, but in prompts without images a key's channels have 4, 2 and 0 bits by their part in "
+    "scores, and values no minimum: for long texts",
     "akvq-vl": "the paper to the letter: text first in early layers, pivots in late ones, Walsh-Hadamard, 2 bits, "
     "folded values",
     "rtn2": "round to nearest per token, groups of 128; the baseline of every paper here",

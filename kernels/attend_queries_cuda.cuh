@@ -53,11 +53,13 @@ __device__ __forceinline__ const u16 *row_of_affine(const Params &p, const Threa
     return p.affine + ((self.batch * COUNT + row) * p.heads + self.bh % p.heads) * D;
 }
 
-// A query as the model made it, its channels in the stored order -> as stored keys are asked, rounded to its dtype.
-// gain: null or of this head, as the model has its channels; order: null or which of these each stored one is.
+// Which of the model's channels a stored one is; order: this head's, or null where channels stay in their order.
 __device__ __forceinline__ int source_of(const u16 *order, int channel) {
     return order ? (int)from_half(order[channel]) : channel;
 }
+
+// A query as the model made it, its channels in the stored order -> as stored keys are asked, rounded to its dtype.
+// gain: this head's, by the model's channels, or null.
 __device__ __forceinline__ void to_stored(float (&x)[OWN_QUERY], const u16 *gain, const u16 *order, int lane) {
 #pragma unroll
     for (int i = 0; i < OWN_QUERY; i++) {

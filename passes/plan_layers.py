@@ -81,7 +81,8 @@ def layout_of(config: AKVQConfig, half: str, head_dim: int, dtype: torch.dtype, 
     text_bits = config.text_bits if tsa else 0
     if has_vision and not tsa and half == "keys" and config.keeps_psa_text_keys:
         text_bits = config.psa_text_key_bits
-    symmetric = (config.uneven_keys if half == "keys" else config.symmetric_values) and not text_bits
+    overlay = tsa or has_vision and config.keeps_psa_text_keys  # of the keys; then values have minima as they have
+    symmetric = (config.uneven_keys if half == "keys" else config.symmetric_values) and not overlay
     return dataclasses.replace(
         base,
         text_bits=text_bits,

@@ -17,7 +17,7 @@ from akvq_fx.kernels.attend import AttendCall
 from akvq_fx.kernels.cache import named, read
 from akvq_fx.kernels.layout import PIVOT, TEXT, Layout
 from akvq_fx.kernels.rotate import matrix, rotate, rotate_queries
-from tests.kernel_cases import case_of, few, random_affine
+from tests.kernel_cases import case_of, few, randn, random_affine
 
 bf16, f16 = torch.bfloat16, torch.float16
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="runs on a GPU")
@@ -363,7 +363,8 @@ def test_a_row_that_sees_nothing_is_zero():
 def test_queries_of_any_size(size, levels):
     layout, value_layout = layouts_of(levels, 128, bf16, body_clip=1.0, window=16)
     key, value = cache_pair(layout, 1, 2, 300, 320, value_layout)
-    q = torch.randn(1, 4, 1, 128, device="cuda", dtype=bf16) * size
+    # of other numbers one query in a hundred has two keys so close that rounding decides between them
+    q = randn(1, 4, 1, 128, seed=1).cuda().to(bf16) * size
     asked = AttendCall(q, key, value, 300, None, None, False, None, None, None, layout, value_layout)
     out = attend_cuda.attend(asked)
     due = expected(q, key, value, layout, 300, None, None, value_layout)

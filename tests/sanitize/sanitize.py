@@ -38,6 +38,7 @@ from sanitize_cases import (
     SYMMETRIC_WARPS,
     TEXTS,
     TRITON,
+    UNEVEN,
     WARPS,
     Call,
     Write,
@@ -125,7 +126,7 @@ def classes_of(B: int, T: int) -> Tensor:
 def filled(layout: Layout, B: int, H: int, T: int, capacity: int, seed: int) -> list[Tensor]:
     """A cache of T tokens; slots that none was written to hold NaN or garbage. One row's text slots are gathered."""
     pivots = chosen(B, T, layout.pivots) if layout.pivots else None
-    affine = random_affine(B, H, layout.head_dim, ordered=layout.uneven) if layout.affine else None
+    affine = random_affine(B, H, layout.head_dim, uneven=layout.uneven) if layout.affine else None
     x = randn(B, H, T, layout.head_dim, seed=seed, dtype=layout.dtype)
     cache = ops.create(x, torch.arange(T), classes_of(B, T), pivots, affine, capacity, layout)
     b = ops.named(cache, layout)
@@ -182,7 +183,7 @@ def write(module: str, lanes: bool, call: Write) -> None:
     x, x_there = strided(B, H, T, D, call.x, dtype=layout.dtype)
     at, kinds = torch.arange(begin, begin + T), classes_of(B, T) if call.kinds else None
     pivots = chosen(B, T, call.pivots) if call.pivots else None
-    affine = random_affine(B, H, D, ordered=layout.uneven) if layout.affine else None
+    affine = random_affine(B, H, D, uneven=layout.uneven) if layout.affine else None
     stored = rotate.rotate_as_stored(x, affine, layout.rotated) if call.rotate else x
     kernels = kernels_of(module)
     accept(kernels.refusal(x_there, layout))
@@ -227,7 +228,7 @@ def check_rotation(
     op: str, sizes: tuple[int, ...], dtype: torch.dtype, owners: int, how: str, many: bool, ordered: bool = False
 ) -> None:
     x, x_there = strided(*sizes, how, dtype=dtype)
-    maps = [random_affine(sizes[0], owners, sizes[3], ordered=ordered)] if owners else []
+    maps = [random_affine(sizes[0], owners, sizes[3], uneven=ordered)] if owners else []
     due = getattr(rotate, op)(x.double(), *maps)
     kernels = kernels_of("rotate_triton")
     accept(kernels.refusal(x_there))
@@ -266,6 +267,13 @@ def cases() -> Cases:
             pair = [dataclasses.replace(layout, text_bits=b) for b in bits]
             title = f"attend_cuda/{head_dim}/{DTYPE_NAMES[dtype]}/{layout.groups} groups/{name}/{text}/{call}"
             yield title, functools.partial(attend, "attend_cuda", *pair, call)
+    for name, call in UNEVEN.items():
+        for head_dim, dtype in ((64, f16), (80, f16), (128, bf16)):
+            overlays = {"body_clip": 1.0, "window": call.window, "pivots": call.pivots}
+            values = two(head_dim, dtype, symmetric=True, **overlays)
+            keys = dataclasses.replace(values, uneven=True, rotated=True, affine=True)
+            title = f"{head_dim}/{DTYPE_NAMES[dtype]}/uneven/{name}/{call}"
+            yield f"attend_cuda/{title}", functools.partial(attend, "attend_cuda", keys, values, call)
     for head_dim, dtype, body, bits, group, call in TRITON:
         layout = Layout(head_dim, dtype, body, 0, call.window, call.pivots, group)
         pair = [dataclasses.replace(layout, text_bits=b) for b in bits]

@@ -55,6 +55,11 @@ RARE = {  # every other head dim
     "all in the ring": Call((2, 3, 1, 1, 70, 128), 128, 15, fresh="ahead", splits=3, rotate="affine"),
     "odd sizes": Call((2, 1, 1, 3, 65, 65), 5, 2, mask="bool", length="whole", splits=3),
 }
+UNEVEN = {  # of uneven keys and symmetric values; the kernel rotates their queries
+    "the default": COMMON["the default"],
+    "forty rows": COMMON["forty rows"],
+    "an odd end": Call((1, 1, 4, 1, 67, 67), rotate="affine"),  # ranges of 2 bytes end in the middle of a word
+}
 TEXTS = {"no text": (0, 0), "text": (4, 4), "text of keys": (4, 0)}
 TRITON = [  # head dim, dtype, body bits, text bits of keys and values, group, call
     (40, f16, 2, (0, 0), 8, Call((2, 2, 3, 1, 300, 333), 5, 2, length="whole", splits=3)),
