@@ -157,6 +157,10 @@ class AKVQConfig:
         bits = chosen["body_bits"] if self.body_bits is None else self.body_bits
         if bits == 16:  # lossless
             chosen |= dict.fromkeys(("center_keys", "balance_keys", "uneven_keys", "symmetric_values", "rotate"), False)
+        if bits != 2 or self.rotate is False:  # where the user's choice leaves no room for the recipe's
+            chosen["uneven_keys"] = False
+        if bits not in (2, 4):
+            chosen["symmetric_values"] = False
         chosen.setdefault("rotate", True)
         for name, value in chosen.items():
             if getattr(self, name) is None:
