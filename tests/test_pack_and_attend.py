@@ -147,6 +147,16 @@ class Roomy(models.StaticIndexCopy):
     slots = 200
 
 
+@pytest.mark.parametrize("spelling", [models.Attention, Roomy], ids=name)
+def test_channels_in_order_and_scales_alone_change_nothing_within_the_window(spelling):
+    """The prompt's own order of channels, on grouped queries: an exact identity before anything is quantized."""
+    options = {"inner": "eager", "recipe": "akvq-uneven"}
+    seen = evidence(Decoder(spelling, layers=2), options, prompt=40, steps=3, chunk=3)
+    assert seen.error <= 1e-4
+    key, value = (x.layout_of for x in seen.cache[0])
+    assert (key.uneven, key.symmetric, value.uneven, value.symmetric) == (True, True, False, True)
+
+
 def chunk_run(model, ids, cuts, **options):
     """(logits of the last cut, what each cache of the cut before reads as, captures) of a compiled model."""
     spy, cache, before = models.Spy(**options), None, None

@@ -4,9 +4,10 @@ import pytest
 import torch
 
 import akvq_fx
-from akvq_fx import runtime
+from akvq_fx import AKVQConfig, runtime
 from akvq_fx.kernels.layout import TEXT, VISION
 from akvq_fx.passes.patterns.site import layer_of
+from akvq_fx.passes.plan_layers import layout_of
 from akvq_fx.records import bits_of
 from akvq_fx.storage import text_slots
 from tests import attention_models as models
@@ -137,6 +138,17 @@ def test_text_at_16_bits_keeps_the_layer_plain():
     assert [isinstance(pair[0], akvq_fx.PackedKV) for pair in cache] == [False, False, True]
     reasons = {row.reason.split(" [")[0] for row in akvq_fx.report(model).refused}
     assert reasons == {"text_bits=16 keeps TSA layers at 16 bits"}
+
+
+@pytest.mark.parametrize("text_key_bits", (2, 4))
+def test_channels_are_uneven_where_text_has_no_bits_of_its_own(text_key_bits):
+    config = AKVQConfig(recipe="akvq-uneven", psa_text_key_bits=text_key_bits)
+    of = lambda tsa, vision: [layout_of(config, half, 64, torch.bfloat16, tsa, vision) for half in ("keys", "values")]
+    for tsa, vision in ((False, False), (False, True), (True, True)):
+        overlay = vision and (tsa or text_key_bits == 4)
+        key, value = of(tsa, vision)
+        assert (key.uneven, key.symmetric, value.symmetric, value.uneven) == (*[not overlay] * 3, False)
+        assert bool(key.text_bits) == overlay and key.body_clip == (0.8 if overlay else 1.0)
 
 
 def test_lossless_needs_no_policy():
