@@ -1,5 +1,5 @@
-// A token as four lanes hold it in the kernel `pack` of append_cuda.cu, two 16-bit numbers in a word: arithmetic on such
-// pairs, the thresholds that give a number its 2-bit code, rotating, loading and storing.
+// A token as four lanes hold it in the kernel `pack` of append_cuda.cu, two 16-bit numbers in a word: arithmetic on
+// such pairs, the thresholds that give a number its 2-bit code, rotating, loading and storing.
 
 #pragma once
 
