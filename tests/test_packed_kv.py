@@ -15,7 +15,7 @@ from transformers.cache_utils import DynamicCache, StaticLayer
 
 from akvq_fx import packed_ops
 from akvq_fx.kernels import cache as ops
-from akvq_fx.kernels.layout import PADDING, STATE_TEXT, TEXT, VISION, Layout
+from akvq_fx.kernels.layout import PADDING, STATE_TEXT, TEXT, VISION, Layout, pack_bits
 from akvq_fx.kernels.quantizer import dequantize, quantize
 from akvq_fx.packed_kv import PackedKV, Storage
 from tests.kernel_cases import (
@@ -240,10 +240,12 @@ def stored_states(layout, stored, classes, pivots):
     """What each token may read as in the stored space, alone: its due bits outside the ring, and exact."""
     if layout.lossless:
         return stored, stored
-    rounded = lambda bits, clip: dequantize(*quantize(stored, bits, clip, layout.groups), bits, layout.dtype)
-    due = rounded(layout.body_bits, layout.body_clip)
+    codes, range_ = ops.encode(stored, layout)
+    due = ops.decode(pack_bits(codes, layout.body_bits), range_, layout)
     if layout.text_bits:
-        due = torch.where((classes == TEXT)[:, None, :, None], rounded(layout.text_bits, layout.text_clip), due)
+        text = quantize(stored, layout.text_bits, layout.text_clip, layout.groups)
+        text = dequantize(*text, layout.text_bits, layout.dtype)
+        due = torch.where((classes == TEXT)[:, None, :, None], text, due)
     for row in range(stored.shape[0]) if pivots is not None else ():
         kept = pivots[row][(pivots[row] >= 0) & (pivots[row] < stored.shape[2])].long()
         kept = kept[classes[row, kept] != PADDING]
@@ -716,7 +718,9 @@ def test_zero_is_an_empty_cache(layout, static):
     case.classes[:] = TEXT
     case.x, case.pivots = new, None
     if layout.affine:
-        case.affine = torch.tensor([0.0, 1.0])[None, :, None, None].half().expand(2, 2, 2, layout.head_dim)
+        rows = [torch.zeros(layout.head_dim), torch.ones(layout.head_dim)]
+        rows += [torch.arange(layout.head_dim)] if layout.uneven else []
+        case.affine = torch.stack(rows)[None, :, None].half().expand(2, -1, 2, -1)
     fresh = packed_of(case)
     case.x = fresh.storage.to_stored(new)
     assert_same("written again", packed_of(case).dequantize(), got)
