@@ -156,7 +156,7 @@ class AKVQConfig:
             chosen |= {"body_bits": 16, "window": 0, "pivots": 0}
         bits = chosen["body_bits"] if self.body_bits is None else self.body_bits
         if bits == 16:  # lossless
-            chosen |= dict.fromkeys(("center_keys", "balance_keys", "uneven_keys", "symmetric_values", "rotate"), False)
+            chosen |= {"center_keys": False, "balance_keys": False, "rotate": False}
         if bits != 2 or self.rotate is False:  # where the user's choice leaves no room for the recipe's
             chosen["uneven_keys"] = False
         if bits not in (2, 4):

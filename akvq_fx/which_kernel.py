@@ -78,13 +78,7 @@ def answers_to(call: Call) -> list[KernelAnswer]:
             return [answer(call, {"x": new, "layout": layout}) for layout in (keys, values)]
         if call.op == "attend":
             return [answer(call, [attend_call(call, query, new, keys, values)])]
-        affine = torch.empty(keys.buffer("affine", B, H, 0)[0], device=call.device) if keys.affine else None
-        tensors = {
-            "rotate_queries": [query, affine],
-            "rotate_keys": [new, affine],
-            "find_pivots": [empty(B, q, call.width)],
-            "key_affine": [new, query],
-        }
+        tensors = {"rotate_queries": [query], "find_pivots": [empty(B, q, call.width)], "key_affine": [new, query]}
         return [answer(call, tensors.get(call.op, [new]))]
 
 

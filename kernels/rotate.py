@@ -88,14 +88,14 @@ def rotate_directly(x: Tensor) -> Tensor:
 
 
 def rotate_keys_directly(k: Tensor, affine: Tensor) -> Tensor:
-    kernel = choose("rotate_keys", FASTER.get(k.device.type, ()), k, affine)
+    kernel = choose("rotate_keys", FASTER.get(k.device.type, ()), k)
     if kernel is not None:
         return kernel(k, affine)
     return keys_reference(k, affine)
 
 
 def rotate_queries_directly(q: Tensor, affine: Tensor) -> Tensor:
-    kernel = choose("rotate_queries", FASTER.get(q.device.type, ()), q, affine)
+    kernel = choose("rotate_queries", FASTER.get(q.device.type, ()), q)
     if kernel is not None:
         return kernel(q, affine)
     return queries_reference(q, affine)

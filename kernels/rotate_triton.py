@@ -65,8 +65,8 @@ def padded(head_dim: int) -> int:
     return max(MIN_DOT, triton.next_power_of_2(head_dim))
 
 
-def refusal(x: Tensor, affine: Tensor | None = None) -> str:
-    """Why these kernels cannot take x with this affine map; "" where they can."""
+def refusal(x: Tensor) -> str:
+    """Why these kernels cannot take x; "" where they can."""
     if x.dtype not in DTYPES:
         return f"x is {x.dtype}, accepted: float16, bfloat16, float32"
     if x.shape[-1] > MAX_DIM:
