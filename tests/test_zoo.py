@@ -47,9 +47,8 @@ REPEATED = {
     "qwen3_next": "qwen3_5",
     "smolvlm": "idefics3",
 }
-# plain RoPE, norms on queries and keys, fused projections, no RoPE, M-RoPE, sliding windows beside full attention: each
-# has relatives that grow
-STATIC = {"llama", "qwen3", "phi3", "gpt2", "qwen2_5_vl", "gemma3"}
+# cheap ones of every form that static caches are used with; each has relatives that grow
+STATIC = {"llama", "qwen3", "phi3", "gpt2", "idefics3", "internvl", "qwen2_5_vl", "gemma3"}
 if FULL:
     CASES = [(family, cache, batch) for family in ZOO for cache in ("dynamic", "static") for batch in (1, 2)]
 else:
