@@ -133,7 +133,7 @@ def test_calls(plain, way, static, gradients):
 
 @pytest.mark.parametrize(
     "way, static",
-    [(generate, False), (generate, True), (generate_of_a_compiled_one, False), (generate_of_a_compiled_one, True)]
+    [(generate, False), (generate, True), (generate_of_a_compiled_one, True)]  # growing: test_generate
     + [(compile_config, True)],  # which growing caches do without
     ids=name,
 )
