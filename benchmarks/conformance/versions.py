@@ -31,9 +31,9 @@ PAIRS = (
 COLUMNS = ("Python", "torch", "transformers", "torchao", "tests", "result")
 HEAD = """# Versions that the tests ran with
 
-Written by `python benchmarks/conformance/versions.py`, which runs the suite in an environment of given versions. "all"
-is the whole suite; any other entry names the tests. A version that is not here, or newer, is not refused: the backend
-warns once.
+For whoever asks whether their versions will do. Written by `python benchmarks/conformance/versions.py`, which runs the
+suite in an environment of given versions. "all" is the whole suite; any other entry names the tests. A version that is
+not here, or newer, is not refused: the backend warns once.
 
 """
 
