@@ -26,6 +26,7 @@ SUPPORTS = Supports(
     head_dim=range(8, 513, 8),  # 16 channels a lane
     groups=range(1, 5),  # each costs a reduction over the warp
     **dict.fromkeys(("group", "window", "pivots", "body_clip", "text_clip"), ANY),
+    blocks=(False,),
     **dict.fromkeys(("rotated", "affine", "shares_classes", "symmetric", "uneven"), ANY),
 )
 WARPS = 4

@@ -33,6 +33,7 @@ SUPPORTS = Supports(
     window=ANY,
     pivots=range(33),  # one lane holds one position
     **dict.fromkeys(("body_clip", "text_clip"), ANY),  # of who writes
+    blocks=(False,),
     **dict.fromkeys(("rotated", "affine", "shares_classes"), ANY),
     **dict.fromkeys(("symmetric", "uneven"), ANY),
 )

@@ -37,6 +37,7 @@ SUPPORTS = Supports(
     dtype=rotate_triton.DTYPES,
     head_dim=range(8, rotate_triton.MAX_DIM + 1, 8),
     **dict.fromkeys(("group", "window", "pivots", "body_clip", "text_clip"), ANY),
+    blocks=(False,),
     **dict.fromkeys(("rotated", "affine", "shares_classes", "symmetric", "uneven"), ANY),
 )
 SCALE_FLOOR = tl.constexpr(quantizer.SCALE_FLOOR)
