@@ -131,7 +131,7 @@ def packed(x: torch.Tensor, layout: Layout = LAYOUT) -> PackedKV:
 
 
 def test_a_cropped_cache_goes_on_in_the_block_it_is_in():
-    """The block that a crop ends in keeps its mean, later ones get new ones; what was before the crop reads as it did."""
+    """The block that a crop ends in keeps its mean, later ones get new ones; earlier tokens read as they did."""
     x, others = drifting(300), drifting(300, seed=1)
     kept = packed(x)[:, :, :100]
     before = kept.dequantize()
