@@ -5,7 +5,7 @@ model.compile(backend="akvq")            # or torch.compile(model, backend="akvq
 model.generate(...)                      # the cache object, generate and the model stay as they are
 
 akvq_fx.report(model)                    # what was packed, and why not where it was not
-akvq_fx.cache_stats(output)              # tokens by class, bytes, bits per element
+akvq_fx.cache_stats(output)              # tokens by class, bytes, bits per number
 akvq_fx.calibrate(model, inputs)         # where its attention goes; decides tsa_layers="auto"
 """
 

@@ -40,7 +40,7 @@ class SiteRow:
 
     status  "packed" (attention reads codes), "prompt" (the prompt's cache is packed, attention reads its own 16-bit
             tokens), "dequantized" (packed cache, read through a temporary 16-bit copy) or "16-bit" (left alone)
-    bits    bits per element of each token class
+    bits    bits per cached number of each token class
     reason  why it was left alone, or notes; node and source: the graph's node that says so, and the line of code that
             made it
     """

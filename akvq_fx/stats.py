@@ -48,16 +48,18 @@ class CacheStats:
         return self.bytes_16bit / actual if actual else 1.0
 
     def __str__(self) -> str:
+        bits = f", {self.bits_per_element:.2f} bits per cached number" if self.packed_tensors else ""
+        few = self.packed_tensors and self.ratio < 1
         lines = [
-            f"packed tensors {self.packed_tensors}, {self.packed_bytes:,} bytes, "
-            f"{self.bits_per_element:.2f} bits per element",
+            f"packed tensors {self.packed_tensors}, {self.packed_bytes:,} bytes{bits}",
             f"plain tensors {self.plain_tensors}, {self.plain_bytes:,} bytes",
-            f"the same cache at 16 bits {self.bytes_16bit:,} bytes, {self.ratio:.2f} times as much",
+            f"the same cache at 16 bits {self.bytes_16bit:,} bytes, {self.ratio:.2f} times as much"
+            + (": of so few tokens most are recent ones, and there is room for more" if few else ""),
         ]
         if self.simulated_tensors:
             lines.append(
                 f"of these are simulated {self.simulated_tensors}, which save no bytes: "
-                f"a real cache of the method takes {self.method_bits:.2f} bits per element"
+                f"a real cache of the method takes {self.method_bits:.2f} bits per cached number"
             )
         lines += [
             f"{policy} tokens: " + ", ".join(f"{k} {v}" for k, v in counts.items())

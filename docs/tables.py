@@ -48,7 +48,8 @@ OPTIONS = {
         f"{PAPER}, section III",
     ),
     "rotate": (
-        "Walsh-Hadamard rotation of keys and values; without it nothing is centred or balanced either",
+        "Walsh-Hadamard rotation of keys and values; without it nothing is centred or balanced either; off in lossless "
+        "mode",
         f"{PAPER}, section III",
     ),
     "center_keys": ("subtract each head's mean key, which softmax does not notice", OURS),
@@ -59,7 +60,10 @@ OPTIONS = {
         OURS,
     ),
     "symmetric_values": ("values have a scale and no minimum; not in layers whose text has more bits", OURS),
-    "body_clip": ("factor by which the range of a group is shrunk before it is quantized", f"{PAPER}, section IV-A"),
+    "body_clip": (
+        "factor by which the range of a group is shrunk before it is quantized; with more than 2 bits, 1",
+        f"{PAPER}, section IV-A",
+    ),
     "text_clip": ("the same for text tokens", f"{PAPER}, section IV-A"),
     "group": (
         "channels that share a scale and a minimum; a head dim that is no multiple of it is one group",
@@ -86,13 +90,27 @@ OPTIONS = {
     ),
 }
 
+# option: what it takes, where that is no list of choices
+ACCEPTED = {
+    "recipe": "a name of recipes.md",
+    "tsa_layers": 'layer numbers, or `"auto"`',
+    "group": "a multiple of 8",
+    "capacity_step": "an integer >= 1",
+    **dict.fromkeys(("window", "pivots"), "an integer >= 0"),
+    **dict.fromkeys(("body_clip", "text_clip"), "a number in (0, 1]"),
+    **dict.fromkeys(("massive_floor", "massive_ratio"), "a number >= 0"),
+    **dict.fromkeys(("rotate", "center_keys", "balance_keys"), "`True`, `False`"),
+    **dict.fromkeys(("uneven_keys", "symmetric_values", "cuda_graphs"), "`True`, `False`"),
+    "mode": 'a mode of Inductor, with `inner="inductor"`',
+}
+
 # recipe: what it does
 RECIPE_WORDS = {
     "akvq": "AKVQ-VL with centred and balanced keys, 4-bit keys of text in every layer and half the window",
     "akvq-uneven": "the same, but in prompts without images a key's channels have 4, 2 and 0 bits by their part in "
     "scores, and values no minimum: for long texts",
-    "akvq-vl": "the paper to the letter: text first in early layers, pivots in late ones, Walsh-Hadamard, 2 bits, "
-    "folded values",
+    "akvq-vl": "the paper's choices: text first in early layers, pivots in late ones, Walsh-Hadamard, 2 bits, folded "
+    "values; its prompts are exact",
     "rtn2": "round to nearest per token, groups of 128; the baseline of every paper here",
     "rtn4": "the same at 4 bits",
     "smoothquant": "keys divided and queries multiplied per channel, then round to nearest at 2 bits",
@@ -122,7 +140,7 @@ def default_of(name: str) -> str:
 
 
 def accepted(name: str) -> str:
-    return ", ".join(map(code, CHOICES[name])) if name in CHOICES else ""
+    return ", ".join(map(code, CHOICES[name])) if name in CHOICES else ACCEPTED.get(name, "")
 
 
 def options_table() -> str:

@@ -26,6 +26,7 @@ logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
 import torch  # noqa: E402
 
 import akvq_fx  # noqa: E402
+from akvq_fx import progress  # noqa: E402
 from akvq_fx.transformers_names import cache_argument, cache_of  # noqa: E402
 
 torch._logging.set_logs(dynamo=logging.ERROR)  # transformers breaks a graph where it checks image sizes; dynamo says so
@@ -215,15 +216,17 @@ class MissingPackage(Exception):
 
 
 class Phase:
-    """Prints how long a block took, and how much of that was compiling."""
+    """Shows on a terminal what runs; prints how long it took, and how much of that was compiling."""
 
     def __init__(self, name: str):
-        self.name = name
+        self.name, self.line = name, progress.shown(f"  {name} ...")
 
     def __enter__(self):
+        self.line.__enter__()
         self.compiled, self.began = compile_seconds(), time.perf_counter()
 
     def __exit__(self, *error):
+        self.line.__exit__(*error)
         seconds, compiled = time.perf_counter() - self.began, compile_seconds() - self.compiled
         if error[0] is None:
             fact(self.name, f"{seconds:.1f} s" + (f", {compiled:.1f} s of them compiling" if compiled else ""))

@@ -35,6 +35,16 @@ def fresh_dynamo():
     vision_carry.put(None)
 
 
+@pytest.fixture(scope="module")
+def one_layer():
+    """Decoders of tests/zoo.py have one layer in this module, as tracing is what takes time."""
+    from tests import zoo  # not at the top: it imports transformers
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(zoo, "LAYERS", 1)
+        yield
+
+
 @pytest.fixture
 def golden(request):
     """golden(name, text): the text equals tests/golden/name.txt."""

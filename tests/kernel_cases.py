@@ -24,6 +24,9 @@ TOLERANCE = {
     torch.bfloat16: 3e-2,  # 8 bits: the same at 2**-8
 }
 
+# Hypothesis runs 1 / FEWER of a test's examples in Triton's interpreter, where one takes up to seconds
+FEWER = 1 if torch.cuda.is_available() else 3
+
 few = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 seeds = st.integers(0, 2**32 - 1)
 

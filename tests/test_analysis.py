@@ -20,24 +20,24 @@ needs_matplotlib = pytest.mark.skipif(
 
 
 @pytest.fixture(scope="module")
-def llama():
+def llama(one_layer):
     model, _ = ZOO["llama"]()
     ids = torch.randint(1, model.config.vocab_size, (400,), generator=torch.Generator().manual_seed(0))
     return model, ids
 
 
-def ablations(llama) -> analysis.Ablation:
+@pytest.fixture(scope="module")
+def ablation(llama) -> analysis.Ablation:
     model, ids = llama
     return analysis.ablation(
         model, prompts_of(windows_of(ids, 2, 60), 50), "body_bits", [2, 8], {"window": 0, "pivots": 1}
     )
 
 
-def test_an_ablation_is_fidelity_along_an_option(llama):
-    found = ablations(llama)
-    two, eight = found.mean("kl")
-    assert eight < 0.1 * two and str(found).splitlines()[0].split()[:2] == ["body_bits", "bits"]
-    assert [line.split()[0] for line in str(found).splitlines()[2:]] == ["2", "8"]
+def test_an_ablation_is_fidelity_along_an_option(ablation):
+    two, eight = ablation.mean("kl")
+    assert eight < 0.1 * two and str(ablation).splitlines()[0].split()[:2] == ["body_bits", "bits"]
+    assert [line.split()[0] for line in str(ablation).splitlines()[2:]] == ["2", "8"]
 
 
 def test_tokens_leave_the_window_where_they_are_read_in_steps(llama):
@@ -51,9 +51,9 @@ def test_tokens_leave_the_window_where_they_are_read_in_steps(llama):
 
 
 @needs_matplotlib
-def test_every_picture_is_written(llama, tmp_path):
+def test_every_picture_is_written(ablation, tmp_path):
     found = akvq_fx.calibrate(VisionDecoder("masked_scatter", layers=3), images(2, 14, 3, 9), options=SMALL)
-    paths = analysis.save_figures(found, tmp_path, [ablations(llama)])
+    paths = analysis.save_figures(found, tmp_path, [ablation])
     names = {"attention_mass", "attention_heads", "channels", "outliers", "massive_activations", "ablations"}
     assert {path.stem for path in paths} == names
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths)

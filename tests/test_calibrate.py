@@ -130,7 +130,7 @@ def test_a_long_prompt_is_read_in_blocks(monkeypatch):
 @pytest.mark.parametrize("placement", ["masked_scatter", "setitem", "index_put", "mark_vision"])
 @pytest.mark.parametrize("broken", [False, True], ids=["one graph", "broken"])
 def test_vision_tokens_are_told_apart(placement, broken):
-    model, inputs = VisionDecoder(placement, layers=2, broken=broken), images(2, 14, 3, 9)
+    model, inputs = VisionDecoder(placement, layers=1, broken=broken), images(2, 14, 3, 9)
     found = akvq_fx.calibrate(model, inputs, options=SMALL)
     assert found.prompts == [Prompt(2, 14, 12, 10)], "queries are the text after the last image"
     for layer in found.layers:

@@ -19,6 +19,7 @@ from akvq_fx.transformers_names import cache_of
 from tests.attention_models import Decoder, Spy, token_ids
 from tests.zoo import ZOO
 
+pytestmark = pytest.mark.usefixtures("one_layer")
 SMALL = {"mode": CAPTURED_MODE, "window": 8, "pivots": 3, "capacity_step": 16}
 PLAIN = {**SMALL, "mode": None, "inner": "eager"}
 

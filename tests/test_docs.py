@@ -14,6 +14,8 @@ import transformers
 
 import akvq_fx
 from akvq_fx import kernels, torch_internals
+from akvq_fx.recipes import SIMULATORS, Context, Simulation
+from tests.kernel_cases import assert_close, randn
 from tests.zoo import ZOO
 
 ROOT = Path(__file__).parent.parent
@@ -73,10 +75,28 @@ def test_prompt_graph_is_as_shown():
         assert set(re.findall(r"(\w+)=", arguments)) <= known, op
 
 
+def blocks_of_walk(title: str) -> list[str]:
+    """The indented Python blocks of a walk of docs/extending.md."""
+    walk = (ROOT / "docs" / "extending.md").read_text().split(f"## {title}\n")[1].split("\n## ")[0]
+    return [textwrap.dedent(code) for code in re.findall(r"   ```python\n(.*?)   ```", walk, re.DOTALL)]
+
+
+def test_the_recipe_of_extending_is_right(monkeypatch):
+    """The last two Python blocks of its second walk are a simulated recipe and the loop that it must equal."""
+    simulator, loop = blocks_of_walk("A recipe")[-2:]
+    monkeypatch.setattr("akvq_fx.recipes.recipe.SIMULATORS", dict(SIMULATORS))
+    namespace: dict = {}
+    exec(compile(simulator, "extending.md", "exec"), namespace)
+    exec(compile(loop, "extending.md", "exec"), namespace)
+    x, context = randn(1, 2, 7, 16), Context(4, torch.ones(1, 7, dtype=torch.bool), None)
+    read = Simulation.parse(namespace["TERNARY"].keys).read(x, context)
+    assert_close("read", namespace["ternary_loop"](x, context, None), read)
+    assert len(read[0, 0, 0].unique()) == 3 and torch.equal(read[:, :, 4:], x[:, :, 4:])
+
+
 def test_the_kernel_of_extending_is_right(monkeypatch):
     """The two Python blocks of its third walk are a kernel and its test."""
-    walk = (ROOT / "docs" / "extending.md").read_text().split("## A kernel")[1]
-    kernel, test = (textwrap.dedent(code) for code in re.findall(r"   ```python\n(.*?)   ```", walk, re.DOTALL))
+    kernel, test = blocks_of_walk("A kernel")
     module, namespace = types.ModuleType("akvq_fx.kernels.rotate_butterfly"), {}
     exec(compile(kernel, "extending.md", "exec"), vars(module))
     monkeypatch.setitem(sys.modules, module.__name__, module)

@@ -14,9 +14,11 @@ from akvq_fx.evaluate.settings import NothingPacked, options_of
 from tests.test_evaluate_milebench import tiny_processor
 from tests.zoo import ZOO
 
+pytestmark = pytest.mark.usefixtures("one_layer")
+
 
 @pytest.fixture(scope="module")
-def llama():
+def llama(one_layer):
     model, inputs = ZOO["llama"]()
     ids = torch.randint(1, model.config.vocab_size, (400,), generator=torch.Generator().manual_seed(0))
     return model, windows_of(ids, 2, 60)
@@ -63,7 +65,7 @@ def test_refuses_what_cannot_be_measured(llama):
 
 
 @pytest.fixture(scope="module")
-def llava_prompts():
+def llava_prompts(one_layer):
     """Two prompts of images and text, of unequal length."""
     model, inputs = ZOO["llava"](batch=1)
     draw = lambda n: torch.randint(3, 140, (n,), generator=torch.Generator().manual_seed(n))

@@ -13,6 +13,7 @@ from akvq_fx.evaluate.table import cell_of
 from akvq_fx.evaluate.vision_tasks import answer_ids, ask, split
 from tests.zoo import IMG, ZOO
 
+pytestmark = pytest.mark.usefixtures("one_layer")
 trusted = functools.partial(ImageTasks, trust_remote_code=True)
 
 SMALL = {"recipe": "akvq", "window": 4, "pivots": 1, "psa_text_key_bits": 2}  # an overlay is larger than these prompts
@@ -68,7 +69,7 @@ def folder(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def llava():
+def llava(one_layer):
     model, inputs = ZOO["llava"](batch=1)
     return model, inputs
 

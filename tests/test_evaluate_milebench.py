@@ -245,7 +245,7 @@ def test_rows_of_a_fake_model(root):
     assert fake.prompts[0][2]["image"].size == (20, 16)
 
 
-def test_the_command_on_a_saved_model(root, tmp_path, capsys):
+def test_the_command_on_a_saved_model(one_layer, root, tmp_path, capsys):
     """A real processor with a chat template, a tiny random model, own cache and packed."""
     model, _ = ZOO["llava"]()
     model.save_pretrained(tmp_path / "tiny")

@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from akvq_fx.recipes import RECIPES
-from tests import zoo
 from tests.test_evaluate_images import LOAD, TASKS
 from tests.test_evaluate_milebench import tiny_processor
 from tests.zoo import ZOO
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks" / "fidelity"
+pytestmark = pytest.mark.usefixtures("one_layer")
 MODULES = ("fidelity", "fidelity_document", "fidelity_parts", "suites", "texts", "weights")
 
 
@@ -31,14 +31,6 @@ def fidelity():
             sys.modules.pop(name, None)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_layer():
-    """Compiling is what takes time, and documents are about cells."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(zoo, "LAYERS", 1)
-        yield
-
-
 @pytest.fixture(scope="module")
 def tiny(one_layer, tmp_path_factory):
     folder = tmp_path_factory.mktemp("tiny")
@@ -48,12 +40,16 @@ def tiny(one_layer, tmp_path_factory):
     return folder
 
 
-@pytest.fixture(autouse=True)
-def two_settings(fidelity, monkeypatch):
-    """The first two settings of each part."""
-    first = lambda part, vision: dict(list(sys.modules["fidelity_parts"].settings_of(part, vision).items())[:2])
+def keep_settings(count, fidelity, monkeypatch):
+    """The first settings of each part."""
+    first = lambda part, vision: dict(list(sys.modules["fidelity_parts"].settings_of(part, vision).items())[:count])
     monkeypatch.setattr(fidelity, "settings_of", first)
     monkeypatch.setattr(fidelity.fidelity_document, "settings_of", first)
+
+
+@pytest.fixture(autouse=True)
+def two_settings(fidelity, monkeypatch):
+    keep_settings(2, fidelity, monkeypatch)
 
 
 @pytest.fixture
@@ -77,7 +73,7 @@ def samples(store):
 
 
 def test_a_part_is_measured_stopped_and_gone_on_with(run, fidelity, monkeypatch):
-    """Stopped after three samples, the next run measures the others only; more windows add to them."""
+    """Stopped after three samples of four, the next run measures the others only, and those of a window more."""
     measured, add = [], fidelity.Results.add
 
     def stop_after_three(self, what, row):
@@ -91,13 +87,11 @@ def test_a_part_is_measured_stopped_and_gone_on_with(run, fidelity, monkeypatch)
     code, document, store = run(f"{quick} 2")
     assert code == 130 and samples(store) == 3
     assert "| akvq, pivots=15 | 2 |" in document and "| akvq, pivots=0 | 1 |" in document, "what there is is shown"
-    code, document, stopped = run(f"{quick} 2")
-    assert code == 0 and len(measured) == samples(stopped) == 2 * 2
-    (first, *_) = store["cells"].values()
-    assert first["rows"] == stopped["cells"][next(iter(store["cells"]))]["rows"]
-    assert all(f"| akvq, pivots={count} | 2 |" in document for count in (15, 0))
-    _, document, store = run(f"{quick} 3")
-    assert len(measured) == samples(store) == 2 * 3 and "| akvq, pivots=15 | 3 |" in document
+    code, document, after = run(f"{quick} 3")
+    assert code == 0 and len(measured) == samples(after) == 2 * 3
+    for key, cell in store["cells"].items():
+        assert cell["rows"] == after["cells"][key]["rows"][: len(cell["rows"])]
+    assert all(f"| akvq, pivots={count} | 3 |" in document for count in (15, 0))
     assert "1 of 1" in document and "words: prefix of 40 tokens, 8 read over it, float32 on cpu" in document
 
 
@@ -123,23 +117,24 @@ def test_missing_weights_are_told(run, monkeypatch):
     assert "- weights of Gemma-3-270M: " in missing and "- weights of small LLaVA: `--vlm` with a folder" in missing
 
 
-def test_images_are_measured_by_task(run, tmp_path):
+def test_images_are_measured_by_task(run, fidelity, tmp_path, monkeypatch):
+    keep_settings(1, fidelity, monkeypatch)  # several: the tests of texts
     folder = tmp_path / "vlm"
     folder.mkdir()
     for name, text in (("tasks.py", TASKS), ("load.py", LOAD), ("sprites.pkl", "12345")):
         (folder / name).write_text(textwrap.dedent(text))
     arguments = f"--part text-bits --model vlm --vlm {folder} --images 2 --samples 1 --task first --task pair"
     code, document, store = run(arguments)
-    assert code == 0 and samples(store) == 2 * 2 and "not measured" not in document.lower().split("## ")[-2]
+    assert code == 0 and samples(store) == 2 and "not measured" not in document.lower().split("## ")[-2]
     assert "| setting | first | pair | mean accuracy |" in document
     assert "| setting | first | pair | mean NLL per answer token |" in document
     assert str(tmp_path) not in json.dumps(store) + document, "no path of this machine"
 
 
 def test_parts_that_have_no_room_say_so(run):
-    code, document, _ = run("--part pivots --model smollm2 --windows 9")
-    assert code == 0 and "| akvq, pivots=15 | 8 |" in document
-    assert "- akvq, pivots=15, prefix of 40 tokens" in document and "the text has 8 pieces of 48 tokens" in document
+    code, document, _ = run("--part pivots --model smollm2 --prefix 190 --windows 3")
+    assert code == 0 and "| akvq, pivots=15 | 2 |" in document
+    assert "- akvq, pivots=15, prefix of 190 tokens" in document and "the text has 2 pieces of 198 tokens" in document
 
 
 def test_windows(fidelity, tiny):

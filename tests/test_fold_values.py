@@ -293,8 +293,11 @@ def test_asked_not_to_fold(rotation):
     assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
 
 
-@pytest.mark.parametrize("start", [models.Attention, models.FlatStart], ids=name)
-@pytest.mark.parametrize("options", [ROTATED, ONLINE, {"body_bits": 16}], ids=["folded", "online", "as it is"])
+@pytest.mark.parametrize(
+    "options, start",
+    [(ROTATED, models.FlatStart), (ONLINE, models.Attention), ({"body_bits": 16}, models.FlatStart)],
+    ids=["folded", "online", "as it is"],
+)
 def test_a_plain_cache_beside_a_packed_one_goes_on(options, start):
     """A prompt that stays and a window of later tokens, which stays plain."""
     model = Decoder(mixed(models.ReferenceWindow, start)).double()

@@ -11,6 +11,7 @@ from transformers import DynamicCache
 from akvq_fx import PackedKV
 from tests.zoo import ZOO
 
+pytestmark = pytest.mark.usefixtures("one_layer")
 OPTIONS = {"inner": "eager", "window": 8, "pivots": 3, "value_rotation": "online"}
 PROMPT = 23
 bf16 = torch.bfloat16

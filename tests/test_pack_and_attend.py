@@ -11,8 +11,7 @@ import akvq_fx
 from akvq_fx.kernels import cache
 from akvq_fx.packed_kv import PackedKV
 from tests import attention_models as models
-from tests.attention_models import LOSSLESS, Decoder, captured, evidence, lossless, mixed, roll, token_ids
-from tests.test_find_sites import MUST_FIRE
+from tests.attention_models import LOSSLESS, Decoder, captured, evidence, mixed, roll, token_ids
 
 ONLINE = {"body_bits": 16, "rotate": True}
 ROTATED = {**ONLINE, "value_rotation": "fold"}
@@ -36,11 +35,6 @@ def ops(capture) -> list[str]:
     return [str(n.target).split(".")[1] for n in capture.state.graph.nodes if str(n.target).startswith("akvq.")]
 
 
-@pytest.mark.parametrize("spelling", MUST_FIRE, ids=name)
-def test_lossless_equals_eager(spelling):
-    assert lossless(spelling).error <= 1e-6
-
-
 @pytest.mark.parametrize("spelling", SPELLINGS, ids=name)
 def test_rotated_and_folded_equals_eager(spelling):
     seen = evidence(Decoder(spelling).double(), ROTATED, steps=2, chunk=3)
@@ -58,8 +52,9 @@ def test_rotated_online_equals_eager(spelling):
     assert all(rotates(c) and c.report("rotate_values").matched for c in seen.captures)
 
 
-@pytest.mark.parametrize("options", [ROTATED, ONLINE], ids=["fold", "online"])
-@pytest.mark.parametrize("batch, prompt, steps, chunk", [(1, 1, 2, 2), (3, 130, 1, 5)], ids=str)
+@pytest.mark.parametrize(
+    "options, batch, prompt, steps, chunk", [(ONLINE, 1, 1, 2, 2), (ROTATED, 3, 130, 1, 5)], ids=["online", "fold"]
+)
 def test_rotated_in_single_precision(options, batch, prompt, steps, chunk):
     model = Decoder(mixed(models.Biased), layers=2)
     seen = evidence(model, options, batch=batch, prompt=prompt, steps=steps, chunk=chunk)
@@ -168,8 +163,9 @@ def chunk_run(model, ids, cuts, **options):
     return logits, before, spy.captures
 
 
-@pytest.mark.parametrize("spelling", [models.Attention, Roomy], ids=name)
-@pytest.mark.parametrize("options", [{}, {"value_rotation": "online"}], ids=["fold", "online"])
+@pytest.mark.parametrize(
+    "spelling, options", [(models.Attention, {"value_rotation": "online"}), (Roomy, {})], ids=["online", "static, fold"]
+)
 def test_a_chunk_sees_a_prompt_within_the_window_exactly(spelling, options):
     """The chunk is longer than the window, so its append takes the slots of all tokens before it."""
     model, ids = Decoder(spelling, layers=2), token_ids(2, 96)
@@ -182,8 +178,7 @@ def test_a_chunk_sees_a_prompt_within_the_window_exactly(spelling, options):
     assert first == 2 * (["restart", "restart", *layer] if spelling is Roomy else layer)
 
 
-@pytest.mark.parametrize("spelling", [models.Attention, Roomy], ids=name)
-@pytest.mark.parametrize("chunk", (5, 64), ids=str)
+@pytest.mark.parametrize("spelling, chunk", [(models.Attention, 5), (Roomy, 64)], ids=["growing, 5", "static, 64"])
 def test_a_chunk_sees_what_the_cache_read_as_before_it(spelling, chunk):
     """A prompt of 100 tokens: 68 at 2 bits, then the window at 16, for every token of the chunk."""
     model, ids = Decoder(spelling, layers=2), token_ids(2, 100 + chunk)
@@ -312,6 +307,6 @@ def test_a_layer_s_unpacked_prompt_is_gone_before_the_next_one_is_packed(inner, 
 
     monkeypatch.setattr(cache, "create", watched)
     with torch.no_grad():
-        torch.compile(Decoder(layers=4), backend="akvq", options={"inner": inner, "window": 4})(token_ids(2, 40))
-    assert len(alive) == 8  # keys and values of four layers
+        torch.compile(Decoder(layers=3), backend="akvq", options={"inner": inner, "window": 4})(token_ids(2, 40))
+    assert len(alive) == 6  # keys and values of three layers
     assert max(alive) <= 2, alive

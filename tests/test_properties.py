@@ -11,7 +11,7 @@ from tests.attention_models import Attention, Decoder, evidence, mixed
 
 # an example compiles a model: a failing one is shown as found, shrinking it would take minutes
 phases = (Phase.explicit, Phase.reuse, Phase.generate)
-slow = settings(max_examples=10, deadline=None, phases=phases, suppress_health_check=[HealthCheck.too_slow])
+slow = settings(max_examples=6, deadline=None, phases=phases, suppress_health_check=[HealthCheck.too_slow])
 
 WRITES = (
     Attention,

@@ -1,4 +1,4 @@
-"""AKVQ-VL to the letter (arXiv 2501.15021, section III): token classes, WHT, 2 bits, clip 0.8. Packed."""
+"""AKVQ-VL's own choices (arXiv 2501.15021, section III): token classes, WHT, 2 bits, clip 0.8. Packed."""
 
 from akvq_fx.recipes.recipe import Recipe
 

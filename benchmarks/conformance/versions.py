@@ -31,9 +31,9 @@ PAIRS = (
 COLUMNS = ("Python", "torch", "transformers", "torchao", "tests", "result")
 HEAD = """# Versions that the tests ran with
 
-Written by `python benchmarks/conformance/versions.py`, which runs the suite in an environment of given versions. "all"
-is the whole suite; any other entry names the tests. A version that is not here, or newer, is not refused: the backend
-warns once.
+For whoever asks whether their versions will do. Written by `python benchmarks/conformance/versions.py`, which runs the
+suite in an environment of given versions. "all" is the whole suite; any other entry names the tests. A version that is
+not here, or newer, is not refused: the backend warns once.
 
 """
 
@@ -44,6 +44,7 @@ def main() -> int:
     parser.add_argument("--torch", help="a version, e.g. 2.14.1 or 2.14.*; without it, all pairs")
     parser.add_argument("--transformers", default="5.24.*")
     parser.add_argument("--torchao", default="0.18.*")
+    parser.add_argument("--processes", type=int, default=2, help="that the suite runs in")
     parser.add_argument("--env", type=Path, help="a virtual environment with these versions in it")
     own, tests = sys.argv[1:], []
     if "--" in own:
@@ -56,7 +57,7 @@ def main() -> int:
     for pair in pairs:
         with tempfile.TemporaryDirectory() as folder:
             env = args.env or made(Path(folder) / "venv", *pair)
-            row, code = ran(env / "bin" / "python", tests)
+            row, code = ran(env / "bin" / "python", tests, args.processes)
             keep(row)
             print(" | ".join(row))
             failed |= code
@@ -85,7 +86,7 @@ def made(folder: Path, python: str, torch: str, transformers: str, torchao: str)
     return folder
 
 
-def ran(python: Path, tests: list[str]) -> tuple[tuple[str, ...], int]:
+def ran(python: Path, tests: list[str], processes: int) -> tuple[tuple[str, ...], int]:
     """(the table's row, pytest's status) of the tests in one environment."""
     asked = (
         "import sys, importlib.metadata as m; print(sys.version.split()[0]); "
@@ -94,7 +95,14 @@ def ran(python: Path, tests: list[str]) -> tuple[tuple[str, ...], int]:
     found = subprocess.run([python, "-c", asked], capture_output=True, text=True, check=True).stdout.split()
     # one thread a process, as in .ci/run; the checkout is what is imported, whether or not the environment holds one
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "TOKENIZERS_PARALLELISM": "false"}
-    command = [python, "-m", "pytest", "-q", "--show-capture=no", *(tests or ["-n", "2", "--dist", "worksteal"])]
+    command = [
+        python,
+        "-m",
+        "pytest",
+        "-q",
+        "--show-capture=no",
+        *(tests or ["-n", str(processes), "--dist", "worksteal"]),
+    ]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     print(done.stdout[-4000:], done.stderr[-2000:], file=sys.stderr)
     lines = done.stdout.strip().splitlines()

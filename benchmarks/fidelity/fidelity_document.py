@@ -76,7 +76,8 @@ def summary(shown: Mapping[str, Any], parts: Mapping[str, Mapping[str, Any]], mi
     texts = (entry["versions"] for entries in parts.values() for entry in entries.values())
     versions = sorted({version for text in texts for version in text.split("; ")})
     blocks = [
-        f"Written by one command. `{shown['json']}` holds every sample, and a run that was stopped goes on from it:",
+        "For whoever wants to know how much a model loses with its cache packed, by recipe, option and length. Written "
+        f"by one command. `{shown['json']}` holds every sample, and a run that was stopped goes on from it:",
         f"```bash\n{COMMAND}\n```",
     ]
     done = [

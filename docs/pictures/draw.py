@@ -124,7 +124,7 @@ def headline(numbers: Numbers) -> Sheet:
                 ("KIVI, 2 bits (simulated)", OTHER, n("bits_kivi"), shown("bits_kivi")),
                 ("akvq, 2 bits", OURS, n("bits_akvq"), shown("bits_akvq")),
             ),
-            "Small trained LLaVA, 14 images, about\n1,480 tokens, as a 16-bit model stores it.\n"
+            "Small trained LLaVA, 14 images, as\na 16-bit model stores it.\n"
             "KIVI: what a real cache would take. At\n4,096 tokens of LLaVA-1.5-7B akvq has\n"
             f"{n('share_text'):.2f} of the 16-bit bytes",
         ),
