@@ -53,6 +53,11 @@ OPTIONS = {
         f"{PAPER}, section III",
     ),
     "center_keys": ("subtract each head's mean key, which softmax does not notice", OURS),
+    "center_blocks": (
+        "codes of keys are differences from the mean of their block of 64 tokens, so that centres do not go stale; see "
+        "[recipes.md](recipes.md#akvq-uneven)",
+        OURS,
+    ),
     "balance_keys": ("divide key channels and multiply query channels by one gain: an exact identity", OURS),
     "uneven_keys": (
         "of a head's channels the quarter that moves scores most has 4 bits, the last quarter none; not in layers that "
@@ -99,7 +104,7 @@ ACCEPTED = {
     **dict.fromkeys(("window", "pivots"), "an integer >= 0"),
     **dict.fromkeys(("body_clip", "text_clip"), "a number in (0, 1]"),
     **dict.fromkeys(("massive_floor", "massive_ratio"), "a number >= 0"),
-    **dict.fromkeys(("rotate", "center_keys", "balance_keys"), "`True`, `False`"),
+    **dict.fromkeys(("rotate", "center_keys", "center_blocks", "balance_keys"), "`True`, `False`"),
     **dict.fromkeys(("uneven_keys", "symmetric_values", "cuda_graphs"), "`True`, `False`"),
     "mode": 'a mode of Inductor, with `inner="inductor"`',
 }
