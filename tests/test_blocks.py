@@ -13,7 +13,9 @@ from akvq_fx.kernels import cache as ops
 from akvq_fx.kernels.layout import BLOCK, PADDING, TEXT, VISION, Layout, blocks_of
 from akvq_fx.kernels.salience import key_affine
 from akvq_fx.storage import Storage
+from akvq_fx.transformers_names import cache_of
 from tests.kernel_cases import Case, assert_close, assert_same, layouts, poison, prompt_means, randn, seeds, splits
+from tests.zoo import ZOO
 
 f32 = torch.float32
 few = settings(max_examples=10, deadline=None)
@@ -200,3 +202,22 @@ def test_deviations_are_about_the_means_of_blocks():
     spoilt[:, :, :100] = 1e4
     assert_same("padding", key_affine(spoilt, q, valid, True, True, None, True, True), key_affine(
         torch.where(valid[:, None, :, None], k, 0.0), q, valid, True, True, None, True, True))  # fmt: skip
+
+
+@pytest.mark.parametrize("cache", [{}, {"cache_implementation": "static"}], ids=["growing", "static"])
+def test_generate_across_a_block(one_layer, cache):
+    """Growing and static caches begin the same blocks, in prompt and steps, and read alike; a second turn goes on."""
+    model, inputs = ZOO["llama"]()
+    ids = inputs["input_ids"][:1].repeat(1, 8)[:, :100]
+    model.compile(backend="akvq", options={"inner": "eager", "recipe": "akvq-uneven"})
+    how = {"max_new_tokens": 40, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    out = model.generate(input_ids=ids, **how, **cache)
+    keys = cache_of(out).layers[0].keys
+    assert isinstance(keys, PackedKV) and keys.layout_of.blocks and keys.layout_of.uneven
+    means = keys._storage()["means"]
+    assert means[:, :, :3].abs().amax((1, 3)).gt(0).all() and not means[:, :, 3:].any(), "the third begins at 128"
+    expected = torch.stack(out.logits)
+    torch._dynamo.reset()
+    model.compile(backend="akvq", options={"inner": "eager", "recipe": "akvq-uneven"})
+    other = {} if cache else {"cache_implementation": "static"}
+    torch.testing.assert_close(torch.stack(model.generate(input_ids=ids, **how, **other).logits), expected)
