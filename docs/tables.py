@@ -54,7 +54,8 @@ OPTIONS = {
     ),
     "center_keys": ("subtract each head's mean key, which softmax does not notice", OURS),
     "center_blocks": (
-        "codes of keys are differences from the mean of their block of 64 tokens, so that centres do not go stale; see "
+        "codes of keys are differences from the mean of their block of 64 tokens, so that centres do not go stale; not "
+        "in layers that keep text at more bits; see "
         "[recipes.md](recipes.md#akvq-uneven)",
         OURS,
     ),
