@@ -121,15 +121,16 @@ __device__ __forceinline__ void rotate_lanes(float (&x)[N], int lane) {
 #endif
 }
 
-// What a call changes beside its tokens: one worker of each batch row drops pivots, one of all (`moves`) updates the
-// state.
-__device__ __forceinline__ void finish(const Params &p, int batch, int head, int first, bool moves, int lane) {
+// What a call changes beside its tokens: one worker of each batch row drops pivots, one of all updates the state: the
+// first, but where all of them read the state, the last.
+__device__ __forceinline__ void finish(const Params &p, int batch, int head, int first, i64 worker, int lane) {
     const int start = (int)p.at[0], end = (int)p.at[p.tokens - 1] + 1;
     // Tokens are written from `start` on. After a crop that is before the old end: pivots from there on are replaced.
     if (head == 0 && first == 0 && !(p.chosen && start == 0))
         for (int i = lane; i < p.pivot_count; i += 32)
             if (p.pivot_at[batch * p.pivot_count + i] >= start) p.pivot_at[batch * p.pivot_count + i] = -1;
-    if (moves && lane == 0) {  // where `start` lies past the end, the ring holds nothing of what is skipped
+    const bool updates = MEANS && begins_block(p, start) ? last_to_arrive(p, lane) : worker == 0;
+    if (updates && lane == 0) {  // where `start` lies past the end, the ring holds nothing of what is skipped
         const int last = p.fresh ? 0 : p.state[0], ring = p.fresh ? 0 : p.state[1];
         const int held = start > last ? start : min(ring, start);
         p.state[1] = max(held, end - p.window), p.state[0] = end;
@@ -219,9 +220,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) append(const __grid_con
         if (!TEXT_ONLY && p.classes && head == 0 && lane == 0 && inside)
             p.classes[(i64)batch * p.capacity + slot] = kind;
     }
-    bool moves = worker == 0;
-    if (MEANS && begins_block(p, (int)p.at[0])) moves = last_to_arrive(p, lane);
-    if (!TEXT_ONLY) finish(p, batch, head, first, moves, lane);
+    if (!TEXT_ONLY) finish(p, batch, head, first, worker, lane);
 }
 
 #if PACKS
@@ -379,6 +378,6 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 3) pack(const __grid_co
     if (p.fresh && first == 0) clear(p, lead, batch, head, 0, min(start, p.capacity), threadIdx.x % 32);
     if (p.fresh && last == p.tokens)
         clear(p, lead, batch, head, max((int)p.at[p.tokens - 1] + 1, 0), p.capacity, threadIdx.x % 32);
-    finish(p, batch, head, first, worker == 0, threadIdx.x % 32);
+    finish(p, batch, head, first, worker, threadIdx.x % 32);
 }
 #endif
