@@ -63,7 +63,8 @@ def begin_kernel(
 
         channel = tl.arange(0, DP)
         means += lead * slots * D + channel
-        before = tl.load(means + (first - 1) * D, mask=(channel < D) & (first > 0), other=0).to(tl.float32)
+        before = tl.load(means + tl.maximum(first - 1, 0) * D, mask=channel < D, other=0).to(tl.float32)
+        before = tl.where(first > 0, before, 0.0)
         mean = tl.div_rn(total, tl.full([DP], 1, tl.float32) * tl.maximum(count, 1).to(tl.float32))
         mean = tl.minimum(tl.maximum(mean, -LIMIT), LIMIT)
         mean = tl.where(count < ENOUGH, before, mean)

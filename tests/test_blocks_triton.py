@@ -146,10 +146,10 @@ def test_tokens_are_rotated_first(name, start, size):
     x = drifting(80, D=layout.head_dim).to(layout.dtype)
     if layout.affine:
         affine = named(cache, layout)["affine"]
-    stored = rotate_as_stored(x.to(DEVICE), there(affine), layout.rotated)
+    stored = lambda tokens: rotate_as_stored(there(tokens), there(affine), layout.rotated)
     if start:
-        cache = wrote(cache, stored[:, :, :start], torch.arange(start), None, None, layout)
-    due = wrote(cache, stored[:, :, at], at, None, None, layout)
+        cache = wrote(cache, stored(x[:, :, :start]), torch.arange(start), None, None, layout)
+    due = wrote(cache, stored(x[:, :, at]), at, None, None, layout)
     done = wrote(cache, x[:, :, at], at, None, None, layout, rotate=True)
     for field, *buffers in zip(layout.fields, due, done, strict=True):
         assert_same(field, *buffers)
@@ -213,7 +213,7 @@ def filled(layout: Layout, B: int, T: int, capacity: int):
 
 
 @every_layout
-@pytest.mark.parametrize("groups, tokens", ((1, 1), (4, 2), (1, 40)), ids=str)
+@pytest.mark.parametrize("groups, tokens", ((1, 1), (4, 2), (1, 20)), ids=str)
 def test_attention_over_what_is_read(layout, groups, tokens):
     """Several blocks, heads that share keys, masks, a length on the device or not, and one token tile or several."""
     T = 160
