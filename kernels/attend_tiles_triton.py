@@ -275,9 +275,10 @@ def attend_tiles(
         if KEY_BLOCKS:
             one = tl.zeros([1], tl.int32) + i * N
             k += means_at(key_means, one, one < body, D, DP)
+        k = rounded(k, KEY_ROUND, DOT)
         v = code_tile(value_codes, value_range, position, valid,
                       DV, DVP, BITS, VALUE_GROUPS, VALUE_SYMMETRIC, False)  # fmt: skip
-        k, v = rounded(k, KEY_ROUND, DOT), rounded(v, VALUE_ROUND, DOT)
+        v = rounded(v, VALUE_ROUND, DOT)
         top, total, acc = step(queries, k, v, position, valid, token, mask_row, row_valid, mask_t, scale,
                                top, total, acc, MASK, IS_CAUSAL)  # fmt: skip
 
@@ -296,13 +297,14 @@ def attend_tiles(
                           D, DP, BITS, LOW, LOW_WIDTH, KEY_GROUPS)  # fmt: skip
             if KEY_BLOCKS:
                 k += means_at(key_means, position, valid, D, DP)
+            k = rounded(k, KEY_ROUND, DOT)
             if VALUE_TEXT:
                 v = text_tile(value_codes, value_range, value_text, position, slot, valid,
                               DV, DVP, BITS, LOW, LOW_WIDTH, VALUE_GROUPS)  # fmt: skip
             else:
                 v = code_tile(value_codes, value_range, position, valid,
                               DV, DVP, BITS, VALUE_GROUPS, VALUE_SYMMETRIC, False)  # fmt: skip
-            k, v = rounded(k, KEY_ROUND, DOT), rounded(v, VALUE_ROUND, DOT)
+            v = rounded(v, VALUE_ROUND, DOT)
             top, total, acc = step(queries, k, v, position, valid, token, mask_row, row_valid, mask_t, scale,
                                    top, total, acc, MASK, IS_CAUSAL)  # fmt: skip
         start, stop = start - text_tiles, stop - text_tiles
