@@ -114,7 +114,7 @@ ACCEPTED = {
 RECIPE_WORDS = {
     "akvq": "AKVQ-VL with centred and balanced keys, 4-bit keys of text in every layer and half the window",
     "akvq-uneven": "the same, but in prompts without images a key's channels have 4, 2 and 0 bits by their part in "
-    "scores, and values no minimum: for long texts",
+    "scores, blocks of keys have means of their own, and values no minimum: for long texts",
     "akvq-vl": "the paper's choices: text first in early layers, pivots in late ones, Walsh-Hadamard, 2 bits, folded "
     "values; its prompts are exact",
     "rtn2": "round to nearest per token, groups of 128; the baseline of every paper here",
