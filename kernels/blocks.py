@@ -10,7 +10,8 @@ The mean is fixed when the block's first token is written: it is that of the BLO
 the write's own end with the block. In a prompt that is the block itself, and in a decode step the tokens that the ring
 holds. No token is quantized twice. Scores gain q . mean, one number for a query and a block.
 
-Where fewer than ENOUGH real tokens are known the mean before stays, in block 0 that is 0: a token alone is no mean.
+Where fewer than ENOUGH real tokens are known it is the mean of the block before the write, in block 0 that is 0: a
+token alone is no mean.
 What is not finite counts as 0, so that a broken token does not reach its neighbours.
 """
 
