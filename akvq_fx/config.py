@@ -14,6 +14,7 @@ DEFAULTS = {
     "body_bits": 2,
     "text_bits": 4,  # section III-B, text-salient attention
     "psa_text_key_bits": 2,  # section III-B: of pivot-salient layers only pivots and recent tokens are salient
+    "center_blocks": False,
     "uneven_keys": False,
     "symmetric_values": False,
     "group": 128,  # section IV-A
@@ -24,7 +25,7 @@ DEFAULTS = {
 }
 # options of the packed path; a simulated recipe takes none of them, since it has its own numbers
 PACKED_ONLY = ("body_bits", "text_bits", "psa_text_key_bits", "body_clip", "text_clip", "group", "window", "pivots",
-               "center_keys", "balance_keys", "uneven_keys", "symmetric_values", "rotate")  # fmt: skip
+               "center_keys", "center_blocks", "balance_keys", "uneven_keys", "symmetric_values", "rotate")  # fmt: skip
 CLIPS = {2: 0.8, 4: 1.0, 8: 1.0, 16: 1.0}  # range clipping by bits: paper section IV-A; no clipping above 2 bits
 CAPTURED_MODE = "reduce-overhead"  # decode steps in CUDA graphs; Inductor's own graphs are never asked for
 INNERS = ("inductor", "aot_eager", "eager")
@@ -55,6 +56,8 @@ class AKVQConfig:
     window          most recent tokens kept at 16 bits, in every layer
     pivots          tokens kept at 16 bits in PSA layers; pivot_mode "topk" fills all slots by max |h|, "massive" only
                     with tokens above massive_floor and massive_ratio times the median
+    center_blocks   codes of keys are differences from the mean of their block of 64 tokens, so that centres do not go
+                    stale; not in layers that keep text at more bits
     uneven_keys     of a head's channels the quarter that moves scores most gets 4 bits, the last quarter none (needs
                     2 bits and rotate); not in layers that keep text at more bits
     symmetric_values
@@ -83,6 +86,7 @@ class AKVQConfig:
     psa_text_key_bits: int | None = None
     tsa_layers: tuple[int, ...] | str | None = None
     center_keys: bool | None = None
+    center_blocks: bool | None = None
     balance_keys: bool | None = None
     uneven_keys: bool | None = None
     symmetric_values: bool | None = None
@@ -111,7 +115,7 @@ class AKVQConfig:
         for name in ("massive_floor", "massive_ratio"):
             if not _is_number(getattr(self, name)) or getattr(self, name) < 0:
                 self._refuse(name, "a number >= 0")
-        for name in ("center_keys", "balance_keys", "uneven_keys", "symmetric_values", "rotate"):
+        for name in ("center_keys", "center_blocks", "balance_keys", "uneven_keys", "symmetric_values", "rotate"):
             if getattr(self, name) not in (None, True, False):
                 self._refuse(name, "True, False or None")
         for name, bits in (("body_clip", self.body_bits), ("text_clip", self.text_bits)):
@@ -128,6 +132,8 @@ class AKVQConfig:
             self._refuse("cuda_graphs", "True or False")
         if self.mode == CAPTURED_MODE and not self.cuda_graphs:
             self._refuse("mode", "another mode with cuda_graphs=False")
+        if self.center_blocks and self.body_bits == 16:
+            self._refuse("center_blocks", "False where body_bits is 16")
         if self.uneven_keys and not (self.rotate and self.body_bits == 2):
             self._refuse("uneven_keys", "False where body_bits is not 2 or rotate is False")
         if self.symmetric_values and self.body_bits not in (2, 4):
@@ -156,7 +162,7 @@ class AKVQConfig:
             chosen |= {"body_bits": 16, "window": 0, "pivots": 0}
         bits = chosen["body_bits"] if self.body_bits is None else self.body_bits
         if bits == 16:  # lossless
-            chosen |= {"center_keys": False, "balance_keys": False, "rotate": False}
+            chosen |= {"center_keys": False, "center_blocks": False, "balance_keys": False, "rotate": False}
         if bits != 2 or self.rotate is False:  # where the user's choice leaves no room for the recipe's
             chosen["uneven_keys"] = False
         if bits not in (2, 4):

@@ -103,6 +103,11 @@ def is_growing(packed) -> bool:
     return is_packed(packed) and packed.storage is not None and packed.storage.end is not None
 
 
+def tokens_move(packed) -> bool:
+    """A growing cache whose tokens may take other positions: not those of blocks, whose codes belong to their block."""
+    return is_growing(packed) and not packed.storage.layout.blocks
+
+
 def tokens_of(packed: Tensor) -> Tokens:
     return Tokens.of(packed.storage, packed.shape[TOKENS])
 
@@ -168,7 +173,7 @@ def _(func, types, args, kwargs):
     if any(t.dtype != first.dtype for t in tensors):
         return NotImplemented  # the result has the wider dtype, as in torch
     if packed > 1:
-        if not all(map(is_growing, tensors[:packed])) or not alike(tensors[:packed], "rows"):
+        if not all(map(tokens_move, tensors[:packed])) or not alike(tensors[:packed], "rows"):
             return NotImplemented
         first = wrap(first, concat_tokens([tokens_of(t) for t in tensors[:packed]]))
     if first.storage is None:  # tracing; outside a graph the op itself checks
@@ -239,6 +244,8 @@ def _(func, types, args, kwargs):
     others = [*pad[:2], *pad[4:]]
     if not is_growing(packed) or any(others) or after > 0 or before > 0 and kwargs.get("value", fill):
         return NotImplemented
+    if before and not tokens_move(packed):
+        return NotImplemented
     length = packed.shape[TOKENS]
     kept = range(length)[max(0, -before) : length + after]
     if kept != range(length):
@@ -257,7 +264,7 @@ def _(func, types, args, kwargs):
     from_start = isinstance(begin, int) and begin == 0 and step in (None, 1)
     if dim == 0 and packed.storage is not None:
         return rowwise(packed, torch.arange(size, device=packed.device)[start:end:step])
-    if dim == TOKENS and is_growing(packed) and not from_start:
+    if dim == TOKENS and tokens_move(packed) and not from_start:
         return take(packed, range(size)[start:end:step])
     if not from_start:
         return NotImplemented
@@ -280,7 +287,7 @@ def _(func, types, args, kwargs):
 @implements([aten.index_select.default])
 def _(func, types, args, kwargs):
     packed, dim, index = args
-    if dim % 4 == TOKENS and is_growing(packed):
+    if dim % 4 == TOKENS and tokens_move(packed):
         return take(packed, index.reshape(-1))
     return rowwise(packed, index) if dim % 4 == 0 else NotImplemented
 
@@ -293,7 +300,7 @@ def _(func, types, args, kwargs):
     if len(given) != 1 or given[0][0] not in (0, TOKENS):
         return NotImplemented
     dim, index = given[0]
-    if index.dim() != 1 or index.dtype == torch.uint8 or dim == TOKENS and not is_growing(packed):
+    if index.dim() != 1 or index.dtype == torch.uint8 or dim == TOKENS and not tokens_move(packed):
         return NotImplemented
     if index.dtype == torch.bool:
         if len(index) != packed.shape[dim]:
@@ -359,7 +366,7 @@ def _(func, types, args, kwargs):
 @implements([aten.split.Tensor, aten.split_with_sizes.default])
 def _(func, types, args, kwargs):
     packed, size, dim = (*args, kwargs.get("dim", 0))[:3]
-    if dim % 4 not in (0, TOKENS) or packed.storage is None or dim % 4 == TOKENS and not is_growing(packed):
+    if dim % 4 not in (0, TOKENS) or packed.storage is None or dim % 4 == TOKENS and not tokens_move(packed):
         return NotImplemented
     parts = torch.arange(packed.shape[dim], device="cpu").split(size)
     if dim % 4 == 0:

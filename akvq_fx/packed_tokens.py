@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from akvq_fx.kernels import cache as ops
-from akvq_fx.kernels.layout import PADDING, STATE_END, STATE_RING, STATE_TEXT, Layout
+from akvq_fx.kernels.layout import PADDING, STATE_END, STATE_RING, STATE_TEXT, Layout, blocks_of
 from akvq_fx.storage import Storage
 
 ROOM = 128  # a storage has room for the next token, and is a multiple of this long
@@ -50,6 +50,8 @@ class Tokens:
             parts[name] = parts[name][:, :, :length]
         if "classes" in parts:
             parts["classes"] = parts["classes"][:, :length]
+        if layout.blocks:
+            parts["means"] = parts["means"][:, :, : blocks_of(length)]
         at = torch.arange(max(0, length - layout.window), length, device=storage.device)
         end = state[STATE_END]
         held = (at >= state[STATE_RING]) & (at >= end - layout.window) & (at < end)
@@ -109,8 +111,10 @@ class Tokens:
         recent = len(self.held)
         if not recent:
             return self
-        last = self.take(torch.arange(self.count - recent, self.count, device=self.held.device), distinct=True)
-        ring = ops.read(last.stored().buffers, recent, self.layout)
+        last = self
+        if not self.layout.blocks:  # else tokens cannot be taken out of their blocks, so all are read
+            last = self.take(torch.arange(self.count - recent, self.count, device=self.held.device), distinct=True)
+        ring = ops.read(last.stored().buffers, last.count, self.layout)[:, :, -recent:]
         return replace(self, parts=self.parts | {"ring": ring}, held=torch.ones_like(self.held))
 
     def padding(self, count: int) -> Tokens:
@@ -146,7 +150,7 @@ class Tokens:
         b = dict(zip(layout.fields, buffers, strict=True))
         for name in parts.keys() & {"codes", "range"}:
             b[name][:, :, :n] = parts[name]
-        for name in parts.keys() & {"text_codes", "pivots"}:
+        for name in parts.keys() & {"text_codes", "pivots", "means"}:
             b[name][:, :, : parts[name].shape[2]] = parts[name]
         for name in parts.keys() & {"classes", "text_at", "pivot_at"}:
             b[name][:, : parts[name].shape[1]] = parts[name]

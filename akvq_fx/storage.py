@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from akvq_fx import torch_internals
-from akvq_fx.kernels.layout import CODES, GAIN, ORDER, PADDING, STATE_TEXT, Layout
+from akvq_fx.kernels.layout import CODES, GAIN, ORDER, PADDING, STATE_TEXT, Layout, blocks_of
 from akvq_fx.kernels.rotate import rotate_as_stored
 
 ROWS, TOKENS = 0, 2  # axes of [B, H, T, D]
@@ -125,6 +125,8 @@ class Storage:
             b = self[name]
             if name in ("codes", "range", "text_codes"):
                 self[name] = torch.nn.functional.pad(b, (0, 0, 0, extra))
+            elif name == "means":
+                self[name] = torch.nn.functional.pad(b, (0, 0, 0, blocks_of(capacity) - b.shape[2]))
             elif name in ("classes", "text_at"):
                 self[name] = torch.nn.functional.pad(b, (0, extra), value=PADDING if name == "classes" else -1)
         self.mark_dynamic()

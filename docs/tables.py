@@ -53,6 +53,12 @@ OPTIONS = {
         f"{PAPER}, section III",
     ),
     "center_keys": ("subtract each head's mean key, which softmax does not notice", OURS),
+    "center_blocks": (
+        "codes of keys are differences from the mean of their block of 64 tokens, so that centres do not go stale; not "
+        "in layers that keep text at more bits; see "
+        "[recipes.md](recipes.md#akvq-uneven)",
+        OURS,
+    ),
     "balance_keys": ("divide key channels and multiply query channels by one gain: an exact identity", OURS),
     "uneven_keys": (
         "of a head's channels the quarter that moves scores most has 4 bits, the last quarter none; not in layers that "
@@ -99,7 +105,7 @@ ACCEPTED = {
     **dict.fromkeys(("window", "pivots"), "an integer >= 0"),
     **dict.fromkeys(("body_clip", "text_clip"), "a number in (0, 1]"),
     **dict.fromkeys(("massive_floor", "massive_ratio"), "a number >= 0"),
-    **dict.fromkeys(("rotate", "center_keys", "balance_keys"), "`True`, `False`"),
+    **dict.fromkeys(("rotate", "center_keys", "center_blocks", "balance_keys"), "`True`, `False`"),
     **dict.fromkeys(("uneven_keys", "symmetric_values", "cuda_graphs"), "`True`, `False`"),
     "mode": 'a mode of Inductor, with `inner="inductor"`',
 }
@@ -108,7 +114,7 @@ ACCEPTED = {
 RECIPE_WORDS = {
     "akvq": "AKVQ-VL with centred and balanced keys, 4-bit keys of text in every layer and half the window",
     "akvq-uneven": "the same, but in prompts without images a key's channels have 4, 2 and 0 bits by their part in "
-    "scores, and values no minimum: for long texts",
+    "scores, blocks of keys have means of their own, and values no minimum: for long texts",
     "akvq-vl": "the paper's choices: text first in early layers, pivots in late ones, Walsh-Hadamard, 2 bits, folded "
     "values; its prompts are exact",
     "rtn2": "round to nearest per token, groups of 128; the baseline of every paper here",

@@ -29,6 +29,7 @@ SUPPORTS = Supports(
     dtype=tuple(DTYPES),
     head_dim=range(8, 513, 8),
     **dict.fromkeys(("group", "window", "pivots", "body_clip", "text_clip"), ANY),
+    blocks=(False,),
     **dict.fromkeys(("rotated", "affine", "shares_classes"), ANY),
     **dict.fromkeys(("symmetric", "uneven"), (False,)),
 )

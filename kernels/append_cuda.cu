@@ -13,6 +13,10 @@
 //         Where text has more bits than the body, `pack` leaves out the codes and ranges of text tokens, and `append`
 //         with TEXT_ONLY runs after it: it writes these and the lower bits.
 //
+// Keys with means of blocks (kernels/blocks.py): `append` quantizes what is left of a token without the mean of its
+// block. One token that begins a block makes that mean itself, of what the ring holds of its head; the means of more
+// tokens stand there before the launch.
+//
 // Compile-time:
 //   HEAD_DIM, GROUPS  channels of a head; channel groups with a range (scale and minimum) of their own
 //   DTYPE             0 fp16, 1 bf16, 2 fp32
@@ -20,6 +24,7 @@
 //   NORM              factor that makes H orthonormal: order**-0.5
 //   SYMMETRIC         1: levels around zero; a range is scales alone
 //   UNEVEN            1: kernels/uneven.py's layout of keys. NORM is of the first part, MIDDLE_NORM of the middle
+//   MEANS             1: codes are differences from the means of blocks; not with TEXT_BITS
 //   BITS, TEXT_BITS   2, 4 or 8; BITS 16: a lossless body; TEXT_BITS 0: no text overlay
 //   LOW_WIDTH         Layout.low_width
 //   CLIP, TEXT_CLIP   factor by which a range is shrunk before quantizing
@@ -53,6 +58,8 @@ struct Params {
     const int *chosen;
     i64 x_b, x_h, x_t, kinds_b, kinds_t;
     int batch, heads, tokens, share, capacity, text_capacity, window, pivot_count, chosen_count, fresh;
+    void *means;
+    int blocks;  // means of a head
 };
 
 __device__ __forceinline__ float read(const void *from, i64 i) {
@@ -89,6 +96,7 @@ __device__ __forceinline__ int channel_of(int i, int lane) {
 }
 
 #include "append_codes_cuda.cuh"
+#include "append_means_cuda.cuh"
 
 // Rotate the channels that lanes hold, parts of an uneven layout on their own, and round them to the tokens' dtype.
 __device__ __forceinline__ void rotate_lanes(float (&x)[N], int lane) {
@@ -113,14 +121,16 @@ __device__ __forceinline__ void rotate_lanes(float (&x)[N], int lane) {
 #endif
 }
 
-// What a call changes beside its tokens: one worker of each batch row drops pivots, the first of all updates the state.
+// What a call changes beside its tokens: one worker of each batch row drops pivots, one of all updates the state: the
+// first, but where all of them read the state, the last.
 __device__ __forceinline__ void finish(const Params &p, int batch, int head, int first, i64 worker, int lane) {
     const int start = (int)p.at[0], end = (int)p.at[p.tokens - 1] + 1;
     // Tokens are written from `start` on. After a crop that is before the old end: pivots from there on are replaced.
     if (head == 0 && first == 0 && !(p.chosen && start == 0))
         for (int i = lane; i < p.pivot_count; i += 32)
             if (p.pivot_at[batch * p.pivot_count + i] >= start) p.pivot_at[batch * p.pivot_count + i] = -1;
-    if (worker == 0 && lane == 0) {  // where `start` lies past the end, the ring holds nothing of what is skipped
+    const bool updates = MEANS && begins_block(p, start) ? last_to_arrive(p, lane) : worker == 0;
+    if (updates && lane == 0) {  // where `start` lies past the end, the ring holds nothing of what is skipped
         const int last = p.fresh ? 0 : p.state[0], ring = p.fresh ? 0 : p.state[1];
         const int held = start > last ? start : min(ring, start);
         p.state[1] = max(held, end - p.window), p.state[0] = end;
@@ -171,6 +181,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) append(const __grid_con
             rotate_lanes(x, lane);
         }
         const bool as_text = TEXT_BITS && overlaid && kind == TEXT;
+        float mean[N];
+        if (MEANS && slot >= 0 && slot < p.capacity) mean_of_block(p, lead, batch, slot, kind, x, mean, lane);
         if (!TEXT_ONLY && p.window && token >= p.tokens - p.window) {
             const i64 to = (lead * p.window + slot % p.window) * D;
 #pragma unroll
@@ -180,6 +192,10 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) append(const __grid_con
         const bool inside = slot >= 0 && slot < p.capacity;
         const i64 place = lead * p.capacity + slot;
         if (inside) {
+            if (MEANS) {
+#pragma unroll
+                for (int i = 0; i < N; i++) x[i] -= mean[i];
+            }
             if (BITS == 16) {
 #pragma unroll
                 for (int i = 0; i < N; i++)

@@ -1,6 +1,7 @@
 """append and pack on NVIDIA GPUs: compiles and launches kernels/append_cuda.cu; the meaning is kernels/cache.py's.
 
-One launch rotates, clips, quantizes, packs and writes all that a decode step changes. `refusal` says why a call is left
+One launch rotates, clips, quantizes, packs and writes all that a decode step changes. Means of blocks of more than one
+token are written before it (kernels/blocks.py). `refusal` says why a call is left
 to kernels/cache_triton.py, whose checks of a call and order of steps serve this kernel too.
 """
 
@@ -12,9 +13,10 @@ import torch
 from torch import Tensor
 
 from akvq_fx.kernels import cache_triton, nvrtc, uneven
-from akvq_fx.kernels.cache import check_fits, keep_pivots, named
+from akvq_fx.kernels.blocks import begin_blocks
+from akvq_fx.kernels.cache import check_fits, keep_pivots, kinds_of, named
 from akvq_fx.kernels.layout import CODE_BITS, Layout
-from akvq_fx.kernels.rotate import order_of
+from akvq_fx.kernels.rotate import order_of, rotate_as_stored
 from akvq_fx.kernels.supports import ANY, NOT_SIMULATED, Supports
 
 DTYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
@@ -26,7 +28,7 @@ SUPPORTS = Supports(
     head_dim=range(8, 513, 8),  # 16 channels a lane
     groups=range(1, 5),  # each costs a reduction over the warp
     **dict.fromkeys(("group", "window", "pivots", "body_clip", "text_clip"), ANY),
-    **dict.fromkeys(("rotated", "affine", "shares_classes", "symmetric", "uneven"), ANY),
+    **dict.fromkeys(("rotated", "affine", "shares_classes", "symmetric", "uneven", "blocks"), ANY),
 )
 WARPS = 4
 SHARE = 8  # tokens a warp (in pack: four lanes) takes where there are many, to read the affine map once
@@ -46,6 +48,7 @@ class Params(ctypes.Structure):
     _fields_ = [(name, ctypes.c_void_p) for name in POINTERS]
     _fields_ += [(name, ctypes.c_longlong) for name in ("x_b", "x_h", "x_t", "kinds_b", "kinds_t")]
     _fields_ += [(name, ctypes.c_int) for name in SIZES]
+    _fields_ += [("means", ctypes.c_void_p), ("blocks", ctypes.c_int)]
 
 
 def refusal(x: Tensor, layout: Layout) -> str:
@@ -53,6 +56,8 @@ def refusal(x: Tensor, layout: Layout) -> str:
     reason = SUPPORTS.refusal(layout)
     if reason:
         return reason
+    if layout.blocks and layout.text_bits:
+        return "the layout has both means of blocks and a text overlay, accepted: one of them"
     if x.dtype != layout.dtype:
         return f"x is {x.dtype} and the cache {layout.dtype}, accepted: one dtype"
     if x.stride(-1) != 1:
@@ -97,6 +102,10 @@ def launch(
 ) -> None:
     """Write x and, where the kernel does not, keep its pivots; fresh: buffers are unwritten, and `packs(x, layout)`."""
     B, H, q, _ = x.shape
+    # One token's block is begun by the kernel. Where that turns out not to run, the next one writes the same means.
+    if layout.blocks and q > 1:
+        x, rotate = rotate_as_stored(x, affine, layout.rotated) if rotate else x, False
+        begin_blocks(b, x, at, kinds_of(x, classes), layout)
     at, form = at.contiguous(), 0
     if rotate:
         form = 2 if affine is not None else int(layout.rotated)
@@ -115,6 +124,8 @@ def launch(
     params.share = SHARE if B * H * q >= MANY else 1
     params.text_capacity = b["text_codes"].shape[2] if layout.text_bits else 0
     params.window, params.pivot_count = layout.window, layout.pivots
+    if layout.blocks:
+        params.means, params.blocks = b["means"].data_ptr(), b["means"].shape[2]
     fast, keep = packs(x, layout), layout.pivots and pivots is not None
     parts = -(-q // (params.share * (PACK_ROWS if fast else 1)))
     if fast and keep:
@@ -140,7 +151,8 @@ def run(launches: list[tuple[str, int, tuple]], params: Params, device: torch.de
 
 def packs(x: Tensor, layout: Layout) -> bool:
     """The tokens are a prompt that the kernel `pack` takes: 2 bits, one range a token, rows of whole 16 bytes."""
-    simple = layout.body_bits == 2 and layout.groups == 1 and layout.head_dim in PACKED_DIMS and not layout.uneven
+    simple = layout.body_bits == 2 and layout.groups == 1 and layout.head_dim in PACKED_DIMS
+    simple = simple and not (layout.uneven or layout.blocks)  # differences from means are no 16-bit numbers
     aligned = x.itemsize == 2 and x.data_ptr() % 16 == 0 and all(step % 8 == 0 for step in x.stride()[:3])
     return simple and aligned and x.shape[2] >= PACKED_TOKENS
 
@@ -161,6 +173,7 @@ def macros(layout: Layout, form: int, fast: bool, text_only: bool = False) -> tu
         ("MIDDLE_NORM", exact(orders[1] ** -0.5)),
         ("SYMMETRIC", int(layout.symmetric)),
         ("UNEVEN", int(layout.uneven)),
+        ("MEANS", int(layout.blocks)),
         ("TEXT_BITS", 0 if fast else layout.text_bits),
         ("LOW_WIDTH", 0 if fast else layout.low_width),
         ("TEXT_CLIP", exact(layout.text_clip)),

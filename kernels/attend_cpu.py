@@ -33,6 +33,7 @@ SUPPORTS = Supports(
     head_dim=range(8, 257, 8),
     **dict.fromkeys(("group", "window", "pivots"), ANY),
     **dict.fromkeys(("body_clip", "text_clip"), ANY),  # of who writes
+    blocks=(False,),
     **dict.fromkeys(("rotated", "affine", "shares_classes"), ANY),
     **dict.fromkeys(("symmetric", "uneven"), (False,)),
 )

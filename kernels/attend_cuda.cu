@@ -15,6 +15,9 @@
 // A text token's code has its upper two bits in the body and its lower two in the overlay: q.(4 upper + lower) is two
 // products of the same kind. Tiles of text are gathered by position into the arrangement of a tile of the body.
 //
+// Where blocks of keys have means of their own, a warp asks the means of 16 blocks at a time as it asks tokens at 16
+// bits, and adds their products to the scores of its tiles.
+//
 // This file has the kernels and what they do with a tile of codes. Its headers:
 //   attend_cuda.cuh           shapes, arguments, which positions stand where, a warp's share of the work, masks
 //   attend_tiles_cuda.cuh     codes as numbers; tiles in shared memory and on their way there
@@ -22,12 +25,13 @@
 //   attend_sums_cuda.cuh      softmax and output as they are summed up, and their merge
 //   attend_products_cuda.cuh  products of queries and weights with codes
 //   attend_wide_cuda.cuh      tokens at 16 bits: ring, pivots and this step's own
+//   attend_means_cuda.cuh     means of blocks of keys
 //
 // Compile-time:
 //   HEAD_DIM                    multiple of 16
 //   BF16                        0: fp16
 //   KEY_GROUPS, VALUE_GROUPS    1, 2 or 4 scales a head
-//   KEY_SYMMETRIC, VALUE_SYMMETRIC, KEY_UNEVEN
+//   KEY_SYMMETRIC, VALUE_SYMMETRIC, KEY_UNEVEN, KEY_BLOCKS
 //                               as in kernels/layout.py
 //   FIRST_NORM, MIDDLE_NORM     of uneven keys: NORM of the transforms of their parts
 //   STAGE_BYTES                 that a tile takes in shared memory
@@ -41,7 +45,7 @@
 //   TEXT_BITS, VALUE_TEXT_BITS  4: keys, values have a text overlay; 0: there is none, text is read from the body
 
 #include "attend_products_cuda.cuh"
-#include "attend_wide_cuda.cuh"
+#include "attend_means_cuda.cuh"
 
 // Of token x + lane of a body tile: whether queries see it (with MASK 1), and whether it is read from the text overlay.
 __device__ __forceinline__ u8 seen_by_all(const Params &p, const Thread &self, const Places &places, const Share &share,
@@ -237,7 +241,8 @@ __device__ __forceinline__ void read_values(Sums &sums, const Scores &scores, bo
 
 // Attend to a warp's tiles of text and of the body, of which `feed` has the first on their way.
 __device__ __forceinline__ void attend_body(const Params &p, const Thread &self, const Places &places,
-                                            const Share &share, Feed &feed, const Query &q, Sums &sums) {
+                                            const Share &share, Feed &feed, const Queries &queries, const Query &q,
+                                            Means &means, Sums &sums) {
     const bool has_ring = places.ring_start < places.ring_end;
     // before plain_end there is nothing but body, pivots and text
     const int plain_end = has_ring ? min(places.body_end, places.ring_start) : places.body_end;
@@ -260,6 +265,14 @@ __device__ __forceinline__ void attend_body(const Params &p, const Thread &self,
         const u64 live = live_tokens(places, flags, number, first, plain_end, is_text, codes, self.lane);
         Scores scores;
         read_keys(scores, q, is_text, codes, key_ranges, value_ranges, self.g, self.t);
+        if (KEY_BLOCKS) {
+            const int block = number * TILE / BLOCK;  // of the tokens that count, which lie from number * TILE on
+            if (block >= means.base + WIDE_MEANS) {
+                means.load(block, self.g, self.t);
+                means.ask(queries, q, self.g, self.t);
+            }
+            means.add_to(scores.s, block, self.t);
+        }
         if (MASK == 2) add_mask(scores, p, self, places, first, is_text, codes);
         if (live != FULL) drop(scores, live, self.g);
         sums.to_weights(scores.s);
@@ -279,10 +292,14 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) attend(const __
     Feed feed(p, self, places, share, shared);
 #pragma unroll
     for (int i = 0; i < STAGES - 1; i++) feed.fetch_if_any(i, share.first_tile + i);
+    Means means(p, self, places);
+    const bool asks_means = KEY_BLOCKS && share.first_tile < share.last_tile;
+    if (asks_means) means.load(share.first_tile * TILE / BLOCK, self.g, self.t);
 
     queries.read(p, self);
     __syncthreads();
     const Query q(queries, self.g, self.t);
+    if (asks_means) means.ask(queries, q, self.g, self.t);
     Sums sums;
     sums.clear();
 
@@ -294,7 +311,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) attend(const __
         attend_wide(p, self, places, wide, queries, q, sums);
     }
 
-    attend_body(p, self, places, share, feed, q, sums);
+    attend_body(p, self, places, share, feed, queries, q, means, sums);
 
     Stream::wait<0>();
     __syncthreads();  // no ring is in use any more

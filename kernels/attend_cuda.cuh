@@ -56,6 +56,8 @@ struct Params {
     int splits;
     int rotate;                // queries are not rotated yet: the kernel attends with H(q * s)
     int restore;               // the kernel rotates the output back, by H
+    const u16 *means;          // [B, H, blocks, D] of the key, where KEY_BLOCKS
+    int blocks;
 };
 
 // Numbers of the cache's dtype.

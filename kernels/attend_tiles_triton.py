@@ -14,6 +14,7 @@ which names the one overlay that holds them (PIVOT, TEXT) or none. Where there a
 before them. Text tokens have the upper bits of their codes, and their ranges, in the body and LOW bits more in the
 overlay; values may lack the overlay (VALUE_TEXT 0) and are then read from the body alone.
 Keys that are uneven (kernels/uneven.py) are put together from their slots' codes: their channels are what queries ask.
+To keys whose blocks have means (kernels/blocks.py) these are added: a body tile is of one block, a text tile of many.
 A slot that nothing was written to may hold NaN: its load is masked for keys and values alike, because 0 * NaN is NaN.
 DP is a head dim padded to a power of two of 16 or more, as tl.dot asks.
 Source: FlashAttention-2, arXiv 2307.08691 (online softmax); Flash-Decoding (splits over tokens).
@@ -29,7 +30,7 @@ from akvq_fx.kernels.quantizer import FP16_MAX
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LIMIT = tl.constexpr(FP16_MAX)
-WORD_BITS = tl.constexpr(layout.WORD_BITS)
+WORD_BITS, BLOCK = tl.constexpr(layout.WORD_BITS), tl.constexpr(layout.BLOCK)
 TEXT, PIVOT = tl.constexpr(layout.TEXT), tl.constexpr(layout.PIVOT)
 STATE_END, STATE_RING, STATE_TEXT = (
     tl.constexpr(layout.STATE_END),
@@ -103,29 +104,37 @@ def levels_of(code, range_, slot, valid, D: tl.constexpr, DP: tl.constexpr, BITS
 
 
 @triton.jit
+def code_tile(codes, range_, slot, valid, D: tl.constexpr, DP: tl.constexpr, BITS: tl.constexpr, GROUPS: tl.constexpr,
+              SYMMETRIC: tl.constexpr, UNEVEN: tl.constexpr):  # fmt: skip
+    """What codes of the body hold: slot, valid [N] -> fp32 [N, DP]."""
+    code = codes_at(codes, slot, valid, D, DP, BITS, UNEVEN)
+    return levels_of(code, range_, slot, valid, D, DP, BITS, GROUPS, SYMMETRIC, UNEVEN)
+
+
+@triton.jit
+def text_tile(codes, range_, lower, position, slot, valid, D: tl.constexpr, DP: tl.constexpr, BITS: tl.constexpr,
+              LOW: tl.constexpr, LOW_WIDTH: tl.constexpr, GROUPS: tl.constexpr):  # fmt: skip
+    """The same of text tokens at `position` [N] of the body; LOW bits more, LOW_WIDTH wide, are in `slot` [N] of the
+    overlay."""
+    code = codes_at(codes, position, valid, D, DP, BITS, False) << LOW
+    code += codes_at(lower, slot, valid, D, DP, LOW_WIDTH, False)
+    return levels_of(code, range_, position, valid, D, DP, BITS, GROUPS, False, False)
+
+
+@triton.jit
+def means_at(means, position, valid, D: tl.constexpr, DP: tl.constexpr):
+    """Means of the blocks of positions [N], or [1] for tokens of one block, -> fp32 [N, DP] or [1, DP]."""
+    channel = tl.arange(0, DP)
+    inside = valid[:, None] & (channel < D)[None, :]
+    return tl.load(means + (position // BLOCK * D)[:, None] + channel[None, :], mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
 def rounded(x, ROUND: tl.constexpr, DOT: tl.constexpr):
     """fp32 numbers as a cache of dtype ROUND reads, in dtype DOT."""
     if tl.float16 == ROUND:  # 255 fp16 steps past an fp16 minimum stay far inside the other dtypes; a NaN stays
         x = tl.where(x > LIMIT, LIMIT, tl.where(x < -LIMIT, -LIMIT, x))
     return x.to(ROUND).to(DOT)
-
-
-@triton.jit
-def code_tile(codes, range_, slot, valid, D: tl.constexpr, DP: tl.constexpr, BITS: tl.constexpr, GROUPS: tl.constexpr,
-              SYMMETRIC: tl.constexpr, UNEVEN: tl.constexpr, ROUND: tl.constexpr, DOT: tl.constexpr):  # fmt: skip
-    """Tokens of the body: slot, valid [N] -> [N, DP] in dtype DOT."""
-    code = codes_at(codes, slot, valid, D, DP, BITS, UNEVEN)
-    return rounded(levels_of(code, range_, slot, valid, D, DP, BITS, GROUPS, SYMMETRIC, UNEVEN), ROUND, DOT)
-
-
-@triton.jit
-def text_tile(codes, range_, lower, position, slot, valid, D: tl.constexpr, DP: tl.constexpr, BITS: tl.constexpr,
-              LOW: tl.constexpr, LOW_WIDTH: tl.constexpr, GROUPS: tl.constexpr, ROUND: tl.constexpr,
-              DOT: tl.constexpr):  # fmt: skip
-    """Text tokens at `position` [N] of the body; LOW bits more, LOW_WIDTH wide, are in `slot` [N] of the overlay."""
-    code = codes_at(codes, position, valid, D, DP, BITS, False) << LOW
-    code += codes_at(lower, slot, valid, D, DP, LOW_WIDTH, False)
-    return rounded(levels_of(code, range_, position, valid, D, DP, BITS, GROUPS, False, False), ROUND, DOT)
 
 
 @triton.jit
@@ -168,7 +177,7 @@ def step(q, k, v, position, valid, token, mask_row, row_valid, mask_stride, scal
 def attend_tiles(
     q, out, maxima, sums,
     state, classes, pivot_at, text_at,
-    key_codes, key_range, key_ring, key_pivots, key_text,
+    key_codes, key_range, key_ring, key_pivots, key_text, key_means,
     value_codes, value_range, value_ring, value_pivots, value_text,
     fresh_key, fresh_value, at, mask,
     scale, length, columns, tokens, fresh_tokens, heads,
@@ -179,6 +188,7 @@ def attend_tiles(
     WINDOW: tl.constexpr, PIVOTS: tl.constexpr,
     KEY_GROUPS: tl.constexpr, VALUE_GROUPS: tl.constexpr,
     KEY_SYMMETRIC: tl.constexpr, VALUE_SYMMETRIC: tl.constexpr, KEY_UNEVEN: tl.constexpr,
+    KEY_BLOCKS: tl.constexpr,
     KEY_ROUND: tl.constexpr, VALUE_ROUND: tl.constexpr,
     DOT: tl.constexpr, FRESH: tl.constexpr, MASK: tl.constexpr, HAS_LENGTH: tl.constexpr, IS_CAUSAL: tl.constexpr,
     SPLIT: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
@@ -247,6 +257,9 @@ def attend_tiles(
     key_range += pair * capacity * (KEY_GROUPS if KEY_SYMMETRIC else 2 * KEY_GROUPS)
     value_codes += pair * value_capacity * (DV * BITS // WORD_BITS)
     value_range += pair * value_capacity * (VALUE_GROUPS if VALUE_SYMMETRIC else 2 * VALUE_GROUPS)
+    if KEY_BLOCKS:
+        tl.static_assert(BLOCK % N == 0, "a body tile must be of one block")
+        key_means += pair * tl.cdiv(capacity, BLOCK) * D
     classes += b * capacity
     for i in range(start, tl.minimum(stop, body_tiles)):
         position = i * N + tile_n
@@ -258,9 +271,14 @@ def attend_tiles(
             if LOW > 0:
                 valid = valid & (kind != TEXT)
         k = code_tile(key_codes, key_range, position, valid,
-                      D, DP, BITS, KEY_GROUPS, KEY_SYMMETRIC, KEY_UNEVEN, KEY_ROUND, DOT)  # fmt: skip
+                      D, DP, BITS, KEY_GROUPS, KEY_SYMMETRIC, KEY_UNEVEN)  # fmt: skip
+        if KEY_BLOCKS:
+            one = tl.zeros([1], tl.int32) + i * N
+            k += means_at(key_means, one, one < body, D, DP)
+        k = rounded(k, KEY_ROUND, DOT)
         v = code_tile(value_codes, value_range, position, valid,
-                      DV, DVP, BITS, VALUE_GROUPS, VALUE_SYMMETRIC, False, VALUE_ROUND, DOT)  # fmt: skip
+                      DV, DVP, BITS, VALUE_GROUPS, VALUE_SYMMETRIC, False)  # fmt: skip
+        v = rounded(v, VALUE_ROUND, DOT)
         top, total, acc = step(queries, k, v, position, valid, token, mask_row, row_valid, mask_t, scale,
                                top, total, acc, MASK, IS_CAUSAL)  # fmt: skip
 
@@ -276,13 +294,17 @@ def attend_tiles(
             valid = (position >= 0) & (position < stored) & ((position < held) | (position >= end))
             valid = valid & (tl.load(classes + position, mask=valid, other=0) == TEXT)
             k = text_tile(key_codes, key_range, key_text, position, slot, valid,
-                          D, DP, BITS, LOW, LOW_WIDTH, KEY_GROUPS, KEY_ROUND, DOT)  # fmt: skip
+                          D, DP, BITS, LOW, LOW_WIDTH, KEY_GROUPS)  # fmt: skip
+            if KEY_BLOCKS:
+                k += means_at(key_means, position, valid, D, DP)
+            k = rounded(k, KEY_ROUND, DOT)
             if VALUE_TEXT:
                 v = text_tile(value_codes, value_range, value_text, position, slot, valid,
-                              DV, DVP, BITS, LOW, LOW_WIDTH, VALUE_GROUPS, VALUE_ROUND, DOT)  # fmt: skip
+                              DV, DVP, BITS, LOW, LOW_WIDTH, VALUE_GROUPS)  # fmt: skip
             else:
                 v = code_tile(value_codes, value_range, position, valid,
-                              DV, DVP, BITS, VALUE_GROUPS, VALUE_SYMMETRIC, False, VALUE_ROUND, DOT)  # fmt: skip
+                              DV, DVP, BITS, VALUE_GROUPS, VALUE_SYMMETRIC, False)  # fmt: skip
+            v = rounded(v, VALUE_ROUND, DOT)
             top, total, acc = step(queries, k, v, position, valid, token, mask_row, row_valid, mask_t, scale,
                                    top, total, acc, MASK, IS_CAUSAL)  # fmt: skip
         start, stop = start - text_tiles, stop - text_tiles

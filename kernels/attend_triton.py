@@ -36,7 +36,7 @@ SUPPORTS = Supports(
     **dict.fromkeys(("group", "window", "pivots"), ANY),
     **dict.fromkeys(("body_clip", "text_clip"), ANY),  # of who writes
     **dict.fromkeys(("rotated", "affine", "shares_classes"), ANY),
-    **dict.fromkeys(("symmetric", "uneven"), ANY),
+    **dict.fromkeys(("symmetric", "uneven", "blocks"), ANY),
 )
 SPLIT_TOKENS = 256  # fewer tokens than this are not worth a program of their own
 MAX_SPLITS = 64  # combine holds one row of every split in registers
@@ -68,6 +68,8 @@ def layouts_refusal(k: Layout, v: Layout) -> str:
         return f"layouts {k} and {v}, accepted: values with the text bits of the keys, or without text overlay"
     if v.uneven:
         return "values are uneven, which only keys can be"
+    if v.blocks:
+        return "values have means of blocks, which only keys can have"
     return ""
 
 
@@ -160,7 +162,8 @@ def attend(call: AttendCall, splits: int | None = None) -> Tensor:
         attend_tiles[(B * H * splits * tiles,)](
             q, parts, maxima, sums,
             k["state"], k["classes"], k.get("pivot_at"), k.get("text_at"),
-            *(b.get(name) for b in (k, v) for name in ("codes", "range", "ring", "pivots", "text_codes")),
+            *(k.get(name) for name in ("codes", "range", "ring", "pivots", "text_codes", "means")),
+            *(v.get(name) for name in ("codes", "range", "ring", "pivots", "text_codes")),
             fresh_key, fresh_value, at, mask,
             1 / math.sqrt(D) if scale is None else float(scale),
             -1 if length is None else length, columns, tokens, fresh_key.shape[2] if fresh else 0, H,
@@ -174,6 +177,7 @@ def attend(call: AttendCall, splits: int | None = None) -> Tensor:
             WINDOW=key_layout.window, PIVOTS=key_layout.pivots,
             KEY_GROUPS=key_layout.groups, VALUE_GROUPS=value_layout.groups,
             KEY_SYMMETRIC=key_layout.symmetric, VALUE_SYMMETRIC=value_layout.symmetric, KEY_UNEVEN=key_layout.uneven,
+            KEY_BLOCKS=key_layout.blocks,
             KEY_ROUND=seen_as[key_layout.dtype], VALUE_ROUND=seen_as[value_layout.dtype],
             DOT=seen_as[q.dtype], FRESH=fresh, MASK=kind, HAS_LENGTH=length is not None, IS_CAUSAL=is_causal,
             SPLIT=splits > 1, M=M, N=N, num_warps=warps, num_stages=2,

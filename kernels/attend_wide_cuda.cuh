@@ -32,6 +32,25 @@ __device__ __forceinline__ Wide fresh_tile(const Params &p, const Places &places
     return {p.key.fresh, p.value.fresh, slot, position, count};
 }
 
+constexpr int LOADS = (D + 31) / 32;  // of a lane, 8 channels of a row at 16 bits each
+
+// c += q row, of 16 rows at 16 bits, keys or means of keys. A lane has rows g and g + 8 of the fragment, and of each
+// the 8 channels from 8 * (t + 4 * i) on.
+__device__ __forceinline__ void ask_rows(float (&c)[NT][4], const uint4 (&rows)[LOADS][2], const Queries &queries,
+                                         int g, int t) {
+#pragma unroll
+    for (int i = 0; i < LOADS; i++)
+#pragma unroll
+        for (int n = 0; n < NT; n++) {
+            uint4 x = {};
+            const int channel = 8 * (t + 4 * i);
+            if (channel < D && row_of(n, g) >= 0) x = *(const uint4 *)&queries.native[row_of(n, g)][channel];
+            const uint4 upper = rows[i][0], lower = rows[i][1];
+            mma<!BF16>(c[n], upper.x, lower.x, upper.y, lower.y, x.x, x.y);
+            mma<!BF16>(c[n], upper.z, lower.z, upper.w, lower.w, x.z, x.w);
+        }
+}
+
 // Attend to such a tile.
 __device__ __forceinline__ void attend_wide(const Params &p, const Thread &self, const Places &places, const Wide &wide,
                                             const Queries &queries, const Query &q, Sums &sums) {
@@ -48,7 +67,6 @@ __device__ __forceinline__ void attend_wide(const Params &p, const Thread &self,
     for (int half = 0; half < 2; half++) row_live[half] = live >> (token_of_row(g) + 8 * half) & 1;
     // All loads are issued before the first is used: 8 channels of two keys at a time, and of four values the channels
     // that this lane accumulates.
-    constexpr int LOADS = (D + 31) / 32;
     uint4 key[LOADS][2];
     u32 value[OT][PAIRED ? 1 : 2][4];
 #pragma unroll
@@ -75,17 +93,7 @@ __device__ __forceinline__ void attend_wide(const Params &p, const Thread &self,
     }
 
     float s[1][NT][2][CC], c[NT][4] = {};
-#pragma unroll
-    for (int i = 0; i < LOADS; i++)
-#pragma unroll
-        for (int n = 0; n < NT; n++) {
-            uint4 x = {};
-            const int channel = 8 * (t + 4 * i);
-            if (channel < D && row_of(n, g) >= 0) x = *(const uint4 *)&queries.native[row_of(n, g)][channel];
-            const uint4 upper = key[i][0], lower = key[i][1];
-            mma<!BF16>(c[n], upper.x, lower.x, upper.y, lower.y, x.x, x.y);
-            mma<!BF16>(c[n], upper.z, lower.z, upper.w, lower.w, x.z, x.w);
-        }
+    ask_rows(c, key, queries, g, t);
 #pragma unroll
     for (int n = 0; n < NT; n++)
 #pragma unroll

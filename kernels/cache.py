@@ -18,7 +18,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from akvq_fx.kernels import quantizer, uneven
+from akvq_fx.kernels import blocks, quantizer, uneven
 from akvq_fx.kernels.choose import dispatch
 from akvq_fx.kernels.in_place import in_place
 from akvq_fx.kernels.layout import (
@@ -92,9 +92,13 @@ def write(
     if layout.plain:
         b["codes"].index_copy_(2, at, x.to(b["codes"].dtype))
     else:
-        codes, range_ = encode(x, layout)
+        body = x
+        if layout.blocks:
+            blocks.begin_blocks(b, x, at, kinds, layout)
+            body = x.float() - blocks.means_at(b["means"], at).float()
+        codes, range_ = encode(body, layout)
         if layout.text_bits:
-            text, text_range = quantizer.encode(x, layout.text_bits, layout.text_clip, layout.groups)
+            text, text_range = quantizer.encode(body, layout.text_bits, layout.text_clip, layout.groups)
             is_text = (kinds == TEXT)[:, None, :, None]
             codes = torch.where(is_text, text >> layout.low_bits, codes)
             range_ = torch.where(is_text, text_range, range_)
@@ -128,14 +132,20 @@ def encode(x: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
     return quantizer.encode(x, layout.body_bits, layout.body_clip, layout.groups)
 
 
-def decode(words: Tensor, range_: Tensor, layout: Layout) -> Tensor:
-    """The inverse, of packed codes: words [..., D*b/16] int16 -> [..., D] in the layout's dtype."""
-    codes = unpack_bits(words, layout.body_bits)
+def decode(words: Tensor, range_: Tensor, layout: Layout, dtype: torch.dtype | None = None) -> Tensor:
+    """The inverse, of packed codes: words [..., D*b/16] int16 -> [..., D] in `dtype` or the layout's."""
+    codes, dtype = unpack_bits(words, layout.body_bits), dtype or layout.dtype
     if layout.uneven:
-        return uneven.decode(codes, range_, layout.dtype)
+        return uneven.decode(codes, range_, dtype)
     if layout.symmetric:
-        return quantizer.decode_symmetric(codes, range_, layout.body_bits, layout.dtype)
-    return quantizer.decode(codes, range_, layout.dtype)
+        return quantizer.decode_symmetric(codes, range_, layout.body_bits, dtype)
+    return quantizer.decode(codes, range_, dtype)
+
+
+def with_means(differences: Tensor, b: dict[str, Tensor], at: Tensor, layout: Layout) -> Tensor:
+    """Tokens at positions `at` from what their codes hold, float32 [B, H, n, D] -> the layout's dtype."""
+    limit = min(torch.finfo(layout.dtype).max, torch.finfo(torch.float32).max)
+    return (differences + blocks.means_at(b["means"], at).float()).clamp(-limit, limit).to(layout.dtype)
 
 
 def kinds_of(x: Tensor, classes: Tensor | None) -> Tensor:
@@ -209,7 +219,10 @@ def read(cache: list[Tensor], length: int, layout: Layout, past: int | None = No
         return simulated(b, length, layout, past)
     if layout.lossless:
         return b["codes"][:, :, :length]
-    out = decode(b["codes"][:, :, :length], b["range"][:, :, :length], layout)
+    code_dtype = torch.float32 if layout.blocks else layout.dtype
+    out = decode(b["codes"][:, :, :length], b["range"][:, :, :length], layout, code_dtype)
+    if layout.blocks:
+        out = with_means(out, b, torch.arange(length, device=out.device), layout)
     if layout.text_bits:
         scatter_tokens(out, b["text_at"], read_text(b, layout))
     if layout.pivots:
@@ -229,7 +242,9 @@ def read_text(b: dict[str, Tensor], layout: Layout) -> Tensor:
     of_body = lambda t: t.gather(2, at.expand(-1, t.shape[1], -1, t.shape[3]))
     upper = unpack_bits(of_body(b["codes"]), layout.body_bits)
     lower = unpack_bits(b["text_codes"], layout.low_width)
-    return quantizer.decode((upper << layout.low_bits) | lower, of_body(b["range"]), layout.dtype)
+    code_dtype = torch.float32 if layout.blocks else layout.dtype
+    out = quantizer.decode((upper << layout.low_bits) | lower, of_body(b["range"]), code_dtype)
+    return with_means(out, b, b["text_at"].clamp_min(0).long(), layout) if layout.blocks else out
 
 
 @torch.library.custom_op("akvq::pack", mutates_args=())

@@ -7,6 +7,9 @@ Grid and rows are those of kernels/rotate_triton.py: a row is one token of one h
 classes, text positions and pivot positions; the first program alone moves state[END] and state[RING]. state[TEXT] is
 read by all and written by none, and no program reads what another one writes. Nothing waits for the device.
 
+Keys whose blocks have means are rotated first, and a launch of kernels/blocks_triton.py writes the means: this kernel
+then quantizes differences from them. Of other layouts all is one launch.
+
 Two bits need no division. With t = x - minimum, the code is how many of the steps 1/2, 3/2, 5/2 times the scale lie
 below t, and these products are exact: an fp16 scale has 11 bits. A float32 t that is not on a step is too far from it
 for t / scale to be rounded onto it, and on a step half to even goes to 0, 2 and 2. Packing is a product with powers of
@@ -24,9 +27,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from akvq_fx.kernels import quantizer, rotate_triton
+from akvq_fx.kernels import blocks_triton, quantizer, rotate_triton
+from akvq_fx.kernels.blocks_triton import BLOCK
 from akvq_fx.kernels.cache import check_fits, keep_pivots, named
 from akvq_fx.kernels.layout import CODE_BITS, STATE_END, STATE_RING, STATE_TEXT, TEXT, Layout
+from akvq_fx.kernels.rotate import rotate_as_stored
 from akvq_fx.kernels.rotate_triton import KEYS, affine_rows, head_rows, rotated
 from akvq_fx.kernels.supports import ANY, NOT_SIMULATED, Supports
 
@@ -37,7 +42,7 @@ SUPPORTS = Supports(
     dtype=rotate_triton.DTYPES,
     head_dim=range(8, rotate_triton.MAX_DIM + 1, 8),
     **dict.fromkeys(("group", "window", "pivots", "body_clip", "text_clip"), ANY),
-    **dict.fromkeys(("rotated", "affine", "shares_classes", "symmetric", "uneven"), ANY),
+    **dict.fromkeys(("rotated", "affine", "shares_classes", "symmetric", "uneven", "blocks"), ANY),
 )
 SCALE_FLOOR = tl.constexpr(quantizer.SCALE_FLOOR)
 FP16_MAX = tl.constexpr(quantizer.FP16_MAX)
@@ -229,7 +234,7 @@ def write_state(state, at, tokens, WINDOW: tl.constexpr):
 
 @triton.jit
 def write_kernel(
-    x, at, kinds, affine, state, classes, codes, ranges, ring, pivot_at, text_codes, text_at,
+    x, at, kinds, affine, state, classes, codes, ranges, means, ring, pivot_at, text_codes, text_at,
     heads, owners, leads, tokens, steps, capacity, text_capacity,
     stride_b, stride_h, stride_t, stride_d, kinds_b, kinds_t,
     D: tl.constexpr, DP: tl.constexpr, ORDER: tl.constexpr, DEPTH: tl.constexpr, UNEVEN: tl.constexpr,
@@ -273,6 +278,10 @@ def write_kernel(
                 newest = live & (token >= tokens - WINDOW)
                 where = ring + ((wide_lead * WINDOW + slot % WINDOW) * D)[:, None] + channel[None, :]
                 tl.store(where, tile.to(ring.dtype.element_ty), mask=newest[:, None] & real)
+
+        if means is not None:
+            where = means + ((wide_lead * tl.cdiv(capacity, BLOCK) + slot // BLOCK) * D)[:, None] + channel[None, :]
+            tile -= tl.load(where, mask=kept[:, None] & real, other=0).to(tl.float32)
 
         kind = tl.full([ROWS], TEXT_CLASS, tl.uint8)
         if kinds is not None:
@@ -318,6 +327,11 @@ def launch(b: dict[str, Tensor], x: Tensor, at: Tensor, classes, pivots, affine,
     reason = refusal(x, layout)
     if reason:
         raise ValueError(f"akvq::append: {reason}")
+    at = at.contiguous()
+    if layout.blocks:
+        if rotate:
+            x, rotate = rotate_as_stored(x, affine, layout.rotated), False
+        blocks_triton.begin_blocks(b, x, at, classes, layout)
     B, H, q, D = x.shape
     kind = KEYS if rotate and affine is not None else 0
     if kind:
@@ -329,8 +343,8 @@ def launch(b: dict[str, Tensor], x: Tensor, at: Tensor, classes, pivots, affine,
     kinds_strides = (0, 0) if classes is None else classes.stride()
     with torch.cuda.device_of(x):
         write_kernel[plan.grid(B * H, q)](
-            x, at.contiguous(), classes, affine if kind else None, b["state"], b.get("classes"), b["codes"],
-            b.get("range"), b.get("ring"), b.get("pivot_at"), b.get("text_codes"), b.get("text_at"),
+            x, at, classes, affine if kind else None, b["state"], b.get("classes"), b["codes"],
+            b.get("range"), b.get("means"), b.get("ring"), b.get("pivot_at"), b.get("text_codes"), b.get("text_at"),
             H, affine.shape[2] if kind else H, B * H, q, plan.steps, b["codes"].shape[2], text_capacity,
             *x.stride(), *kinds_strides,
             **constants, ROTATE=bool(kind) or (rotate and layout.rotated),
@@ -354,7 +368,7 @@ def append(
     rotate: bool = False,
     run=launch,
 ) -> None:
-    """Write q tokens in place, one launch (and a few small ones where pivots are given, in a prompt).
+    """Write q tokens in place, one launch (and a few small ones for means of blocks, and for pivots of a prompt).
 
     run writes tokens and pivots: this file's launch, or kernels/append_cuda.py's.
     """

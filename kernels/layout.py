@@ -9,6 +9,7 @@ codes       [B, H, C, D*b/16] int16  body, of text tokens the upper body_bits of
                                      cache's dtype when body_bits is 16
 classes     [B, C]            uint8  VISION, TEXT, PIVOT or PADDING; values have none where they share their keys'
 range       [B, H, C, 2*G]    fp16   scale of each of the G channel groups, then their minima, but for symmetric ones
+means       [B, H, ceil(C/64), D] dtype  of each block of 64 positions what its codes are differences from
 ring        [B, H, W, D]      dtype  the last W positions, slot = position mod W
 pivots      [B, H, P, D]      dtype  pivot tokens
 pivot_at    [B, P]            int32  their positions, -1 for a free slot
@@ -38,6 +39,7 @@ WORD_BITS = 16  # codes are packed into int16 words: one GPU lane unpacks two fp
 CODE_BITS = (2, 4, 8)
 STATE_END, STATE_RING, STATE_TEXT = range(3)
 CODES = 1  # codes stand second in every layout's fields
+BLOCK = 64  # positions that share a mean
 CENTRE, GAIN, ORDER = range(3)  # rows of affine
 DTYPES = {"f16": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32, "f64": torch.float64}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -61,6 +63,7 @@ class Layout:
     shares_classes: bool = False  # values whose tokens' classes stand with their keys: a byte a token less
     symmetric: bool = False  # levels lie evenly around zero: ranges are scales alone, and nothing is clipped
     uneven: bool = False  # keys whose channels have 4, 2 and 0 bits, see kernels/uneven.py
+    blocks: bool = False  # keys whose codes are differences from the mean of their block, see kernels/blocks.py
     simulate: str = ""  # text of a Simulation of akvq_fx.recipes: originals are kept, and quantized when they are read
 
     def __post_init__(self):
@@ -91,6 +94,8 @@ class Layout:
         if self.uneven and not (self.body_bits == 2 and self.symmetric and self.rotated and self.affine):
             given = (self.body_bits, self.symmetric, self.rotated, self.affine)
             refuse("uneven with body_bits, symmetric, rotated, affine", given, "2, True, True, True")
+        if self.blocks and (self.plain or self.shares_classes):
+            refuse("blocks with body_bits, shares_classes", (self.body_bits, self.shares_classes), "2, 4 or 8, False")
         if self.simulate:
             Simulation.parse(self.simulate)
             if not self.plain or self.rotated or self.affine:
@@ -155,6 +160,7 @@ class Layout:
         names = ["state", "codes"]
         names += [] if self.shares_classes else ["classes"]
         names += [] if self.plain else ["range"]
+        names += ["means"] if self.blocks else []
         names += ["ring"] if self.window else []
         names += ["pivots", "pivot_at"] if self.pivots else []
         names += ["text_codes", "text_at"] if self.text_bits else []
@@ -171,6 +177,7 @@ class Layout:
             "codes": ((batch, heads, capacity, body[0]), body[1]),
             "classes": ((batch, capacity), torch.uint8),
             "range": ((batch, heads, capacity, self.range_size), torch.float16),
+            "means": ((batch, heads, blocks_of(capacity), self.head_dim), self.dtype),
             "ring": ((batch, heads, self.window, self.head_dim), self.dtype),
             "pivots": ((batch, heads, self.pivots, self.head_dim), self.dtype),
             "pivot_at": ((batch, self.pivots), torch.int32),
@@ -202,6 +209,7 @@ class Layout:
         parts += ["shares"] if self.shares_classes else []
         parts += ["symmetric"] if self.symmetric else []
         parts += ["uneven"] if self.uneven else []
+        parts += ["blocks"] if self.blocks else []
         parts += [self.simulate] if self.simulate else []
         return "/".join(parts)
 
@@ -211,7 +219,9 @@ class Layout:
         """The inverse of str(). Raises ValueError for anything str() cannot have written."""
         keys = {"d": "head_dim", "b": "body_bits", "c": "body_clip", "g": "group", "w": "window", "p": "pivots",
                 "t": "text_bits", "tc": "text_clip"}  # fmt: skip
-        flags = {name: name for name in ("rotated", "affine", "symmetric", "uneven")} | {"shares": "shares_classes"}
+        flags = {name: name for name in ("rotated", "affine", "symmetric", "uneven", "blocks")} | {
+            "shares": "shares_classes"
+        }
         dtype, *parts = text.split("/")
         values: dict = {"dtype": DTYPES.get(dtype)}
         for part in parts:
@@ -232,6 +242,11 @@ class Layout:
         if str(layout) != text:
             raise ValueError(f"akvq layout: {text!r} is not how {layout} is written")
         return layout
+
+
+def blocks_of(tokens):
+    """How many blocks of BLOCK positions hold this many tokens, a number or a symbol."""
+    return (tokens + BLOCK - 1) // BLOCK
 
 
 def pack_bits(codes: Tensor, bits: int) -> Tensor:

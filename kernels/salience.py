@@ -10,7 +10,8 @@ key_affine(k [B, H, T, D], q [B, Hq, Tq, D], valid [B, T], centre, balance) -> [
     With order=True [B, 3, H, D]: the third row is the order of channels that uneven layouts store (kernels/uneven.py).
     c = mean of the prompt's keys, s = sqrt(std K / rms Q) per head and channel: exact identities that take a key's
     constant part and the mismatch of its channels away before two bits have to hold them. With alpha, SmoothQuant's
-    gains instead (arXiv 2211.10438): s = max|K|^alpha / max|Q|^(1 - alpha), c = 0.
+    gains instead (arXiv 2211.10438): s = max|K|^alpha / max|Q|^(1 - alpha), c = 0. With blocks=True, std K is about the
+    mean of each block (kernels/blocks.py), which is what codes have to hold there.
 """
 
 from __future__ import annotations
@@ -20,9 +21,10 @@ import math
 import torch
 from torch import Tensor
 
+from akvq_fx.kernels import blocks as means_of_blocks
 from akvq_fx.kernels import uneven
 from akvq_fx.kernels.choose import choose
-from akvq_fx.kernels.layout import PADDING, TEXT, VISION
+from akvq_fx.kernels.layout import CENTRE, PADDING, TEXT, VISION
 from akvq_fx.kernels.quantizer import FP16_MAX
 
 FASTER = {"cuda": ("salience_triton",)}  # before the reference, by device
@@ -128,15 +130,21 @@ def key_affine(
     balance: bool,
     alpha: float | None = None,
     order: bool = False,
+    blocks: bool = False,
 ) -> Tensor:
     if alpha is not None:
         return smooth_affine(k, q, valid, alpha)
-    kernel = choose("key_affine", FASTER.get(k.device.type, ()), k, q)
-    return (kernel or key_affine_reference)(k, q, valid, centre, balance, order)
+    kernel = choose("key_affine", FASTER.get(k.device.type, ()), k, q) or key_affine_reference
+    if not blocks or not (balance or order):
+        return kernel(k, q, valid, centre, balance, order)
+    rows = kernel(means_of_blocks.differences(k, valid), q, valid, False, balance, order)
+    if centre:
+        rows[:, CENTRE] = kernel(k, q, valid, True, False, False)[:, CENTRE]
+    return rows
 
 
 @key_affine.register_fake
-def _(k, q, valid, centre, balance, alpha=None, order=False):
+def _(k, q, valid, centre, balance, alpha=None, order=False, blocks=False):
     B, H, _, D = k.shape
     return k.new_empty((B, 3 if order else 2, H, D), dtype=torch.float16)
 

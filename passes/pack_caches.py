@@ -94,8 +94,8 @@ def affine_map(state: GraphState, site: Site, x: Node, valid: Node | None) -> No
     """[B, rows, H, D]: centre, gains and order of the keys' channels, from this prompt's own keys and queries."""
     config, simulation = state.config, site.key_layout.simulation
     last = () if simulation is None else (simulation.alpha,)
-    if site.key_layout.uneven:
-        last = (None, True)
+    if site.key_layout.uneven or site.key_layout.blocks:
+        last = (None, site.key_layout.uneven, site.key_layout.blocks)
     choice = (config.center_keys, config.balance_keys, *last)
     return state.call(akvq.key_affine.default, x, site.attention.query, valid, *choice)
 

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from akvq_fx.kernels import cache as ops
 from akvq_fx.kernels import cpp
-from akvq_fx.kernels.layout import PADDING, TEXT, VISION, Layout, pack_bits, unpack_bits
+from akvq_fx.kernels.blocks import ENOUGH
+from akvq_fx.kernels.layout import BLOCK, PADDING, TEXT, VISION, Layout, blocks_of, pack_bits, unpack_bits
 from akvq_fx.kernels.quantizer import dequantize, quantize
 
 # Largest error allowed, as a share of the largest expected number (or of 1 where all are smaller).
@@ -37,6 +38,7 @@ LAYOUTS = {
     "2bit-no-overlay": Layout(16, f32, body_bits=2),
     "2bit-symmetric": Layout(16, f32, body_bits=2, window=5, pivots=2, rotated=True, symmetric=True),
     "2bit-uneven": Layout(24, f32, 2, window=5, pivots=2, rotated=True, affine=True, symmetric=True, uneven=True),
+    "2bit-blocks": Layout(16, f32, body_bits=2, window=5, pivots=2, blocks=True),
     "2bit-text4-bf16": Layout(16, bf16, body_bits=2, text_bits=4, window=3, body_clip=0.8),
     "4bit-text8-pivots": Layout(8, f32, body_bits=4, text_bits=8, pivots=2),
     "4bit-affine": Layout(24, f32, body_bits=4, window=3, rotated=True, affine=True),
@@ -93,23 +95,35 @@ class Case:
             ops.named(cache, self.layout)["affine"].copy_(self.affine)
         return cache
 
-    def expected(self) -> Tensor:
-        """What the packed prompt reads as in the stored space, token by token."""
+    def expected(self, means: Tensor | None = None) -> Tensor:
+        """What the packed prompt reads as in the stored space, token by token; means: as its cache has them."""
         ring = range(max(0, self.length - self.layout.window), self.length)
-        return expected_tokens(self.layout, self.x, self.classes, self.pivots, ring)
+        return expected_tokens(self.layout, self.x, self.classes, self.pivots, ring, means)
 
 
-def expected_tokens(layout: Layout, x: Tensor, classes: Tensor, pivots: Tensor | None, ring) -> Tensor:
-    """x [B, H, T, D] with every token at its due bits: ring and pivots exact, text at text bits, else body bits."""
+def expected_tokens(
+    layout: Layout, x: Tensor, classes: Tensor, pivots: Tensor | None, ring, means: Tensor | None = None
+) -> Tensor:
+    """x [B, H, T, D] with every token at its due bits: ring and pivots exact, text at text bits, else body bits.
+
+    means  of its blocks where they are not a prompt's to the last bit, [B, H, n, D]
+    """
     if layout.lossless:
         return x.to(layout.dtype)
-    codes, range_ = ops.encode(x, layout)
-    out = ops.decode(pack_bits(codes, layout.body_bits), range_, layout)
+    if not layout.blocks:
+        means = torch.zeros_like(x)
+    elif means is None:
+        means = prompt_means(x, classes, layout)
+    else:
+        means = means.repeat_interleave(BLOCK, 2)[:, :, : x.shape[2]]
+    of_codes, body = (f32, x.float() - means.float()) if layout.blocks else (layout.dtype, x)
+    codes, range_ = ops.encode(body, layout)
+    out = (ops.decode(pack_bits(codes, layout.body_bits), range_, layout, of_codes) + means).to(layout.dtype)
     text = None
     if layout.text_bits:
-        text = dequantize(
-            *quantize(x, layout.text_bits, layout.text_clip, layout.groups), layout.text_bits, layout.dtype
-        )
+        bits = layout.text_bits
+        text = dequantize(*quantize(body, bits, layout.text_clip, layout.groups), bits, of_codes)
+        text = (text + means).to(layout.dtype)
     for row in range(x.shape[0]):
         for t in range(x.shape[2]):
             exact = (layout.window and t in ring) or (
@@ -122,6 +136,20 @@ def expected_tokens(layout: Layout, x: Tensor, classes: Tensor, pivots: Tensor |
                 out[row, :, t] = x[row, :, t]
             elif text is not None and classes[row, t] == TEXT:
                 out[row, :, t] = text[row, :, t]
+    return out
+
+
+def prompt_means(x: Tensor, classes: Tensor | None, layout: Layout) -> Tensor:
+    """For each token of a prompt x [B, H, T, D] the mean of its block, block by block (kernels/blocks.py)."""
+    B, H, T, D = x.shape
+    out, before = torch.zeros_like(x), torch.zeros(B, H, D, dtype=layout.dtype)
+    for first in range(0, T, BLOCK):
+        end = min(first + BLOCK, T)
+        for row in range(B):
+            known = [t for t in range(max(0, end - BLOCK), end) if classes is None or classes[row, t] != PADDING]
+            if len(known) >= ENOUGH:
+                before[row] = x[row, :, known].float().nan_to_num(0.0, 0.0, 0.0).mean(1).to(layout.dtype)
+            out[row, :, first:end] = before[row][:, None]
     return out
 
 
@@ -143,7 +171,12 @@ def random_affine(B: int, H: int, D: int, seed: int = 0, uneven: bool = False) -
 
 @st.composite
 def layouts(
-    draw, head_dims=(8, 16, 24, 40), dtypes=(f32, f16, bf16), shares=(False, True), symmetric=(False, True)
+    draw,
+    head_dims=(8, 16, 24, 40),
+    dtypes=(f32, f16, bf16),
+    shares=(False, True),
+    symmetric=(False, True),
+    blocks=(False,),
 ) -> Layout:
     bits = draw(st.sampled_from((2, 4, 8, 16)))
     overlays = {}
@@ -155,6 +188,7 @@ def layouts(
         }
     symmetric = bits in (2, 4) and not overlays["text_bits"] and draw(st.sampled_from(symmetric))
     uneven = symmetric and bits == 2 and draw(st.booleans())
+    shares_classes = draw(st.sampled_from(shares))
     return Layout(
         draw(st.sampled_from(head_dims)),
         draw(st.sampled_from(dtypes)),
@@ -166,7 +200,8 @@ def layouts(
         group=draw(st.sampled_from((8, 128))),
         rotated=uneven or draw(st.booleans()),
         affine=uneven or draw(st.booleans()),
-        shares_classes=draw(st.sampled_from(shares)),
+        shares_classes=shares_classes,
+        blocks=bits != 16 and not shares_classes and draw(st.sampled_from(blocks)),
         **overlays,
     )
 
@@ -263,6 +298,8 @@ def poison(cache: list[Tensor], layout: Layout, length: int) -> list[Tensor]:
     b["codes"][:, :, length:] = junk(b["codes"])[:, :, length:]
     if "range" in b:
         b["range"][:, :, length:] = junk(b["range"])[:, :, length:]
+    if "means" in b:
+        b["means"][:, :, blocks_of(length) :] = torch.nan
     if "ring" in b:
         b["ring"][:, :, length:] = junk(b["ring"])[:, :, length:]
     for positions, values in (("pivot_at", ("pivots",)), ("text_at", ("text_codes",))):
@@ -285,8 +322,14 @@ def assert_caches_alike(
 ) -> None:
     """Same buffers; of a symmetric layout but for what the order of a sum changes: the last bit of a scale, whether one
     that is not finite is infinite or NaN, and in few tokens a code at the edge between two, with which the scale moves.
-    Codes are open where the scale is 0, or not finite: then no level reads finite, since none is 0.
+    Codes are open where the scale is 0, or not finite: then no level reads finite, since none is 0. Means of blocks are
+    sums too.
     """
+    if layout.blocks and "means" not in skip:
+        means, others = (ops.named(cache, layout)["means"] for cache in (expected, actual))
+        assert_same("unwritten means", means.isnan(), others.isnan())
+        assert_close("means", means.nan_to_num(0.0), others.nan_to_num(0.0))
+        skip = (*skip, "means")
     assert_caches_same(expected, actual, layout, (*skip, "codes", "range") if layout.symmetric else skip)
     if layout.symmetric and "codes" not in skip:
         (codes, scales), (others, other_scales) = (coded(cache, layout) for cache in (expected, actual))

@@ -1,5 +1,6 @@
 """append_cuda: what a GPU is not needed for, and its kernel pack on one. test_cache_triton.py runs append there too."""
 
+import dataclasses
 import functools
 import re
 from pathlib import Path
@@ -7,10 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from akvq_fx.kernels import append_cuda, cache_triton
+from akvq_fx.kernels import append_cuda, blocks, cache_triton
 from akvq_fx.kernels import cache as reference
-from akvq_fx.kernels.layout import Layout
+from akvq_fx.kernels.layout import PADDING, STATE_END, Layout, blocks_of
 from akvq_fx.kernels.quantizer import STEPS
+from akvq_fx.kernels.rotate import rotate_as_stored
 from tests.kernel_cases import assert_caches_alike, assert_caches_same, assert_close, bf16, randn, random_affine
 from tests.test_attend_cuda import gpu, struct_fields
 
@@ -34,6 +36,11 @@ def test_the_structs_here_and_there_have_the_same_members():
         (torch.zeros(1, 1, 1, 520), Layout(520, torch.float32), "head_dim is 520, accepted: 8 to 512 in steps of 8"),
         (torch.zeros(1, 1, 1, 64), Layout(64, torch.float32, group=8), "groups is 8, accepted: 1 to 4"),
         (torch.zeros(1, 1, 16, 2).mT, Layout(16, torch.float32), "the channels of x are 2 numbers apart"),
+        (
+            torch.zeros(1, 1, 1, 16),
+            Layout(16, torch.float32, 2, text_bits=4, blocks=True),
+            "the layout has both means of blocks and a text overlay",
+        ),
     ],
     ids=str,
 )
@@ -89,6 +96,7 @@ def test_which_prompts_are_packed_four_lanes_a_token():
         (x, Layout(64, bf16, body_bits=4)),
         (x, Layout(64, bf16, body_bits=2, group=32)),
         (x, uneven(64, bf16)),
+        (x, symmetric(64, bf16, blocks=True)),
         (torch.zeros(1, 2, 64, 96, dtype=bf16), Layout(96, bf16, body_bits=2)),
     ]
     assert not any(append_cuda.packs(*other) for other in others)
@@ -254,3 +262,119 @@ def test_pivots_of_a_static_cache_count_where_tokens_start_it(start, monkeypatch
     monkeypatch.setattr(append_cuda, "PACKED_TOKENS", 10**9)
     append_cuda.append(due, x, at + start, kinds, pivots, layout, rotate=True)
     assert_same_but_for_rounded_pivots(due, cache, layout)
+
+
+BLOCKS = {
+    "2": Layout(64, torch.float16, 2, body_clip=0.8, blocks=True),
+    "4": Layout(40, torch.float32, 4, group=10, blocks=True),
+    "8": Layout(24, bf16, 8, blocks=True),
+    "symmetric": symmetric(128, bf16, blocks=True),
+    "uneven": uneven(64, torch.float16, blocks=True),
+    "uneven 80": uneven(80, torch.float32, blocks=True),
+}
+every_block = pytest.mark.parametrize("layout", BLOCKS.values(), ids=BLOCKS)
+
+
+def turning(B, H, T, layout, seed=0):
+    """Tokens [B, H, T, D] around a mean that turns once in 500 tokens, with three broken ones."""
+    x, angle = randn(B, H, T, layout.head_dim, seed=seed), torch.arange(T) * 2 * torch.pi / 500
+    x[..., :2] += 8 * torch.stack([angle.cos(), angle.sin()], -1)
+    x[0, 0, 30, 3], x[0, 0, 64], x[-1, -1, 70, 1] = torch.nan, torch.inf, -torch.inf
+    return x.to(layout.dtype)
+
+
+def appended(cache, x, at, kinds, layout, rotate=False):
+    """The buffers after the kernel wrote to a copy of them; all are on the CPU."""
+    cache = [buffer.cuda() for buffer in cache]
+    append_cuda.append(cache, x.cuda(), at.cuda(), None if kinds is None else kinds.cuda(), None, layout, rotate)
+    return [buffer.cpu() for buffer in cache]
+
+
+def check_append(cache, x, at, kinds, layout, monkeypatch):
+    """Means are sums in another order than the reference's; all else is the reference's of these means."""
+    made, due = appended(cache, x, at, kinds, layout), [buffer.clone() for buffer in cache]
+    means = reference.named(made, layout)["means"]
+    blocks.begin_blocks(reference.named(due, layout), x, at, reference.kinds_of(x, kinds), layout)
+    due_means = reference.named(due, layout)["means"]
+    assert torch.equal(due_means.isnan(), means.isnan())
+    assert_close("means", due_means.nan_to_num(), means.nan_to_num())
+    with monkeypatch.context() as patch:
+        patch.setattr(blocks, "begin_blocks", lambda b, *_: b["means"].copy_(means))
+        reference.write(due, x, at, kinds, None, layout)
+    assert_caches_alike(due, made, layout)
+    return made
+
+
+@gpu
+@every_block
+@pytest.mark.parametrize("window", (0, 5, 64, 100))
+def test_blocks_are_begun_as_the_reference_begins_them(layout, window, monkeypatch):
+    """In prompts, chunks and steps; after a crop, past a gap, and where a row is mostly padding."""
+    layout = dataclasses.replace(layout, window=window)
+    B, H, T = 2, 5, 330
+    x, kinds = turning(B, H, T, layout), torch.tensor([0, 1, 3, 1, 1], dtype=torch.uint8).repeat(B, T)[:, :T]
+    kinds[1, :55] = PADDING
+    cache = layout.allocate(B, H, T)
+    reference.named(cache, layout)["means"].fill_(torch.nan)
+    writes = [(0, 62), *((t, 1) for t in range(62, 67)), (60, 3), *((t, 1) for t in range(63, 66)), (66, 62)]
+    writes += [(128, 1), (128, 1), (120, 8), (128, 1), (192, 1), (193, 127), (320, 1), (321, 1)]
+    for start, count in writes:
+        part = slice(start, start + count)
+        cache = check_append(cache, x[:, :, part], torch.arange(T)[part], kinds[:, part], layout, monkeypatch)
+    assert reference.named(cache, layout)["state"].tolist()[::2] == [322, 0]
+
+
+@gpu
+@every_block
+def test_a_step_that_rotates_begins_a_block_of_rotated_tokens(layout):
+    layout = dataclasses.replace(layout, window=64, rotated=True, affine=True)
+    x, affine = (
+        turning(2, 3, 129, layout, 1).nan_to_num(0, 0, 0),
+        random_affine(2, 3, layout.head_dim, 1, layout.uneven),
+    )
+    cache = layout.allocate(2, 3, 200)
+    reference.named(cache, layout)["affine"].copy_(affine)
+    stored, at = rotate_as_stored(x, affine, True), torch.arange(129)
+    kept = [cache, cache]
+    for part in (slice(0, 127), slice(127, 128), slice(128, 129)):
+        kept = [
+            appended(kept[0], x[:, :, part], at[part], None, layout, rotate=True),
+            appended(kept[1], stored[:, :, part], at[part], None, layout),
+        ]
+    means = [reference.named(cache, layout)["means"][:, :, :3] for cache in kept]
+    assert_close("means", *means)
+    one, other = (reference.read(cache, 129, layout).double() for cache in kept)
+    assert ((one - other).norm() / other.norm()).item() < 0.02
+
+
+@gpu
+def test_many_heads_begin_a_block_before_the_state_moves_on(monkeypatch):
+    layout = uneven(64, bf16, window=40, blocks=True)
+    x, at = turning(12, 48, 130, layout), torch.arange(130)
+    cache = layout.allocate(12, 48, 130)
+    for part in (slice(0, 128), slice(128, 129), slice(129, 130)):
+        cache = check_append(cache, x[:, :, part], at[part], None, layout, monkeypatch)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+def test_a_captured_step_begins_blocks():
+    layout = uneven(128, bf16, window=64, blocks=True)
+    x = turning(2, 4, 200, layout).nan_to_num(0, 0, 0).cuda()
+    affine = random_affine(2, 4, 128, 1, True).cuda()
+
+    def packed():
+        return append_cuda.pack(x[:, :, :60], torch.arange(60).cuda(), None, None, affine, 256, layout, rotate=True)
+
+    due, captured = packed(), packed()
+    token, at = x[:, :, :1].clone(), torch.tensor([60]).cuda()
+    append_cuda.append(packed(), token, at, None, None, layout, rotate=True)  # compiled before the capture
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        append_cuda.append(captured, token, at, None, None, layout, rotate=True)
+    for t in range(60, 200):
+        token.copy_(x[:, :, t : t + 1])
+        at.fill_(t)
+        graph.replay()
+        append_cuda.append(due, x[:, :, t : t + 1], torch.tensor([t]).cuda(), None, None, layout, rotate=True)
+    assert_caches_same(due, captured, layout)
+    assert reference.named(captured, layout)["state"][STATE_END] == 200 and blocks_of(200) == 4

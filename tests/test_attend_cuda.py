@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from akvq_fx.kernels import attend_cuda
 from akvq_fx.kernels.attend import AttendCall
 from akvq_fx.kernels.cache import named, read
-from akvq_fx.kernels.layout import PIVOT, TEXT, Layout
+from akvq_fx.kernels.layout import PIVOT, TEXT, Layout, blocks_of
 from akvq_fx.kernels.rotate import matrix, rotate, rotate_queries
 from tests.kernel_cases import case_of, few, randn, random_affine
 
@@ -31,6 +31,11 @@ LEVELS = {  # of keys, of values
     "symmetric values": ({}, SYMMETRIC),
     "symmetric": (SYMMETRIC, SYMMETRIC),
     "uneven keys alone": (UNEVEN, {}),
+}
+BLOCKS = {
+    "blocks": ({"blocks": True}, {}),
+    "symmetric blocks": (SYMMETRIC | {"blocks": True}, SYMMETRIC),
+    "uneven blocks": (UNEVEN | {"blocks": True}, SYMMETRIC),
 }
 every_level = pytest.mark.parametrize("levels", LEVELS.values(), ids=LEVELS)
 
@@ -99,6 +104,14 @@ def refusal(q=None, layout=None, values=None, mask=None, is_causal=False, capaci
             {"layout": Layout(64, bf16, 2), "values": Layout(64, bf16, 2, **UNEVEN)},
             "values are uneven, which only keys can be",
         ),
+        (
+            {"layout": Layout(64, bf16, 2), "values": Layout(64, bf16, 2, blocks=True)},
+            "values have means of blocks, which only keys can have",
+        ),
+        (
+            {"layout": Layout(64, bf16, 2, text_bits=4, blocks=True), "values": Layout(64, bf16, 2)},
+            "keys have both means of blocks and a text overlay",
+        ),
         ({"is_causal": True}, "is_causal"),
         ({"q": torch.zeros(1, 4, 40, 64, dtype=bf16)}, "80 query rows per KV head, accepted: up to 64"),
         ({"mask": torch.zeros(1, 1, 1, 5, dtype=torch.float64)}, "the mask is torch.float64"),
@@ -121,6 +134,9 @@ def cache_pair(
         case.classes[:] = TEXT
         if key_layout.text_bits:
             case.classes[:] = torch.randint(0, 2, (B, T), generator=generator)
+        if layout.blocks:  # a mean that turns once in 500 tokens
+            angle = torch.arange(T) * 2 * torch.pi / 500
+            case.x[..., :2] += 4 * torch.stack([angle.cos(), angle.sin()], -1).to(layout.dtype)
         if case.pivots is not None:
             case.pivots = torch.stack([torch.randperm(T, generator=generator)[: layout.pivots] for _ in range(B)]).int()
         cache = case.pack()
@@ -132,6 +148,8 @@ def cache_pair(
             b["text_codes"][:, :, T:] = 0x5A5A
         if layout.window > T:
             b["ring"][:, :, T:] = math.nan
+        if layout.blocks:
+            b["means"][:, :, blocks_of(T) :] = math.nan
         pair.append([buffer.cuda() for buffer in cache])
     return tuple(pair)
 
@@ -190,6 +208,38 @@ def test_reads_the_text_overlay(dtype, head_dim, group, shape, value_text):
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_reads_other_levels(dtype, head_dim, group, shape, levels):
     check_equals_the_reference(dtype, head_dim, group, shape, levels=levels)
+
+
+LONG = (1, 1, 2, 1, 4500, 4600, 64, 4)  # more than 16 blocks a warp
+
+
+@gpu
+@pytest.mark.parametrize("levels", BLOCKS.values(), ids=BLOCKS)
+@pytest.mark.parametrize(
+    "dtype, head_dim, group", [(f16, 16, 128), (f16, 64, 32), (bf16, 80, 128), (bf16, 128, 128)], ids=str
+)
+@pytest.mark.parametrize("shape", [*SHAPES.values(), LONG], ids=[*SHAPES, "long"])
+def test_adds_what_means_of_blocks_score(dtype, head_dim, group, shape, levels):
+    check_equals_the_reference(dtype, head_dim, group, shape, levels=levels)
+
+
+@gpu
+@pytest.mark.parametrize("levels", (BLOCKS["blocks"], BLOCKS["uneven blocks"]), ids=("even", "uneven"))
+def test_a_mean_is_read_by_the_tokens_of_its_block(levels):
+    """Broken means, behind the tokens or of blocks whose tokens are hidden, do not matter; another one does."""
+    layout, value_layout = layouts_of(levels, 64, bf16, window=16)
+    key, value = cache_pair(layout, 2, 2, 300, 400, value_layout)
+    q, means = randn(2, 2, 1, 64).to(bf16).cuda(), named(key, layout)["means"]
+    mask = torch.ones(2, 1, 1, 300, dtype=torch.bool)
+    mask[:, :, :, 128:192] = False
+    mask, rest = mask.cuda(), (None, False, None, None, None, layout, value_layout)
+    due = expected(q, key, value, layout, 300, mask, None, value_layout)
+    means[:, :, 2] = math.nan
+    for splits in (1, 3):
+        out = attend_cuda.attend(AttendCall(q, key, value, 300, mask, *rest), splits)
+        assert ((out.double() - due).norm() / due.norm()).item() <= RELATIVE[bf16]
+        spoilt = attend_cuda.attend(AttendCall(q, key, value, 300, None, *rest), splits)
+        assert spoilt.isnan().all()
 
 
 def layouts_of(levels, head_dim, dtype, body_clip=0.8, **rest) -> tuple[Layout, Layout]:

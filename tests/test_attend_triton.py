@@ -57,8 +57,9 @@ def spoil(made):
 
 
 def values_of(layout: Layout) -> Layout:
-    """The layout of values beside such keys: only keys can be uneven."""
-    return dataclasses.replace(layout, uneven=False, affine=False) if layout.uneven else layout
+    """The layout of values beside such keys: only keys can be uneven, and have means of blocks."""
+    layout = dataclasses.replace(layout, uneven=False, affine=False) if layout.uneven else layout
+    return dataclasses.replace(layout, blocks=False)
 
 
 def pair(layout: Layout, value_layout: Layout | None = None, **sizes) -> tuple[Case, Case]:
@@ -465,6 +466,7 @@ REFUSALS = {
     "overlays": (GROUPED, dataclasses.replace(GROUPED, window=4), f32, None, "accepted: equal body bits, window"),
     "body": (GROUPED, dataclasses.replace(GROUPED, body_bits=4), f32, None, "accepted: equal body bits, window"),
     "uneven": (UNEVEN_KEYS, UNEVEN_KEYS, f32, None, "values are uneven, which only keys can be"),
+    "blocks": (*(LAYOUTS["2bit-blocks"],) * 2, f32, None, "values have means of blocks, which only keys can have"),
     "text": (NO_TEXT, ALL_OVERLAYS, f32, None, "accepted: values with the text bits of the keys, or without"),
     "queries": (
         GROUPED,

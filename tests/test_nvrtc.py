@@ -26,6 +26,7 @@ symmetric = functools.partial(Layout, body_bits=2, rotated=True, symmetric=True)
 uneven = functools.partial(symmetric, affine=True, uneven=True)
 SYMMETRIC = {"symmetric": True}
 UNEVEN = dict.fromkeys(("symmetric", "uneven", "rotated", "affine"), True)
+BLOCKS = {"blocks": True}
 
 
 def libraries(roots) -> list[str]:
@@ -123,6 +124,10 @@ def test_attend_compiles(head_dim, dtype, group, text, tiles, columns, mask, arc
         (16, bf16, (1, 1), SYMMETRIC, SYMMETRIC, 1, 2, 0),
         (64, f16, (4, 1), SYMMETRIC, SYMMETRIC, 2, 2, 2),
         (64, bf16, (2, 4), {}, {}, 1, 1, 0),
+        (64, f16, (1, 1), UNEVEN | BLOCKS, SYMMETRIC, 1, 1, 0),
+        (128, bf16, (1, 1), UNEVEN | BLOCKS, SYMMETRIC, 2, 2, 1),
+        (80, f16, (1, 1), SYMMETRIC | BLOCKS, SYMMETRIC, 1, 2, 1),
+        (256, bf16, (2, 2), BLOCKS, {}, 1, 1, 2),
     ],
     ids=str,
 )
@@ -155,6 +160,10 @@ def test_attend_compiles_for_other_levels(head_dim, dtype, groups, keys, values,
         (uneven(80, f32), 2, False, False, OLDEST),
         (uneven(8, bf16), 0, False, False, OLDEST),
         (uneven(512, bf16), 2, False, False, OLDEST),
+        (uneven(64, bf16, window=64, blocks=True), 2, False, False, OLDEST),
+        (uneven(128, f16, blocks=True), 0, False, False, NEWER),
+        (Layout(80, f32, body_bits=4, window=64, blocks=True), 1, False, False, OLDEST),
+        (symmetric(64, f16, window=64, blocks=True), 1, False, False, OLDEST),
     ],
     ids=str,
 )

@@ -8,7 +8,7 @@ from akvq_fx.recipes.recipe import Recipe
 
 # 128 recent tokens take more than half the bits of a 640-token cache; docs/fidelity.md measures no loss with 64
 OPTIONS = {"center_keys": True, "balance_keys": True, "psa_text_key_bits": 4, "window": 64}
-# for long texts: docs/recipes.md says what the two do and when they hold
-UNEVEN = {**OPTIONS, "uneven_keys": True, "symmetric_values": True}
+# for long texts: docs/recipes.md says what the three do and when they hold
+UNEVEN = {**OPTIONS, "center_blocks": True, "uneven_keys": True, "symmetric_values": True}
 AKVQ_UNEVEN = Recipe("akvq-uneven", "arXiv 2501.15021, and docs/recipes.md", UNEVEN)
 AKVQ = Recipe("akvq", "arXiv 2501.15021, and docs/recipes.md", OPTIONS)

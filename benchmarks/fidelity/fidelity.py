@@ -132,6 +132,8 @@ def measure_model(
             suites = text_suites(args, part, model, texts if part.every_text else texts[:1])
         for suite, at in suites:
             settings, before = settings_of(name, source.vision), results.measured
+            if args.setting:
+                settings = {name: options for name, options in settings.items() if name in args.setting}
             try:
                 measure(suite, settings, results, entry, at)
             finally:  # also where the run is stopped: then the document shows what there is
@@ -253,6 +255,7 @@ def arguments_of(arguments: list[str] | None) -> argparse.Namespace:
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", type=names(PARTS), default=list(PARTS), help="default: all")
+    parser.add_argument("--setting", nargs="+", metavar="NAME", help="as a table names it; default: all of a part")
     parser.add_argument("--model", type=names(SOURCES), default=list(SOURCES), help="default: all")
     for name, source in SOURCES.items():
         what = "folder with load.py, tasks.py, sprites.pkl" if source.vision else "GGUF file or transformers folder"

@@ -1,0 +1,59 @@
+// Means of blocks of keys (kernels/blocks.py). Codes are differences from the mean of their block, so a score with one
+// gains the query's product with the mean.
+
+#pragma once
+
+#include "attend_wide_cuda.cuh"
+
+constexpr int BLOCK = 64, WIDE_MEANS = 16;  // tokens that share a mean; means that a warp takes at a time
+static_assert(!KEY_BLOCKS || BLOCK % TILE == 0, "the tokens that count in a tile are of one block");
+static_assert(!KEY_BLOCKS || !TEXT_BITS, "tokens of a tile of text may be of any block");
+
+// Products of the block's queries with the means of WIDE_MEANS blocks from `base` on. Means are read again for the next
+// ones, some 1000 tokens later.
+struct Means {
+    const u16 *means;  // of this head
+    int count;         // of blocks that have codes to be read: later means may never have been written
+    int base;
+    uint4 rows[LOADS][2];
+    float c[NT][4];    // of blocks base + g and base + g + 8, columns 2t and 2t + 1
+
+    __device__ __forceinline__ Means(const Params &p, const Thread &self, const Places &places)
+        : means(p.means + (i64)self.bh * p.blocks * D), count(min((places.body_end + BLOCK - 1) / BLOCK, p.blocks)) {}
+
+    // All loads are issued before the first is used.
+    __device__ __forceinline__ void load(int first, int g, int t) {
+        base = first;
+#pragma unroll
+        for (int i = 0; i < LOADS; i++)
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                const int block = base + g + 8 * half, channel = 8 * (t + 4 * i);
+                rows[i][half] = {};
+                if (block < count && channel < D)
+                    rows[i][half] = __ldg((const uint4 *)(means + (i64)block * D + channel));
+            }
+    }
+    __device__ __forceinline__ void ask(const Queries &queries, const Query &q, int g, int t) {
+#pragma unroll
+        for (int n = 0; n < NT; n++) c[n][0] = c[n][1] = c[n][2] = c[n][3] = 0.f;
+        ask_rows(c, rows, queries, g, t);
+#pragma unroll
+        for (int n = 0; n < NT; n++)
+#pragma unroll
+            for (int x = 0; x < CC; x++) c[n][x] *= q.factor[n][x], c[n][2 + x] *= q.factor[n][x];
+    }
+
+    // Add to the scores of a tile what they gain in `block`, one of those from `base` on.
+    __device__ __forceinline__ void add_to(float (&s)[MT][NT][2][CC], int block, int t) const {
+        const int place = block - base;
+#pragma unroll
+        for (int n = 0; n < NT; n++)
+#pragma unroll
+            for (int x = 0; x < CC; x++) {
+                const float gain = __shfl_sync(ALL, place & 8 ? c[n][2 + x] : c[n][x], (place & 7) * 4 + t);
+#pragma unroll
+                for (int m = 0; m < MT; m++) s[m][n][0][x] += gain, s[m][n][1][x] += gain;
+            }
+    }
+};
