@@ -62,13 +62,13 @@ def begin_kernel(
             count += tl.sum(held.to(tl.int32), 0)
 
         channel = tl.arange(0, DP)
-        means += lead * slots * D + channel
-        before = tl.load(means + tl.maximum(first - 1, 0) * D, mask=channel < D, other=0).to(tl.float32)
+        rows = means + lead * slots * D + channel
+        before = tl.load(rows + tl.maximum(first - 1, 0) * D, mask=channel < D, other=0).to(tl.float32)
         before = tl.where(first > 0, before, 0.0)
         mean = tl.div_rn(total, tl.full([DP], 1, tl.float32) * tl.maximum(count, 1).to(tl.float32))
         mean = tl.minimum(tl.maximum(mean, -LIMIT), LIMIT)
         mean = tl.where(count < ENOUGH, before, mean)
-        tl.store(means + block * D, mean.to(means.dtype.element_ty), mask=channel < D)
+        tl.store(rows + block * D, mean.to(means.dtype.element_ty), mask=channel < D)
 
 
 def begin_blocks(b: dict[str, Tensor], x: Tensor, at: Tensor, classes: Tensor | None, layout: Layout) -> None:
