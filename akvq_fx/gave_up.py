@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from akvq_fx import mark_sizes, records, torch_internals
+from akvq_fx import mark_sizes, progress, records, torch_internals
 from akvq_fx.events import EVENTS, LIMIT, Event, modules_among
 from akvq_fx.report import GaveUp
 
@@ -43,6 +43,9 @@ def _before_compiling() -> str:
         handle = warn_and_keep
     if handle is not None:
         mark_sizes.mark(frame.locals)
+        modules = modules_among(frame.locals)
+        progress.begin(f"akvq: PyTorch traces {type(modules[0]).__name__ if modules else frame.code.co_name}")
+        torch_internals.after_compiling(progress.end)
     if handle is not None and frame.limit and not frame.let_pass(GRAPHS) and not frame.hard:
         value = GRAPHS if frame.limit_is_default() else getattr(torch._dynamo.config, frame.limit)
         handle(event_of(frame, f"torch._dynamo.config.{frame.limit}", value, frame.reason))

@@ -1,12 +1,18 @@
-"""progress: one line on a terminal while something long runs, taken away afterwards. Elsewhere nothing is written."""
+"""progress: one line on a terminal while something long runs, taken away afterwards. Elsewhere nothing is written.
+
+with shown(text):       while a block runs
+begin(text), end()      where the beginning and the end are told by others
+"""
 
 from __future__ import annotations
 
 import contextlib
 import sys
 from collections.abc import Iterator
+from typing import TextIO
 
 CLEAR = "\r\x1b[K"  # to the start of the line, and erase it
+_begun: list[TextIO] = []  # the terminal that `begin` wrote to, until `end`
 
 
 @contextlib.contextmanager
@@ -21,5 +27,23 @@ def shown(text: str) -> Iterator[None]:
     try:
         yield
     finally:
+        stream.write(CLEAR)
+        stream.flush()
+
+
+def begin(text: str) -> None:
+    """Show the text on stderr, where that is a terminal, until `end` or until another line is shown."""
+    stream = sys.stderr
+    if stream is None or not stream.isatty():
+        return
+    stream.write(f"{CLEAR}{text}")
+    stream.flush()
+    _begun[:] = [stream]
+
+
+def end(*_) -> None:
+    """Take the line of `begin` away, if there is one. It may be told more than once."""
+    while _begun:
+        stream = _begun.pop()
         stream.write(CLEAR)
         stream.flush()

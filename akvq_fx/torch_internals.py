@@ -197,6 +197,13 @@ def before_compiling(listener: Callable[[], str]) -> None:
         torch._dynamo.register_hook_for_recompile_user_context(listener)
 
 
+def after_compiling(listener: Callable) -> None:
+    """Have the listener called whenever dynamo has compiled, or failed to; at most once."""
+    handler = torch._dynamo.callback_handler
+    if listener not in handler.end_callbacks:
+        handler.register_end_callback(listener)
+
+
 def compile_isolated(function: Callable, backend: Callable) -> Callable:
     """torch.compile(function, backend) that leaves nothing behind for other torch.compile calls.
 

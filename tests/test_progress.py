@@ -23,10 +23,24 @@ def test_only_on_a_terminal(monkeypatch, stream, written):
 
 
 @pytest.mark.parametrize(
-    "inner, line", [("aot_eager", "akvq: aot_eager compiles a graph without a cache"), ("eager", "")]
+    "inner, lines", [("aot_eager", ["akvq: aot_eager compiles a graph without a cache"]), ("eager", [])]
 )
-def test_compiling_is_shown(monkeypatch, inner, line):
+def test_compiling_is_shown(monkeypatch, inner, lines):
+    """First that dynamo traces, which takes longest; every line is gone at the end."""
     terminal = Terminal()
     monkeypatch.setattr("sys.stderr", terminal)
     torch.compile(torch.nn.Linear(2, 2), backend="akvq", options={"inner": inner})(torch.ones(1, 2))
-    assert terminal.getvalue() == (f"{progress.CLEAR}{line}{progress.CLEAR}" if line else "")
+    written = terminal.getvalue().split(progress.CLEAR)
+    assert [text for text in written if text] == ["akvq: PyTorch traces Linear", *lines]
+    assert written[-1] == ""
+
+
+def test_a_graph_that_cannot_be_made_leaves_no_line(monkeypatch):
+    terminal = Terminal()
+    monkeypatch.setattr("sys.stderr", terminal)
+    with pytest.raises(Exception, match="unknown option"):
+        torch.compile(torch.nn.Linear(2, 2), backend="akvq", options={"bodybits": 2})(torch.ones(1, 2))
+    assert "traces" in terminal.getvalue() and terminal.getvalue().endswith(progress.CLEAR)
+    monkeypatch.setattr("sys.stderr", quiet := Terminal())
+    torch.compile(torch.nn.Linear(2, 2), backend="eager")(torch.ones(1, 2))
+    assert quiet.getvalue() == "", "other backends are left alone"
