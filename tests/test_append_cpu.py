@@ -27,7 +27,7 @@ from tests.kernel_cases import (
     skip_without_a_compiler,
 )
 
-TAKEN = {name: layout for name, layout in LAYOUTS.items() if not layout.symmetric}
+TAKEN = {name: layout for name, layout in LAYOUTS.items() if not (layout.symmetric or layout.blocks)}
 every_layout = pytest.mark.parametrize("layout", TAKEN.values(), ids=TAKEN)
 SIZES = {
     "d128": Layout(128, bf16, body_bits=2, body_clip=0.8, window=9, pivots=3, shares_classes=True),

@@ -33,7 +33,9 @@ from tests.kernel_cases import (
 from tests.test_attend import assert_chunk, calls, chunk_calls, oracle, restored_calls
 
 ROOT = Path(__file__).parent.parent
-PACKED = {name: layout for name, layout in LAYOUTS.items() if not layout.lossless and not layout.symmetric}
+PACKED = {
+    name: layout for name, layout in LAYOUTS.items() if not (layout.lossless or layout.symmetric or layout.blocks)
+}
 every_layout = pytest.mark.parametrize("layout", PACKED.values(), ids=PACKED)
 WITH_MINIMA = {"symmetric": (False,)}  # the others are refused
 packed_calls = calls(**WITH_MINIMA).filter(lambda drawn: not drawn[1].layout.lossless and not drawn[2].layout.lossless)

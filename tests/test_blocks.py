@@ -179,6 +179,18 @@ def test_tokens_that_leave_their_block_are_read(choose):
     assert_same("read", choose(cache.dequantize()), made)
 
 
+def test_saved_and_loaded_it_goes_on_as_before(tmp_path):
+    x = drifting(200)
+    cache = packed(x[:, :, :127])
+    PackedKV.save({"keys": cache}, tmp_path / "cache")
+    loaded = PackedKV.load(tmp_path / "cache")["keys"]
+    assert_same("read", cache.dequantize(), loaded.dequantize())
+    for t in range(127, 131):  # a block begins at 128
+        cache, loaded = (torch.cat([kept, x[:, :, t : t + 1]], 2) for kept in (cache, loaded))
+    assert_same("longer", cache.dequantize(), loaded.dequantize())
+    assert cache._storage()["means"][:, :, 2].abs().amax() > 1
+
+
 def test_a_static_cache_restarts():
     layout, x, others = LAYOUT, drifting(200), drifting(200, seed=2)
     cache = written(layout, x, [200])

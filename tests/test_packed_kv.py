@@ -33,6 +33,8 @@ from tests.kernel_cases import (
 
 some = settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 every_layout = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+MOVING = {name: layout for name, layout in LAYOUTS.items() if not layout.blocks}  # tokens of blocks: test_blocks
+every_moving_layout = pytest.mark.parametrize("layout", MOVING.values(), ids=MOVING)
 TSA = Layout(16, f32, body_bits=2, text_bits=4, window=3, body_clip=0.8)
 LOSSLESS = Layout(16, f16)
 
@@ -405,7 +407,7 @@ TOKEN_OPS = {
 
 
 @pytest.mark.parametrize("op", TOKEN_OPS.values(), ids=TOKEN_OPS)
-@every_layout
+@every_moving_layout
 def test_token_ops_move_codes(layout, op):
     """Tokens in order read as they did, every one, and appending goes on."""
     x = packed_of(case_of(layout), owner=5)
@@ -510,7 +512,7 @@ def test_what_tracing_sees_of_expanded_rows_is_contiguous():
     assert y.codes is y.storage.codes
 
 
-@every_layout
+@every_moving_layout
 def test_unequal_rows_padded_and_joined(layout):
     x, y = packed_of(case_of(layout, B=1)), packed_of(case_of(layout, B=2, T=7, seed=4))
     wide = F.pad(y, (0, 0, 4, 0))
