@@ -18,17 +18,11 @@ _begun: list[TextIO] = []  # the terminal that `begin` wrote to, until `end`
 @contextlib.contextmanager
 def shown(text: str) -> Iterator[None]:
     """Show the text on stderr while the block runs, where that is a terminal."""
-    stream = sys.stderr
-    if stream is None or not stream.isatty():
-        yield
-        return
-    stream.write(f"{CLEAR}{text}")
-    stream.flush()
+    begin(text)
     try:
         yield
     finally:
-        stream.write(CLEAR)
-        stream.flush()
+        end()
 
 
 def begin(text: str) -> None:
@@ -42,7 +36,7 @@ def begin(text: str) -> None:
 
 
 def end(*_) -> None:
-    """Take the line of `begin` away, if there is one. It may be told more than once."""
+    """Take the line away, if there is one: after an inner line was taken away there is none."""
     while _begun:
         stream = _begun.pop()
         stream.write(CLEAR)
