@@ -49,7 +49,7 @@ class CacheStats:
 
     def __str__(self) -> str:
         bits = f", {self.bits_per_element:.2f} bits per cached number" if self.packed_tensors else ""
-        few = self.packed_tensors and self.ratio < 1
+        few = self.packed_tensors and not self.simulated_tensors and self.bits_per_element > 16
         lines = [
             f"packed tensors {self.packed_tensors}, {self.packed_bytes:,} bytes{bits}",
             f"plain tensors {self.plain_tensors}, {self.plain_bytes:,} bytes",
