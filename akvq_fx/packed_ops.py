@@ -242,9 +242,8 @@ def _(func, types, args, kwargs):
     packed, pad, fill = (*args, 0)[:3]
     before, after = (*pad, 0, 0, 0, 0)[2:4]
     others = [*pad[:2], *pad[4:]]
-    if not is_growing(packed) or any(others) or after > 0 or before > 0 and kwargs.get("value", fill):
-        return NotImplemented
-    if before and not tokens_move(packed):
+    chosen = tokens_move if before else is_growing  # a crop at the end moves no token
+    if not chosen(packed) or any(others) or after > 0 or before > 0 and kwargs.get("value", fill):
         return NotImplemented
     length = packed.shape[TOKENS]
     kept = range(length)[max(0, -before) : length + after]

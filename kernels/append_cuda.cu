@@ -25,6 +25,7 @@
 //   SYMMETRIC         1: levels around zero; a range is scales alone
 //   UNEVEN            1: kernels/uneven.py's layout of keys. NORM is of the first part, MIDDLE_NORM of the middle
 //   MEANS             1: codes are differences from the means of blocks; not with TEXT_BITS
+//   BLOCK, ENOUGH     tokens that share a mean; fewer known ones make none
 //   BITS, TEXT_BITS   2, 4 or 8; BITS 16: a lossless body; TEXT_BITS 0: no text overlay
 //   LOW_WIDTH         Layout.low_width
 //   CLIP, TEXT_CLIP   factor by which a range is shrunk before quantizing

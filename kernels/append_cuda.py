@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from akvq_fx.kernels import cache_triton, nvrtc, uneven
-from akvq_fx.kernels.blocks import begin_blocks
+from akvq_fx.kernels.blocks import ENOUGH, begin_blocks
 from akvq_fx.kernels.cache import check_fits, keep_pivots, kinds_of, named
-from akvq_fx.kernels.layout import CODE_BITS, Layout
+from akvq_fx.kernels.layout import BLOCK, CODE_BITS, Layout
 from akvq_fx.kernels.rotate import order_of, rotate_as_stored
 from akvq_fx.kernels.supports import ANY, NOT_SIMULATED, Supports
 
@@ -174,6 +174,8 @@ def macros(layout: Layout, form: int, fast: bool, text_only: bool = False) -> tu
         ("SYMMETRIC", int(layout.symmetric)),
         ("UNEVEN", int(layout.uneven)),
         ("MEANS", int(layout.blocks)),
+        ("BLOCK", BLOCK),
+        ("ENOUGH", ENOUGH),
         ("TEXT_BITS", 0 if fast else layout.text_bits),
         ("LOW_WIDTH", 0 if fast else layout.low_width),
         ("TEXT_CLIP", exact(layout.text_clip)),

@@ -2,7 +2,6 @@
 
 #pragma once
 
-constexpr int BLOCK = 64, ENOUGH = 16;  // tokens that share a mean; fewer known ones make none
 static_assert(!MEANS || !TEXT_BITS, "the state's third number counts warps");
 constexpr float LARGEST = DTYPE == 0 ? 65504.f : DTYPE == 1 ? 0x1.FEp127f : 0x1.FFFFFEp127f;  // of the tokens' dtype
 

@@ -33,6 +33,7 @@
 //   KEY_GROUPS, VALUE_GROUPS    1, 2 or 4 scales a head
 //   KEY_SYMMETRIC, VALUE_SYMMETRIC, KEY_UNEVEN, KEY_BLOCKS
 //                               as in kernels/layout.py
+//   BLOCK                       tokens that share a mean, where KEY_BLOCKS
 //   FIRST_NORM, MIDDLE_NORM     of uneven keys: NORM of the transforms of their parts
 //   STAGE_BYTES                 that a tile takes in shared memory
 //   NT                          tiles of 8 query rows

@@ -19,7 +19,7 @@ from torch import Tensor
 from akvq_fx.kernels import nvrtc, uneven
 from akvq_fx.kernels.attend import AttendCall
 from akvq_fx.kernels.cache import named
-from akvq_fx.kernels.layout import CODES, Layout
+from akvq_fx.kernels.layout import BLOCK, CODES, Layout
 from akvq_fx.kernels.rotate import order_of
 from akvq_fx.kernels.supports import ANY, NOT_SIMULATED, Supports
 
@@ -250,7 +250,7 @@ def macros(keys: Layout, values: Layout, tiles: int, columns: int, form: int) ->
     given |= {"MT": DEPTH, "CC": columns, "SPLITS_MAX": SPLITS_MAX, "STAGES": STAGES, "WARPS": WARPS, "MASK": form}
     for name, layout in (("KEY", keys), ("VALUE", values)):
         given |= {f"{name}_GROUPS": layout.groups, f"{name}_SYMMETRIC": int(layout.symmetric)}
-    given |= {"KEY_UNEVEN": int(keys.uneven), "KEY_BLOCKS": int(keys.blocks)}
+    given |= {"KEY_UNEVEN": int(keys.uneven), "KEY_BLOCKS": int(keys.blocks), "BLOCK": BLOCK}
     given |= {"TEXT_BITS": keys.text_bits, "VALUE_TEXT_BITS": values.text_bits}
     orders = {"NORM": order_of(head_dim)}
     first, middle, _ = uneven.parts(head_dim)

@@ -5,7 +5,7 @@
 
 #include "attend_wide_cuda.cuh"
 
-constexpr int BLOCK = 64, WIDE_MEANS = 16;  // tokens that share a mean; means that a warp takes at a time
+constexpr int WIDE_MEANS = 16;  // that a warp takes at a time
 static_assert(!KEY_BLOCKS || BLOCK % TILE == 0, "the tokens that count in a tile are of one block");
 static_assert(!KEY_BLOCKS || !TEXT_BITS, "tokens of a tile of text may be of any block");
 

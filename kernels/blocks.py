@@ -11,8 +11,7 @@ the write's own end with the block. In a prompt that is the block itself, and in
 holds. No token is quantized twice. Scores gain q . mean, one number for a query and a block.
 
 Where fewer than ENOUGH real tokens are known it is the mean of the block before the write, in block 0 that is 0: a
-token alone is no mean.
-What is not finite counts as 0, so that a broken token does not reach its neighbours.
+token alone is no mean. What is not finite counts as 0, so that a broken token does not reach its neighbours.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from torch import Tensor
 
 from akvq_fx.kernels.layout import BLOCK, PADDING, STATE_END, STATE_RING, Layout, blocks_of
 
-ENOUGH = 16
+ENOUGH = 16  # a quarter of a block; chosen, not measured
 
 
 def begin_blocks(b: dict[str, Tensor], x: Tensor, at: Tensor, kinds: Tensor, layout: Layout) -> None:

@@ -132,20 +132,20 @@ def encode(x: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
     return quantizer.encode(x, layout.body_bits, layout.body_clip, layout.groups)
 
 
-def decode(words: Tensor, range_: Tensor, layout: Layout, dtype: torch.dtype | None = None) -> Tensor:
-    """The inverse, of packed codes: words [..., D*b/16] int16 -> [..., D] in `dtype` or the layout's."""
-    codes, dtype = unpack_bits(words, layout.body_bits), dtype or layout.dtype
+def decode(words: Tensor, range_: Tensor, layout: Layout) -> Tensor:
+    """The inverse, of packed codes: words [..., D*b/16] int16 -> [..., D] in the layout's code_dtype."""
+    codes = unpack_bits(words, layout.body_bits)
     if layout.uneven:
-        return uneven.decode(codes, range_, dtype)
+        return uneven.decode(codes, range_, layout.code_dtype)
     if layout.symmetric:
-        return quantizer.decode_symmetric(codes, range_, layout.body_bits, dtype)
-    return quantizer.decode(codes, range_, dtype)
+        return quantizer.decode_symmetric(codes, range_, layout.body_bits, layout.code_dtype)
+    return quantizer.decode(codes, range_, layout.code_dtype)
 
 
-def with_means(differences: Tensor, b: dict[str, Tensor], at: Tensor, layout: Layout) -> Tensor:
-    """Tokens at positions `at` from what their codes hold, float32 [B, H, n, D] -> the layout's dtype."""
+def with_means(held: Tensor, b: dict[str, Tensor], at: Tensor, layout: Layout) -> Tensor:
+    """Tokens at positions `at` from what their codes hold, [B, H, n, D] in code_dtype -> the layout's dtype."""
     limit = min(torch.finfo(layout.dtype).max, torch.finfo(torch.float32).max)
-    return (differences + blocks.means_at(b["means"], at).float()).clamp(-limit, limit).to(layout.dtype)
+    return (held + blocks.means_at(b["means"], at).float()).clamp(-limit, limit).to(layout.dtype)
 
 
 def kinds_of(x: Tensor, classes: Tensor | None) -> Tensor:
@@ -219,8 +219,7 @@ def read(cache: list[Tensor], length: int, layout: Layout, past: int | None = No
         return simulated(b, length, layout, past)
     if layout.lossless:
         return b["codes"][:, :, :length]
-    code_dtype = torch.float32 if layout.blocks else layout.dtype
-    out = decode(b["codes"][:, :, :length], b["range"][:, :, :length], layout, code_dtype)
+    out = decode(b["codes"][:, :, :length], b["range"][:, :, :length], layout)
     if layout.blocks:
         out = with_means(out, b, torch.arange(length, device=out.device), layout)
     if layout.text_bits:
@@ -238,13 +237,12 @@ def read(cache: list[Tensor], length: int, layout: Layout, past: int | None = No
 
 def read_text(b: dict[str, Tensor], layout: Layout) -> Tensor:
     """The tokens of the text slots [B, H, Ct, D]: upper bits and ranges stand at their positions in the body."""
-    at = b["text_at"].clamp_min(0).long()[:, None, :, None]
-    of_body = lambda t: t.gather(2, at.expand(-1, t.shape[1], -1, t.shape[3]))
+    at = b["text_at"].clamp_min(0).long()
+    of_body = lambda t: t.gather(2, at[:, None, :, None].expand(-1, t.shape[1], -1, t.shape[3]))
     upper = unpack_bits(of_body(b["codes"]), layout.body_bits)
     lower = unpack_bits(b["text_codes"], layout.low_width)
-    code_dtype = torch.float32 if layout.blocks else layout.dtype
-    out = quantizer.decode((upper << layout.low_bits) | lower, of_body(b["range"]), code_dtype)
-    return with_means(out, b, b["text_at"].clamp_min(0).long(), layout) if layout.blocks else out
+    out = quantizer.decode((upper << layout.low_bits) | lower, of_body(b["range"]), layout.code_dtype)
+    return with_means(out, b, at, layout) if layout.blocks else out
 
 
 @torch.library.custom_op("akvq::pack", mutates_args=())

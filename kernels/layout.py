@@ -121,6 +121,11 @@ class Layout:
         """What is read is what was written."""
         return self.plain and not self.simulate
 
+    @property
+    def code_dtype(self) -> torch.dtype:
+        """The dtype in which what codes hold is read: a token's own, or that in which a difference meets its mean."""
+        return torch.float32 if self.blocks else self.dtype
+
     @functools.cached_property
     def simulation(self) -> Simulation | None:
         return Simulation.parse(self.simulate) if self.simulate else None
