@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from unittest import mock
 
 import pytest
 import torch
@@ -10,8 +11,8 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from akvq_fx.kernels import blocks, cpp
 from akvq_fx.kernels import cache as ops
-from akvq_fx.kernels import cpp
 from akvq_fx.kernels.blocks import ENOUGH
 from akvq_fx.kernels.layout import BLOCK, PADDING, TEXT, VISION, Layout, blocks_of, pack_bits, unpack_bits
 from akvq_fx.kernels.quantizer import dequantize, quantize
@@ -110,20 +111,19 @@ def expected_tokens(
     """
     if layout.lossless:
         return x.to(layout.dtype)
-    if not layout.blocks:
-        means = torch.zeros_like(x)
-    elif means is None:
-        means = prompt_means(x, classes, layout)
-    else:
-        means = means.repeat_interleave(BLOCK, 2)[:, :, : x.shape[2]]
-    of_codes, body = (f32, x.float() - means.float()) if layout.blocks else (layout.dtype, x)
+    body, means_of_tokens = x, torch.zeros_like(x)
+    if layout.blocks:
+        means = block_means(x, classes, layout) if means is None else means
+        means_of_tokens = means.repeat_interleave(BLOCK, 2)[:, :, : x.shape[2]]
+        body = x.float() - means_of_tokens.float()
     codes, range_ = ops.encode(body, layout)
-    out = (ops.decode(pack_bits(codes, layout.body_bits), range_, layout, of_codes) + means).to(layout.dtype)
+    out = ops.decode(pack_bits(codes, layout.body_bits), range_, layout)
+    out = (out + means_of_tokens).to(layout.dtype)
     text = None
     if layout.text_bits:
         bits = layout.text_bits
-        text = dequantize(*quantize(body, bits, layout.text_clip, layout.groups), bits, of_codes)
-        text = (text + means).to(layout.dtype)
+        text = dequantize(*quantize(body, bits, layout.text_clip, layout.groups), bits, layout.code_dtype)
+        text = (text + means_of_tokens).to(layout.dtype)
     for row in range(x.shape[0]):
         for t in range(x.shape[2]):
             exact = (layout.window and t in ring) or (
@@ -139,18 +139,50 @@ def expected_tokens(
     return out
 
 
-def prompt_means(x: Tensor, classes: Tensor | None, layout: Layout) -> Tensor:
-    """For each token of a prompt x [B, H, T, D] the mean of its block, block by block (kernels/blocks.py)."""
+def block_means(x: Tensor, classes: Tensor | None, layout: Layout, writes: list[int] | None = None) -> Tensor:
+    """The mean of each block [B, H, n, D] that x [B, H, T, D] leaves, token by token (kernels/blocks.py); writes: the
+    tokens of each write, None for one prompt."""
     B, H, T, D = x.shape
-    out, before = torch.zeros_like(x), torch.zeros(B, H, D, dtype=layout.dtype)
-    for first in range(0, T, BLOCK):
-        end = min(first + BLOCK, T)
-        for row in range(B):
-            known = [t for t in range(max(0, end - BLOCK), end) if classes is None or classes[row, t] != PADDING]
-            if len(known) >= ENOUGH:
-                before[row] = x[row, :, known].float().nan_to_num(0.0, 0.0, 0.0).mean(1).to(layout.dtype)
-            out[row, :, first:end] = before[row][:, None]
+    out, begin = torch.zeros(B, H, blocks_of(T), D, dtype=layout.dtype), 0
+    for size in [T] if writes is None else writes:
+        end, first = begin + size, blocks_of(begin)
+        for block in range(first, blocks_of(end)):
+            last = min((block + 1) * BLOCK, end)
+            newest = range(max(0, last - BLOCK, begin - layout.window), last)
+            for row in range(B):
+                known = [t for t in newest if classes is None or classes[row, t] != PADDING]
+                if len(known) >= ENOUGH:
+                    mean = x[row, :, known].float().nan_to_num(0.0, 0.0, 0.0).mean(1)
+                    out[row, :, block] = mean.to(layout.dtype)
+                elif first:
+                    out[row, :, block] = out[row, :, first - 1]
+        begin = end
     return out
+
+
+def drifting(T: int, B: int = 1, H: int = 2, D: int = 16, seed: int = 0, turn: int = 6000) -> Tensor:
+    """Tokens [B, H, T, D] of unit variance around a mean of length 8 that turns once in `turn` tokens."""
+    x, angle = randn(B, H, T, D, seed=seed), torch.arange(T) * 2 * torch.pi / turn
+    x[..., 0] += 8 * angle.cos()
+    x[..., 1] += 8 * angle.sin()
+    return x
+
+
+def assert_written_in_blocks(
+    cache: list[Tensor], done: list[Tensor], x: Tensor, at: Tensor, classes: Tensor | None, pivots: Tensor | None,
+    layout: Layout,
+) -> None:  # fmt: skip
+    """`done`, what a kernel made of `cache` by writing x, has the reference's means, which are sums in another order,
+    and with its own means all else as the reference writes it."""
+    due, means = [buffer.clone() for buffer in cache], ops.named(done, layout)["means"]
+    begun = [buffer.clone() for buffer in cache]
+    blocks.begin_blocks(ops.named(begun, layout), x, at, ops.kinds_of(x, classes), layout)
+    expected = ops.named(begun, layout)["means"]
+    assert_same("unwritten means", expected.isnan(), means.isnan())
+    assert_close("means", expected.nan_to_num(), means.nan_to_num())
+    with mock.patch.object(blocks, "begin_blocks", lambda b, *_: b["means"].copy_(means)):
+        ops.write(due, x, at, classes, pivots, layout)
+    assert_caches_alike(due, done, layout)
 
 
 def skip_without_a_compiler() -> None:

@@ -8,27 +8,29 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from akvq_fx import PackedKV
-from akvq_fx.kernels import blocks
 from akvq_fx.kernels import cache as ops
 from akvq_fx.kernels.layout import BLOCK, PADDING, TEXT, VISION, Layout, blocks_of
 from akvq_fx.kernels.salience import key_affine
 from akvq_fx.storage import Storage
 from akvq_fx.transformers_names import cache_of
-from tests.kernel_cases import Case, assert_close, assert_same, layouts, poison, prompt_means, randn, seeds, splits
+from tests.kernel_cases import (
+    Case,
+    assert_close,
+    assert_same,
+    block_means,
+    drifting,
+    layouts,
+    poison,
+    randn,
+    seeds,
+    splits,
+)
 from tests.zoo import ZOO
 
 f32 = torch.float32
 few = settings(max_examples=10, deadline=None)
 PLAIN = Layout(16, f32, body_bits=2, window=BLOCK, pivots=2, symmetric=True)
 LAYOUT = dataclasses.replace(PLAIN, blocks=True)
-
-
-def drifting(T: int, B: int = 1, H: int = 2, D: int = 16, seed: int = 0, turn: int = 6000) -> torch.Tensor:
-    """Tokens [B, H, T, D] of unit variance around a mean of length 8 that turns once in `turn` tokens."""
-    x, angle = randn(B, H, T, D, seed=seed), torch.arange(T) * 2 * torch.pi / turn
-    x[..., 0] += 8 * angle.cos()
-    x[..., 1] += 8 * angle.sin()
-    return x
 
 
 def written(layout: Layout, x: torch.Tensor, steps: list[int], classes: torch.Tensor | None = None) -> list:
@@ -46,26 +48,6 @@ def written(layout: Layout, x: torch.Tensor, steps: list[int], classes: torch.Te
     return cache
 
 
-def due_means(x: torch.Tensor, classes: torch.Tensor, steps: list[int], window: int) -> torch.Tensor:
-    """The mean of each block [B, H, n, D], token by token: the newest BLOCK known when its first token was written."""
-    B, H, T, D = x.shape
-    out, begin = torch.zeros(B, H, blocks_of(T), D), 0
-    for size in steps:
-        end = begin + size
-        for block in range(blocks_of(T)):
-            if not begin <= block * BLOCK < end:
-                continue
-            last = min((block + 1) * BLOCK, end)
-            for row in range(B):
-                known = [t for t in range(max(0, last - BLOCK, begin - window), last) if classes[row, t] != PADDING]
-                if len(known) >= blocks.ENOUGH:
-                    out[row, :, block] = x[row, :, known].mean(1)
-                elif block:
-                    out[row, :, block] = out[row, :, block - 1]
-        begin = end
-    return out
-
-
 @given(st.data(), st.sampled_from((0, 5, 40, 64, 100)), st.integers(1, 150), seeds)
 @few
 def test_a_mean_is_of_what_was_known_when_its_block_began(data, window, T, seed):
@@ -77,7 +59,7 @@ def test_a_mean_is_of_what_was_known_when_its_block_began(data, window, T, seed)
     if steps[-1] > 3:
         steps[-1:] = [steps[-1] - 3, 1, 1, 1]
     cache = ops.named(written(layout, x, steps, classes), layout)
-    assert_close("means", due_means(x, classes, steps, window), cache["means"])
+    assert_close("means", block_means(x, classes, layout, steps), cache["means"])
 
 
 @given(st.data(), layouts(shares=(False,), blocks=(True,)), st.integers(1, 150), seeds)
@@ -92,7 +74,7 @@ def test_a_prompt_is_read_as_codes_and_means_say(data, layout, T, seed):
     case = Case(layout, x, classes, pivots, affine, T + 3)
     cache = case.pack()
     means = ops.named(cache, layout)["means"][:, :, : blocks_of(T)]
-    assert_close("means", prompt_means(x, classes, layout)[:, :, ::BLOCK], means)
+    assert_close("means", block_means(x, classes, layout), means)
     assert_close("read", case.expected(means), ops.read(cache, T, layout))
     assert_same("poisoned", ops.read(cache, T, layout), ops.read(poison(cache, layout, T), T, layout))
 

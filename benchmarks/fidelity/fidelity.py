@@ -279,6 +279,11 @@ def arguments_of(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--markdown", type=Path, default=DOCS / "fidelity.md")
     parser.add_argument("--cache", type=Path, default=CACHE, help="where weights that come in parts are joined")
     args = parser.parse_args(arguments)
+    asked = ((part, SOURCES[model].vision) for part in args.part for model in PARTS[part].models)
+    known = dict.fromkeys(name for part, vision in asked for name in settings_of(part, vision))
+    unknown = [name for name in args.setting or () if name not in known]
+    if unknown:
+        parser.error(f"--setting: {', '.join(map(repr, unknown))} unknown, accepted: {', '.join(map(repr, known))}")
     args.part = [name for name in PARTS if name in args.part]
     return args
 
