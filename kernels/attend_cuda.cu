@@ -288,16 +288,19 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) attend(const __
     const Queries queries{q_half, EXACT ? q_exact : q_half, q_factor, q_sum, q_start};
 
     const Thread self(p);
+    Raw raw[ROWS / WARPS];
+#pragma unroll
+    for (int i = 0; i < ROWS / WARPS; i++) raw[i].load(p, self, self.warp + WARPS * i);
     const Places places(p, self);
     const Share share(p, self, places);
     Feed feed(p, self, places, share, shared);
 #pragma unroll
     for (int i = 0; i < STAGES - 1; i++) feed.fetch_if_any(i, share.first_tile + i);
-    Means means(p, self, places);
+    Means means(p, self, places, share);
     const bool asks_means = KEY_BLOCKS && share.first_tile < share.last_tile;
     if (asks_means) means.load(share.first_tile * TILE / BLOCK, self.g, self.t);
 
-    queries.read(p, self);
+    queries.read(p, self, raw);
     __syncthreads();
     const Query q(queries, self.g, self.t);
     if (asks_means) means.ask(queries, q, self.g, self.t);

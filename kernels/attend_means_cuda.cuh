@@ -13,13 +13,14 @@ static_assert(!KEY_BLOCKS || !TEXT_BITS, "tokens of a tile of text may be of any
 // ones, some 1000 tokens later.
 struct Means {
     const u16 *means;  // of this head
-    int count;         // of blocks that have codes to be read: later means may never have been written
+    int count;         // of blocks up to the last that this warp reads: later means may never have been written
     int base;
     uint4 rows[LOADS][2];
     float c[NT][4];    // of blocks base + g and base + g + 8, columns 2t and 2t + 1
 
-    __device__ __forceinline__ Means(const Params &p, const Thread &self, const Places &places)
-        : means(p.means + (i64)self.bh * p.blocks * D), count(min((places.body_end + BLOCK - 1) / BLOCK, p.blocks)) {}
+    __device__ __forceinline__ Means(const Params &p, const Thread &self, const Places &places, const Share &share)
+        : means(p.means + (i64)self.bh * p.blocks * D),
+          count(min((min(places.body_end, share.last_tile * TILE) + BLOCK - 1) / BLOCK, p.blocks)) {}
 
     // All loads are issued before the first is used.
     __device__ __forceinline__ void load(int first, int g, int t) {

@@ -4,6 +4,7 @@
 
 #include "attend_tiles_cuda.cuh"
 
+static_assert(ROWS % WARPS == 0, "every warp reads as many rows");
 constexpr int PITCH = D + 8;  // numbers from one query row to the next in shared memory
 
 // H x of a row that a warp holds.
@@ -53,23 +54,27 @@ __device__ __forceinline__ const u16 *row_of_affine(const Params &p, const Threa
     return p.affine + ((self.batch * COUNT + row) * p.heads + self.bh % p.heads) * D;
 }
 
-// Which of the model's channels a stored one is; order: this head's, or null where channels stay in their order.
-__device__ __forceinline__ int source_of(const u16 *order, int channel) {
-    return order ? (int)from_half(order[channel]) : channel;
-}
+// What a lane takes of a query row: channels lane, lane + 32, ... as the model made them, their gains, and of uneven keys
+// which of the model's channels the stored ones are. Loads depend on nothing that is loaded, so all may be issued early.
+struct Raw {
+    u16 x[OWN], gain[OWN], order[OWN_QUERY];
 
-// A query as the model made it, its channels in the stored order -> as stored keys are asked, rounded to its dtype.
-// gain: this head's, by the model's channels, or null.
-__device__ __forceinline__ void to_stored(float (&x)[OWN_QUERY], const u16 *gain, const u16 *order, int lane) {
+    __device__ __forceinline__ void load(const Params &p, const Thread &self, int row) {
+        const u16 *from = p.q + ((i64)self.bh * p.rows + self.row0 + row) * D;
+        const u16 *gains = row_of_affine(p, self, 1), *orders = row_of_affine(p, self, 2);
 #pragma unroll
-    for (int i = 0; i < OWN_QUERY; i++) {
-        const int channel = channel_of(i, lane);
-        if (gain && channel < D) x[i] *= from_half(gain[source_of(order, channel)]);
+        for (int i = 0; i < OWN; i++) {
+            const int channel = self.lane + 32 * i;
+            x[i] = row < self.rows && channel < D ? from[channel] : 0;
+            gain[i] = p.affine && channel < D ? gains[channel] : 0;
+        }
+#pragma unroll
+        for (int i = 0; KEY_UNEVEN && i < OWN_QUERY; i++) {
+            const int channel = channel_of(i, self.lane);
+            order[i] = p.affine && channel < D ? orders[channel] : 0;
+        }
     }
-    rotate_query(x, lane);
-#pragma unroll
-    for (int i = 0; i < OWN_QUERY; i++) x[i] = from_native((u16)native_pair(x[i], 0.f));
-}
+};
 
 // The block's queries in shared memory. A row is divided by a power of two, so that it fits the range of fp16 exactly.
 struct Queries {
@@ -92,18 +97,42 @@ struct Queries {
                 sums[a] += from_half(h), starts[a] -= offset * from_half(h);
     }
 
-    __device__ __forceinline__ void read(const Params &p, const Thread &self) const {
-        const int lane = self.lane;
-        for (int row = self.warp; row < ROWS; row += WARPS) {
-            float x[OWN_QUERY], top = 0.f, sums[KG] = {}, starts[KG] = {};
-            const u16 *from = p.q + ((i64)self.bh * p.rows + self.row0 + row) * D;
-            const u16 *order = KEY_UNEVEN && p.affine ? row_of_affine(p, self, 2) : nullptr;
+    // The row times its gains, its channels in the stored order: of uneven keys by way of shared memory, since a load
+    // of the channel that the order names would have to wait for the order.
+    __device__ __forceinline__ void sort(float (&x)[OWN_QUERY], const Raw &raw, const Params &p, int row,
+                                         int lane) const {
+        if (KEY_UNEVEN) {
 #pragma unroll
-            for (int i = 0; i < OWN_QUERY; i++) {
-                int channel = channel_of(i, lane);
-                x[i] = row < self.rows && channel < D ? from_native(from[source_of(order, channel)]) : 0.f;
+            for (int i = 0; i < OWN; i++) {
+                const int channel = lane + 32 * i;
+                if (channel < D) native[row][channel] = raw.x[i], half[row][channel] = raw.gain[i];
             }
-            if (p.rotate) to_stored(x, p.affine ? row_of_affine(p, self, 1) : nullptr, order, lane);
+            __syncwarp();
+        }
+#pragma unroll
+        for (int i = 0; i < OWN_QUERY; i++) {
+            const int channel = channel_of(i, lane), from = p.affine ? (int)from_half(raw.order[i]) : channel;
+            const bool there = channel < D;
+            const u16 value = !KEY_UNEVEN ? raw.x[i % OWN] : there ? native[row][from] : 0;
+            const u16 gain = !KEY_UNEVEN ? raw.gain[i % OWN] : there ? half[row][from] : 0;
+            x[i] = from_native(value);
+            if (p.affine) x[i] *= from_half(gain);
+        }
+        if (KEY_UNEVEN) __syncwarp();
+    }
+
+    __device__ __forceinline__ void read(const Params &p, const Thread &self, const Raw (&raw)[ROWS / WARPS]) const {
+        const int lane = self.lane;
+#pragma unroll
+        for (int n = 0; n < ROWS / WARPS; n++) {
+            const int row = self.warp + WARPS * n;
+            float x[OWN_QUERY], top = 0.f, sums[KG] = {}, starts[KG] = {};
+            sort(x, raw[n], p, row, lane);
+            if (p.rotate) {  // as stored keys are asked, rounded to the cache's dtype
+                rotate_query(x, lane);
+#pragma unroll
+                for (int i = 0; i < OWN_QUERY; i++) x[i] = from_native((u16)native_pair(x[i], 0.f));
+            }
 #pragma unroll
             for (int i = 0; i < OWN_QUERY; i++) top = fmaxf(top, fabsf(x[i]));
             top = warp_max(top);

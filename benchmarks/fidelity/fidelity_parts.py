@@ -134,7 +134,7 @@ PARTS = {
         "Length of the context",
         "The same predicted tokens after prefixes of different length. The longest and the tokens read over it make "
         "8,192, which is SmolLM2's limit.",
-        ("smollm2", "qwen"),
+        ("smollm2", "qwen", "gemma"),
         prefixes=(1024, 4096, 8000),
         every_text=True,
     ),
@@ -142,7 +142,7 @@ PARTS = {
         "Copying from far back",
         "Read over the prefix are tokens that stand 6,000 before its end, which the model copies: every one depends on"
         " finding one place among thousands.",
-        ("smollm2", "qwen"),
+        ("smollm2", "qwen", "gemma"),
         prefixes=(8000,),
         copied=6000,
         every_text=True,
@@ -150,7 +150,7 @@ PARTS = {
     "short": Part(
         "A long text after a short prompt",
         "The statistics that a cache is packed by come from a prompt of 64 tokens; 2,048 more are read 64 at a time.",
-        ("smollm2", "qwen"),
+        ("smollm2", "qwen", "gemma"),
         prefixes=(64,),
         count=2048,
         step=64,

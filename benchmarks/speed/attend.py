@@ -1,13 +1,15 @@
 """akvq::attend for one decode token beside torch's best scaled_dot_product_attention, in one run.
 
     python benchmarks/speed/attend.py [--shapes 1/32/32/32768 16/32/32/4096/64/padded] [--markdown FILE] [--kernels]
+    python benchmarks/speed/attend.py --recipe akvq akvq-uneven    # a row for each, instead of the default one's
     python benchmarks/speed/attend.py --device cpu            # T=8192, float32 and bfloat16, one thread and all
 
 A shape is B/Hq/Hkv/T[/D][/padded]. The bf16 peer is the fastest of cuDNN, flash and memory-efficient attention, each
 asked in every form that it accepts: enable_gqa, a group's query heads as query tokens (what transformers does),
-repeated keys. The packed cache has the backend's default layout. Both are CUDA graph replays that cycle through
-caches larger than the L2. "akvq" takes queries and leaves its output in the space in which the cache is stored; "with
-restore" is the same call that also rotates its output back, as the default value_rotation="online" has it.
+repeated keys. The packed cache has the layout of a PSA layer in a prompt without images. Both are CUDA graph replays
+that cycle through caches larger than the L2. "akvq" takes queries and leaves its output in the space in which the cache
+is stored; "with rotations" is the call of a decode step, which takes queries as the model makes them and also rotates
+its output back, as the default value_rotation="online" has it.
 
 Two limits stand behind every row. Bytes: what must be read at least (both halves; the ring instead of the body where it
 holds a token; q and out), over the bandwidth of a large copy in the same run. Operations: lane operations to unpack one
@@ -19,6 +21,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import itertools
 import math
 import warnings
 
@@ -42,16 +45,18 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-import akvq_fx
+from akvq_fx import AKVQConfig
 from akvq_fx.kernels.attend import AttendCall, reference
-from akvq_fx.kernels.layout import PADDING, TEXT, Layout
+from akvq_fx.kernels.layout import BLOCK, PADDING, TEXT, Layout
+from akvq_fx.passes.plan_layers import layout_of
+from akvq_fx.recipes import RECIPES
 
 # Counted by ncu in the loop of attend_cuda.cu (D = 128, one query row a head): 397 instructions of a warp for 32 tokens
 # of 256 numbers. Unpacking alone is 0.66 of it; products run on tensor cores.
 LANE_OPS = 1.55
 # relative; probabilities, products and the result are each rounded to bfloat16, at 2**-8; a larger error is wrong
 ERROR_LIMIT = 2e-2
-STEP = akvq_fx.AKVQConfig().capacity_step  # a growing cache is allocated in steps of so many tokens
+STEP = AKVQConfig().capacity_step  # a growing cache is allocated in steps of so many tokens
 BACKENDS = {
     "cuDNN": SDPBackend.CUDNN_ATTENTION,
     "flash": SDPBackend.FLASH_ATTENTION,
@@ -92,12 +97,16 @@ SMALL = [Shape(2, 4, 4, 384), Shape(1, 8, 2, 384), Shape(2, 4, 4, 384, 64), Shap
 CPU_SHAPES = [Shape(1, 32, 32, 8192), Shape(1, 32, 8, 8192)]
 
 
-def layouts(head_dim: int, dtype: torch.dtype) -> tuple[Layout, Layout]:
-    """The backend's defaults for a PSA layer; the values that are packed count as rotated already."""
-    chosen = akvq_fx.AKVQConfig()
-    same = {name: getattr(chosen, name) for name in ("body_bits", "window", "pivots", "body_clip", "group")}
-    key = Layout(head_dim, dtype, **same, rotated=True, affine=True)
-    return key, dataclasses.replace(key, affine=False, rotated=True, shares_classes=True)
+def rotating_recipes() -> list[str]:
+    """Recipes whose attention this script measures: packed at 2 bits, and rotated."""
+    chosen = {name: AKVQConfig(recipe=name) for name, recipe in RECIPES.items() if not recipe.simulated}
+    return [name for name, config in chosen.items() if config.body_bits == 2 and config.rotate]
+
+
+def layouts(recipe: str, head_dim: int, dtype: torch.dtype) -> tuple[Layout, Layout]:
+    """Of keys and values in a PSA layer without vision tokens; the values that are packed count as rotated already."""
+    chosen = AKVQConfig(recipe=recipe)
+    return tuple(layout_of(chosen, half, head_dim, dtype, tsa=False, has_vision=False) for half in ("keys", "values"))
 
 
 @dataclasses.dataclass
@@ -105,7 +114,7 @@ class Problem:
     """One prompt, plain and packed."""
 
     shape: Shape
-    q: Tensor  # [B, Hq, 1, D]
+    q: Tensor  # [B, Hq, 1, D], as the model makes it
     k: Tensor  # [B, H, T, D]
     v: Tensor
     mask: Tensor | None  # [B, 1, 1, T] bool
@@ -115,7 +124,7 @@ class Problem:
     layouts: tuple[Layout, Layout]
 
 
-def problem_of(shape: Shape, device: torch.device, dtype: torch.dtype, seed: int) -> Problem:
+def problem_of(shape: Shape, recipe: str, device: torch.device, dtype: torch.dtype, seed: int) -> Problem:
     """Random tokens; every 37th channel of the keys has a bias and eight times the spread, as of biased projections."""
     draw = torch.Generator(device).manual_seed(seed)
     randn = lambda *size: torch.randn(*size, generator=draw, device=device, dtype=dtype)
@@ -130,9 +139,10 @@ def problem_of(shape: Shape, device: torch.device, dtype: torch.dtype, seed: int
     pivots = (T - 1 - torch.arange(count, device=device) * (T // 2 // count)).expand(B, -1).clone()
     pivots[:, 0] = start
     queries = randn(B, shape.query_heads, min(T, 64), D)
-    affine = torch.ops.akvq.key_affine(k, queries, valid, True, True)
+    key_layout, value_layout = layouts(recipe, D, dtype)
+    how = (True, True, None, key_layout.uneven, key_layout.blocks)
+    affine = torch.ops.akvq.key_affine(k, queries, valid, *how) if key_layout.affine else None
     capacity = -(-T // STEP) * STEP
-    key_layout, value_layout = layouts(D, dtype)
     args = (at, classes, pivots.to(torch.int32))
     key = torch.ops.akvq.pack(k, *args, affine, capacity, str(key_layout), True)
     value = torch.ops.akvq.pack(v, *args, None, capacity, str(value_layout), False)
@@ -141,21 +151,22 @@ def problem_of(shape: Shape, device: torch.device, dtype: torch.dtype, seed: int
     return Problem(shape, q, k, v, mask, stored_q, key, value, (key_layout, value_layout))
 
 
-def attend_call(p: Problem, key: list[Tensor], value: list[Tensor], length: int | None, restore: bool = False):
-    given = (length, p.mask, None, False, None, None, None, *map(str, p.layouts), False, restore)
-    return lambda: torch.ops.akvq.attend(p.stored_q, key, value, *given)
+def attend_call(p: Problem, key: list[Tensor], value: list[Tensor], length: int | None, rotations: bool = False):
+    given = (length, p.mask, None, False, None, None, None, *map(str, p.layouts), rotations, rotations)
+    q = p.q if rotations else p.stored_q
+    return lambda: torch.ops.akvq.attend(q, key, value, *given)
 
 
-def error_of(p: Problem, length: int | None, restore: bool = False) -> float:
+def error_of(p: Problem, length: int | None, rotations: bool = False) -> float:
     """|out - reference| / |reference| over the first and the last row, the reference in float32 on the same codes."""
     rows = sorted({0, p.shape.batch - 1})
     pick = lambda cache: [b if n == 0 else b[rows] for n, b in enumerate(cache)]  # state, first, has no batch
-    out = attend_call(p, p.key, p.value, length, restore)()[rows].float()
+    out = attend_call(p, p.key, p.value, length, rotations)()[rows].float()
     mask = None if p.mask is None else p.mask[rows]
     q = p.stored_q[rows].float()
     call = AttendCall(q, pick(p.key), pick(p.value), p.shape.tokens, mask, None, False, None, None, None, *p.layouts)
     expected = reference(call)
-    expected = torch.ops.akvq.rotate(expected) if restore else expected
+    expected = torch.ops.akvq.rotate(expected) if rotations else expected
     return ((out - expected).norm() / expected.norm()).item()
 
 
@@ -201,18 +212,22 @@ def least_bytes(shape: Shape, key: Layout, value: Layout) -> tuple[int, int]:
     B, H, T, D = shape.batch, shape.heads, shape.tokens, shape.head_dim
     ends = 2 * B * shape.query_heads * D * 2  # q and out
     exact = min(key.window, T) + key.pivots  # tokens read from a 16-bit overlay
-    body = D * key.body_bits // 8 + 4 * key.groups  # codes, and a scale and a minimum of 2 bytes a group
-    packed = 2 * B * H * (max(T - exact, 0) * body + exact * D * 2) + B * T  # and one class a token
+    # codes, numbers of 2 bytes for scales and minima, and a token's part of the mean of its block
+    body = sum(D * x.body_bits / 8 + 2 * x.range_size + x.blocks * D * 2 / BLOCK for x in (key, value))
+    packed = int(B * H * (max(T - exact, 0) * body + 2 * exact * D * 2)) + B * T  # and one class a token
     return 2 * B * H * T * D * 2 + ends, packed + ends
 
 
-COLUMNS = ["shape", "SDPA bf16 us", "backend", "akvq us", "with restore us", "SDPA / akvq", "SDPA MB", "SDPA of copy",
-           "akvq MB", "akvq GB/s", "akvq of copy", "byte limit us", "operation limit us", "relative error"]  # fmt: skip
+COLUMNS = ["shape", "recipe", "SDPA bf16 us", "backend", "akvq us", "with rotations us", "SDPA / akvq",
+           "SDPA MB", "SDPA of copy", "akvq MB", "akvq GB/s", "akvq of copy", "byte limit us", "operation limit us",
+           "relative error"]  # fmt: skip
 
 
-def cuda_row(args, table: Table, shape: Shape, device: torch.device, bandwidth: float, rate: float) -> float | None:
+def cuda_row(
+    args, table: Table, shape: Shape, recipe: str, device: torch.device, bandwidth: float, rate: float
+) -> float | None:
     """One row; returns SDPA's time over ours where both ran and ours was right."""
-    p = problem_of(shape, device, torch.bfloat16, args.seed)
+    p = problem_of(shape, recipe, device, torch.bfloat16, args.seed)
     length = None if args.length == "device" else shape.tokens
     plain_bytes, packed_bytes = least_bytes(shape, *p.layouts)
     sdpa, why_not = attempt(args.budget, best_sdpa, p, device)
@@ -234,6 +249,7 @@ def cuda_row(args, table: Table, shape: Shape, device: torch.device, bandwidth: 
     elements = 2 * shape.batch * shape.heads * shape.tokens * shape.head_dim
     table.add(
         shape,
+        recipe,
         sdpa[0] if sdpa is not None else why_not,
         sdpa[1] if sdpa is not None else "",
         timing if timing is not None else why,
@@ -262,50 +278,52 @@ def on_cuda(args, device: torch.device) -> list[Table]:
     )
     table = Table("Decode attention, one token, bf16", COLUMNS, note)
     ratios = {}
-    for shape in args.shapes or (SMALL if args.small else TARGETS + OTHERS):
-        ratio, reason = attempt(args.budget, cuda_row, args, table, shape, device, bandwidth, rate)
+    for shape, recipe in itertools.product(args.shapes or (SMALL if args.small else TARGETS + OTHERS), args.recipe):
+        ratio, reason = attempt(args.budget, cuda_row, args, table, shape, recipe, device, bandwidth, rate)
         if reason:
-            table.add(shape, reason, *[""] * (len(COLUMNS) - 2))
+            table.add(shape, recipe, reason, *[""] * (len(COLUMNS) - 3))
         if ratio is not None:
-            ratios[shape] = ratio
+            ratios[recipe, shape] = ratio
         torch.cuda.empty_cache()
-    counted = [ratios[s] for s in TARGETS if s in ratios] or list(ratios.values())
-    if counted:
-        mean = math.exp(sum(map(math.log, counted)) / len(counted))
-        which = f"{sum(s in ratios for s in TARGETS)} of {len(TARGETS)} target shapes"
-        table.notes += f" Geometric mean of SDPA / akvq: **{mean:.2f}** over {len(counted)} rows ({which})."
+    for recipe in args.recipe:
+        found = {shape: ratio for (of, shape), ratio in ratios.items() if of == recipe}
+        counted = [found[s] for s in TARGETS if s in found] or list(found.values())
+        if counted:
+            mean = math.exp(sum(map(math.log, counted)) / len(counted))
+            which = f"{sum(s in found for s in TARGETS)} of {len(TARGETS)} target shapes"
+            table.notes += f" Geometric mean of SDPA / {recipe}: **{mean:.2f}** over {len(counted)} rows ({which})."
     return [table]
 
 
 def on_cpu(args, device: torch.device) -> list[Table]:
     columns = [
         "shape",
+        "recipe",
         "dtype",
         "threads",
         "SDPA us",
         "SDPA heads as tokens us",
         "akvq us",
-        "with restore us",
+        "with rotations us",
         "best SDPA / akvq",
         "relative error",
     ]
     table = Table("Decode attention on the CPU, one token", columns)
     every = torch.get_num_threads()
     shapes = args.shapes or (SMALL if args.small else CPU_SHAPES)
-    for shape in shapes:
-        for dtype in (torch.float32, torch.bfloat16):
-            for threads in sorted({1, every}):
-                name = str(dtype).removeprefix("torch.")
-                row, reason = attempt(args.budget, cpu_row, args, shape, dtype, device, threads)
-                table.add(shape, name, threads, *(row or [reason, "", "", "", "", ""]))
+    dtypes = (torch.float32, torch.bfloat16)
+    for shape, recipe, dtype, threads in itertools.product(shapes, args.recipe, dtypes, sorted({1, every})):
+        row, reason = attempt(args.budget, cpu_row, args, shape, recipe, dtype, device, threads)
+        name = str(dtype).removeprefix("torch.")
+        table.add(shape, recipe, name, threads, *(row or [reason, "", "", "", "", ""]))
     torch.set_num_threads(every)
     return [table]
 
 
-def cpu_row(args, shape: Shape, dtype: torch.dtype, device: torch.device, threads: int) -> list[str]:
+def cpu_row(args, shape: Shape, recipe: str, dtype: torch.dtype, device: torch.device, threads: int) -> list[str]:
     torch.set_num_threads(threads)
-    p = problem_of(shape, device, dtype, args.seed)
-    forms = {"akvq": False, "restored": True}
+    p = problem_of(shape, recipe, device, dtype, args.seed)
+    forms = {"akvq": False, "rotations": True}
     named = {name: [attend_call(p, p.key, p.value, shape.tokens, form)] for name, form in forms.items()}
     for form, q, k, v, kwargs in sdpa_forms(p):
         if "repeated" not in form:
@@ -323,6 +341,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     standard_arguments(parser)
     parser.add_argument("--shapes", nargs="+", type=Shape.parse, metavar="B/Hq/Hkv/T[/D][/padded]")
+    parser.add_argument("--recipe", nargs="+", default=[AKVQConfig().recipe], choices=rotating_recipes())
     parser.add_argument("--length", default="device", choices=("device", "host"), help="who knows the cache's length")
     parser.add_argument("--lane-ops", type=float, default=LANE_OPS, help="lane operations to unpack one cached number")
     parser.add_argument("--kernels", action="store_true", help="name the kernels of one call")
