@@ -56,13 +56,13 @@ OPTIONS = {
     "center_blocks": (
         "codes of keys are differences from the mean of their block of 64 tokens, so that centres do not go stale; not "
         "in layers that keep text at more bits; see "
-        "[recipes.md](recipes.md#akvq-uneven)",
+        "[recipes.md](recipes.md#prompts-without-images)",
         OURS,
     ),
     "balance_keys": ("divide key channels and multiply query channels by one gain: an exact identity", OURS),
     "uneven_keys": (
         "of a head's channels the quarter that moves scores most has 4 bits, the last quarter none; not in layers that "
-        "keep text at more bits; see [recipes.md](recipes.md#akvq-uneven)",
+        "keep text at more bits; see [recipes.md](recipes.md#prompts-without-images)",
         OURS,
     ),
     "symmetric_values": ("values have a scale and no minimum; not in layers whose text has more bits", OURS),
@@ -112,9 +112,10 @@ ACCEPTED = {
 
 # recipe: what it does
 RECIPE_WORDS = {
-    "akvq": "AKVQ-VL with centred and balanced keys, 4-bit keys of text in every layer and half the window",
-    "akvq-uneven": "the same, but in prompts without images a key's channels have 4, 2 and 0 bits by their part in "
-    "scores, blocks of keys have means of their own, and values no minimum: for long texts",
+    "akvq": "AKVQ-VL with centred and balanced keys, 4-bit keys of text in every layer and half the window; in prompts "
+    "without images a key's channels have 4, 2 and 0 bits by their part in scores, blocks of keys have means of their "
+    "own, and values no minimum",
+    "akvq-even": "the same without what it does in prompts without images",
     "akvq-vl": "the paper's choices: text first in early layers, pivots in late ones, Walsh-Hadamard, 2 bits, folded "
     "values; its prompts are exact",
     "rtn2": "round to nearest per token, groups of 128; the baseline of every paper here",

@@ -203,7 +203,7 @@ def test_generate_across_a_block(one_layer, cache):
     """Growing and static caches begin the same blocks, in prompt and steps, and read alike; a second turn goes on."""
     model, inputs = ZOO["llama"]()
     ids = inputs["input_ids"][:1].repeat(1, 8)[:, :100]
-    model.compile(backend="akvq", options={"inner": "eager", "recipe": "akvq-uneven"})
+    model.compile(backend="akvq", options={"inner": "eager", "recipe": "akvq"})
     how = {"max_new_tokens": 40, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
     out = model.generate(input_ids=ids, **how, **cache)
     keys = cache_of(out).layers[0].keys
@@ -212,6 +212,6 @@ def test_generate_across_a_block(one_layer, cache):
     assert means[:, :, :3].abs().amax((1, 3)).gt(0).all() and not means[:, :, 3:].any(), "the third begins at 128"
     expected = torch.stack(out.logits)
     torch._dynamo.reset()
-    model.compile(backend="akvq", options={"inner": "eager", "recipe": "akvq-uneven"})
+    model.compile(backend="akvq", options={"inner": "eager", "recipe": "akvq"})
     other = {} if cache else {"cache_implementation": "static"}
     torch.testing.assert_close(torch.stack(model.generate(input_ids=ids, **how, **other).logits), expected)

@@ -145,7 +145,7 @@ class Roomy(models.StaticIndexCopy):
 @pytest.mark.parametrize("spelling", [models.Attention, Roomy], ids=name)
 def test_channels_in_order_and_scales_alone_change_nothing_within_the_window(spelling):
     """The prompt's own order of channels, on grouped queries: an exact identity before anything is quantized."""
-    options = {"inner": "eager", "recipe": "akvq-uneven"}
+    options = {"inner": "eager", "recipe": "akvq"}
     seen = evidence(Decoder(spelling, layers=2), options, prompt=40, steps=3, chunk=3)
     assert seen.error <= 1e-4
     key, value = (x.layout_of for x in seen.cache[0])

@@ -142,7 +142,7 @@ def test_text_at_16_bits_keeps_the_layer_plain():
 
 @pytest.mark.parametrize("text_key_bits", (2, 4))
 def test_channels_are_uneven_where_text_has_no_bits_of_its_own(text_key_bits):
-    config = AKVQConfig(recipe="akvq-uneven", psa_text_key_bits=text_key_bits)
+    config = AKVQConfig(recipe="akvq", psa_text_key_bits=text_key_bits)
     of = lambda tsa, vision: [layout_of(config, half, 64, torch.bfloat16, tsa, vision) for half in ("keys", "values")]
     for tsa, vision in ((False, False), (False, True), (True, True)):
         overlay = vision and (tsa or text_key_bits == 4)

@@ -487,12 +487,12 @@ def test_choices_of_packed_recipes():
     assert of("akvq-vl") == (2, 4, 0.8, 1.0, 128, 128, 15) and of("akvq") == (2, 4, 0.8, 1.0, 128, 64, 15)
     assert of("rtn2") == (2, 4, 1.0, 1.0, 128, 0, 0) and of("rtn4") == (4, 4, 1.0, 1.0, 128, 0, 0)
     assert of("quarot") == (2, 4, 0.95, 1.0, 128, 0, 0)
-    assert [name for name in PACKED if chosen[name].center_keys or chosen[name].balance_keys] == ["akvq", "akvq-uneven"]
+    assert [name for name in PACKED if chosen[name].center_keys or chosen[name].balance_keys] == ["akvq", "akvq-even"]
     assert [name for name in PACKED if not chosen[name].rotate] == ["rtn2", "rtn4"]
-    assert [name for name in PACKED if chosen[name].tsa_layers] == ["akvq-vl", "akvq", "akvq-uneven"]
-    assert [name for name in PACKED if chosen[name].uneven_keys or chosen[name].symmetric_values] == ["akvq-uneven"]
+    assert [name for name in PACKED if chosen[name].tsa_layers] == ["akvq-vl", "akvq", "akvq-even"]
+    assert [name for name in PACKED if chosen[name].uneven_keys or chosen[name].symmetric_values] == ["akvq"]
     for without in ({"body_bits": 4}, {"body_bits": 16}, {"rotate": False}):
-        assert not AKVQConfig(recipe="akvq-uneven", **without).uneven_keys
+        assert not AKVQConfig(recipe="akvq", **without).uneven_keys
         with pytest.raises(ValueError, match="uneven_keys=True is not accepted; accepted: False where body_bits is"):
             AKVQConfig(uneven_keys=True, **without)
 

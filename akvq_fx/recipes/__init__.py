@@ -1,6 +1,6 @@
 """Recipes: published KV-cache quantization methods by name, one file each. They import nothing else of akvq_fx."""
 
-from akvq_fx.recipes.akvq import AKVQ, AKVQ_UNEVEN
+from akvq_fx.recipes.akvq import AKVQ, AKVQ_EVEN
 from akvq_fx.recipes.akvq_vl import AKVQ_VL
 from akvq_fx.recipes.calibquant import CALIBQUANT
 from akvq_fx.recipes.fp8 import FP8
@@ -17,7 +17,7 @@ RECIPES: dict[str, Recipe] = {
     for recipe in (
         AKVQ_VL,
         AKVQ,
-        AKVQ_UNEVEN,
+        AKVQ_EVEN,
         RTN2,
         RTN4,
         SMOOTHQUANT,

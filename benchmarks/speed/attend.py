@@ -1,7 +1,7 @@
 """akvq::attend for one decode token beside torch's best scaled_dot_product_attention, in one run.
 
     python benchmarks/speed/attend.py [--shapes 1/32/32/32768 16/32/32/4096/64/padded] [--markdown FILE] [--kernels]
-    python benchmarks/speed/attend.py --recipe akvq akvq-uneven    # a row for each, instead of the default one's
+    python benchmarks/speed/attend.py --recipe akvq akvq-even    # a row for each, instead of the default one's
     python benchmarks/speed/attend.py --device cpu            # T=8192, float32 and bfloat16, one thread and all
 
 A shape is B/Hq/Hkv/T[/D][/padded]. The bf16 peer is the fastest of cuDNN, flash and memory-efficient attention, each
