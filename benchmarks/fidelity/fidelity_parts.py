@@ -18,7 +18,14 @@ WORDS = {
 }
 WORDS |= {"window": "half the window"}
 NEEDS_VISION = "psa_text_key_bits"
-DEFAULT, PAPER = "akvq", "akvq-vl"
+# what layers do not do that keep text among images at more bits
+WITHOUT_VISION = {
+    "center_blocks": "means of blocks",
+    "uneven_keys": "unequal bits of channels",
+    "symmetric_values": "values without minima",
+}
+WORDS |= WITHOUT_VISION
+DEFAULT, EVEN, PAPER = "akvq", "akvq-even", "akvq-vl"
 # image tasks of the parts that do not take all; settings differ most in these
 ASKED = ("match", "retrieval", "counting", "spatial")
 
@@ -50,7 +57,8 @@ def added(vision: bool) -> dict[str, tuple[Any, Any]]:
     """Options in which the default recipe differs from the paper's and that matter: (its value, the paper's)."""
     paper = AKVQConfig(recipe=PAPER)
     pairs = {name: (value, getattr(paper, name)) for name, value in RECIPES[DEFAULT].options.items()}
-    return {name: (a, b) for name, (a, b) in pairs.items() if a != b and (vision or name != NEEDS_VISION)}
+    idle = WITHOUT_VISION if vision else (NEEDS_VISION,)
+    return {name: (a, b) for name, (a, b) in pairs.items() if a != b and name not in idle}
 
 
 def ablation(vision: bool) -> Settings:
@@ -74,9 +82,9 @@ def ablation(vision: bool) -> Settings:
         found[f"+ {WORDS.get(name, name)}" + (f" = {DEFAULT}" if ends else "")] = {"recipe": DEFAULT} if ends else last
     away = {"WHT (and so all of keys' changes)": {"rotate": False}}
     away |= {WORDS[name]: {name: paper} for name, (_, paper) in more.items() if name != "window"}
-    away |= {"clip": {"body_clip": 1.0}, "pivots": {"pivots": 0}, "any window": {"window": 0}}
+    away |= {"pivots": {"pivots": 0}, "any window": {"window": 0}}
     if vision:
-        away |= {"TSA": {"tsa_layers": ()}}
+        away |= {"clip": {"body_clip": 1.0}, "TSA": {"tsa_layers": ()}}
     return found | {f"{DEFAULT} without {name}": {"recipe": DEFAULT, **options} for name, options in away.items()}
 
 
@@ -95,9 +103,9 @@ def settings_of(part: str, vision: bool) -> Settings:
     if part == "ablation":
         return {"none": None, **ablation(True)} if vision else ablation(False)
     if part in ("context", "copying", "short"):
-        one_centre = {"akvq-uneven, center_blocks=False": {"recipe": "akvq-uneven", "center_blocks": False}}
-        one_centre |= {f"{DEFAULT}, center_blocks=True": {"recipe": DEFAULT, "center_blocks": True}}
-        return {name: {"recipe": name} for name in (DEFAULT, "akvq-uneven", PAPER, "kivi", "rtn4")} | one_centre
+        one_centre = {f"{DEFAULT}, center_blocks=False": {"recipe": DEFAULT, "center_blocks": False}}
+        one_centre |= {f"{EVEN}, center_blocks=True": {"recipe": EVEN, "center_blocks": True}}
+        return {name: {"recipe": name} for name in (DEFAULT, EVEN, PAPER, "kivi", "rtn4")} | one_centre
     if part == "pivots":
         return both(pivots=(15, 0))
     if part == "window":
