@@ -23,7 +23,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from akvq_fx.kernels.layout import CLASS_NAMES, STATE_END, STATE_RING, STATE_TEXT, Layout
+from akvq_fx.kernels.layout import (
+    BLOCK,
+    CLASS_NAMES,
+    STATE_BLOCK,
+    STATE_END,
+    STATE_RING,
+    STATE_TEXT,
+    Layout,
+    blocks_of,
+)
 from akvq_fx.storage import TOKENS, Storage
 
 KEY = "akvq"
@@ -193,8 +202,9 @@ def check_buffers(place: Place, layout: Layout, described: dict[str, tuple]) -> 
         place.refuse("buffer 'codes'", list(described["codes"][1]), "[B, H, C, words], each at least 1")
     text = described["text_at"][1][-1:] if layout.text_bits else (0,)
     text_capacity = min(*text, capacity) if text else 0
+    blocks = max(1, *described["means"][1][2:3]) if layout.moved else None
     for field in layout.fields:
-        shape, dtype = layout.buffer(field, batch, heads, capacity, text_capacity)
+        shape, dtype = layout.buffer(field, batch, heads, capacity, text_capacity, blocks)
         if described[field] != (dtype, tuple(shape)):
             given_dtype, given_shape = described[field]
             place.refuse(
@@ -226,6 +236,8 @@ def check_contents(place: Place, layout: Layout, buffers: dict[str, Tensor], ent
         place.elements("buffer 'classes'", buffers["classes"], 0, len(CLASS_NAMES) - 1, accepted)
     if layout.pivots:
         place.elements("buffer 'pivot_at'", buffers["pivot_at"], -1, capacity - 1, "-1 for a free slot, or a position")
+    if layout.moved:
+        check_blocks(place, state, buffers, entry)
     if not layout.text_bits:
         state.integer("text slot minus position", offset, 0, 0, "0 without text overlay")
         return
@@ -242,3 +254,22 @@ def check_contents(place: Place, layout: Layout, buffers: dict[str, Tensor], ent
     wrong = at[:, first:][(at[:, first:] != -1) & (at[:, first:] != own)]
     if wrong.numel():
         place.refuse("buffer 'text_at', after the prompt", int(wrong[0]), f"-1, or position = slot - {offset}")
+
+
+def check_blocks(place: Place, state: Place, buffers: dict[str, Tensor], entry: dict) -> None:
+    """Where tokens moved: the blocks that they are in, and those of tokens to come, which a write may begin."""
+    block_of, shift = buffers["block_of"], int(buffers["state"][STATE_BLOCK])
+    capacity, count, static = block_of.shape[1], buffers["means"].shape[2], entry["end"] is None
+    moved = 0 if static else entry["prompt"]
+    if not static:
+        place.integer("its prompt", moved, 0, entry["end"], "tokens that were moved, at most those written")
+    room = count - blocks_of(capacity - moved)  # for blocks of the tokens that were moved
+    most = 0 if static else max(0, BLOCK * room - moved)
+    state.integer("block times 64 less position", shift, -moved, most, "such that tokens to come have blocks")
+    own = (torch.arange(moved, capacity) + shift) // BLOCK
+    wrong = block_of[:, moved:][block_of[:, moved:] != own]
+    if wrong.numel():
+        place.refuse("buffer 'block_of', after the prompt", int(wrong[0]), "that of the position")
+    place.elements("buffer 'block_of'", block_of[:, moved:], 0, count - 1, "a block that has a mean")
+    begun = min(count, blocks_of(moved + shift))
+    place.elements("buffer 'block_of', prompt", block_of[:, :moved], 0, begun - 1, "a block that began before its end")

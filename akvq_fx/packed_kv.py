@@ -62,7 +62,7 @@ class PackedKV(TensorBase):
     def __init__(self, codes: Tensor, layout_text: str, size=None, stride=None):
         """A tensor for tracing, with no buffers but `codes`, which gives the shapes. `view_of` makes real ones."""
         self.codes, self.layout_text, self.storage = codes, layout_text, None
-        self.traced, self.text_codes, self.static, self.length = ["codes"], None, False, None
+        self.traced, self.means, self.text_codes, self.static, self.length = ["codes"], None, None, False, None
 
     @classmethod
     def view_of(cls, storage: Storage, length: int) -> PackedKV:
@@ -71,15 +71,13 @@ class PackedKV(TensorBase):
         size = (*storage.rows, length, layout.head_dim)
         self = torch.Tensor._make_wrapper_subclass(cls, size, dtype=layout.dtype, device=storage.device)
         self.layout_text, self.storage, self.length = storage.text, storage, length
-        if not storage.borrowed:  # else __getattr__ finds them
-            self.codes = storage.codes
-        self.traced, self.text_codes, self.static = ["codes"], None, storage.end is None
-        if layout.text_bits:
-            self.traced = ["codes", "text_codes"]
-            if storage.borrowed:
-                del self.text_codes
+        self.means = self.text_codes = None
+        self.traced, self.static = list(layout.traced), storage.end is None
+        for name in self.traced:
+            if storage.borrowed:  # __getattr__ finds them
+                vars(self).pop(name, None)
             else:
-                self.text_codes = storage["text_codes"]
+                setattr(self, name, storage[name])
         if len(storage.views) > 8:
             storage.views = [ref for ref in storage.views if ref() is not None]
         storage.views.append(weakref.ref(self))
@@ -89,7 +87,7 @@ class PackedKV(TensorBase):
 
     def __getattr__(self, name: str):
         """Reached for buffers still borrowed (Storage.expanded): to read them, as tracing does, copies them."""
-        if name in ("codes", "text_codes"):
+        if name in ("codes", "means", "text_codes"):
             setattr(self, name, self.storage[name])
             return getattr(self, name)
         raise AttributeError(f"PackedKV has no attribute {name!r}")
@@ -101,7 +99,7 @@ class PackedKV(TensorBase):
     def __tensor_unflatten__(cls, inner, context, outer_size, outer_stride):
         out = cls(inner["codes"], context[0], outer_size, outer_stride)
         out.traced, out.static = list(inner), context[1]
-        out.text_codes = inner.get("text_codes")
+        out.means, out.text_codes = inner.get("means"), inner.get("text_codes")
         return out
 
     @property
@@ -139,7 +137,8 @@ class PackedKV(TensorBase):
             buffers = [old["state"].clone(), plain, *kept]
             self.storage = Storage(plain_layout, buffers, old.end, old.prompt, old.owner)
             self.storage.views.append(weakref.ref(self))
-            self.codes, self.layout_text, self.traced, self.text_codes = plain, str(plain_layout), ["codes"], None
+            self.codes, self.layout_text, self.traced = plain, str(plain_layout), ["codes"]
+            self.means = self.text_codes = None
         return self.storage.codes[:, :, : self.shape[TOKENS]]
 
     def classes(self) -> Tensor:
@@ -159,8 +158,8 @@ class PackedKV(TensorBase):
             others = (ref() for ref in storage.views)
             if any(view is not None and view is not self and view.shape[TOKENS] > length for view in others):
                 storage = storage.clone()
-            if storage.layout.text_bits and length < storage.prompt:
-                storage.compact_text(length)
+            if length < storage.prompt:
+                storage.begin_anew(length)
             storage.end = length
         if length + extra > storage.capacity:
             storage.grow(-(-(length + extra) // step) * step)

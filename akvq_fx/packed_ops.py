@@ -103,11 +103,6 @@ def is_growing(packed) -> bool:
     return is_packed(packed) and packed.storage is not None and packed.storage.end is not None
 
 
-def tokens_move(packed) -> bool:
-    """A growing cache whose tokens may take other positions: not those of blocks, whose codes belong to their block."""
-    return is_growing(packed) and not packed.storage.layout.blocks
-
-
 def tokens_of(packed: Tensor) -> Tokens:
     return Tokens.of(packed.storage, packed.shape[TOKENS])
 
@@ -173,7 +168,7 @@ def _(func, types, args, kwargs):
     if any(t.dtype != first.dtype for t in tensors):
         return NotImplemented  # the result has the wider dtype, as in torch
     if packed > 1:
-        if not all(map(tokens_move, tensors[:packed])) or not alike(tensors[:packed], "rows"):
+        if not all(map(is_growing, tensors[:packed])) or not alike(tensors[:packed], "rows"):
             return NotImplemented
         first = wrap(first, concat_tokens([tokens_of(t) for t in tensors[:packed]]))
     if first.storage is None:  # tracing; outside a graph the op itself checks
@@ -189,8 +184,9 @@ def alike(tensors: list[Tensor], same: str) -> bool:
     """Whether the codes can be joined. same: what must agree besides layout, weights, heads and device: "rows" (the
     batch and the affine map) or "length"."""
     first = tensors[0]
+    kind = lambda t: (t.storage.layout.as_written, t.storage.owner, t.shape[1])
     for t in tensors[1:]:
-        if (t.layout_text, t.storage.owner, t.shape[1]) != (first.layout_text, first.storage.owner, first.shape[1]):
+        if kind(t) != kind(first):
             return False
         dim = TOKENS if same == "length" else 0
         if t.device != first.device or t.shape[dim] != first.shape[dim]:
@@ -242,8 +238,7 @@ def _(func, types, args, kwargs):
     packed, pad, fill = (*args, 0)[:3]
     before, after = (*pad, 0, 0, 0, 0)[2:4]
     others = [*pad[:2], *pad[4:]]
-    chosen = tokens_move if before else is_growing  # a crop at the end moves no token
-    if not chosen(packed) or any(others) or after > 0 or before > 0 and kwargs.get("value", fill):
+    if not is_growing(packed) or any(others) or after > 0 or before > 0 and kwargs.get("value", fill):
         return NotImplemented
     length = packed.shape[TOKENS]
     kept = range(length)[max(0, -before) : length + after]
@@ -263,7 +258,7 @@ def _(func, types, args, kwargs):
     from_start = isinstance(begin, int) and begin == 0 and step in (None, 1)
     if dim == 0 and packed.storage is not None:
         return rowwise(packed, torch.arange(size, device=packed.device)[start:end:step])
-    if dim == TOKENS and tokens_move(packed) and not from_start:
+    if dim == TOKENS and is_growing(packed) and not from_start:
         return take(packed, range(size)[start:end:step])
     if not from_start:
         return NotImplemented
@@ -286,7 +281,7 @@ def _(func, types, args, kwargs):
 @implements([aten.index_select.default])
 def _(func, types, args, kwargs):
     packed, dim, index = args
-    if dim % 4 == TOKENS and tokens_move(packed):
+    if dim % 4 == TOKENS and is_growing(packed):
         return take(packed, index.reshape(-1))
     return rowwise(packed, index) if dim % 4 == 0 else NotImplemented
 
@@ -299,7 +294,7 @@ def _(func, types, args, kwargs):
     if len(given) != 1 or given[0][0] not in (0, TOKENS):
         return NotImplemented
     dim, index = given[0]
-    if index.dim() != 1 or index.dtype == torch.uint8 or dim == TOKENS and not tokens_move(packed):
+    if index.dim() != 1 or index.dtype == torch.uint8 or dim == TOKENS and not is_growing(packed):
         return NotImplemented
     if index.dtype == torch.bool:
         if len(index) != packed.shape[dim]:
@@ -365,7 +360,7 @@ def _(func, types, args, kwargs):
 @implements([aten.split.Tensor, aten.split_with_sizes.default])
 def _(func, types, args, kwargs):
     packed, size, dim = (*args, kwargs.get("dim", 0))[:3]
-    if dim % 4 not in (0, TOKENS) or packed.storage is None or dim % 4 == TOKENS and not tokens_move(packed):
+    if dim % 4 not in (0, TOKENS) or packed.storage is None or dim % 4 == TOKENS and not is_growing(packed):
         return NotImplemented
     parts = torch.arange(packed.shape[dim], device="cpu").split(size)
     if dim % 4 == 0:

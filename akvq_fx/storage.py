@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from akvq_fx import torch_internals
-from akvq_fx.kernels.layout import CODES, GAIN, ORDER, PADDING, STATE_TEXT, Layout, blocks_of
+from akvq_fx.kernels.layout import BLOCK, CODES, GAIN, ORDER, PADDING, STATE_BLOCK, STATE_TEXT, Layout, blocks_of
 from akvq_fx.kernels.rotate import rotate_as_stored
 
 ROWS, TOKENS = 0, 2  # axes of [B, H, T, D]
@@ -27,11 +27,31 @@ def text_slots(at: Tensor, length: int) -> tuple[Tensor, Tensor]:
     return order, torch.where(used.gather(1, order), at.gather(1, order), -1)
 
 
+def used_blocks(block_of: Tensor, means: Tensor) -> tuple[Tensor, Tensor]:
+    """The blocks that tokens are in, and no others, the last token's at the end in every row: new numbers [B, n] int32
+    of the blocks of n tokens, and means [B, H, N, D].
+
+    N is the most that any row uses; to find it waits for the device.
+    """
+    if not block_of.shape[1]:
+        return block_of, means[:, :, :0]
+    number = block_of.long()
+    last = number[:, -1:]
+    used = torch.zeros(len(number), means.shape[2], dtype=torch.bool, device=means.device)
+    used = used.scatter(1, number, True).scatter(1, last, False)
+    count = int(used.sum(1).max())
+    order = torch.cat([torch.argsort(~used, dim=1, stable=True)[:, :count], last], 1)
+    renumbered = (used.cumsum(1) - 1).scatter(1, last, count)
+    means = means.gather(2, order[:, None, :, None].expand(-1, means.shape[1], -1, means.shape[3]))
+    return renumbered.gather(1, number).to(torch.int32), means
+
+
 class Storage:
     """The buffers behind one or more PackedKV views of the same tokens.
 
     end     tokens written, where the host knows it (a growing cache); None for a static one, whose end is on the device
-    prompt  tokens of the prompt: text overlay slots before it are compacted, later ones follow the position
+    prompt  tokens of the prompt, or that were moved: text overlay slots before it are compacted, later ones follow the
+            position, as the blocks of later tokens do where tokens moved
     owner   digests of the weights that made the tokens, None if unknown
     loaded  it comes from a file or a pickle: the weights that continue it are checked by their contents
     borrowers  storages that read this one's memory until one of the two is written (`expanded`)
@@ -118,15 +138,48 @@ class Storage:
         self.prompt = length
         self.mark_dynamic()
 
+    def begin_anew(self, length: int) -> None:
+        """Have tokens to come follow on position `length`, below `prompt`: after a crop among the prompt's tokens."""
+        if self.layout.moved:
+            self.place_blocks(self["block_of"][:, :length], self["means"], 0)
+        if self.layout.text_bits:
+            self.compact_text(length)
+
+    def place_blocks(self, block_of: Tensor, means: Tensor, left: Tensor | int) -> None:
+        """Where tokens moved: the first n are in blocks block_of [B, n], whose means are [B, H, N, D]; the `left` next
+        ones will be in the last token's block, and those after them in blocks of their own.
+
+        Called after a move or a crop, never in a decode step.
+        """
+        block_of, means = used_blocks(block_of, means)
+        (rows, length), count = block_of.shape, means.shape[2]
+        self["state"][STATE_BLOCK] = count * BLOCK - length - left
+        to_come = self.blocks_at(length, self.capacity)
+        self["block_of"] = torch.cat([block_of, to_come.expand(rows, -1)], 1)
+        size = max(2, count + blocks_of(self.capacity - length))  # dynamo would take a size of 1 for a constant
+        self["means"] = torch.nn.functional.pad(means, (0, 0, 0, size - count))
+        self.prompt = length
+        self.mark_dynamic()
+
+    def blocks_at(self, start: int, end: int) -> Tensor:
+        """The blocks of tokens appended at positions from start to end, where others moved: [end - start] int32."""
+        at = torch.arange(start, end, dtype=torch.int32, device=self.device)
+        return (at + self["state"][STATE_BLOCK]) // BLOCK
+
     def grow(self, capacity: int) -> None:
         """Make room for `capacity` tokens; new slots are empty."""
-        extra = capacity - self.capacity
+        extra, blocks = capacity - self.capacity, blocks_of(capacity)
+        if self.layout.moved:
+            more = self.blocks_at(self.capacity, capacity).expand(len(self["block_of"]), -1)
+            self["block_of"] = torch.cat([self["block_of"], more], 1)
+            own = blocks_of(capacity - self.prompt) - blocks_of(self.capacity - self.prompt)
+            blocks = max(blocks, self["means"].shape[2] + own)
         for name in self.layout.fields:
             b = self[name]
             if name in ("codes", "range", "text_codes"):
                 self[name] = torch.nn.functional.pad(b, (0, 0, 0, extra))
             elif name == "means":
-                self[name] = torch.nn.functional.pad(b, (0, 0, 0, blocks_of(capacity) - b.shape[2]))
+                self[name] = torch.nn.functional.pad(b, (0, 0, 0, blocks - b.shape[2]))
             elif name in ("classes", "text_at"):
                 self[name] = torch.nn.functional.pad(b, (0, extra), value=PADDING if name == "classes" else -1)
         self.mark_dynamic()
@@ -134,8 +187,9 @@ class Storage:
     def mark_dynamic(self) -> None:
         """Let dynamo treat rows and capacities that change as symbols: neither may recompile."""
         torch._dynamo.maybe_mark_dynamic(self["codes"], [ROWS] if self.end is None else [ROWS, TOKENS])
-        if self.layout.text_bits:
-            torch._dynamo.maybe_mark_dynamic(self["text_codes"], [ROWS, TOKENS])
+        for name in ("text_codes", "means"):
+            if name in self.layout.traced:
+                torch._dynamo.maybe_mark_dynamic(self[name], [ROWS, TOKENS])
 
     def clear(self) -> None:
         """Forget every token, in place."""
@@ -143,7 +197,7 @@ class Storage:
         B, H, C = self["codes"].shape[:3]
         empty = self.layout.allocate(B, H, C, C if self.layout.text_bits else 0, self["codes"].device)
         for name, fresh in zip(self.layout.fields, empty, strict=True):
-            compacted = name.startswith("text") and self[name].shape != fresh.shape  # for a prompt that is gone
+            compacted = self[name].shape != fresh.shape  # for a prompt that is gone
             # caches that were selected from a growing one share its affine map
             if compacted or name == "affine" and self.end is not None:
                 self[name] = fresh

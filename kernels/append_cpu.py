@@ -32,6 +32,7 @@ SUPPORTS = Supports(
     blocks=(False,),
     **dict.fromkeys(("rotated", "affine", "shares_classes"), ANY),
     **dict.fromkeys(("symmetric", "uneven"), (False,)),
+    moved=(False,),
 )
 BAD_POSITION = 1  # what the kernel answers, 0 for done
 SOURCES = ("append_cpu.cpp", "numbers_cpu.h")

@@ -29,6 +29,7 @@ SUPPORTS = Supports(
     groups=range(1, 5),  # each costs a reduction over the warp
     **dict.fromkeys(("group", "window", "pivots", "body_clip", "text_clip"), ANY),
     **dict.fromkeys(("rotated", "affine", "shares_classes", "symmetric", "uneven", "blocks"), ANY),
+    moved=(False,),
 )
 WARPS = 4
 SHARE = 8  # tokens a warp (in pack: four lanes) takes where there are many, to read the affine map once

@@ -36,6 +36,7 @@ SUPPORTS = Supports(
     blocks=(False,),
     **dict.fromkeys(("rotated", "affine", "shares_classes"), ANY),
     **dict.fromkeys(("symmetric", "uneven"), (False,)),
+    moved=(False,),
 )
 OUT_OF_MEMORY, BAD_POSITION = 1, 2  # what the kernel answers, 0 for done
 SOURCES = ("attend_cpu.cpp", "attend_cpu.h", "numbers_cpu.h")

@@ -36,6 +36,7 @@ SUPPORTS = Supports(
     **dict.fromkeys(("body_clip", "text_clip"), ANY),  # of who writes
     **dict.fromkeys(("rotated", "affine", "shares_classes"), ANY),
     **dict.fromkeys(("symmetric", "uneven", "blocks"), ANY),
+    moved=(False,),
 )
 ALIKE = ("head_dim", "dtype", "window", "pivots")  # of keys and values
 ALIKE_WITH_TEXT = ("groups", "symmetric")  # where keys have a text overlay: a lane gathers both ranges at once

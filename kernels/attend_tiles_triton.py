@@ -14,7 +14,8 @@ which names the one overlay that holds them (PIVOT, TEXT) or none. Where there a
 before them. Text tokens have the upper bits of their codes, and their ranges, in the body and LOW bits more in the
 overlay; values may lack the overlay (VALUE_TEXT 0) and are then read from the body alone.
 Keys that are uneven (kernels/uneven.py) are put together from their slots' codes: their channels are what queries ask.
-To keys whose blocks have means (kernels/blocks.py) these are added: a body tile is of one block, a text tile of many.
+To keys whose blocks have means (kernels/blocks.py) these are added: a body tile is of one block, a text tile of many,
+as any is where tokens moved (block_of is not None).
 A slot that nothing was written to may hold NaN: its load is masked for keys and values alike, because 0 * NaN is NaN.
 DP is a head dim padded to a power of two of 16 or more, as tl.dot asks.
 Source: FlashAttention-2, arXiv 2307.08691 (online softmax); Flash-Decoding (splits over tokens).
@@ -122,11 +123,14 @@ def text_tile(codes, range_, lower, position, slot, valid, D: tl.constexpr, DP: 
 
 
 @triton.jit
-def means_at(means, position, valid, D: tl.constexpr, DP: tl.constexpr):
+def means_at(means, block_of, position, valid, D: tl.constexpr, DP: tl.constexpr):
     """Means of the blocks of positions [N], or [1] for tokens of one block, -> fp32 [N, DP] or [1, DP]."""
     channel = tl.arange(0, DP)
     inside = valid[:, None] & (channel < D)[None, :]
-    return tl.load(means + (position // BLOCK * D)[:, None] + channel[None, :], mask=inside, other=0.0).to(tl.float32)
+    block = position // BLOCK
+    if block_of is not None:
+        block = tl.load(block_of + position, mask=valid, other=0)
+    return tl.load(means + (block * D)[:, None] + channel[None, :], mask=inside, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -171,17 +175,17 @@ def step(q, k, v, position, valid, token, mask_row, row_valid, mask_stride, scal
     return higher, total, acc
 
 
-@triton.jit(do_not_specialize=["length", "columns", "tokens", "fresh_tokens", "capacity", "value_capacity",
+@triton.jit(do_not_specialize=["length", "columns", "tokens", "fresh_tokens", "capacity", "value_capacity", "blocks",
                                "text_capacity", "value_text_capacity", "tiles", "splits",
                                "mask_b", "mask_h", "mask_q"])  # fmt: skip
 def attend_tiles(
     q, out, maxima, sums,
-    state, classes, pivot_at, text_at,
+    state, classes, pivot_at, text_at, block_of,
     key_codes, key_range, key_ring, key_pivots, key_text, key_means,
     value_codes, value_range, value_ring, value_pivots, value_text,
     fresh_key, fresh_value, at, mask,
     scale, length, columns, tokens, fresh_tokens, heads,
-    capacity, value_capacity, text_capacity, value_text_capacity, tiles, splits,
+    capacity, value_capacity, blocks, text_capacity, value_text_capacity, tiles, splits,
     q_b, q_h, q_t, fk_b, fk_h, fk_t, fv_b, fv_h, fv_t, mask_b, mask_h, mask_q, mask_t,
     SHARE: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr,
     BITS: tl.constexpr, LOW: tl.constexpr, LOW_WIDTH: tl.constexpr, VALUE_TEXT: tl.constexpr,
@@ -259,7 +263,9 @@ def attend_tiles(
     value_range += pair * value_capacity * (VALUE_GROUPS if VALUE_SYMMETRIC else 2 * VALUE_GROUPS)
     if KEY_BLOCKS:
         tl.static_assert(BLOCK % N == 0, "a body tile must be of one block")
-        key_means += pair * tl.cdiv(capacity, BLOCK) * D
+        key_means += pair * blocks * D
+        if block_of is not None:
+            block_of += b * capacity
     classes += b * capacity
     for i in range(start, tl.minimum(stop, body_tiles)):
         position = i * N + tile_n
@@ -273,8 +279,11 @@ def attend_tiles(
         k = code_tile(key_codes, key_range, position, valid,
                       D, DP, BITS, KEY_GROUPS, KEY_SYMMETRIC, KEY_UNEVEN)  # fmt: skip
         if KEY_BLOCKS:
-            one = tl.zeros([1], tl.int32) + i * N
-            k += means_at(key_means, one, one < body, D, DP)
+            if block_of is not None:
+                k += means_at(key_means, block_of, position, valid, D, DP)
+            else:
+                one = tl.zeros([1], tl.int32) + i * N
+                k += means_at(key_means, block_of, one, one < body, D, DP)
         k = rounded(k, KEY_ROUND, DOT)
         v = code_tile(value_codes, value_range, position, valid,
                       DV, DVP, BITS, VALUE_GROUPS, VALUE_SYMMETRIC, False)  # fmt: skip
@@ -296,7 +305,7 @@ def attend_tiles(
             k = text_tile(key_codes, key_range, key_text, position, slot, valid,
                           D, DP, BITS, LOW, LOW_WIDTH, KEY_GROUPS)  # fmt: skip
             if KEY_BLOCKS:
-                k += means_at(key_means, position, valid, D, DP)
+                k += means_at(key_means, block_of, position, valid, D, DP)
             k = rounded(k, KEY_ROUND, DOT)
             if VALUE_TEXT:
                 v = text_tile(value_codes, value_range, value_text, position, slot, valid,

@@ -36,7 +36,7 @@ SUPPORTS = Supports(
     **dict.fromkeys(("group", "window", "pivots"), ANY),
     **dict.fromkeys(("body_clip", "text_clip"), ANY),  # of who writes
     **dict.fromkeys(("rotated", "affine", "shares_classes"), ANY),
-    **dict.fromkeys(("symmetric", "uneven", "blocks"), ANY),
+    **dict.fromkeys(("symmetric", "uneven", "blocks", "moved"), ANY),
 )
 SPLIT_TOKENS = 256  # fewer tokens than this are not worth a program of their own
 MAX_SPLITS = 64  # combine holds one row of every split in registers
@@ -161,13 +161,13 @@ def attend(call: AttendCall, splits: int | None = None) -> Tensor:
     with torch.cuda.device(q.device) if q.is_cuda else contextlib.nullcontext():
         attend_tiles[(B * H * splits * tiles,)](
             q, parts, maxima, sums,
-            k["state"], k["classes"], k.get("pivot_at"), k.get("text_at"),
+            k["state"], k["classes"], k.get("pivot_at"), k.get("text_at"), k.get("block_of"),
             *(k.get(name) for name in ("codes", "range", "ring", "pivots", "text_codes", "means")),
             *(v.get(name) for name in ("codes", "range", "ring", "pivots", "text_codes")),
             fresh_key, fresh_value, at, mask,
             1 / math.sqrt(D) if scale is None else float(scale),
             -1 if length is None else length, columns, tokens, fresh_key.shape[2] if fresh else 0, H,
-            capacity, v["codes"].shape[2],
+            capacity, v["codes"].shape[2], k["means"].shape[2] if key_layout.blocks else 0,
             *(b["text_at"].shape[1] if "text_at" in b else 0 for b in (k, v)),
             tiles, splits,
             *q.stride()[:3], *fresh_steps, *mask_steps,

@@ -10,8 +10,13 @@ The mean is fixed when the block's first token is written: it is that of the BLO
 the write's own end with the block. In a prompt that is the block itself, and in a decode step the tokens that the ring
 holds. No token is quantized twice. Scores gain q . mean, one number for a query and a block.
 
-Where fewer than ENOUGH real tokens are known it is the mean of the block before the write, in block 0 that is 0: a
-token alone is no mean. What is not finite counts as 0, so that a broken token does not reach its neighbours.
+Where fewer than ENOUGH real tokens are known it is the mean of the block before the write, where a cache begins that
+is 0: a token alone is no mean. What is not finite counts as 0, so that a broken token does not reach its neighbours.
+
+A token that moves to another position keeps its block. Of a cache whose tokens moved (Layout.moved), `block_of` has the
+block of each position, in each row: of the tokens that are there, and of those to come, so that a write reads it and
+nothing waits for the device. Tokens appended at position t are in block (t + state[STATE_BLOCK]) // BLOCK in all rows,
+whose numbers follow on those of the tokens that moved.
 """
 
 from __future__ import annotations
@@ -19,7 +24,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from akvq_fx.kernels.layout import BLOCK, PADDING, STATE_END, STATE_RING, Layout, blocks_of
+from akvq_fx.kernels.layout import BLOCK, PADDING, STATE_BLOCK, STATE_END, STATE_RING, Layout, blocks_of
 
 ENOUGH = 16  # a quarter of a block; chosen, not measured
 
@@ -29,9 +34,10 @@ def begin_blocks(b: dict[str, Tensor], x: Tensor, at: Tensor, kinds: Tensor, lay
     written; at [q] int64 their consecutive positions, kinds [B, q] uint8 their classes."""
     q, W, means = x.shape[2], layout.window, b["means"]
     start, end = at[0], at[-1] + 1
-    block = (start + BLOCK - 1) // BLOCK + torch.arange(blocks_of(q), device=x.device)  # [n], may begin here
-    begins = block * BLOCK < end
-    newest = torch.minimum((block + 1) * BLOCK, end)  # the end of what is known of each
+    shift = b["state"][STATE_BLOCK] if layout.moved else 0
+    block = blocks_of(start + shift) + torch.arange(blocks_of(q), device=x.device)  # [n], may begin here
+    begin = block * BLOCK - shift
+    newest = torch.minimum(begin + BLOCK, end)  # the end of what is known of each
     position = newest[:, None] - BLOCK + torch.arange(BLOCK, device=x.device)  # [n, BLOCK]
     own = (position - start).clamp(0, q - 1)
     real = (position >= start) & (kinds[:, own] != PADDING)  # [B, n, BLOCK]
@@ -47,18 +53,22 @@ def begin_blocks(b: dict[str, Tensor], x: Tensor, at: Tensor, kinds: Tensor, lay
     count = real.sum(-1)[:, None, :, None]  # [B, 1, n, 1]
     limit = torch.finfo(layout.dtype).max
     mean = (tokens.sum(3) / count.clamp_min(1)).clamp(-limit, limit).to(layout.dtype)
-    before = means.index_select(2, (block[:1] - 1).clamp(0, means.shape[2] - 1))
-    before = torch.where(block[:1] > 0, before, torch.zeros_like(before))
+    before = means_at(b, (at[:1] - 1).clamp_min(0))
+    before = torch.where(start > 0, before, torch.zeros_like(before))
     mean = torch.where(count < ENOUGH, before, mean)
     slot = block % means.shape[2]  # distinct, since q tokens fit; those that do not begin stay as they are
-    means.index_copy_(2, slot, torch.where(begins[:, None], mean, means.index_select(2, slot)))
+    means.index_copy_(2, slot, torch.where((begin < end)[:, None], mean, means.index_select(2, slot)))
 
 
-def means_at(means: Tensor, at: Tensor) -> Tensor:
-    """means [B, H, N, D] -> of the blocks of positions at [q] or [B, q], [B, H, q, D]."""
-    if at.dim() == 1:
-        return means.index_select(2, at // BLOCK)
-    return means.gather(2, (at // BLOCK)[:, None, :, None].expand(-1, means.shape[1], -1, means.shape[3]))
+def means_at(b: dict[str, Tensor], at: Tensor) -> Tensor:
+    """Means of the blocks of the tokens at positions at [q] or [B, q], from named buffers: [B, H, q, D]."""
+    means, block = b["means"], at // BLOCK
+    if "block_of" in b:
+        block_of = b["block_of"].long()
+        block = block_of.index_select(1, at) if at.dim() == 1 else block_of.gather(1, at)
+    if block.dim() == 1:
+        return means.index_select(2, block)
+    return means.gather(2, block[:, None, :, None].expand(-1, means.shape[1], -1, means.shape[3]))
 
 
 def differences(k: Tensor, valid: Tensor | None) -> Tensor:

@@ -95,7 +95,7 @@ def write(
         body = x
         if layout.blocks:
             blocks.begin_blocks(b, x, at, kinds, layout)
-            body = x.float() - blocks.means_at(b["means"], at).float()
+            body = x.float() - blocks.means_at(b, at).float()
         codes, range_ = encode(body, layout)
         if layout.text_bits:
             text, text_range = quantizer.encode(body, layout.text_bits, layout.text_clip, layout.groups)
@@ -145,7 +145,7 @@ def decode(words: Tensor, range_: Tensor, layout: Layout) -> Tensor:
 def with_means(held: Tensor, b: dict[str, Tensor], at: Tensor, layout: Layout) -> Tensor:
     """Tokens at positions `at` from what their codes hold, [B, H, n, D] in code_dtype -> the layout's dtype."""
     limit = min(torch.finfo(layout.dtype).max, torch.finfo(torch.float32).max)
-    return (held + blocks.means_at(b["means"], at).float()).clamp(-limit, limit).to(layout.dtype)
+    return (held + blocks.means_at(b, at).float()).clamp(-limit, limit).to(layout.dtype)
 
 
 def kinds_of(x: Tensor, classes: Tensor | None) -> Tensor:

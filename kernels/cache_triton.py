@@ -42,7 +42,7 @@ SUPPORTS = Supports(
     dtype=rotate_triton.DTYPES,
     head_dim=range(8, rotate_triton.MAX_DIM + 1, 8),
     **dict.fromkeys(("group", "window", "pivots", "body_clip", "text_clip"), ANY),
-    **dict.fromkeys(("rotated", "affine", "shares_classes", "symmetric", "uneven", "blocks"), ANY),
+    **dict.fromkeys(("rotated", "affine", "shares_classes", "symmetric", "uneven", "blocks", "moved"), ANY),
 )
 SCALE_FLOOR = tl.constexpr(quantizer.SCALE_FLOOR)
 FP16_MAX = tl.constexpr(quantizer.FP16_MAX)
@@ -234,8 +234,8 @@ def write_state(state, at, tokens, WINDOW: tl.constexpr):
 
 @triton.jit
 def write_kernel(
-    x, at, kinds, affine, state, classes, codes, ranges, means, ring, pivot_at, text_codes, text_at,
-    heads, owners, leads, tokens, steps, capacity, text_capacity,
+    x, at, kinds, affine, state, classes, codes, ranges, means, block_of, ring, pivot_at, text_codes, text_at,
+    heads, owners, leads, tokens, steps, capacity, blocks, text_capacity,
     stride_b, stride_h, stride_t, stride_d, kinds_b, kinds_t,
     D: tl.constexpr, DP: tl.constexpr, ORDER: tl.constexpr, DEPTH: tl.constexpr, UNEVEN: tl.constexpr,
     ROTATE: tl.constexpr, MAP: tl.constexpr, TERMS: tl.constexpr, TERM: tl.constexpr, NORM: tl.constexpr,
@@ -280,7 +280,10 @@ def write_kernel(
                 tl.store(where, tile.to(ring.dtype.element_ty), mask=newest[:, None] & real)
 
         if means is not None:
-            where = means + ((wide_lead * tl.cdiv(capacity, BLOCK) + slot // BLOCK) * D)[:, None] + channel[None, :]
+            block = slot // BLOCK
+            if block_of is not None:
+                block = tl.load(block_of + batch * capacity + slot, mask=kept, other=0)
+            where = means + ((wide_lead * blocks + block) * D)[:, None] + channel[None, :]
             tile -= tl.load(where, mask=kept[:, None] & real, other=0).to(tl.float32)
 
         kind = tl.full([ROWS], TEXT_CLASS, tl.uint8)
@@ -344,8 +347,10 @@ def launch(b: dict[str, Tensor], x: Tensor, at: Tensor, classes, pivots, affine,
     with torch.cuda.device_of(x):
         write_kernel[plan.grid(B * H, q)](
             x, at, classes, affine if kind else None, b["state"], b.get("classes"), b["codes"],
-            b.get("range"), b.get("means"), b.get("ring"), b.get("pivot_at"), b.get("text_codes"), b.get("text_at"),
-            H, affine.shape[2] if kind else H, B * H, q, plan.steps, b["codes"].shape[2], text_capacity,
+            b.get("range"), b.get("means"), b.get("block_of"), b.get("ring"), b.get("pivot_at"), b.get("text_codes"),
+            b.get("text_at"),
+            H, affine.shape[2] if kind else H, B * H, q, plan.steps, b["codes"].shape[2],
+            b["means"].shape[2] if layout.blocks else 0, text_capacity,
             *x.stride(), *kinds_strides,
             **constants, ROTATE=bool(kind) or (rotate and layout.rotated),
             BITS=layout.body_bits, CLIP=layout.body_clip, TEXT_BITS=layout.text_bits, LOW_WIDTH=layout.low_width,

@@ -4,12 +4,15 @@ Attention does not depend on the order of its tokens, so a cache is a dense low-
 *overlays* for the salient tokens: ring and pivots hold them again at 16 bits, the text overlay holds what text tokens
 have more than the body's bits. B batch, H KV heads, D head dim, C capacity in tokens.
 
-state       [3]               int32  end of what was written, first position the ring holds, text slot minus position
+state       [3]               int32  end of what was written, first position the ring holds, text slot minus position;
+                                     moved ones have a fourth, for blocks of appended tokens
 codes       [B, H, C, D*b/16] int16  body, of text tokens the upper body_bits of text_bits; or [B, H, C, D] in the
                                      cache's dtype when body_bits is 16
 classes     [B, C]            uint8  VISION, TEXT, PIVOT or PADDING; values have none where they share their keys'
 range       [B, H, C, 2*G]    fp16   scale of each of the G channel groups, then their minima, but for symmetric ones
-means       [B, H, ceil(C/64), D] dtype  of each block of 64 positions what its codes are differences from
+means       [B, H, N, D]      dtype  of each block of 64 positions what its codes are differences from, N = ceil(C/64)
+                                     but in moved ones
+block_of    [B, C]            int32  of moved ones: the block of the token at each position
 ring        [B, H, W, D]      dtype  the last W positions, slot = position mod W
 pivots      [B, H, P, D]      dtype  pivot tokens
 pivot_at    [B, P]            int32  their positions, -1 for a free slot
@@ -37,7 +40,7 @@ VISION, TEXT, PIVOT, PADDING = range(4)
 CLASS_NAMES = ("vision", "text", "pivot", "padding")
 WORD_BITS = 16  # codes are packed into int16 words: one GPU lane unpacks two fp16 codes at once
 CODE_BITS = (2, 4, 8)
-STATE_END, STATE_RING, STATE_TEXT = range(3)
+STATE_END, STATE_RING, STATE_TEXT, STATE_BLOCK = range(4)
 CODES = 1  # codes stand second in every layout's fields
 BLOCK = 64  # positions that share a mean
 CENTRE, GAIN, ORDER = range(3)  # rows of affine
@@ -64,6 +67,7 @@ class Layout:
     symmetric: bool = False  # levels lie evenly around zero: ranges are scales alone, and nothing is clipped
     uneven: bool = False  # keys whose channels have 4, 2 and 0 bits, see kernels/uneven.py
     blocks: bool = False  # keys whose codes are differences from the mean of their block, see kernels/blocks.py
+    moved: bool = False  # of these: tokens have left the positions of their block, so each has its block's number
     simulate: str = ""  # text of a Simulation of akvq_fx.recipes: originals are kept, and quantized when they are read
 
     def __post_init__(self):
@@ -96,6 +100,8 @@ class Layout:
             refuse("uneven with body_bits, symmetric, rotated, affine", given, "2, True, True, True")
         if self.blocks and (self.plain or self.shares_classes):
             refuse("blocks with body_bits, shares_classes", (self.body_bits, self.shares_classes), "2, 4 or 8, False")
+        if self.moved and not self.blocks:
+            refuse("moved", True, "False without blocks, whose tokens can move as they are")
         if self.simulate:
             Simulation.parse(self.simulate)
             if not self.plain or self.rotated or self.affine:
@@ -129,6 +135,11 @@ class Layout:
     @functools.cached_property
     def simulation(self) -> Simulation | None:
         return Simulation.parse(self.simulate) if self.simulate else None
+
+    @functools.cached_property
+    def as_written(self) -> Layout:
+        """The layout before any token moved; what codes mean is the same."""
+        return dataclasses.replace(self, moved=False) if self.moved else self
 
     @property
     def policy(self) -> str:
@@ -166,6 +177,7 @@ class Layout:
         names += [] if self.shares_classes else ["classes"]
         names += [] if self.plain else ["range"]
         names += ["means"] if self.blocks else []
+        names += ["block_of"] if self.moved else []
         names += ["ring"] if self.window else []
         names += ["pivots", "pivot_at"] if self.pivots else []
         names += ["text_codes", "text_at"] if self.text_bits else []
@@ -173,16 +185,25 @@ class Layout:
         names += ["affine"] if self.affine or gains else []
         return tuple(names)
 
-    def buffer(self, name: str, batch, heads, capacity, text_capacity=0) -> tuple[tuple, torch.dtype]:
-        """Shape and dtype of one buffer; sizes may be symbolic."""
+    @functools.cached_property
+    def traced(self) -> tuple[str, ...]:
+        """Buffers with a size that those before them do not have: while a graph is traced, these bring the symbols."""
+        names = ["codes"]
+        names += ["means"] if self.moved else []
+        names += ["text_codes"] if self.text_bits else []
+        return tuple(names)
+
+    def buffer(self, name: str, batch, heads, capacity, text_capacity=0, blocks=None) -> tuple[tuple, torch.dtype]:
+        """Shape and dtype of one buffer; sizes may be symbolic. blocks: how many have means, where tokens moved."""
         words = lambda bits: self.head_dim * bits // WORD_BITS
         body = (self.head_dim, self.dtype) if self.plain else (words(self.body_bits), torch.int16)
         table = {
-            "state": ((3,), torch.int32),
+            "state": ((4 if self.moved else 3,), torch.int32),
             "codes": ((batch, heads, capacity, body[0]), body[1]),
             "classes": ((batch, capacity), torch.uint8),
             "range": ((batch, heads, capacity, self.range_size), torch.float16),
-            "means": ((batch, heads, blocks_of(capacity), self.head_dim), self.dtype),
+            "means": ((batch, heads, blocks_of(capacity) if blocks is None else blocks, self.head_dim), self.dtype),
+            "block_of": ((batch, capacity), torch.int32),
             "ring": ((batch, heads, self.window, self.head_dim), self.dtype),
             "pivots": ((batch, heads, self.pivots, self.head_dim), self.dtype),
             "pivot_at": ((batch, self.pivots), torch.int32),
@@ -193,12 +214,15 @@ class Layout:
         return table[name]
 
     def allocate(self, batch, heads, capacity, text_capacity=0, device=None) -> list[Tensor]:
-        """Empty buffers: an unwritten slot reads as zero, a free overlay slot has position -1, the ring is empty."""
+        """Empty buffers: an unwritten slot reads as zero, a free overlay slot has position -1, the ring is empty, and
+        positions are in the blocks that they are in where no token moved."""
         out = []
         for name in self.fields:
             shape, dtype = self.buffer(name, batch, heads, capacity, text_capacity)
             fill = -1 if name in ("pivot_at", "text_at") else PADDING if name == "classes" else 0
             out.append(torch.full(shape, fill, dtype=dtype, device=device))
+            if name == "block_of":
+                out[-1].copy_(torch.arange(capacity, device=device) // BLOCK)
         return out
 
     def __str__(self) -> str:
@@ -215,6 +239,7 @@ class Layout:
         parts += ["symmetric"] if self.symmetric else []
         parts += ["uneven"] if self.uneven else []
         parts += ["blocks"] if self.blocks else []
+        parts += ["moved"] if self.moved else []
         parts += [self.simulate] if self.simulate else []
         return "/".join(parts)
 
@@ -224,9 +249,8 @@ class Layout:
         """The inverse of str(). Raises ValueError for anything str() cannot have written."""
         keys = {"d": "head_dim", "b": "body_bits", "c": "body_clip", "g": "group", "w": "window", "p": "pivots",
                 "t": "text_bits", "tc": "text_clip"}  # fmt: skip
-        flags = {name: name for name in ("rotated", "affine", "symmetric", "uneven", "blocks")} | {
-            "shares": "shares_classes"
-        }
+        flags = {name: name for name in ("rotated", "affine", "symmetric", "uneven", "blocks", "moved")}
+        flags["shares"] = "shares_classes"
         dtype, *parts = text.split("/")
         values: dict = {"dtype": DTYPES.get(dtype)}
         for part in parts:

@@ -152,12 +152,13 @@ class GraphState:
         layout = Layout.parse(packed.layout_text)
         B, H = packed.shape[:2]
         text = packed.text_codes.shape[2] if layout.text_bits else 0
+        blocks = packed.means.shape[2] if layout.moved else None
         last = [n for n in self.graph.nodes if n.op == "placeholder"][-1]
         nodes = []
         for name in layout.fields:
             with self.graph.inserting_after(last):
                 node = self.graph.placeholder(f"{placeholder.name}_{name}")
-            size, dtype = layout.buffer(name, B, H, packed.codes.shape[2], text)
+            size, dtype = layout.buffer(name, B, H, packed.codes.shape[2], text, blocks)
             with packed.codes.fake_mode if hasattr(packed.codes, "fake_mode") else contextlib.nullcontext():
                 node.meta["example_value"] = torch.empty(size, dtype=dtype, device=packed.device)
             nodes.append(node)

@@ -31,10 +31,12 @@ POINTERS = {
 }
 LAYOUTS = {
     "text": Layout(64, torch.float16, 2, text_bits=4, window=64),
+    "moved text": Layout(64, torch.float16, 2, text_bits=4, window=64, blocks=True, moved=True),
     "uneven blocks": Layout(
         64, torch.bfloat16, 2, window=64, pivots=3, rotated=True, affine=True, symmetric=True, uneven=True, blocks=True
     ),
 }
+LAYOUTS["moved"] = dataclasses.replace(LAYOUTS["uneven blocks"], moved=True)
 done: set[tuple] = set()
 
 
@@ -65,7 +67,7 @@ def compiled(kernel: JITFunction, grid):
 def main() -> None:
     JITFunction.__getitem__ = compiled
     for keys in LAYOUTS.values():
-        values = dataclasses.replace(keys, uneven=False, affine=False, blocks=False)
+        values = dataclasses.replace(keys, uneven=False, affine=False, blocks=False, moved=False)
         x = torch.zeros(1, 2, 1, keys.head_dim, dtype=keys.dtype)
         key, value = (layout.allocate(1, 2, 128, 128 if layout.text_bits else 0) for layout in (keys, values))
         for cache, layout in ((key, keys), (value, values)):

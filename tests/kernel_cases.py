@@ -40,6 +40,7 @@ LAYOUTS = {
     "2bit-symmetric": Layout(16, f32, body_bits=2, window=5, pivots=2, rotated=True, symmetric=True),
     "2bit-uneven": Layout(24, f32, 2, window=5, pivots=2, rotated=True, affine=True, symmetric=True, uneven=True),
     "2bit-blocks": Layout(16, f32, body_bits=2, window=5, pivots=2, blocks=True),
+    "2bit-moved": Layout(16, f32, body_bits=2, window=5, pivots=2, blocks=True, moved=True),
     "2bit-text4-bf16": Layout(16, bf16, body_bits=2, text_bits=4, window=3, body_clip=0.8),
     "4bit-text8-pivots": Layout(8, f32, body_bits=4, text_bits=8, pivots=2),
     "4bit-affine": Layout(24, f32, body_bits=4, window=3, rotated=True, affine=True),
@@ -239,12 +240,14 @@ def layouts(
 
 
 @st.composite
-def cases(draw, layout=None, batch=None, heads=None, length=None) -> Case:
+def cases(draw, layout=None, batch=None, heads=None, length=None, blocks=(False,), longest=23) -> Case:
     """A random prompt; batch, heads and length may be given to match another case."""
-    layout = draw(layouts()) if layout is None else layout
+    layout = (
+        draw(layouts(shares=(False,) if any(blocks) else (False, True), blocks=blocks)) if layout is None else layout
+    )
     B = draw(st.integers(1, 3)) if batch is None else batch
     H = draw(st.integers(1, 3)) if heads is None else heads
-    T = draw(st.integers(1, 23)) if length is None else length
+    T = draw(st.integers(1, longest)) if length is None else length
     classes = draw(st.lists(st.sampled_from((VISION, TEXT, PADDING)), min_size=B * T, max_size=B * T))
     pivots = None
     if layout.pivots:

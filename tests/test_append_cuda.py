@@ -50,6 +50,11 @@ def test_the_structs_here_and_there_have_the_same_members():
             Layout(16, torch.float32, 2, text_bits=4, blocks=True),
             "the layout has both means of blocks and a text overlay",
         ),
+        (
+            torch.zeros(1, 1, 1, 16),
+            Layout(16, torch.float32, 2, blocks=True, moved=True),
+            "moved is True, accepted: False",
+        ),
     ],
     ids=str,
 )

@@ -112,6 +112,10 @@ def refusal(q=None, layout=None, values=None, mask=None, is_causal=False, capaci
             {"layout": Layout(64, bf16, 2, text_bits=4, blocks=True), "values": Layout(64, bf16, 2)},
             "keys have both means of blocks and a text overlay",
         ),
+        (
+            {"layout": Layout(64, bf16, 2, blocks=True, moved=True), "values": Layout(64, bf16, 2)},
+            "keys: moved is True, accepted: False",
+        ),
         ({"is_causal": True}, "is_causal"),
         ({"q": torch.zeros(1, 4, 40, 64, dtype=bf16)}, "80 query rows per KV head, accepted: up to 64"),
         ({"mask": torch.zeros(1, 1, 1, 5, dtype=torch.float64)}, "the mask is torch.float64"),

@@ -59,7 +59,7 @@ def spoil(made):
 def values_of(layout: Layout) -> Layout:
     """The layout of values beside such keys: only keys can be uneven, and have means of blocks."""
     layout = dataclasses.replace(layout, uneven=False, affine=False) if layout.uneven else layout
-    return dataclasses.replace(layout, blocks=False)
+    return dataclasses.replace(layout, blocks=False, moved=False)
 
 
 def pair(layout: Layout, value_layout: Layout | None = None, **sizes) -> tuple[Case, Case]:

@@ -146,21 +146,6 @@ def test_rows_and_prefixes_stay_codes(choose):
     assert_same("and go on", made.dequantize()[:, :, body], longer.dequantize()[:, :, body])
 
 
-@pytest.mark.parametrize(
-    "choose",
-    [lambda t: t[:, :, 3:], lambda t: t[:, :, ::2], lambda t: t.index_select(2, torch.tensor([0, 5, 9])),
-     lambda t: torch.nn.functional.pad(t, (0, 0, 2, 0)), lambda t: torch.cat([t, t], 2), lambda t: t.split(50, 2)[1]],
-    ids=["evicted", "every other", "index", "padded", "joined", "split"],
-)  # fmt: skip
-def test_tokens_that_leave_their_block_are_read(choose):
-    """Codes belong to their block's mean, so other positions make a plain tensor, and one warning says so."""
-    x = drifting(170)
-    cache = packed(x)
-    made = choose(cache)
-    assert not isinstance(made, PackedKV)
-    assert_same("read", choose(cache.dequantize()), made)
-
-
 def test_saved_and_loaded_it_goes_on_as_before(tmp_path):
     x = drifting(200)
     cache = packed(x[:, :, :127])

@@ -18,6 +18,7 @@ from akvq_fx.kernels.attend import AttendCall
 from akvq_fx.kernels.cache import named, read
 from akvq_fx.kernels.layout import BLOCK, PADDING, TEXT, VISION, Layout, blocks_of
 from akvq_fx.kernels.rotate import rotate_as_stored
+from akvq_fx.packed_kv import PackedKV, Storage
 from tests.kernel_cases import (
     assert_close,
     assert_same,
@@ -243,6 +244,50 @@ def test_attention_after_a_crop_and_with_fresh_tokens(layout):
     for length in (140, None):
         out = attended(q[:, :, :1], key, value, *pair, length)
         assert_close("written", oracle(q[:, :, :1], *tokens), out)
+
+
+def moved(cache, layout, T):
+    """The buffers after tokens moved: rows without some of their first tokens, each row without others."""
+    view = PackedKV.view_of(Storage(layout, [buffer.clone() for buffer in cache], T, T, None), T)
+    if layout.text_bits:
+        view.storage.compact_text(T)
+    rows = [torch.cat([view[row : row + 1, :, :4], view[row : row + 1, :, 4 + 9 * row : T - 5]], 2) for row in (0, 1)]
+    short = rows[0].shape[2] - rows[1].shape[2]
+    joined = torch.cat([rows[0], torch.nn.functional.pad(rows[1], (0, 0, short, 0))])
+    return joined.storage.buffers, joined.layout_of, joined.shape[2]
+
+
+MOVED = {name: LAYOUTS[name] for name in ("2bit", "text", "uneven")}
+every_moved_layout = pytest.mark.parametrize("layout", MOVED.values(), ids=MOVED)
+
+
+@every_moved_layout
+def test_writes_behind_moved_tokens(layout):
+    """Tokens that go on in a block, ones that begin one, and some that begin several."""
+    key, _, layout, _ = filled(layout, 2, 160, 200)
+    cache, layout, T = moved(key, layout, 160)
+    storage = Storage(layout, cache, T, T, None)
+    storage.grow(400)
+    cache, begins = storage.buffers, (storage["block_of"][0, T:] != storage["block_of"][0, T]).nonzero()[0, 0]
+    start = T
+    for size in (1, int(begins) - 1, 1, 1, 90):
+        x, at = drifting(400, 2, 2, layout.head_dim)[:, :, start : start + size].to(layout.dtype), torch.arange(size)
+        cache, start = check_write(cache, x, at + start, None, None, layout), start + size
+    assert named(cache, layout)["block_of"][0, start - 1] - named(cache, layout)["block_of"][0, T] == 2
+
+
+@every_moved_layout
+@pytest.mark.parametrize("tokens", (1, 20))
+def test_attention_over_moved_tokens(layout, tokens):
+    key, value, *pair = filled(layout, 2, 160, 200)
+    (key, *keys), (value, *values) = (moved(cache, form, 160) for cache, form in zip((key, value), pair, strict=True))
+    (layout, T), (form, _) = keys, values
+    assert layout.moved and not torch.equal(*named(key, layout)["block_of"])
+    k, v = read(key, T, layout), read(value, T, form)
+    q = randn(2, 4, tokens, layout.head_dim, seed=3, dtype=layout.dtype)
+    seen = named(key, layout)["classes"][:, None, None, :T] != PADDING
+    assert_close("all", oracle(q, k, v), attended(q, key, value, layout, form, T))
+    assert_close("mask", oracle(q, k, v, seen), attended(q, key, value, layout, form, None, seen, splits=3))
 
 
 def test_means_that_no_code_needs_do_not_matter():

@@ -358,6 +358,32 @@ def test_text_overlays_of_a_vision_prompt_are_replayed(recorder, cache):
     assert not counts.reason and counts.captured == (2 if cache == "growing" else 1) and counts.replayed >= 21
 
 
+def test_tokens_that_left_their_block_are_replayed(recorder):
+    """Across the beginning of blocks and a growth of the cache, and again after another eviction."""
+    (plain, inputs), (model, _) = ZOO["llama"](), ZOO["llama"]()
+    plain.compile(backend="akvq", options={**PLAIN, "recipe": "akvq"})
+    model.compile(backend="akvq", options={**SMALL, "recipe": "akvq"})
+    ids = inputs["input_ids"][:, :20].repeat(1, 5)
+
+    @torch.no_grad()
+    def steps(model):
+        cache, found = DynamicCache(), []
+        model(ids, past_key_values=cache, use_cache=True)
+        for count in (40, 5):
+            cut = lambda x: torch.cat([x[:, :, :4], x[:, :, -70:]], 2)
+            cache = DynamicCache([(cut(layer.keys), cut(layer.values)) for layer in cache.layers])
+            for i in range(count):
+                found.append(model(ids[:, i : i + 1], past_key_values=cache, use_cache=True).logits)
+        return found, cache
+
+    (expected, _), (got, cache) = steps(plain), steps(model)
+    for one, other in zip(expected, got, strict=True):
+        torch.testing.assert_close(other, one, rtol=0, atol=1e-5)
+    assert cache.layers[0].keys.layout_of.moved
+    (counts,) = captures(model)
+    assert not counts.reason and counts.captured >= 2 and counts.replayed >= 38
+
+
 def test_a_static_cache_whose_capacity_became_a_symbol_is_replayed(recorder):
     """Dynamo takes a second capacity for a length that changes; it does not change from step to step."""
     torch._dynamo.reset()
