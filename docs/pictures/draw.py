@@ -152,7 +152,7 @@ def headline(numbers: Numbers) -> Sheet:
             ),
             f"The same model, float16, 11 tasks of {shown('questions_none')}\n(16-bit), "
             f"{shown('questions_kivi')} (KIVI) and {shown('questions_akvq')} (akvq) questions.\n"
-            "Text, Qwen2.5-Coder-0.5B, loss added:\n"
+            "Text, SmolLM2-135M, loss added:\n"
             f"{n('loss_kivi'):.3f} ± {error('loss_kivi'):.3f} (KIVI),\n"
             f"{n('loss_akvq'):.3f} ± {error('loss_akvq'):.3f} (akvq) nats a token",
         ),
