@@ -170,7 +170,7 @@ class Storage:
     def grow(self, capacity: int) -> None:
         """Make room for `capacity` tokens; new slots are empty."""
         extra, blocks = capacity - self.capacity, blocks_of(capacity)
-        if self.layout.moved:
+        if self.layout.moved:  # as many means more as blocks may begin there
             more = self.blocks_at(self.capacity, capacity).expand(len(self["block_of"]), -1)
             self["block_of"] = torch.cat([self["block_of"], more], 1)
             own = blocks_of(capacity - self.prompt) - blocks_of(self.capacity - self.prompt)
