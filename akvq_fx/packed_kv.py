@@ -1,9 +1,9 @@
 """PackedKV: a key or value cache tensor [B, H, T, D] whose tokens are packed codes.
 
 A traceable wrapper subclass: a cache object (DynamicCache, StaticCache, a tuple, a buffer) holds it like any tensor,
-dynamo traces it as an input, and the akvq backend swaps it for its buffers before the compiled code runs. Only `codes`
-is an inner tensor for tracing (its token axis brings the capacity symbol); the other buffers lie in `storage`, which
-tracing never sees.
+dynamo traces it as an input, and the akvq backend swaps it for its buffers before the compiled code runs. Only those of
+`Layout.traced` are inner tensors for tracing (the token axis of `codes` brings the capacity symbol); the other buffers
+lie in `storage`, which tracing never sees.
 
 What happens to a cache outside the graph happens to the codes: rows are gathered, lengths change, nothing is quantized
 again. Any other op reads the cache through `dequantize()` and says so once.

@@ -153,7 +153,8 @@ class Storage:
         """
         block_of, means = used_blocks(block_of, means)
         (rows, length), count = block_of.shape, means.shape[2]
-        self["state"][STATE_BLOCK] = count * BLOCK - length - left
+        shift = torch.full((1,), count * BLOCK - length, dtype=torch.int32, device=self.device) - left
+        self["state"] = torch.cat([self["state"][:STATE_BLOCK], shift.to(torch.int32)])
         to_come = self.blocks_at(length, self.capacity)
         self["block_of"] = torch.cat([block_of, to_come.expand(rows, -1)], 1)
         size = max(2, count + blocks_of(self.capacity - length))  # dynamo would take a size of 1 for a constant
@@ -169,7 +170,7 @@ class Storage:
     def grow(self, capacity: int) -> None:
         """Make room for `capacity` tokens; new slots are empty."""
         extra, blocks = capacity - self.capacity, blocks_of(capacity)
-        if self.layout.moved:
+        if self.layout.moved:  # as many means more as blocks may begin there
             more = self.blocks_at(self.capacity, capacity).expand(len(self["block_of"]), -1)
             self["block_of"] = torch.cat([self["block_of"], more], 1)
             own = blocks_of(capacity - self.prompt) - blocks_of(self.capacity - self.prompt)

@@ -15,8 +15,8 @@ is 0: a token alone is no mean. What is not finite counts as 0, so that a broken
 
 A token that moves to another position keeps its block. Of a cache whose tokens moved (Layout.moved), `block_of` has the
 block of each position, in each row: of the tokens that are there, and of those to come, so that a write reads it and
-nothing waits for the device. Tokens appended at position t are in block (t + state[STATE_BLOCK]) // BLOCK in all rows,
-whose numbers follow on those of the tokens that moved.
+nothing waits for the device. A token appended at position t is in block (t + state[STATE_BLOCK]) // BLOCK in every row.
+The first of these may be the block of the last token that moved; later ones have numbers that no other token has.
 """
 
 from __future__ import annotations

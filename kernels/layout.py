@@ -5,7 +5,7 @@ Attention does not depend on the order of its tokens, so a cache is a dense low-
 have more than the body's bits. B batch, H KV heads, D head dim, C capacity in tokens.
 
 state       [3]               int32  end of what was written, first position the ring holds, text slot minus position;
-                                     moved ones have a fourth, for blocks of appended tokens
+                                     of moved ones also 64 times the block of an appended token less its position
 codes       [B, H, C, D*b/16] int16  body, of text tokens the upper body_bits of text_bits; or [B, H, C, D] in the
                                      cache's dtype when body_bits is 16
 classes     [B, C]            uint8  VISION, TEXT, PIVOT or PADDING; values have none where they share their keys'
@@ -187,7 +187,7 @@ class Layout:
 
     @functools.cached_property
     def traced(self) -> tuple[str, ...]:
-        """Buffers with a size that those before them do not have: while a graph is traced, these bring the symbols."""
+        """Buffers that dynamo sees: the sizes of all others follow from theirs."""
         names = ["codes"]
         names += ["means"] if self.moved else []
         names += ["text_codes"] if self.text_bits else []
