@@ -38,6 +38,7 @@ struct Plan {
   int64_t R, length, chunk, chunks, stride, out_stride, splits;
   Owners *key_owners, *value_owners;  // [B]
   uint8_t* used[2][2];                // [key, value][BODY, TEXT], see find_used
+  Place* places[2];                   // BODY, TEXT of keys, [codes of a token]
   float *peak, *mass, *sums;          // [B * H * splits][R], the same, [..][R][out_stride]
   const Rotation &there, &middle, &back;  // of keys, or their first part where uneven; of its middle; of values
 
@@ -93,13 +94,11 @@ struct Plan {
       for (int kind : {BODY, TEXT}) {
         const Packed source = packed(key, head, kind);
         const int64_t codes = source.bits ? source.columns() * source.per_column() : 0;
-        for (int64_t i = 0; i < codes; i++) {
-          const int64_t s = i % source.per_column(), j = source.channel(i / source.per_column(), s);
-          const float weight = s == source.per_column() - 1 ? 1.0f : std::ldexp(1.0f, -int(s * source.bits));
-          for (int64_t g = 0; g < G; g++)
-            my.q_packed[kind][(g * R + r) * codes + i] =
-                j >= 0 && source.group_of(j) == g ? my.row[j] * weight : 0.0f;
-        }
+        for (int64_t g = 0; g < G; g++)
+          for (int64_t i = 0; i < codes; i++) {
+            const Place& place = places[kind][i];
+            my.q_packed[kind][(g * R + r) * codes + i] = place.group == g ? my.row[place.channel] * place.weight : 0.0f;
+          }
       }
     }
   }
@@ -356,6 +355,7 @@ void take_plan(Arena& arena, Plan& plan) {
     }
   for (auto& kinds : plan.used)
     for (uint8_t*& used : kinds) used = arena.take<uint8_t>(512 * std::max(plan.key.groups, plan.value.groups));
+  for (Place*& places : plan.places) places = arena.take<Place>(plan.key.head_dim + 16);
   plan.peak = arena.take<float>(units);
   plan.mass = arena.take<float>(units);
   plan.sums = arena.take<float>(units * plan.out_stride);
@@ -386,7 +386,7 @@ extern "C" int akvq_attend(const Call* call_, const Cache* key, const Cache* val
   const Rotation there(key->uneven ? key->head_dim / 4 : key->head_dim), middle(key->head_dim / 2);
   const Rotation back(value->head_dim);
   Plan plan{call, *key, *value, R, call.length, chunk, chunks, chunk + PAD, round_up(value->head_dim, LANES), splits,
-            nullptr, nullptr, {}, nullptr, nullptr, nullptr, there, middle, back};
+            nullptr, nullptr, {}, {}, nullptr, nullptr, nullptr, there, middle, back};
 
   const auto place = [&](Arena& arena, Scratch* scratch, int32_t** owner) {
     take_plan(arena, plan);
@@ -406,6 +406,8 @@ extern "C" int akvq_attend(const Call* call_, const Cache* key, const Cache* val
   int32_t** owner = reinterpret_cast<int32_t**>(scratch + threads);
   place(arena, scratch, owner);
 
+  for (int kind : {BODY, TEXT})
+    if (const Packed source = plan.packed(*key, 0, kind); source.bits) find_places(source, plan.places[kind]);
   for (int kind : {BODY, TEXT})
     for (int which : {0, 1})
       if (const Packed source = plan.packed(which ? *value : *key, 0, kind); source.bits)

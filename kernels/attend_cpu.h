@@ -284,6 +284,22 @@ void find_used(const Packed& source, uint8_t* used) {
       if (const int64_t j = source.channel(c, s); j >= 0) used[source.group_of(j) * size + c * spans + s / SKIP] = 1;
 }
 
+// Of each code of a token's columns: its channel, its group (-1: padding), and by what the query is multiplied for it.
+struct Place {
+  int32_t channel, group;
+  float weight;
+};
+
+void find_places(const Packed& source, Place* out) {
+  const int64_t count = source.per_column();
+  for (int64_t c = 0; c < source.columns(); c++)
+    for (int64_t s = 0; s < count; s++) {
+      const int64_t j = source.channel(c, s);
+      const float weight = s == count - 1 ? 1.0f : std::ldexp(1.0f, -int(s * source.bits));
+      *out++ = {int32_t(j), j < 0 ? -1 : int32_t(source.group_of(j)), weight};
+    }
+}
+
 template <int BITS, int ROWS, int VECTORS>
 void dot(const Tile& tile, int64_t columns, const float* q, const uint8_t* used, float* out) {
   constexpr int CODES = 32 / BITS;
