@@ -27,9 +27,9 @@ namespace {
 // What one thread works with.
 struct Scratch {
   Tile tile;
-  float *q, *q_sum;    // rows times the softmax scale [R][D]; their group sums [G][R]
+  float *q, *q_sum;    // rows times the softmax scale [R][D]; group sums of their slots [G][R]
   float* q_packed[2];  // BODY, TEXT: [G][R][codes of a token], in the order of the codes, 0 outside of g, weighted
-  float *scores, *row;  // [R][stride], later probabilities; [D]
+  float *scores, *row;  // [R][stride], later probabilities; [D], of the cache or slots of a query
 };
 
 struct Plan {
@@ -38,16 +38,18 @@ struct Plan {
   int64_t R, length, chunk, chunks, stride, out_stride, splits;
   Owners *key_owners, *value_owners;  // [B]
   uint8_t* used[2][2];                // [key, value][BODY, TEXT], see find_used
+  Place* places[2];                   // BODY, TEXT of keys, [codes of a token]
   float *peak, *mass, *sums;          // [B * H * splits][R], the same, [..][R][out_stride]
-  const Rotation* back;               // null: the output stays in the stored space
+  const Rotation &there, &middle, &back;  // of keys, or their first part where uneven; of its middle; of values
 
   Packed packed(const Cache& cache, int64_t head, int kind) const {
     const int64_t bits = kind == BODY ? cache.bits : cache.text_bits, D = cache.head_dim;
     const bool text = kind == TEXT && bits;
     return {cache.codes + head * cache.capacity * (D * cache.bits / 16),
-            cache.range + head * cache.capacity * 2 * cache.groups,
+            cache.range + head * cache.capacity * (cache.symmetric ? 1 : 2) * cache.groups,
             text ? cache.text_codes + head * cache.text_capacity * (D * cache.low_width / 16) : nullptr,
-            bits, D, cache.groups, cache.bits, cache.low_width, cache.dtype == F16};
+            bits, D, cache.groups, cache.bits, cache.low_width, cache.dtype == F16 && !cache.means,
+            bool(cache.symmetric)};
   }
 
   void dense_row(const Cache& cache, int64_t head, int64_t slot, float* out) const {
@@ -57,27 +59,46 @@ struct Plan {
     else load_row(cache.fresh, cache.dtype, (head * call.fresh_count + fresh) * D, D, out);
   }
 
+  // A query as the model made it -> as stored keys are asked (rotate.queries_reference). spare: [D]
+  void rotate(float* q, int64_t head, float* spare) const {
+    const int64_t D = key.head_dim, first = D / 4, rows = key.uneven ? ORDER + 1 : GAIN + 1;
+    const auto map = [&](int64_t row, int64_t j) {
+      return from_half(key.affine[((head / call.heads * rows + row) * call.heads + head % call.heads) * D + j]);
+    };
+    for (int64_t j = 0; key.affine && j < D; j++) q[j] *= map(GAIN, j);
+    if (!key.uneven) return there.apply(q, D);
+    std::copy(q, q + D, spare);
+    for (int64_t j = 0; j < D; j++) q[j] = spare[int64_t(map(ORDER, j))];
+    there.apply(q, first), middle.apply(q + first, 2 * first);
+  }
+
+  // With what a query asks the slots of a packed key.
+  void slots_of(const float* q, float* slots) const {
+    const int64_t D = key.head_dim, first = key.uneven ? D / 4 : 0;
+    for (int64_t j = 0; j < first; j++) slots[j] = 4 * q[j];
+    std::copy(q, q + D - first, slots + first);
+  }
+
   void ask(Scratch& my, int64_t head) const {
     const int64_t D = key.head_dim, G = key.groups;
     for (int64_t r = 0; r < R; r++) {
       load_row(call.q, call.q_dtype, (head * R + r) * D, D, my.q + r * D);
       for (int64_t j = 0; j < D; j++) my.q[r * D + j] *= float(call.scale);
+      if (call.rotate) rotate(my.q + r * D, head, my.row);
+      slots_of(my.q + r * D, my.row);
       for (int64_t g = 0; g < G; g++) {
-        const float* from = my.q + r * D + g * (D / G);
+        const float* from = my.row + g * (D / G);
         my.q_sum[g * R + r] = 0;
         for (int64_t j = 0; j < D / G; j++) my.q_sum[g * R + r] += from[j];
       }
-    }
-    for (int kind : {BODY, TEXT}) {
-      const Packed source = packed(key, head, kind);
-      const int64_t codes = source.bits ? source.columns() * source.per_column() : 0;
-      for (int64_t i = 0; i < codes; i++) {
-        const int64_t s = i % source.per_column(), j = source.channel(i / source.per_column(), s);
-        const float weight = s == source.per_column() - 1 ? 1.0f : std::ldexp(1.0f, -int(s * source.bits));
+      for (int kind : {BODY, TEXT}) {
+        const Packed source = packed(key, head, kind);
+        const int64_t codes = source.bits ? source.columns() * source.per_column() : 0;
         for (int64_t g = 0; g < G; g++)
-          for (int64_t r = 0; r < R; r++)
-            my.q_packed[kind][(g * R + r) * codes + i] =
-                j >= 0 && source.group_of(j) == g ? my.q[r * D + j] * weight : 0.0f;
+          for (int64_t i = 0; i < codes; i++) {
+            const Place& place = places[kind][i];
+            my.q_packed[kind][(g * R + r) * codes + i] = place.group == g ? my.row[place.channel] * place.weight : 0.0f;
+          }
       }
     }
   }
@@ -91,9 +112,36 @@ struct Plan {
     return out;
   }
 
+  // Of a head: the number at which the mean of a block starts.
+  int64_t mean_at(int64_t head, int64_t block) const {
+    return (head * ((key.capacity + key.block - 1) / key.block) + block) * key.head_dim;
+  }
+
+  void fetch_means(int64_t head, int64_t start, int64_t n) const {
+    const int64_t size = key.dtype == F32 ? 4 : 2;
+    const char* from = static_cast<const char*>(key.means) + mean_at(head, start / key.block) * size;
+    for (int64_t i = 0; i < n / key.block * key.head_dim * size; i += 2 * LINE) __builtin_prefetch(from + i);
+  }
+
+  // What codes hold differs from the tokens by the mean of their block, so their scores gain q . mean. Scores of dense
+  // tokens are written after this.
+  void add_means(Scratch& my, int64_t head, int64_t start, int64_t n) const {
+    const int64_t D = key.head_dim;
+    for (int64_t t = 0, end; t < n; t = end) {
+      const int64_t block = (start + t) / key.block;
+      end = std::min(n, (block + 1) * key.block - start);
+      load_row(key.means, key.dtype, mean_at(head, block), D, my.row);
+      for (int64_t r = 0; r < R; r++) {
+        const float gain = product(my.q + r * D, my.row);
+        for (int64_t i = t; i < end; i++) my.scores[r * stride + i] += gain;
+      }
+    }
+  }
+
   void score(Scratch& my, int64_t b, int64_t head, int64_t at) const {
     const Owners& owners = key_owners[b];
     const int64_t *count = owners.count[at], D = key.head_dim;
+    if (key.means) fetch_means(head, at * chunk, chunk);
     const int32_t *slot = owners.slot + at * chunk, *position = owners.position + at * chunk;
     for (int kind : {BODY, TEXT}) {
       const int64_t n = count[kind];
@@ -118,6 +166,7 @@ struct Plan {
       }
       slot += n, position += n;
     }
+    if (key.means) add_means(my, head, at * chunk, std::min(chunk, length - at * chunk));
     for (int64_t i = 0; i < count[DENSE]; i++) {
       dense_row(key, head, slot[i], my.row);
       for (int64_t r = 0; r < R; r++) my.scores[r * stride + position[i]] = product(my.q + r * D, my.row);
@@ -251,7 +300,10 @@ struct Plan {
         for (int64_t j = 0; j < D; j++) out[j] = (s ? out[j] : 0.0f) + from[j] * share;
       }
       for (int64_t j = 0; j < D; j++) out[j] = all == 0 ? 0.0f : out[j] / all;
-      if (back) std::fill(out + D, out + out_stride, 0.0f), back->apply(out, D);
+      // levels may lie past fp16, which values are read as
+      for (int64_t j = 0; value.dtype == F16 && j < D; j++)
+        out[j] = std::abs(out[j]) < INFINITE ? std::min(std::max(out[j], -FP16_MAX), FP16_MAX) : out[j];
+      if (call.restore) back.apply(out, D);
       store_row(call.out, call.q_dtype, (head * R + r) * D, D, out);
     }
   }
@@ -303,6 +355,7 @@ void take_plan(Arena& arena, Plan& plan) {
     }
   for (auto& kinds : plan.used)
     for (uint8_t*& used : kinds) used = arena.take<uint8_t>(512 * std::max(plan.key.groups, plan.value.groups));
+  for (Place*& places : plan.places) places = arena.take<Place>(plan.key.head_dim + 16);
   plan.peak = arena.take<float>(units);
   plan.mass = arena.take<float>(units);
   plan.sums = arena.take<float>(units * plan.out_stride);
@@ -330,9 +383,10 @@ extern "C" int akvq_attend(const Call* call_, const Cache* key, const Cache* val
   const int64_t threads = std::max<int64_t>(1, std::min(call.threads, work / WORK_PER_THREAD));
   int64_t splits = threads == 1 ? 1 : (UNITS_PER_THREAD * threads + heads - 1) / heads;
   splits = std::max<int64_t>(1, std::min(splits, chunks));
+  const Rotation there(key->uneven ? key->head_dim / 4 : key->head_dim), middle(key->head_dim / 2);
   const Rotation back(value->head_dim);
   Plan plan{call, *key, *value, R, call.length, chunk, chunks, chunk + PAD, round_up(value->head_dim, LANES), splits,
-            nullptr, nullptr, {}, nullptr, nullptr, nullptr, call.restore ? &back : nullptr};
+            nullptr, nullptr, {}, {}, nullptr, nullptr, nullptr, there, middle, back};
 
   const auto place = [&](Arena& arena, Scratch* scratch, int32_t** owner) {
     take_plan(arena, plan);
@@ -352,6 +406,8 @@ extern "C" int akvq_attend(const Call* call_, const Cache* key, const Cache* val
   int32_t** owner = reinterpret_cast<int32_t**>(scratch + threads);
   place(arena, scratch, owner);
 
+  for (int kind : {BODY, TEXT})
+    if (const Packed source = plan.packed(*key, 0, kind); source.bits) find_places(source, plan.places[kind]);
   for (int kind : {BODY, TEXT})
     for (int which : {0, 1})
       if (const Packed source = plan.packed(which ? *value : *key, 0, kind); source.bits)

@@ -4,6 +4,8 @@
 // is still shifted, that is times a power of two, and that factor is divided out of the query (exactly) or of the
 // finished sum. So a code costs an and, a conversion and one multiply-add per query row:
 //     score = scale * sum_j(q_j code_j) + min * sum_j(q_j)      out_j = sum_t(p_t scale_t code_tj) + sum_t(p_t min_t)
+// Where levels are symmetric, min is -scale * (2^bits - 1) / 2. An uneven token is D slots of 2 bits in two groups: the
+// query asks them with (4 q, q) of the first part, for high and low codes, and with q of the middle.
 
 #pragma once
 
@@ -27,8 +29,11 @@ struct Cache {
   const int32_t* pivot_at;
   const uint16_t* text_codes;
   const int32_t* text_at;
+  const void* means;  // of blocks of keys; null: codes hold the tokens themselves
+  const uint16_t* affine;
   const void* fresh;  // [B, H, fresh_count, D] in the cache's dtype
   int64_t dtype, head_dim, groups, capacity, bits, window, pivot_count, text_bits, low_width, text_capacity;
+  int64_t symmetric, uneven, block;
 };
 
 struct Call {
@@ -39,7 +44,7 @@ struct Call {
   int64_t q_dtype, mask_dtype, mask_stride[4];
   int64_t batch, heads, query_heads, tokens;
   int64_t length;  // < 0: read from state
-  int64_t fresh_count, is_causal, restore, threads;
+  int64_t fresh_count, is_causal, rotate, restore, threads;
   double scale;
 };
 
@@ -47,6 +52,7 @@ namespace {
 
 enum Status { DONE, NO_MEMORY, BAD_POSITION };
 enum State { END, RING };
+enum Affine { CENTRE, GAIN, ORDER };  // rows of the map
 enum Kind { BODY, TEXT, DENSE, KINDS };
 
 #if defined(__AVX512F__)
@@ -151,7 +157,6 @@ inline void unpack_over(const uint16_t* words, int64_t head_dim, int64_t bits, i
 
 // Walsh-Hadamard rotation of a row, as in kernels/rotate.py: in blocks of `order` channels, the largest power of two
 // that divides the head dim. Within a vector it is a product with the entries of H, between vectors it is butterflies.
-// The row is padded with zeros to a whole number of vectors.
 struct Rotation {
   int64_t order;
   float entries[LANES][LANES];  // of H; symmetric
@@ -165,9 +170,10 @@ struct Rotation {
 
   void apply(float* row, int64_t head_dim) const {
     for (int64_t from = 0; from < head_dim; from += LANES) {
+      const int64_t count = std::min<int64_t>(LANES, head_dim - from);
       Floats sum = {};
-      for (int i = 0; i < LANES; i++) sum += load<Floats>(entries[i]) * row[from + i];
-      store(row + from, sum);
+      for (int64_t i = 0; i < count; i++) sum += load<Floats>(entries[i]) * row[from + i];
+      std::memcpy(row + from, &sum, 4 * count);
     }
     for (int64_t step = LANES; step < order; step *= 2)
       for (int64_t from = 0; from < head_dim; from += 2 * step)
@@ -182,7 +188,9 @@ struct Rotation {
 struct Packed {
   const uint16_t *codes, *range, *lower;  // lower: null for the body
   int64_t bits, head_dim, groups, body_bits, low_width;
-  bool half;  // the cache's dtype is fp16
+  bool half;       // codes are read as fp16
+  bool symmetric;  // a range is scales alone
+  int64_t range_size() const { return symmetric ? groups : 2 * groups; }
   int64_t words() const { return head_dim * bits / 16; }
   int64_t columns() const { return (words() + 1) / 2; }
   int64_t per_column() const { return 32 / bits; }
@@ -221,7 +229,7 @@ struct Tile {
   [[gnu::noinline]] void fill_with(const Packed& source, const int32_t* slot, const int32_t* place, int64_t first,
                                    int64_t n) {
     count = n, padded = round_up(n, BLOCK);
-    const int64_t words = source.words(), groups = source.groups, step = stride;
+    const int64_t words = source.words(), groups = source.groups, size = source.range_size(), step = stride;
     const int64_t stored = TEXT ? source.head_dim * source.body_bits / 16 : words;  // words of a token in the body
     const uint16_t *codes = source.codes, *ranges = source.range;
     const auto body = [&](int64_t t) -> int64_t { return TEXT ? first + place[t] : slot[t]; };
@@ -229,7 +237,7 @@ struct Tile {
       if (t + PREFETCH < n) {  // slots may lie apart, where the processor's own prefetching does not help
         const int64_t next = body(t + PREFETCH);
         for (int64_t w = 0; w < stored; w += LINE) __builtin_prefetch(codes + next * stored + w);
-        __builtin_prefetch(ranges + next * 2 * groups);
+        __builtin_prefetch(ranges + next * size);
       }
       if (t < 0) continue;
       if (TEXT) source.join(body(t), slot[t], code, joined);
@@ -249,13 +257,16 @@ struct Tile {
     for (int64_t g = 0; g < groups; g++) {
       float *s = scale + g * step, *m = lowest + g * step;
       uint32_t* both = reinterpret_cast<uint32_t*>(rows);
+      const int64_t minimum = source.symmetric ? 0 : groups;
       for (int64_t t = 0; t < n; t++) {
-        const uint16_t* r = ranges + body(t) * 2 * groups + g;
-        both[t] = r[0] | uint32_t(r[groups]) << 16;
+        const uint16_t* r = ranges + body(t) * size + g;
+        both[t] = r[0] | uint32_t(r[minimum]) << 16;
       }
       for (int64_t t = 0; t < n; t++) s[t] = from_half(both[t] & 0xffff), m[t] = from_half(both[t] >> 16);
+      const float middle = ((1 << source.bits) - 1) * 0.5f;
+      for (int64_t t = 0; source.symmetric && t < n; t++) m[t] *= -middle;
       // minimum + scale * code may exceed fp16, since scale is rounded; inf and NaN stay
-      for (int64_t t = 0; source.half && t < n; t++) {
+      for (int64_t t = 0; source.half && !source.symmetric && t < n; t++) {
         const float most = (FP16_MAX - m[t]) / ((1 << source.bits) - 1);
         s[t] = s[t] > most && s[t] < INFINITE ? most : s[t];
       }
@@ -271,6 +282,22 @@ void find_used(const Packed& source, uint8_t* used) {
   for (int64_t c = 0; c < source.columns(); c++)
     for (int64_t s = 0; s < source.per_column(); s++)
       if (const int64_t j = source.channel(c, s); j >= 0) used[source.group_of(j) * size + c * spans + s / SKIP] = 1;
+}
+
+// Of each code of a token's columns: its channel, its group (-1: padding), and by what the query is multiplied for it.
+struct Place {
+  int32_t channel, group;
+  float weight;
+};
+
+void find_places(const Packed& source, Place* out) {
+  const int64_t count = source.per_column();
+  for (int64_t c = 0; c < source.columns(); c++)
+    for (int64_t s = 0; s < count; s++) {
+      const int64_t j = source.channel(c, s);
+      const float weight = s == count - 1 ? 1.0f : std::ldexp(1.0f, -int(s * source.bits));
+      *out++ = {int32_t(j), j < 0 ? -1 : int32_t(source.group_of(j)), weight};
+    }
 }
 
 template <int BITS, int ROWS, int VECTORS>

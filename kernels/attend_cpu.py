@@ -19,7 +19,7 @@ from torch import Tensor
 
 from akvq_fx.kernels import cpp
 from akvq_fx.kernels.attend import AttendCall
-from akvq_fx.kernels.layout import CODE_BITS, CODES, STATE_END, Layout
+from akvq_fx.kernels.layout import BLOCK, CODE_BITS, CODES, STATE_END, Layout
 from akvq_fx.kernels.supports import ANY, NOT_SIMULATED, Supports
 
 LONGEST_QUERY = 16  # tokens; for more the reference is right: it reads the cache once for all of them
@@ -33,11 +33,11 @@ SUPPORTS = Supports(
     head_dim=range(8, 257, 8),
     **dict.fromkeys(("group", "window", "pivots"), ANY),
     **dict.fromkeys(("body_clip", "text_clip"), ANY),  # of who writes
-    blocks=(False,),
     **dict.fromkeys(("rotated", "affine", "shares_classes"), ANY),
-    **dict.fromkeys(("symmetric", "uneven"), (False,)),
+    **dict.fromkeys(("symmetric", "uneven", "blocks"), ANY),
     moved=(False,),
 )
+OF_VALUES = Supports(**SUPPORTS.accepted | dict.fromkeys(("uneven", "blocks"), (False,)))  # which only keys can be
 OUT_OF_MEMORY, BAD_POSITION = 1, 2  # what the kernel answers, 0 for done
 SOURCES = ("attend_cpu.cpp", "attend_cpu.h", "numbers_cpu.h")
 
@@ -45,9 +45,10 @@ SOURCES = ("attend_cpu.cpp", "attend_cpu.h", "numbers_cpu.h")
 class Cache(ctypes.Structure):
     """Buffers of one packed tensor, as struct Cache of attend_cpu.h."""
 
-    POINTERS = ("state", "codes", "range", "ring", "pivots", "pivot_at", "text_codes", "text_at", "fresh")
+    POINTERS = ("state", "codes", "range", "ring", "pivots", "pivot_at", "text_codes", "text_at")
+    POINTERS += ("means", "affine", "fresh")
     SIZES = ("dtype", "head_dim", "groups", "capacity", "bits", "window", "pivot_count", "text_bits")
-    SIZES += ("low_width", "text_capacity")
+    SIZES += ("low_width", "text_capacity", "symmetric", "uneven", "block")
     _fields_ = [(name, ctypes.c_void_p) for name in POINTERS] + [(name, ctypes.c_int64) for name in SIZES]
 
 
@@ -56,13 +57,14 @@ class Params(ctypes.Structure):
 
     POINTERS = ("q", "out", "mask", "at")
     DTYPES_AND_STRIDES = ("q_dtype", "mask_dtype", "mask_batch", "mask_head", "mask_query", "mask_token")
-    SIZES = ("batch", "heads", "query_heads", "tokens", "length", "fresh_count", "is_causal", "restore", "threads")
+    SIZES = ("batch", "heads", "query_heads", "tokens", "length", "fresh_count", "is_causal")
+    SIZES += ("rotate", "restore", "threads")
     _fields_ = [(name, ctypes.c_void_p) for name in POINTERS]
     _fields_ += [(name, ctypes.c_int64) for name in DTYPES_AND_STRIDES + SIZES] + [("scale", ctypes.c_double)]
 
 
 def attend(call: AttendCall) -> Tensor:
-    """[B, Hq, q, Dv] contiguous, for a call that is not refused; restore applies H to the float32 output."""
+    """[B, Hq, q, Dv] contiguous, for a call that is not refused; queries and output are rotated in float32."""
     q, key, value, length, mask, scale, is_causal, fresh_key, fresh_value, at, key_layout, value_layout = call[:12]
     B, query_heads, tokens, D = q.shape
     heads = key[CODES].shape[1]
@@ -80,7 +82,8 @@ def attend(call: AttendCall) -> Tensor:
         strides = [0] * (4 - len(steps)) + steps
     params = Params(
         *(q.data_ptr(), out.data_ptr(), address(mask), address(at), DTYPES[q.dtype], mask_dtype, *strides),
-        *(B, heads, query_heads, tokens, -1 if length is None else length, fresh_count, is_causal, call.restore),
+        *(B, heads, query_heads, tokens, -1 if length is None else length, fresh_count, is_causal),
+        *(call.rotate and (key_layout.rotated or key_layout.affine), call.restore),
         *(torch.get_num_threads(), D**-0.5 if scale is None else scale),
     )
     caches = pointers(key, key_layout, fresh_key), pointers(value, value_layout, fresh_value)
@@ -92,7 +95,7 @@ def attend(call: AttendCall) -> Tensor:
     return out
 
 
-attend.fused = ("restore",)  # of rotate and restore
+attend.fused = ("rotate", "restore")
 
 
 def address(tensor: Tensor | None) -> int:
@@ -106,6 +109,7 @@ def pointers(cache: list[Tensor], layout: Layout, fresh: Tensor | None) -> Cache
         *(cache[at[name]].data_ptr() if name in at else 0 for name in Cache.POINTERS[:-1]),
         *(address(fresh), DTYPES[layout.dtype], layout.head_dim, layout.groups, cache[at["codes"]].shape[2]),
         *(layout.body_bits, layout.window, layout.pivots, layout.text_bits, layout.low_width, text_capacity),
+        *(layout.symmetric, layout.uneven, BLOCK),
     )
 
 
@@ -127,8 +131,11 @@ def refusal(call: AttendCall) -> str:
     # else tokens would have to be rounded to the cache's dtype first
     if not q.dtype == key_layout.dtype == value_layout.dtype:
         return f"q is {q.dtype} over {key_layout.dtype} keys and {value_layout.dtype} values, accepted: one dtype"
-    for name, cache, layout in (("key", key, key_layout), ("value", value, value_layout)):
-        reason = SUPPORTS.refusal(layout) or buffers_refusal(cache, layout, B, heads)
+    for name, cache, layout, supports in (
+        ("key", key, key_layout, SUPPORTS),
+        ("value", value, value_layout, OF_VALUES),
+    ):
+        reason = supports.refusal(layout) or buffers_refusal(cache, layout, B, heads)
         if reason:
             return f"{name} cache: {reason}"
     reason = fresh_refusal(q, fresh_key, fresh_value, at, heads, value_layout.head_dim)

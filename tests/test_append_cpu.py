@@ -1,5 +1,9 @@
-"""The C++ append against kernels/cache.py's reference, to the bit: any layout, any numbers, and what it refuses."""
+"""The C++ append against kernels/cache.py's reference: any layout, any numbers, and what it refuses.
 
+It writes the same to the bit, but for what the order of a sum changes (scales of symmetric layouts, means of blocks).
+"""
+
+import dataclasses
 import logging
 
 import pytest
@@ -11,29 +15,46 @@ from akvq_fx.kernels import append_cpu, cpp
 from akvq_fx.kernels import cache as reference
 from akvq_fx.kernels.attend_cpu import Cache
 from akvq_fx.kernels.cache import named
-from akvq_fx.kernels.layout import PADDING, STATE_TEXT, Layout
+from akvq_fx.kernels.layout import BLOCK, PADDING, STATE_TEXT, TEXT, VISION, Layout
 from akvq_fx.kernels.rotate import rotate_as_stored
 from tests.kernel_cases import (
     LAYOUTS,
+    Case,
+    assert_caches_alike,
     assert_caches_same,
+    assert_written_in_blocks,
     bf16,
     case_of,
     cases,
+    drifting,
     f16,
     f32,
     layouts,
     poison,
     randn,
+    random_affine,
     skip_without_a_compiler,
 )
 
-TAKEN = {name: layout for name, layout in LAYOUTS.items() if not (layout.symmetric or layout.blocks)}
+TAKEN = {name: layout for name, layout in LAYOUTS.items() if not layout.moved}
 every_layout = pytest.mark.parametrize("layout", TAKEN.values(), ids=TAKEN)
+UNEVEN = dict.fromkeys(("rotated", "affine", "symmetric", "uneven"), True)
 SIZES = {
     "d128": Layout(128, bf16, body_bits=2, body_clip=0.8, window=9, pivots=3, shares_classes=True),
     "d128-affine-text": Layout(128, f16, body_bits=2, text_bits=4, window=4, rotated=True, affine=True),
     "d256-text8": Layout(256, f32, body_bits=2, text_bits=8, text_clip=0.9, window=5, rotated=True),
     "d96-4bit": Layout(96, f32, body_bits=4, text_bits=8, window=5, rotated=True, affine=True),
+    "d128-uneven-blocks": Layout(128, bf16, body_bits=2, window=9, pivots=3, blocks=True, **UNEVEN),
+    "d80-uneven": Layout(80, f16, body_bits=2, window=5, **UNEVEN),
+    "d128-symmetric": Layout(128, f32, body_bits=2, group=32, window=9, symmetric=True, shares_classes=True),
+    "d72-symmetric-4bit": Layout(72, bf16, body_bits=4, symmetric=True),
+}
+BLOCKS = {
+    "2bit": Layout(64, f16, 2, body_clip=0.8, blocks=True),
+    "2bit-text4": Layout(32, bf16, 2, text_bits=4, blocks=True),
+    "4bit-groups": Layout(40, f32, 4, group=10, blocks=True),
+    "symmetric": Layout(128, bf16, 2, symmetric=True, blocks=True),
+    "uneven": Layout(80, f32, 2, blocks=True, **UNEVEN),
 }
 
 
@@ -44,17 +65,20 @@ def needs_a_compiler():
 
 
 def check(cache, x, at, classes, pivots, layout, rotate=False):
-    """Both write to copies of a cache; returns the reference's."""
+    """Both write to copies of a cache; returns the kernel's."""
     assert append_cpu.refusal(x, layout) == ""
     due, done = ([buffer.clone() for buffer in cache] for _ in range(2))
     stored = rotate_as_stored(x, named(due, layout).get("affine"), layout.rotated) if rotate else x
-    reference.write(due, stored, at, classes, pivots, layout)
     append_cpu.append(done, x, at, classes, pivots, layout, rotate)
-    assert_caches_same(due, done, layout)
-    return due
+    if layout.blocks:
+        assert_written_in_blocks(cache, done, stored, at, classes, pivots, layout)
+    else:
+        reference.write(due, stored, at, classes, pivots, layout)
+        assert_caches_alike(due, done, layout)
+    return done
 
 
-@given(st.data(), layouts(symmetric=(False,)).flatmap(cases))
+@given(st.data(), layouts(blocks=(False, True)).flatmap(cases))
 @settings(max_examples=60, deadline=None)
 def test_equals_the_reference_for_any_layout(data, case):
     """Into poisoned buffers, behind the end, at it or after a crop: what the tokens do not own keeps its poison."""
@@ -104,6 +128,24 @@ def test_real_head_dims(layout, threads):
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("window", (0, 5, 40, BLOCK, 100))
+@pytest.mark.parametrize("layout", BLOCKS.values(), ids=BLOCKS)
+def test_blocks_are_begun_as_the_reference_begins_them(layout, window):
+    """At a block's first token and before it, of padding, broken tokens and few, after a crop and past the end; into
+    poisoned buffers."""
+    layout = dataclasses.replace(layout, window=window)
+    x = drifting(250, B=2, H=3, D=layout.head_dim).to(layout.dtype)
+    x[0, 1, 120], x[1, 2, 180:190, 3] = torch.nan, torch.inf
+    kinds = torch.tensor([TEXT, VISION, PADDING, TEXT], dtype=torch.uint8).repeat(2, 63)[:, :250]
+    kinds[1, 50:63] = PADDING
+    affine = random_affine(2, 3, layout.head_dim, uneven=layout.uneven) if layout.affine else None
+    cache = poison(Case(layout, x[:, :, :60], kinds[:, :60], None, affine, 250).pack(), layout, 60)
+    for start, size in ((60, 3), (63, 1), (64, 1), (65, 16), (128, 16), (120, 16), (64, 3), (191, 2), (192, 1)):
+        at = torch.arange(start, start + size)
+        cache = check(cache, x[:, :, at], at, kinds[:, at], None, layout)
+    assert check(cache, x[:, :, 200:201], torch.tensor([200]), None, None, layout)
+
+
 @pytest.mark.parametrize("bits", (2, 4, 8))
 @pytest.mark.parametrize("clip", (0.8, 1.0))
 def test_codes_of_any_numbers(bits, clip):
@@ -125,6 +167,12 @@ def test_broken_and_huge_numbers(bits, broken, dtype):
     x[0, 0, 3, 9], x[1, 1, 4, :8], x[0, 1, 5, [1, 2]] = broken, broken, torch.stack([broken, -broken])
     x[1, 0, 10, 39] = broken
     check(layout.allocate(2, 2, 12, 12), x, torch.arange(11), None, None, layout)
+    if bits < 8:
+        layout = dataclasses.replace(layout, text_bits=0, symmetric=True)
+        check(layout.allocate(2, 2, 12), x, torch.arange(11), None, None, layout)
+    if bits == 2:
+        layout = Layout(40, dtype, body_bits=2, window=2, **UNEVEN)
+        check(layout.allocate(2, 2, 12), x, torch.arange(11), None, None, layout)
 
 
 def test_any_strides():

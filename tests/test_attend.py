@@ -105,12 +105,12 @@ def masks(draw, B, Hq, q, T, dtype):
 
 
 @st.composite
-def calls(draw, value_layouts=layouts, symmetric=(False, True)):
+def calls(draw, value_layouts=layouts):
     """Key and value caches of one prompt with their own layouts, queries, and the other arguments of attention."""
     dtype = draw(st.sampled_from((f32, f32, f16, bf16)))
-    key = draw(cases(draw(layouts(dtypes=(dtype,), shares=(False,), symmetric=symmetric))))
+    key = draw(cases(draw(layouts(dtypes=(dtype,), shares=(False,)))))
     B, H, T, _ = key.x.shape
-    value = draw(cases(draw(value_layouts(dtypes=(dtype,), symmetric=symmetric)), batch=B, heads=H, length=T))
+    value = draw(cases(draw(value_layouts(dtypes=(dtype,))), batch=B, heads=H, length=T))
     tokens, groups = draw(st.integers(1, 16)), draw(st.sampled_from((1, 2, 5)))
     q = randn(B, H * groups, tokens, key.layout.head_dim, seed=draw(seeds), dtype=dtype)
     mask = draw(masks(B, H * groups, tokens, T, dtype))
@@ -140,15 +140,15 @@ def test_fresh_tokens_are_read_at_full_precision(drawn, data):
     assert_close("out", oracle(q, k, v, mask, scale, is_causal), out)
 
 
-def wide_layouts(dtypes, symmetric):
-    wide = layouts((40, 64, 80, 96, 128, 256), dtypes, symmetric=symmetric)
+def wide_layouts(dtypes):
+    wide = layouts((40, 64, 80, 96, 128, 256), dtypes)
     return wide.map(lambda layout: dataclasses.replace(layout, rotated=True))
 
 
 @st.composite
-def restored_calls(draw, symmetric=(False, True)):
+def restored_calls(draw):
     """Arguments of attend over values that are stored rotated, of every head dim; with fresh tokens or without."""
-    q, key, value, mask, scale, is_causal = draw(calls(wide_layouts, symmetric))
+    q, key, value, mask, scale, is_causal = draw(calls(wide_layouts))
     count = draw(st.integers(0, key.length))
     at = torch.arange(key.length - count, key.length)
     fresh = (key.x[:, :, at], value.x[:, :, at], at) if count else (None, None, None)
@@ -220,10 +220,10 @@ def assert_chunk(attend_with, drawn) -> None:
 
 
 @st.composite
-def chunk_calls(draw, most: int = 12, symmetric=(False, True)):
+def chunk_calls(draw, most: int = 12):
     dtype = draw(st.sampled_from((f32, f32, f16, bf16)))
-    key = draw(cases(draw(layouts(dtypes=(dtype,), shares=(False,), symmetric=symmetric))))
-    value_layout = draw(layouts(dtypes=(dtype,), symmetric=symmetric))
+    key = draw(cases(draw(layouts(dtypes=(dtype,), shares=(False,)))))
+    value_layout = draw(layouts(dtypes=(dtype,)))
     value = draw(cases(value_layout, batch=key.x.shape[0], heads=key.x.shape[1], length=key.length))
     return draw_chunk(draw, key, value, draw(st.sampled_from((1, 2, 5))), draw(st.integers(1, most)))
 

@@ -1,6 +1,7 @@
 """attend_cpu: the C++ kernel against torch's attention in float64, what it refuses, and how it is built."""
 
 import contextlib
+import dataclasses
 import logging
 import os
 import subprocess
@@ -13,32 +14,33 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from akvq_fx.kernels import attend_cpu, cpp
-from akvq_fx.kernels.attend import AttendCall, reference
+from akvq_fx.kernels.attend import AttendCall, reference, rotate_query
 from akvq_fx.kernels.cache import append, read
 from akvq_fx.kernels.layout import Layout
 from akvq_fx.kernels.rotate import matrix
 from tests.kernel_cases import (
     LAYOUTS,
+    Case,
     assert_close,
     assert_same,
     bf16,
     case_of,
+    drifting,
     f16,
     f32,
     few,
     poison,
     randn,
+    random_affine,
     skip_without_a_compiler,
 )
 from tests.test_attend import assert_chunk, calls, chunk_calls, oracle, restored_calls
 
 ROOT = Path(__file__).parent.parent
-PACKED = {
-    name: layout for name, layout in LAYOUTS.items() if not (layout.lossless or layout.symmetric or layout.blocks)
-}
+PACKED = {name: layout for name, layout in LAYOUTS.items() if not (layout.lossless or layout.moved)}
 every_layout = pytest.mark.parametrize("layout", PACKED.values(), ids=PACKED)
-WITH_MINIMA = {"symmetric": (False,)}  # the others are refused
-packed_calls = calls(**WITH_MINIMA).filter(lambda drawn: not drawn[1].layout.lossless and not drawn[2].layout.lossless)
+UNEVEN = dict.fromkeys(("rotated", "affine", "symmetric", "uneven"), True)
+ROTATED = {"as it is": {}, "rotated": {"rotated": True}, "affine": {"rotated": True, "affine": True}, "uneven": UNEVEN}
 WIDE = {
     "d256-two-groups": Layout(256, f32, body_bits=2, window=7, pivots=3),
     "d256-groups-in-words": Layout(256, f32, body_bits=4, text_bits=8, group=16),
@@ -48,6 +50,10 @@ WIDE = {
     "d40-8bit": Layout(40, f32, body_bits=8, window=20),
     "d80": Layout(80, f32, body_bits=2, text_bits=4, window=20),
     "d72-odd-words": Layout(72, f32, body_bits=2, window=9),
+    "d128-uneven-blocks": Layout(128, f32, body_bits=2, window=64, pivots=15, blocks=True, **UNEVEN),
+    "d72-uneven": Layout(72, f32, body_bits=2, window=9, **UNEVEN),
+    "d128-symmetric-groups": Layout(128, f32, body_bits=4, window=20, group=32, symmetric=True),
+    "d64-blocks-text": Layout(64, f32, body_bits=2, text_bits=4, window=20, blocks=True),
 }
 QUICK_FLAGS = (*cpp.FLAGS, "-O0")  # a quicker compilation
 
@@ -56,6 +62,18 @@ QUICK_FLAGS = (*cpp.FLAGS, "-O0")  # a quicker compilation
 def needs_a_compiler():
     skip_without_a_compiler()
     assert attend_cpu.library()[1] == ""
+
+
+def of_values(layout: Layout) -> Layout:
+    """The layout of values beside such keys: only keys can be uneven, or in blocks."""
+    return dataclasses.replace(layout, uneven=False, blocks=False)
+
+
+def taken(key: Layout, value: Layout) -> bool:
+    return not (key.lossless or value.lossless or value.uneven)
+
+
+packed_calls = calls().filter(lambda drawn: taken(drawn[1].layout, drawn[2].layout))
 
 
 @contextlib.contextmanager
@@ -108,13 +126,13 @@ def test_fresh_tokens_are_read_at_full_precision(drawn, data):
     assert_close("out", oracle(q, k, v, mask, scale, is_causal), out)
 
 
-@given(chunk_calls(**WITH_MINIMA).filter(lambda drawn: not any(c.case.layout.lossless for c in drawn[1:3])))
+@given(chunk_calls().filter(lambda drawn: taken(*(chunk.case.layout for chunk in drawn[1:3]))))
 @few
 def test_a_chunk_sees_the_cache_before_it_and_itself(drawn):
     assert_chunk(lambda q, key, value, layouts, length, **rest: run(q, key, value, length, layouts, **rest), drawn)
 
 
-@given(restored_calls(**WITH_MINIMA).filter(lambda args: not args[-1].lossless and not args[-2].lossless))
+@given(restored_calls().filter(lambda args: taken(*args[-2:])))
 @few
 def test_restores_the_output_in_the_same_call(drawn):
     args = AttendCall(*drawn)
@@ -122,6 +140,19 @@ def test_restores_the_output_in_the_same_call(drawn):
     with poisoned_outputs():
         stored, out = (attend_cpu.attend(args._replace(restore=restore)) for restore in (False, True))
     assert_close("out", stored.double() @ matrix(stored.shape[-1]), out)
+
+
+@pytest.mark.parametrize("dtype", (f32, f16, bf16), ids=str)
+@pytest.mark.parametrize("head_dim", (8, 40, 64, 72, 128, 256))
+@pytest.mark.parametrize("form", ROTATED.values(), ids=ROTATED)
+def test_rotates_the_queries_in_the_same_call(form, head_dim, dtype):
+    layout = Layout(head_dim, dtype, body_bits=2, window=3, **form)
+    key, value = case_of(layout), case_of(of_values(layout), seed=1)
+    cache, values = key.pack(), value.pack()
+    q, layouts = randn(2, 6, 3, head_dim, seed=2, dtype=dtype), (layout, value.layout)
+    asked = AttendCall(q, cache, values, 11, None, None, False, None, None, None, *layouts, rotate=True)
+    k, v = (read(buffers, 11, each) for buffers, each in zip((cache, values), layouts, strict=True))
+    assert_close("out", oracle(rotate_query(q.double(), cache, layout), k, v), attend_cpu.attend(asked))
 
 
 @given(packed_calls, st.data())
@@ -147,9 +178,9 @@ def test_what_was_never_written_does_not_matter(drawn):
 
 @every_layout
 def test_length_may_be_as_many_as_the_cache_holds(layout):
-    key, value = case_of(layout), case_of(layout, seed=1)
-    q, layouts = randn(2, 4, 2, layout.head_dim, dtype=layout.dtype), (layout, layout)
-    caches = [poison(case.pack(), layout, case.length) for case in (key, value)]
+    key, value = case_of(layout), case_of(of_values(layout), seed=1)
+    q, layouts = randn(2, 4, 2, layout.head_dim, dtype=layout.dtype), (layout, value.layout)
+    caches = [poison(case.pack(), case.layout, case.length) for case in (key, value)]
     expected = call(q, key, value)
     assert_same("no mask", expected, run(q, *caches, None, layouts))
     seen = torch.ones(2, 1, 1, key.capacity, dtype=torch.bool)
@@ -160,22 +191,23 @@ def test_length_may_be_as_many_as_the_cache_holds(layout):
 
 @every_layout
 def test_leaves_the_cache_alone(layout):
-    key = case_of(layout)
-    cache, q = key.pack(), randn(2, 2, 1, layout.head_dim, dtype=layout.dtype)
+    key, value = case_of(layout), case_of(of_values(layout))
+    caches, q = (key.pack(), value.pack()), randn(2, 2, 1, layout.head_dim, dtype=layout.dtype)
     fresh = (key.x[:, :, :1] * 5, key.x[:, :, :1] * 5, torch.tensor([10]))
-    run(q, cache, cache, 11, (layout, layout), fresh=fresh).fill_(7)
-    for before, after in zip(key.pack(), cache, strict=True):
+    run(q, *caches, 11, (layout, value.layout), fresh=fresh).fill_(7)
+    for before, after in zip(key.pack() + value.pack(), caches[0] + caches[1], strict=True):
         assert_same("buffer", before, after)
 
 
 @every_layout
 def test_a_cropped_and_continued_cache_is_attended_as_it_reads(layout):
-    key = case_of(layout)
-    cache, q = key.pack(), randn(2, 4, 3, layout.head_dim, dtype=layout.dtype)
-    append(cache, key.x[:, :, :2] * 3, torch.tensor([6, 7]), None, None, str(layout))
+    layouts, q = (layout, of_values(layout)), randn(2, 4, 3, layout.head_dim, dtype=layout.dtype)
+    caches = [case_of(each).pack() for each in layouts]
+    for cache, each in zip(caches, layouts, strict=True):
+        append(cache, case_of(each).x[:, :, :2] * 3, torch.tensor([6, 7]), None, None, str(each))
     for length in (5, 8):
-        tokens = read(cache, length, layout)
-        assert_close("out", oracle(q, tokens, tokens), run(q, cache, cache, length, (layout, layout)))
+        k, v = (read(cache, length, each) for cache, each in zip(caches, layouts, strict=True))
+        assert_close("out", oracle(q, k, v), run(q, *caches, length, layouts))
 
 
 @pytest.mark.parametrize("threads", (1, 3))
@@ -183,19 +215,36 @@ def test_a_cropped_and_continued_cache_is_attended_as_it_reads(layout):
 @pytest.mark.parametrize("layout", WIDE.values(), ids=WIDE)
 def test_many_tokens_and_wide_heads(layout, rows, threads, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    key, value = (case_of(layout, B=2, H=2, T=1203, capacity=1203, seed=seed) for seed in (0, 1))
+    layouts = layout, of_values(layout)
+    key, value = (case_of(each, B=2, H=2, T=1203, capacity=1203, seed=seed) for seed, each in enumerate(layouts))
+    if layout.blocks:
+        key.x = drifting(1203, 2, 2, layout.head_dim)
     caches = key.pack(), value.pack()
     q = randn(2, 2 * rows[0], rows[1], layout.head_dim, seed=2) * 3  # peaks that move from chunk to chunk
-    k, v = (read(cache, 1203, layout) for cache in caches)
-    assert_close("out", oracle(q, k, v), run(q, *caches, 1203, (layout, layout)))
+    k, v = (read(cache, 1203, each) for cache, each in zip(caches, layouts, strict=True))
+    assert_close("out", oracle(q, k, v), run(q, *caches, 1203, layouts))
     late = torch.arange(1203) >= 900  # nothing is seen in the first chunks, nothing at all in row 0
     mask = late.expand(2, 1, 1, -1) & torch.tensor([False, True])[:, None, None, None]
-    out = run(q, *caches, 1203, (layout, layout), mask=mask)
+    out = run(q, *caches, 1203, layouts, mask=mask)
     assert_close("masked", oracle(q[1:], k[1:], v[1:], mask[1:]), out[1:])
     assert (out[0] == 0).all(), "nothing seen gives 0, as in torch"
-    asked = AttendCall(q, *caches, 1203, mask, None, False, None, None, None, layout, layout, restore=True)
+    asked = AttendCall(q, *caches, 1203, mask, None, False, None, None, None, *layouts, restore=True)
     restored = attend_cpu.attend(asked)
     assert_close("restored", out.double() @ matrix(layout.head_dim), restored)
+
+
+def test_fresh_tokens_may_begin_a_block():
+    """Before they are appended their block has no mean yet; what the buffer holds there does not matter."""
+    layout = Layout(32, f32, body_bits=2, window=20, blocks=True, **UNEVEN)
+    values, x = of_values(layout), drifting(131, B=2, D=32)
+    affine = lambda each: random_affine(2, 2, 32, uneven=each.uneven)
+    key, value = (Case(each, x[:, :, :127], None, None, affine(each), 131) for each in (layout, values))
+    caches = [poison(case.pack(), case.layout, 127) for case in (key, value)]
+    at, q = torch.arange(127, 131), randn(2, 4, 4, 32)
+    k, v = (torch.cat([read(cache, 127, case.layout), x[:, :, 127:]], 2) for cache, case in
+            zip(caches, (key, value), strict=True))  # fmt: skip
+    out = run(q, *caches, 131, (layout, values), fresh=(x[:, :, 127:], x[:, :, 127:], at))
+    assert_close("out", oracle(q, k, v), out)
 
 
 @pytest.mark.parametrize("mask_dtype", (torch.bool, f32, f16, bf16), ids=str)
@@ -224,9 +273,10 @@ def test_rows_that_see_nothing(lowest):
 @pytest.mark.parametrize("broken", (torch.nan, torch.inf, -torch.inf), ids=str)
 @pytest.mark.parametrize("window", (0, 3))
 @pytest.mark.parametrize("dtype", (f32, f16), ids=str)
-def test_a_broken_token_spoils_only_queries_that_see_it(broken, dtype, window):
-    layout = Layout(16, dtype, body_bits=2, window=window)
-    key, value = case_of(layout), case_of(layout, seed=1)
+@pytest.mark.parametrize("levels", ({}, UNEVEN | {"blocks": True}), ids=("minima", "uneven"))
+def test_a_broken_token_spoils_only_queries_that_see_it(levels, broken, dtype, window):
+    layout = Layout(16, dtype, body_bits=2, window=window, **levels)
+    key, value = case_of(layout), case_of(of_values(layout), seed=1)
     q = randn(2, 2, 9, 16, dtype=dtype)
     clean = call(q, key, value, length=9, is_causal=True)
     for in_key, in_value in ((True, False), (False, True), (True, True)):
@@ -240,9 +290,9 @@ def test_a_broken_token_spoils_only_queries_that_see_it(broken, dtype, window):
         assert call(q, key, value, mask=unseen[None]).isfinite().all()
 
 
-@pytest.mark.parametrize("bits", (2, 4, 8))
-def test_numbers_past_fp16_saturate_as_they_read(bits):
-    layout = Layout(16, f16, body_bits=bits)
+@pytest.mark.parametrize("bits, symmetric", ((2, False), (4, False), (8, False), (2, True), (4, True)))
+def test_numbers_past_fp16_saturate_as_they_read(bits, symmetric):
+    layout = Layout(16, f16, body_bits=bits, symmetric=symmetric)
     key, value = case_of(layout), case_of(layout, seed=1)
     for case in (key, value):
         case.x[..., ::2], case.x[..., 1::2] = 65504.0, -65504.0
@@ -276,6 +326,14 @@ REFUSED = {
     "other heads": (dict(q=randn(2, 3, 1, 16)), "a multiple of 2 heads"),
     "lossless": (dict(layout=LAYOUTS["lossless-f16"]), "key cache: body_bits is 16, accepted: 2, 4 or 8"),
     "other dtype": (dict(q=randn(2, 2, 1, 16).half()), "q is torch.float16 over torch.float32 keys and torch.float32"),
+    "uneven values": (
+        dict(value_layout=LAYOUTS["2bit-uneven"]),
+        "value cache: uneven is True, accepted: False",
+    ),
+    "values in blocks": (
+        dict(value_layout=LAYOUTS["2bit-blocks"]),
+        "value cache: blocks is True, accepted: False",
+    ),
     "other layout": (dict(value_layout=LAYOUTS["2bit-no-overlay"]), "value cache: 7 buffers, accepted:"),
     "too long": (dict(length=14), "length is 14, accepted: 0 to the capacity 13"),
     "short mask": (dict(mask=torch.ones(1, 10)), r"mask is \[1, 10\] .* accepted: broadcastable to \[2, 2, 1, 11 or"),

@@ -11,6 +11,7 @@ import akvq_fx
 from akvq_fx import PackedKV, gave_up
 from akvq_fx.transformers_names import cache_of
 from tests.attention_models import token_ids
+from tests.kernel_cases import skip_without_a_compiler
 
 SMALL = {"inner": "eager", "window": 8, "pivots": 3}
 
@@ -196,3 +197,15 @@ def test_kernels_are_named_with_what_was_passed_over(monkeypatch):
     assert found["attend"].passed_over == (("attend_cpu", "no luck"),)
     assert "attend on cpu: the reference (not attend_cpu: no luck)" in str(akvq_fx.report(model))
     assert "graphs: 1 prefill, 1 decode; 1 of them recompiled, last because" in str(akvq_fx.report(model))
+
+
+@pytest.mark.parametrize("recipe", ("akvq", "akvq-even"))
+def test_on_a_cpu_the_cpp_kernels_answer_steps(recipe):
+    """Of a user's call, but for the inner compiler."""
+    skip_without_a_compiler()
+    model = llama()
+    model.compile(backend="akvq", options={"inner": "eager", "recipe": recipe})
+    model.generate(token_ids(1, 12), max_new_tokens=3)
+    (step,) = [graph.kernels for graph in akvq_fx.report(model).graphs if graph.kind == "decode"]
+    assert {answer.op: answer.kernel for answer in step if answer.op in ("append", "attend")} == {
+        "append": "append_cpu", "attend": "attend_cpu"}  # fmt: skip
