@@ -136,7 +136,7 @@ def test_eviction_at_every_step():
         new = x[:, :, t : t + 1]
         whole, y = torch.cat([whole, new], 2), torch.cat([sinks_and_recent(y), new], 2)
         assert y.storage["means"].shape[2] <= 6 and y.storage.capacity == 128
-    assert_same("codes", sinks_and_recent(body_of(whole), 97), body_of(y))
+    assert_close("codes", sinks_and_recent(body_of(whole), 97), body_of(y))  # kernels sum means in other orders
     assert (body_of(y) - sinks_and_recent(x, 97)).square().mean().sqrt() < 0.6
 
 
