@@ -51,13 +51,18 @@ def begin_blocks(b: dict[str, Tensor], x: Tensor, at: Tensor, kinds: Tensor, lay
         real = real | held
     tokens = torch.where(real[:, None, ..., None], tokens, 0.0).nan_to_num(0.0, 0.0, 0.0)
     count = real.sum(-1)[:, None, :, None]  # [B, 1, n, 1]
-    limit = torch.finfo(layout.dtype).max
+    limit = largest(layout)
     mean = (tokens.sum(3) / count.clamp_min(1)).clamp(-limit, limit).to(layout.dtype)
     before = means_at(b, (at[:1] - 1).clamp_min(0))
     before = torch.where(start > 0, before, torch.zeros_like(before))
     mean = torch.where(count < ENOUGH, before, mean)
     slot = block % means.shape[2]  # distinct, since q tokens fit; those that do not begin stay as they are
     means.index_copy_(2, slot, torch.where((begin < end)[:, None], mean, means.index_select(2, slot)))
+
+
+def largest(layout: Layout) -> float:
+    """The largest number that float32, in which means are computed and added, and the layout's dtype both have."""
+    return min(torch.finfo(layout.dtype).max, torch.finfo(torch.float32).max)
 
 
 def means_at(b: dict[str, Tensor], at: Tensor) -> Tensor:

@@ -144,7 +144,7 @@ def decode(words: Tensor, range_: Tensor, layout: Layout) -> Tensor:
 
 def with_means(held: Tensor, b: dict[str, Tensor], at: Tensor, layout: Layout) -> Tensor:
     """Tokens at positions `at` from what their codes hold, [B, H, n, D] in code_dtype -> the layout's dtype."""
-    limit = min(torch.finfo(layout.dtype).max, torch.finfo(torch.float32).max)
+    limit = blocks.largest(layout)
     return (held + blocks.means_at(b, at).float()).clamp(-limit, limit).to(layout.dtype)
 
 
