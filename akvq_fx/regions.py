@@ -44,6 +44,9 @@ FEWEST = 3  # attention calls in a graph: the first and the last layer are seldo
 ALIGNED = 16  # bytes: compiled code relies on whether a tensor begins at a multiple, on nothing else of where it begins
 # names of calls after which something else than tensors is different until the opposite call
 OPENING, CLOSING, SETTING = ("_enter_", "_increment_nesting"), ("_exit_", "_decrement_nesting"), "_set_"
+NO_PLACE = (
+    "there is no place to cut it: between attention calls something crosses that is no plain tensor, or is written"
+)
 Compile = Callable[[GraphModule, list], Callable]
 
 
@@ -96,6 +99,7 @@ class Cut:
         for node in self.nodes:
             if is_attention(node) or self.deep.intersection(node.all_input_nodes):
                 self.deep.add(node)
+        self.hindrance: Node | None = None  # the first node that may not cross a cut
         self.facts: dict[tuple, frozenset] = {}
 
     def find_changed(self) -> set[int]:
@@ -130,6 +134,7 @@ class Cut:
             found.append(i >= barred and closed[i])
             if self.last[node] > i and not self.may_cross(node):
                 barred = max(barred, self.last[node] + 1)
+                self.hindrance = self.hindrance or node
         return found
 
     def closed(self) -> list[bool]:
@@ -173,7 +178,7 @@ class Cut:
         kinds = [region.kind for region in found.values()]
         shared = sorted(ends for ends, region in found.items() if kinds.count(region.kind) > 1)
         if not shared:
-            raise NoMatch("no two of its layers are alike" if cuts else "there is no place to cut it")
+            raise NoMatch("no two of its layers are alike") if cuts else NoMatch(NO_PLACE, self.hindrance)
         regions, done = [], 0
         for start, end in [*shared, (len(self.nodes), len(self.nodes))]:
             if done < start:

@@ -14,7 +14,13 @@ from akvq_fx.passes.patterns.nodes import op, value
 SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
 NUMBERS = (int, float, bool, *SYMBOLIC)
 IN_PLACE_OPERATORS = ("setitem", "iadd", "isub", "imul", "itruediv", "ifloordiv", "iand", "ior", "ixor")
-PLAIN = (torch.arange, torch.index_select, torch.cat, torch.select)  # functions that passes add beside ops
+PLAIN = (
+    torch.arange,
+    torch.index_select,
+    torch.cat,
+    torch.select,
+    torch.narrow,
+)  # functions that passes add beside ops
 
 
 def values_of(graph: Graph, fake_mode, given: Mapping[Node, object] | None = None) -> dict[Node, object]:
