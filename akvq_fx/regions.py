@@ -50,13 +50,19 @@ NO_PLACE = (
 Compile = Callable[[GraphModule, list], Callable]
 
 
-def compile_in_regions(gm: GraphModule, examples: list, compile_one: Compile) -> tuple[Callable, Regions]:
+def compile_in_regions(
+    gm: GraphModule, examples: list, compile_one: Compile, inference: bool = True
+) -> tuple[Callable, Regions]:
     """A graph through `compile_one(graph, its example inputs)`, each kind of its regions once, else whole.
 
-    The report says how many there were, or why it was compiled whole.
+    inference   its results need no gradients. What crosses a cut has none, so that other graphs are not cut
+
+    The report says how many regions there were, or why it was compiled whole.
     """
     layers = sum(map(is_attention, gm.graph.nodes))
     try:
+        if not inference:
+            raise NoMatch("its results may need gradients")
         compiled, report = Cut(gm, examples, layers).compile(compile_one)
     except NoMatch as miss:
         reason = f"{miss.reason} [{miss.node}]" if miss.node is not None else miss.reason

@@ -390,6 +390,17 @@ def test_numbers_of_the_device_do_not_cross():
     torch.testing.assert_close(found, layers(x))
 
 
+def test_where_gradients_may_be_asked_for_nothing_is_cut():
+    x, counting = ones(1, 2, 4, 8).requires_grad_(), Counting()
+    layers = lambda x: attended(attended(attended(attended(x))))
+    backend_of = lambda gm, examples: compile_in_regions(gm, examples, counting, inference=False)[0]
+    torch.compile(layers, backend=backend_of)(x).sum().backward()
+    found, x.grad = x.grad, None
+    layers(x).sum().backward()
+    torch.testing.assert_close(found, x.grad)
+    assert len(counting.graphs) == 1
+
+
 def test_values_are_dropped_after_their_last_use():
     seen = []
     steps = [
@@ -442,6 +453,15 @@ def test_a_graph_without_a_cache_runs_as_it_is(inner, asked):
     assert len(inner.graphs) == asked
     assert module[0].weight.grad is not None
     assert [graph.kind for graph in akvq_fx.report(module).graphs] == ["no cache"]
+
+
+def test_images_are_placed_without_the_inner_compiler(inner):
+    """Before a graph break: only the mask of vision tokens comes from that graph, and no cache."""
+    run = torch.compile(VisionDecoder("masked_scatter", layers=1, broken=True), backend="akvq", options=SMALL)
+    with torch.no_grad():
+        run(**images(2, 14, 3, 9))
+    assert [graph.kind for graph in akvq_fx.report(run).graphs] == ["no cache", "prefill"]
+    assert len(inner.graphs) == 1
 
 
 def test_a_cache_that_stays_as_it_is_is_compiled(inner):
