@@ -12,7 +12,7 @@ import hashlib
 import logging
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,8 @@ from akvq_fx.passes import DISABLE, PIPELINE, without
 from akvq_fx.passes.patterns.nodes import value
 from akvq_fx.passes.patterns.tokens import starts_a_call
 from akvq_fx.passes.state import GraphState
+from akvq_fx.regions import compile_in_regions
+from akvq_fx.report import Regions
 from akvq_fx.runtime import Runtime
 
 log = logging.getLogger(__name__)
@@ -57,13 +59,19 @@ def compile_graph(gm: GraphModule, example_inputs: list, config: AKVQConfig):
     record = records.add(state, example_inputs)
     program = state.program
     changed = state.sites or program.packed or program.unpacked or program.vision
+    kind, inner = record.report.kind, state.gm if changed else gm
+    # a graph without a cache, a vision tower say, runs once a prompt: compiling it would take longer than it saves
+    compiled = kind != "no cache" or config.compile_uncached
     if not changed:
-        with shown_while_compiling("a graph without a cache", config):
-            inner = compile_inner(gm, example_inputs, config)
+        if compiled:
+            what = "a graph without a cache" if kind == "no cache" else "a graph whose cache stays at 16 bits"
+            with shown_while_compiling(what, config):
+                inner = compile_inner(gm, example_inputs, config)
         return Passthrough(inner) if starts_a_call(gm.graph) else inner
-    gradients = torch.no_grad() if program.inference else contextlib.nullcontext()
-    with gradients, shown_while_compiling(f"a graph of {len(state.sites)} attention layers", config):
-        inner = compile_rewritten(state, inner_examples(state, example_inputs))
+    if compiled:
+        gradients = torch.no_grad() if program.inference else contextlib.nullcontext()
+        with gradients, shown_while_compiling(f"a graph of {len(state.sites)} attention layers", config):
+            inner, record.report.regions = compile_rewritten(state, inner_examples(state, example_inputs))
     runtime = Runtime(program, inner, config.capacity_step, starts_a_call(gm.graph))
     runtime.on_weights = record.add_weights
     return runtime
@@ -162,19 +170,28 @@ def fake_vision(state: GraphState):
         return torch.empty(query.shape[0], query.shape[2], dtype=torch.bool, device=query.device)
 
 
-def compile_rewritten(state: GraphState, examples: list):
-    """The rewritten graph, whole or in the two parts that a captured decode step has."""
+def compile_rewritten(state: GraphState, examples: list) -> tuple[Callable, Regions | None]:
+    """The rewritten graph, whole or in the two parts that a captured decode step has, and how its layers went."""
     config, split = state.config, state.split
     if split is None:
-        return compile_inner(state.gm, examples, config)
+        return compile_layers(state.gm, examples, config, state.program.inference)
     prologue = split.prologue
     if prologue is not None:
         prologue = compile_inner(prologue, [examples[i] for i in split.feeds], config)
     given = [examples[i] for i in (*split.held, *split.numbers)]
     moved = [value(n) for n in split.body.graph.nodes if n.op == "placeholder"][len(given) :]
-    body = compile_inner(split.body, [*given, *moved], config)
+    body, regions = compile_layers(split.body, [*given, *moved], config, state.program.inference)
     record = recorder_for(given[0].device, state.capture)
-    return DecodeStep(split, prologue, body, state.capture, record, asked=config.mode == CAPTURED_MODE)
+    return DecodeStep(split, prologue, body, state.capture, record, asked=config.mode == CAPTURED_MODE), regions
+
+
+def compile_layers(
+    gm: GraphModule, examples: list, config: AKVQConfig, inference: bool
+) -> tuple[Callable, Regions | None]:
+    """A graph of layers through the inner compiler, those that are alike once."""
+    if not config.share_layers or config.inner == "eager":  # where nothing is compiled, there is nothing to save
+        return compile_inner(gm, examples, config), None
+    return compile_in_regions(gm, examples, lambda part, given: compile_inner(part, given, config), inference)
 
 
 def compile_inner(gm: GraphModule, example_inputs: list, config: AKVQConfig):

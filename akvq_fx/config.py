@@ -69,6 +69,10 @@ class AKVQConfig:
     prefill         "exact": the prompt attends to its own 16-bit keys, as serving systems do; "quantized": to the
                     packed ones
     cuda_graphs     on a CUDA device, decode steps are replayed from CUDA graphs
+    share_layers    layers of a graph that are alike are compiled once (akvq_fx/regions.py)
+    compile_uncached
+                    graphs without a cache (vision towers, projectors) go to the inner compiler too, else they run as
+                    they are
     inner, mode     the compiler of the rewritten graph, and its torch.compile mode (Inductor only)
     """
 
@@ -95,6 +99,8 @@ class AKVQConfig:
     prefill: str = "exact"
     capacity_step: int = 128  # tokens a dynamic cache grows by; one reallocation a step
     cuda_graphs: bool = True
+    share_layers: bool = True
+    compile_uncached: bool = False
     inner: str = "inductor"
     mode: str | None = None
 
@@ -128,8 +134,9 @@ class AKVQConfig:
             if isinstance(self.tsa_layers, (str, bytes)) or not all(_is_int(i) and i >= 0 for i in self.tsa_layers):
                 self._refuse("tsa_layers", 'a sequence of layer numbers >= 0, or "auto"')
             object.__setattr__(self, "tsa_layers", tuple(sorted(set(self.tsa_layers))))
-        if self.cuda_graphs not in (True, False):
-            self._refuse("cuda_graphs", "True or False")
+        for name in ("cuda_graphs", "share_layers", "compile_uncached"):
+            if getattr(self, name) not in (True, False):
+                self._refuse(name, "True or False")
         if self.mode == CAPTURED_MODE and not self.cuda_graphs:
             self._refuse("mode", "another mode with cuda_graphs=False")
         if self.center_blocks and self.body_bits == 16:

@@ -86,6 +86,27 @@ class Capture:
 
 
 @dataclass(frozen=True)
+class Regions:
+    """How one graph went to the inner compiler (akvq_fx/regions.py).
+
+    layers   attention calls in it
+    count    regions that it was cut into, 0 where it was compiled whole
+    kinds    of regions, each compiled once
+    reason   why it was compiled whole, "" where it was cut
+    """
+
+    layers: int
+    count: int = 0
+    kinds: int = 0
+    reason: str = ""
+
+    def __str__(self) -> str:
+        if self.reason:
+            return f"compiled whole: {self.reason}"
+        return f"{self.layers} layers in {self.count} regions of {self.kinds} kinds, each kind compiled once"
+
+
+@dataclass(frozen=True)
 class KernelAnswer:
     """Which implementation answers an op of a graph on its device.
 
@@ -144,6 +165,7 @@ class GraphReport:
     rows: list[SiteRow] = field(default_factory=list)
     passes: list[PassReport] = field(default_factory=list)
     capture: Capture | None = None  # None where none is captured
+    regions: Regions | None = None  # None where like layers are not looked for
     function: str = ""  # whose graph it is
     recompiled: str = ""  # why the function was compiled again (the guard that failed), "" for its first graph
     # calls of ops, which explain and report replace by the KernelAnswer of each
@@ -201,8 +223,10 @@ class Report:
             footnotes += [f"    and {len(places) - PLACES} more"] if len(places) > PLACES else []
         kernels = dict.fromkeys(f"{graph.kind}: {answer}" for graph in self.graphs for answer in graph.kernels)
         captures = dict.fromkeys(f"{graph.kind}: {graph.capture}" for graph in self.graphs if graph.capture is not None)
+        regions = dict.fromkeys(f"{graph.kind}: {graph.regions}" for graph in self.graphs if graph.regions is not None)
         hints = (f"note: {hint}" for hint in self.hints)
-        return "\n".join([body, *footnotes, *self._counts(), *kernels, *captures, *map(str, self.gave_up), *hints])
+        facts = [*self._counts(), *regions, *kernels, *captures]
+        return "\n".join([body, *footnotes, *facts, *map(str, self.gave_up), *hints])
 
     def _counts(self) -> list[str]:
         """How many graphs there are of each kind, and why there is more than one of a function."""

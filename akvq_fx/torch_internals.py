@@ -244,6 +244,11 @@ def hint(size) -> int:
     return int(known) if known is not None else 2
 
 
+def guards(env) -> list:
+    """Expressions that a ShapeEnv (None: no symbolic sizes) relies on so far, oldest first; read in 2.11 to 2.15."""
+    return [guard.expr for guard in env.guards] if env is not None else []
+
+
 # ---- CUDA ------------------------------------------------------------------------------------------------------------
 
 

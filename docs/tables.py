@@ -88,6 +88,12 @@ OPTIONS = {
     "massive_ratio": ("the same, as a multiple of the layer's median", "arXiv 2402.17762"),
     "capacity_step": ("tokens by which a growing cache is enlarged", OURS),
     "cuda_graphs": ("on a CUDA device, decode steps are replayed from CUDA graphs", OURS),
+    "share_layers": ("layers of a graph that are alike are compiled once, and share what was compiled", OURS),
+    "compile_uncached": (
+        "graphs without a cache, such as vision towers and projectors, go to the inner compiler too; else they run as "
+        "they are",
+        OURS,
+    ),
     "inner": ("compiler of the rewritten graph", ""),
     "mode": (
         "Inductor's mode. `mode=` of `torch.compile` is this option. "
@@ -106,7 +112,8 @@ ACCEPTED = {
     **dict.fromkeys(("body_clip", "text_clip"), "a number in (0, 1]"),
     **dict.fromkeys(("massive_floor", "massive_ratio"), "a number >= 0"),
     **dict.fromkeys(("rotate", "center_keys", "center_blocks", "balance_keys"), "`True`, `False`"),
-    **dict.fromkeys(("uneven_keys", "symmetric_values", "cuda_graphs"), "`True`, `False`"),
+    **dict.fromkeys(("uneven_keys", "symmetric_values"), "`True`, `False`"),
+    **dict.fromkeys(("cuda_graphs", "share_layers", "compile_uncached"), "`True`, `False`"),
     "mode": 'a mode of Inductor, with `inner="inductor"`',
 }
 

@@ -311,7 +311,8 @@ def test_a_graph_on_disk_is_of_these_ops(monkeypatch, tmp_path):
         monkeypatch.setattr(backend, "ops_digest", lambda: version)
         torch._dynamo.reset()
         counters.clear()
-        torch.compile(lambda x: torch.ops.akvq.rotate(x) + 1, backend="akvq", options={"inner": "inductor"})(x)
+        options = {"inner": "inductor", "compile_uncached": True}
+        torch.compile(lambda x: torch.ops.akvq.rotate(x) + 1, backend="akvq", options=options)(x)
         return counters["inductor"]["fxgraph_cache_hit"] + counters["aot_autograd"]["autograd_cache_hit"] > 0
 
     assert [found_on_disk(version) for version in ("1", "1", "2", "2")] == [False, True, False, True]

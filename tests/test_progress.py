@@ -29,7 +29,8 @@ def test_compiling_is_shown(monkeypatch, inner, lines):
     """First that dynamo traces, which takes longest; every line is gone at the end."""
     terminal = Terminal()
     monkeypatch.setattr("sys.stderr", terminal)
-    torch.compile(torch.nn.Linear(2, 2), backend="akvq", options={"inner": inner})(torch.ones(1, 2))
+    options = {"inner": inner, "compile_uncached": True}
+    torch.compile(torch.nn.Linear(2, 2), backend="akvq", options=options)(torch.ones(1, 2))
     written = terminal.getvalue().split(progress.CLEAR)
     assert [text for text in written if text] == ["akvq: PyTorch traces Linear", *lines]
     assert written[-1] == ""

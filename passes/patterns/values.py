@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import free_symbols
@@ -12,14 +14,20 @@ from akvq_fx.passes.patterns.nodes import op, value
 SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
 NUMBERS = (int, float, bool, *SYMBOLIC)
 IN_PLACE_OPERATORS = ("setitem", "iadd", "isub", "imul", "itruediv", "ifloordiv", "iand", "ior", "ixor")
-PLAIN = (torch.arange, torch.index_select, torch.cat, torch.select)  # functions that passes add beside ops
+PLAIN = (
+    torch.arange,
+    torch.index_select,
+    torch.cat,
+    torch.select,
+    torch.narrow,
+)  # functions that passes add beside ops
 
 
-def values_of(graph: Graph, fake_mode) -> dict[Node, object]:
-    """The value of every node: as dynamo recorded it; nodes that passes added are run on fake tensors."""
+def values_of(graph: Graph, fake_mode, given: Mapping[Node, object] | None = None) -> dict[Node, object]:
+    """The value of every node: as given, else as dynamo saw it; nodes that passes added are run on fake tensors."""
     values: dict[Node, object] = {}
     for node in graph.nodes:
-        values[node] = value(node)
+        values[node] = (given or {}).get(node, value(node))
         if values[node] is None and is_safe(node, values):
             args, kwargs = torch.fx.map_arg((node.args, node.kwargs), values.get)
             with fake_mode:
