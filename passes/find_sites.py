@@ -21,8 +21,10 @@ from akvq_fx.passes.patterns.projection import weight_behind, weight_of, weights
 from akvq_fx.passes.patterns.rope import rope_of
 from akvq_fx.passes.patterns.site import Site, layer_of
 from akvq_fx.passes.patterns.tokens import residual_of
+from akvq_fx.passes.patterns.unknown_caches import unknown_caches
 from akvq_fx.passes.state import GraphState
 from akvq_fx.report import PassReport
+
 
 def find_sites(state: GraphState) -> PassReport:
     report = PassReport("find_sites")
@@ -68,9 +70,9 @@ def find_sites(state: GraphState) -> PassReport:
             site.weights, site.owner = weights, are_weights(state, owner_of(attention, key, val))
         state.sites.append(site)
         report.match(site)
-    pending = [pair for pair in cache_like(state.graph, state.written_out) if pair[0] not in {**writes, **refused}]
-    for whole, miss in pending:
-        refuse(whole, miss, whole, from_cache=True)
+    for whole, miss in (*cache_like(state.graph, state.written_out), *unknown_caches(state.graph)):
+        if whole not in writes and whole not in refused:
+            refuse(whole, miss, whole, from_cache=True)
     return report
 
 

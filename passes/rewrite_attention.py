@@ -22,10 +22,13 @@ from akvq_fx.passes.patterns.attention import Attention
 from akvq_fx.passes.patterns.axes import Axes, flat
 from akvq_fx.passes.patterns.cache_write import cache_write_of, is_mutation
 from akvq_fx.passes.patterns.cached import check_caches, fix_heads, read_from
-from akvq_fx.passes.patterns.nodes import NoMatch, same_size, shape, value
+from akvq_fx.passes.patterns.nodes import NoMatch, op, same_size, shape, value
+from akvq_fx.passes.patterns.values import expression
 from akvq_fx.passes.patterns.written_attention import Written, before_or_none, softmaxes, written_attention
 from akvq_fx.passes.state import GraphState
 from akvq_fx.report import PassReport
+
+HIDDEN = -6e4  # what is added to a score of float16 that does not count: its lowest number is -65504
 
 
 def rewrite_attention(state: GraphState) -> PassReport:
@@ -54,8 +57,12 @@ def called(state: GraphState, written: Written) -> Node | None:
     (key, length), (val, value_length) = read_from(written.key), read_from(written.value)
     writes = cache_write_of(key), cache_write_of(val)
     if writes == (None, None):
+        why = NoMatch(f"its keys reach it through {op(written.key)}", written.key)
+        state.written_out[written.softmax] = why  # said where a cache is found that leads here all the same
         return None
     check_layout(written)
+    if writes[0] is not None and writes[0].new is not None:
+        check_tokens(written, writes[0].new)
     heads = (*written.heads, *written.repeats)
     order = written.batch, heads, written.tokens, written.channels
     source, axes = nearest(written.query, written.query_axes, order, value(written.key).dtype)
@@ -81,13 +88,13 @@ def called(state: GraphState, written: Written) -> Node | None:
 
 
 def check_layout(written: Written) -> None:
-    """Raises NoMatch where the cache's axes are in another order than passes expect, or its dtype is not the query's."""
+    """Raises NoMatch where keys or values are no [B, H, T, D], have two dtypes, or are written while they are read."""
     for node, axes, channels in (
         (written.key, written.key_axes, written.channels),
         (written.value, written.value_axes, written.value_channels),
     ):
         if tuple(map(flat, axes)) != (written.batch, written.heads, written.cached, channels):
-            raise NoMatch(f"its cache of {list(shape(node))} is not [batch, heads, tokens, channels]", node)
+            raise NoMatch("its cache is not [batch, heads, tokens, channels]", node)
     if value(written.value).dtype != value(written.key).dtype:
         raise NoMatch("its keys and values have two dtypes", written.value)
     order = {n: i for i, n in enumerate(written.out.graph.nodes)}
@@ -95,6 +102,13 @@ def check_layout(written: Written) -> None:
         late = [u for u in cache.users if is_mutation(u, cache) and order[u] > order[written.nodes[0]]]
         if any(order[u] < order[written.out] for u in late):
             raise NoMatch("the cache is written while it is read", late[0])
+
+
+def check_tokens(written: Written, stored: Node) -> None:
+    """Raises NoMatch where the queries are not as many as the tokens that this step stores."""
+    (tokens,) = written.tokens
+    if written.repeats and not same_size(tokens.size, expression(shape(stored)[2])):
+        raise NoMatch("its queries' tokens cannot be told from their heads", written.query)
 
 
 def dying(written: Written) -> set[Node]:
@@ -159,9 +173,12 @@ def mask_of(state: GraphState, written: Written, dtype: torch.dtype) -> Node | N
         finite_last = step is steps[-1] and how_much != -torch.inf
         mask = zero(state, written, dtype) if mask is None else mask
         mask = new(state, "masked_fill", mask, x, torch.finfo(value(mask).dtype).min if finite_last else how_much)
-    if mask is not None and value(mask).dtype not in (dtype, torch.float32):
-        mask = new(state, "to", mask, dtype)
-    return mask
+    if mask is None or value(mask).dtype in (dtype, torch.float32):
+        return mask
+    if value(mask).dtype == torch.float16:  # beside its lowest number scores of float16 vanish, of float32 they do not
+        hidden, mask = new(state, "lt", mask, HIDDEN), new(state, "to", mask, dtype)
+        return new(state, "masked_fill", mask, hidden, torch.finfo(dtype).min)
+    return new(state, "to", mask, dtype)
 
 
 def zero(state: GraphState, written: Written, dtype: torch.dtype) -> Node:
@@ -179,7 +196,7 @@ def spread(state: GraphState, written: Written, x: Node, axes: Axes) -> Node:
     heads = (*written.heads, *written.repeats)
     wanted = written.batch, heads, written.tokens, written.cached
     if all(group in ((), right) for group, right in zip(axes[::-1], wanted[::-1], strict=False)) and len(axes) <= 4:
-        return x
+        return x if len(axes) > 1 else new(state, "unsqueeze", x, 0)
     present = {axis for group in axes for axis in group}
     if some := [axis for axis in heads if axis in present]:
         missing = [axis for axis in heads if axis not in present and axis.size != 1]
@@ -191,6 +208,8 @@ def spread(state: GraphState, written: Written, x: Node, axes: Axes) -> Node:
 def expanded(state: GraphState, x: Node, axes: Axes, wanted: Axes, present: set) -> Node:
     """A mask that differs along one of heads and repeats, made as large as both."""
     batch, heads, tokens, cached = wanted
+    if not all(isinstance(axis.size, int) for axis in heads):
+        raise NoMatch("the number of heads is not fixed", x)
     only = lambda group: tuple(axis for axis in group if axis in present)
     parts = tuple((axis,) if axis in present else () for axis in heads)
     apart = arranged(state, x, axes, (only(batch), *parts, only(tokens), only(cached)))

@@ -355,7 +355,7 @@ class WrittenSinglePrecision(WrittenOut):
 
 
 class WrittenEinsum(WrittenOut):
-    """einsum over named axes with the keys first, where(mask, scores, finfo.min), the output as [B, q, H, D]: packed."""
+    """einsum with the keys first, where(mask, scores, finfo.min), the output as [B, q, H, D]: packed."""
 
     def score(self, q, k):
         return torch.einsum("bhkd,bhqd->bhqk", self.group(k), q) / torch.tensor(self.dim).sqrt()
@@ -770,6 +770,61 @@ class WrittenDropout(WrittenOut):
         return F.dropout(scores.softmax(-1), 0.5)
 
 
+class TokensFirst(Attention):
+    """The cache is [B, T, H, D], transposed for attention: left alone."""
+
+    tokens = 1
+
+    def write(self, past, k, v, at):
+        k, v = k.transpose(1, 2), v.transpose(1, 2)
+        if past is not None:
+            k, v = (torch.cat([old, new], dim=1) for old, new in zip(past, (k, v), strict=True))
+        return k.transpose(1, 2), v.transpose(1, 2), (k, v)
+
+
+class FlatHeads(Attention):
+    """The cache is [B, T, H * D]: left alone."""
+
+    tokens = 1
+
+    def write(self, past, k, v, at):
+        k, v = self.merge_heads(k), self.merge_heads(v)
+        if past is not None:
+            k, v = (torch.cat([old, new], dim=1) for old, new in zip(past, (k, v), strict=True))
+        return self.split_heads(k, self.kv_heads), self.split_heads(v, self.kv_heads), (k, v)
+
+
+class TimeFirst(WrittenOut):
+    """The cache is [T, B, H, D], read by einsum: left alone."""
+
+    tokens = 0
+
+    def write(self, past, k, v, at):
+        k, v = k.permute(2, 0, 1, 3), v.permute(2, 0, 1, 3)
+        if past is not None:
+            k, v = (torch.cat([old, new], dim=0) for old, new in zip(past, (k, v), strict=True))
+        return k, v, (k, v)
+
+    def score(self, q, k):
+        q = q.unflatten(1, (self.kv_heads, -1))
+        return torch.einsum("bgrqd,kbgd->bgrqk", q, k).flatten(1, 2) * self.dim**-0.5
+
+    def weigh(self, weights, v):
+        return torch.einsum("bgrqk,kbgd->bgrqd", weights.unflatten(1, (self.kv_heads, -1)), v).flatten(1, 2)
+
+
+class Stacked(Attention):
+    """Keys and values are one tensor [2, B, H, T, D]: left alone."""
+
+    tokens = 3
+
+    def write(self, past, k, v, at):
+        both = torch.stack([k, v])
+        if past is not None:
+            both = torch.cat([past[0], both], dim=3)
+        return both[0], both[1], (both,)
+
+
 class Latent(Attention):
     """Keys and values are made from the cache by a linear: left alone."""
 
@@ -912,10 +967,11 @@ class Decoder(nn.Module):
             torch.manual_seed(seed)
             self.embed = nn.Embedding(VOCABULARY, WIDTH)
             self.layers = nn.ModuleList(Block(attention) for _ in range(layers))
+            self.tokens = getattr(attention, "tokens", 2)
             self.head = nn.Linear(WIDTH, VOCABULARY)
 
     def start(self, tokens, cache, at):
-        past = 0 if cache is None else cache[0][0].shape[2]
+        past = 0 if cache is None else cache[0][0].shape[self.tokens]
         count = tokens.shape[1]
         return (torch.arange(past, past + count) if at is None else at), past + count
 

@@ -18,13 +18,13 @@ from akvq_fx.backend import akvq
 from akvq_fx.config import AKVQConfig
 from akvq_fx.kernels.rotate import matrix
 from tests.attention_models import (
+    WIDTH,
     Decoder,
     EnableGqa,
     FloatMask,
     Softcap,
     StaticIndexCopy,
     VisionDecoder,
-    WIDTH,
     token_ids,
 )
 from tests.zoo import ZOO

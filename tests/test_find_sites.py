@@ -140,6 +140,26 @@ def test_refused_graph_is_untouched(spelling):
     assert all(untouched(capture) for capture in lossless(spelling).captures)
 
 
+OTHER_FORMS = {
+    models.TokensFirst: "the cache grows along axis 1 of 4, accepted: axis 2 of [batch, heads, tokens, channels]",
+    models.FlatHeads: "the cache grows along axis 1 of 3",
+    models.TimeFirst: "the cache grows along axis 0 of 4",
+    models.Stacked: "the cache grows along axis 3 of 5",
+}
+
+
+@pytest.mark.parametrize("spelling", OTHER_FORMS, ids=name)
+def test_a_cache_of_another_form_has_a_row(spelling):
+    """A step's graph shows that something is kept; the prompt's returns tensors like any other."""
+    seen = lossless(spelling)
+    for eager, compiled in zip(seen.eager, seen.compiled, strict=True):
+        assert torch.equal(eager, compiled)
+    report = akvq_fx.report(seen.model)
+    assert not report.packed and {row.label for row in report.refused} == {"layers.0.attention"}
+    assert all(OTHER_FORMS[spelling] in row.reason and row.node for row in report.refused)
+    assert all(untouched(capture) for capture in seen.captures)
+
+
 def test_attention_without_a_cache_is_no_site_and_no_refusal():
     tower, x = models.VisionTower(), torch.randn(2, 5, models.WIDTH)
     (capture,) = captured(tower, x)

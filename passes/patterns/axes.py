@@ -101,10 +101,14 @@ def permutation(node: Node) -> tuple[int, ...] | None:
 
 
 def is_reshape(node: Node) -> bool:
-    """A reshape by any name, x[:, None] and x[..., None] among them."""
+    """A reshape by any name: x[:, None], x[..., None], and x[:, 0] of one head are reshapes too."""
     if op(node) == "getitem":
         index = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
-        return all(i is None or i is Ellipsis or i == slice(None) for i in index) and bool(shape(node))
+        before_dots = index[: index.index(Ellipsis)] if Ellipsis in index else index
+        sizes = iter(shape(node.args[0]))
+        taken_out = [i for i in before_dots if i is not None and next(sizes, None) == 1 and isinstance(i, int)]
+        whole = [i for i in index if i is None or i is Ellipsis or i == slice(None)]
+        return len(taken_out) + len(whole) == len(index) and bool(shape(node))
     return op(node) in RESHAPES
 
 

@@ -75,7 +75,10 @@ class Scores:
             self.mask.append(("add", x, self.axes, sign))
 
     def fill(self, where: Node, x, negated: bool, node: Node) -> None:
-        """x takes the place of scores where `where` is true (negated: false). Raises NoMatch where it may have weight."""
+        """x takes the place of scores where `where` is true, or with negated where it is false.
+
+        Raises NoMatch where x may have weight.
+        """
         number = number_of(x)
         if number is None or number > LOWEST:
             raise NoMatch(f"masked scores are set to {x}, accepted: a number up to {LOWEST:g}", node)
@@ -92,6 +95,7 @@ class Written:
     queries), cached, channels (of keys) and value_channels.
     """
 
+    softmax: Node
     nodes: list[Node]
     query: Node
     key: Node
@@ -162,11 +166,10 @@ def matrix_product(a, b) -> Product | None:
     rank = max(len(left), len(right)) - 2
     full = [largest(left[:-2], right[:-2], i - rank) for i in range(rank)]
     batch = tuple(range(rank))
-    terms = [
-        tuple(i if same_size(size, full[i]) else None for i, size in zip(batch[rank - len(sizes) + 2 :], sizes))
-        for sizes in (left, right)
-    ]
-    return Product(a, b, ((*terms[0], "i", "c"), (*terms[1], "c", "j"), (*batch, "i", "j")), ("i", "j"))
+    term = lambda sizes: tuple(
+        i if same_size(size, full[i]) else None for i, size in enumerate(sizes[:-2], rank - len(sizes) + 2)
+    )
+    return Product(a, b, ((*term(left), "i", "c"), (*term(right), "c", "j"), (*batch, "i", "j")), ("i", "j"))
 
 
 def largest(left: tuple, right: tuple, i: int):
@@ -361,16 +364,16 @@ def read(chain: list[Node], softmax: Node) -> Written:
         nodes.append(user)
         if op(user) in PRODUCTS:
             break
-        if op(user) not in WEIGHTS:
+        step = WEIGHTS.get(op(user))
+        moved = after(user, weight_axes) if step is kept else weight_axes
+        if step is None or moved is None:
             raise NoMatch(f"its attention weights are {used(user)} before they meet the values", weights)
-        WEIGHTS[op(user)](user)
-        if WEIGHTS[op(user)] is kept:
-            weight_axes = moved_axes(user, weights, weight_axes)
-        weights = user
-    return with_roles(product, (left_axes, right_axes), scores, cached, nodes, weights, weight_axes)
+        step(user)
+        weights, weight_axes = user, moved
+    return with_roles(softmax, product, (left_axes, right_axes), scores, cached, nodes, weights, weight_axes)
 
 
-def with_roles(product: Product, axes, scores: Scores, cached, nodes, weights: Node, weight_axes) -> Written:
+def with_roles(softmax, product: Product, axes, scores: Scores, cached, nodes, weights: Node, weight_axes) -> Written:
     second = PRODUCTS[op(nodes[-1])](nodes[-1])
     if second is None or (second.left is weights) == (second.right is weights) or second.bias is not None:
         raise NoMatch("its attention weights are multiplied with something that are no values", nodes[-1])
@@ -410,7 +413,7 @@ def with_roles(product: Product, axes, scores: Scores, cached, nodes, weights: N
     if lead(values, value_axes, (*cached, *value_channels)) != (batch, heads) or len(value_channels) != 1:
         raise NoMatch("its values have other heads than its keys", nodes[-1])
     return Written(
-        nodes, query, key, values, axes[1 - at], key_axes, value_axes, out_axes, scores,
+        softmax, nodes, query, key, values, axes[1 - at], key_axes, value_axes, out_axes, scores,
         batch, heads, repeats, tokens, cached, channels, value_channels,
     )  # fmt: skip
 
@@ -508,8 +511,9 @@ def in_place(source: Node, until: Node, order: dict) -> list[Node]:
 
 def used_once(source: Node, node: Node, nodes: list[Node]) -> None:
     for user in source.users:
-        of_shape = not is_tensor(user) and op(user) not in ("output", "max")
-        if user is node or user in nodes or of_shape or is_maximum(user, source):
+        for_its_form = not is_tensor(user) and op(user) not in ("output", "max")
+        for_its_dtype = op(user) == "to" and user.args[0] is not source  # x.type_as(scores)
+        if user is node or user in nodes or for_its_form or for_its_dtype or is_maximum(user, source):
             continue
         raise NoMatch(f"its scores are {used(user)} too, so they are computed", source)
 
