@@ -63,21 +63,19 @@ def called(state: GraphState, written: Written) -> Node | None:
     check_layout(written)
     if writes[0] is not None and writes[0].new is not None:
         check_tokens(written, writes[0].new)
-    heads = (*written.heads, *written.repeats)
-    order = written.batch, heads, written.tokens, written.channels
-    source, axes = nearest(written.query, written.query_axes, order, value(written.key).dtype)
-    query = arranged(state, source, axes, order)
+    there = set(state.graph.nodes)
     try:
         fix_heads(*writes)
+        query = query_of(state, written)
         some_mask = next((step[1] for step in written.scores.mask if step[0] in ("add", "fill")), None)
         provisional = Attention(written.out, query, written.key, written.value, some_mask, False, None)
         check_caches(provisional, *writes, length, value_length, dying=dying(written))
         call = sdpa(state, written, query)
+        heads = (*written.heads, *written.repeats)
+        out = arranged(state, call, (written.batch, heads, written.tokens, written.value_channels), written.out_axes)
     except NoMatch:
-        forget(state, query)
+        forget(state, *[node for node in state.graph.nodes if node not in there])
         raise
-    order = written.batch, heads, written.tokens, written.value_channels
-    out = arranged(state, call, order, written.out_axes)
     if value(out).dtype != value(written.out).dtype:
         out = new(state, "to", out, value(written.out).dtype)
     out.meta = {**written.out.meta, "example_value": value(out)}
@@ -105,10 +103,15 @@ def check_layout(written: Written) -> None:
 
 
 def check_tokens(written: Written, stored: Node) -> None:
-    """Raises NoMatch where the queries are not as many as the tokens that this step stores."""
-    (tokens,) = written.tokens
-    if written.repeats and not same_size(tokens.size, expression(shape(stored)[2])):
-        raise NoMatch("its queries' tokens cannot be told from their heads", written.query)
+    """Queries are as many as the tokens that this step stores: exchange tokens and repeats where they say otherwise.
+
+    Raises NoMatch where neither does.
+    """
+    count = expression(shape(stored)[2])
+    if written.repeats and written.tokens[0].size != count:
+        if written.repeats[0].size != count:
+            raise NoMatch("its queries' tokens cannot be told from their heads", written.query)
+        written.tokens, written.repeats = written.repeats, written.tokens
 
 
 def dying(written: Written) -> set[Node]:
@@ -121,6 +124,13 @@ def dying(written: Written) -> set[Node]:
                 found.add(source)
                 queue.append(source)
     return found
+
+
+def query_of(state: GraphState, written: Written) -> Node:
+    """The queries as [batch, heads, tokens, channels]."""
+    order = written.batch, (*written.heads, *written.repeats), written.tokens, written.channels
+    node, axes = nearest(written.query, written.query_axes, order, value(written.key).dtype)
+    return arranged(state, node, axes, order)
 
 
 def nearest(node: Node, axes: Axes, order: Axes, dtype: torch.dtype) -> tuple[Node, Axes]:

@@ -33,7 +33,7 @@ def unknown_caches(graph: Graph) -> list[tuple[Node, NoMatch]]:
 
 
 def grows(node: Node) -> bool:
-    """cat([past, new]) that is returned, along any axis but the last: that one is an embedding's, or a convolution's."""
+    """cat([past, new]) that is returned, along any axis but the last, along which convolutions keep their state."""
     parts = tensors_of_cat(node) if op(node) == "cat" and is_returned(node) and len(shape(node)) >= 3 else []
     if not parts or dimension(node, 1, len(shape(node))) == len(shape(node)) - 1:
         return False

@@ -193,6 +193,8 @@ def einsum(node: Node) -> Product | None:
     widths = max((len(shape(x)) - len(t.replace("...", "")) for t, x in zip(given.split(","), operands, strict=True)))
     out = spelled_out(result, widths + len(result.replace("...", "")))
     a, b = operands
+    if any(letter not in out and not (letter in terms[0] and letter in terms[1]) for letter in (*terms[0], *terms[1])):
+        return None  # an axis of one operand is summed
     sizes: dict = {}
     for term, x in zip(terms, operands, strict=True):
         for letter, size in zip(term, shape(x), strict=True):
@@ -279,7 +281,7 @@ def moved(scores: Scores, node: Node, source: Node) -> None:
 @declare(WEIGHTS, "dropout", "dropout_")
 def dropped(node: Node) -> None:
     """F.dropout(weights, p, training), where it is off"""
-    p, training = argument(node, 1, "p", 0.5), argument(node, 2, "training", op(node) == "dropout")
+    p, training = argument(node, 1, "p", 0.5), argument(node, 2, "training", True)
     if isinstance(p, Node) or isinstance(training, Node):
         raise NoMatch("attention dropout is computed in the graph", node)
     if p and training:
@@ -459,7 +461,7 @@ def queries(query: Node, axes: Axes, own: list[Axis], rows: tuple) -> tuple[tupl
     """(tokens, repeats) among the axes that queries have alone.
 
     A matrix product has one row for each token. Where an einsum does not tell, repeats are what is merged with another
-    axis on the way back to the projection, and else what comes first.
+    axis on the way back to the projection, and else what comes first, unless sizes say otherwise.
     """
     if len(own) == 1:
         return (own[0],), ()
@@ -473,6 +475,8 @@ def queries(query: Node, axes: Axes, own: list[Axis], rows: tuple) -> tuple[tupl
         while (moved := before_or_none(node, axes)) is not None:
             node, axes = node.args[0], moved
         alone = [axis for axis in own if (axis,) in [flat(group) for group in axes]]
+        if len(alone) != 1 and own[0].size == own[1].size != 1:
+            raise NoMatch("its queries' tokens cannot be told from their heads", query)
         tokens = alone[0] if len(alone) == 1 else tokens
     return (tokens,), tuple(axis for axis in own if axis is not tokens)
 
@@ -543,7 +547,7 @@ def number_of(x) -> float | None:
         return number_of(x.args[0])
     if op(x) in ("full", "new_full", "full_like"):
         return number_of(argument(x, 2 if op(x) == "new_full" else 1, "fill_value"))
-    if op(x) in (*CASTS, "view", "reshape", "unsqueeze", "expand", "detach"):
+    if op(x) in (*CASTS, "view", "reshape", "unsqueeze", "expand", "detach") and value(x).is_floating_point():
         return number_of(x.args[0])
     return None
 
