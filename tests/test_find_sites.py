@@ -140,6 +140,14 @@ def test_refused_graph_is_untouched(spelling):
     assert all(untouched(capture) for capture in lossless(spelling).captures)
 
 
+@pytest.mark.parametrize("batch, pad", [(1, 0), (3, 2)])
+@pytest.mark.parametrize("spelling", [models.WrittenFolded, models.WrittenGrouped, models.WrittenStatic], ids=name)
+def test_written_out_for_other_batches_padding_and_chunks(spelling, batch, pad):
+    seen = models.evidence(Decoder(spelling), models.LOSSLESS, batch=batch, pad=pad, chunk=3)
+    assert seen.error <= 2e-6 and all(len(capture.state.sites) == 1 for capture in seen.captures)
+    assert all(isinstance(t, PackedKV) for t in seen.cache[0])
+
+
 OTHER_FORMS = {
     models.TokensFirst: "the cache grows along axis 1 of 4, accepted: axis 2 of [batch, heads, tokens, channels]",
     models.FlatHeads: "the cache grows along axis 1 of 3",
