@@ -48,6 +48,16 @@ class Product:
                     letters[letter] = group
         return tuple(tuple(() if letter is None else letters[letter] for letter in term) for term in self.terms)
 
+    def summed(self, ends: list[Axes]) -> list[tuple]:
+        """What the product sums over: the axes that both operands have, and the result has not."""
+        left, right, out = self.terms
+        return [ends[0][i] for i, x in enumerate(left) if x is not None and x in right and x not in out]
+
+    def rows(self, operand: Node, axes: Axes) -> tuple[Axis, ...]:
+        """The operand's own axis in a matrix product; () in an einsum."""
+        side = 0 if operand is self.left else 1
+        return flat(axes[self.terms[side].index(self.row[side])]) if self.row[side] is not None else ()
+
 
 @dataclass
 class Scores:
@@ -332,30 +342,67 @@ def chains(softmax: Node, reach: int = 12) -> Iterator[list[Node]]:
 
 
 def read(chain: list[Node], softmax: Node) -> Written:
-    first, order = chain[0], {n: i for i, n in enumerate(softmax.graph.nodes)}
-    product = PRODUCTS[op(first)](first)
-    left_axes, right_axes, axes = product.axes({})
-    scores = Scores(axes, product.scale)
-    if product.bias is not None:
-        scores.add(product.bias, 1, first)
-    nodes = [first]
-    for source, node in zip(chain, chain[1:], strict=False):
-        for written in in_place(source, node, order):
-            SCORES[op(written)](scores, written, source)
-            nodes.append(written)
-        used_once(source, node, nodes)
-        if node is softmax:
-            break
-        if op(node) in REFUSED:
-            raise NoMatch(REFUSED[op(node)], node)
-        SCORES[op(node)](scores, node, source)
-        nodes.append(node)
+    """The attention whose scores take this way from their product to softmax."""
+    product, scores, nodes = PRODUCTS[op(chain[0])](chain[0]), Scores(()), []
+    *ends, scores.axes = product.axes({})
+    read_scores(product, scores, chain, nodes)
     dim = argument(softmax, 1, "dim")
     if not isinstance(dim, int):
         raise NoMatch("softmax goes over an axis that is not known", softmax)
     cached = flat(scores.axes[dim])
-    nodes.append(softmax)
-    weights, weight_axes = softmax, scores.axes
+    weights, weight_axes = read_weights(softmax, scores.axes, nodes)
+    values, value_axes, out_axes = values_of(nodes[-1], weights, weight_axes, cached)
+    holds = [any(axis in cached for group in axes for axis in flat(group)) for axes in ends]
+    if holds[0] == holds[1] or len(cached) != 1:
+        raise NoMatch("softmax does not go over the tokens of one operand", softmax)
+    operands = ((product.left, ends[0]), (product.right, ends[1]))
+    (key, key_axes), (query, query_axes) = operands if holds[0] else operands[::-1]
+    summed = product.summed(ends)
+    if len(summed) != 1:
+        raise NoMatch(f"its scores are summed over {len(summed)} axes", nodes[0])
+    key, key_axes, factor = to_cache(key, key_axes)
+    scores.scale *= factor
+    values, value_axes, factor = to_cache(values, value_axes)
+    if factor != 1:
+        raise NoMatch("its values are scaled after the cache", nodes[-1])
+    channels = flat(summed[0])  # read after both ways back, on which axes are cut
+    batch, heads = lead(key, key_axes, (*cached, *channels))
+    value_channels = tuple(a for group in value_axes for a in flat(group) if a not in (*cached, *batch, *heads))
+    if lead(values, value_axes, (*cached, *value_channels)) != (batch, heads) or len(value_channels) != 1:
+        raise NoMatch("its values have other heads than its keys", nodes[-1])
+    own = [axis for group in query_axes for axis in flat(group) if axis not in channels]
+    if not all(axis in own for axis in (*batch, *heads) if axis.size != 1):
+        raise NoMatch("its keys have heads that its queries have not", nodes[0])
+    own = [axis for axis in own if axis not in (*batch, *heads)]
+    tokens, repeats = queries(query, query_axes, own, product.rows(query, query_axes))
+    return Written(
+        softmax, nodes, query, key, values, query_axes, key_axes, value_axes, out_axes, scores,
+        batch, heads, repeats, tokens, cached, channels, value_channels,
+    )  # fmt: skip
+
+
+def read_scores(product: Product, scores: Scores, chain: list[Node], nodes: list[Node]) -> None:
+    """Follow scores from their product to softmax, the last of `chain`; `nodes` gets every node on the way."""
+    order = {n: i for i, n in enumerate(chain[0].graph.nodes)}
+    scores.scale = product.scale
+    if product.bias is not None:
+        scores.add(product.bias, 1, chain[0])
+    nodes.append(chain[0])
+    for source, node in zip(chain, chain[1:], strict=False):
+        for statement in in_place(source, node, order):
+            SCORES[op(statement)](scores, statement, source)
+            nodes.append(statement)
+        used_once(source, node, nodes)
+        if op(node) in REFUSED:
+            raise NoMatch(REFUSED[op(node)], node)
+        if node is not chain[-1]:
+            SCORES[op(node)](scores, node, source)
+        nodes.append(node)
+
+
+def read_weights(softmax: Node, axes: Axes, nodes: list[Node]) -> tuple[Node, Axes]:
+    """Follow weights from softmax to their product, the last that `nodes` gets; weights and axes as it takes them."""
+    weights = softmax
     while True:
         users = [u for u in weights.users if is_tensor(u) or op(u) == "output"]
         user = next((u for u in users if op(u) in PRODUCTS), *users[:1]) if users else None
@@ -365,68 +412,26 @@ def read(chain: list[Node], softmax: Node) -> Written:
             raise NoMatch("its attention weights are not used", weights)
         nodes.append(user)
         if op(user) in PRODUCTS:
-            break
+            return weights, axes
         step = WEIGHTS.get(op(user))
-        moved = after(user, weight_axes) if step is kept else weight_axes
+        moved = after(user, axes) if step is kept else axes
         if step is None or moved is None:
             raise NoMatch(f"its attention weights are {used(user)} before they meet the values", weights)
         step(user)
-        weights, weight_axes = user, moved
-    return with_roles(softmax, product, (left_axes, right_axes), scores, cached, nodes, weights, weight_axes)
+        weights, axes = user, moved
 
 
-def with_roles(softmax, product: Product, axes, scores: Scores, cached, nodes, weights: Node, weight_axes) -> Written:
-    second = PRODUCTS[op(nodes[-1])](nodes[-1])
-    if second is None or (second.left is weights) == (second.right is weights) or second.bias is not None:
-        raise NoMatch("its attention weights are multiplied with something that are no values", nodes[-1])
-    if second.scale != 1:
-        raise NoMatch("its attention weights are scaled", nodes[-1])
-    values = second.right if second.left is weights else second.left
-    a, b, out_axes = second.axes({weights: weight_axes})
-    value_axes = b if second.left is weights else a
-    summed = summed_axes(second)
-    if tuple(flat(group) for group in summed_groups(second, (a, b), summed)) != (cached,) or len(cached) != 1:
-        raise NoMatch("its values are not summed over the axis of softmax", nodes[-1])
-    holds = [any(cached[0] in flat(group) for group in groups) for groups in axes]
-    if holds[0] == holds[1]:
-        raise NoMatch("softmax does not go over the tokens of one operand", nodes[-1])
-    at = holds.index(True)
-    operands = product.left, product.right
-    key, query = operands[at], operands[1 - at]
-    channels = summed_groups(product, axes, summed_axes(product))
-    if len(channels) != 1:
-        raise NoMatch(f"its scores are summed over {len(channels)} axes", nodes[0])
-    key, key_axes, factor = to_cache(key, axes[at])
-    scores.scale *= factor
-    values, value_axes, factor = to_cache(values, value_axes)
-    if factor != 1:
-        raise NoMatch("its values are scaled after the cache", nodes[-1])
-    channels = flat(channels[0])
-    batch, heads = lead(key, key_axes, (*cached, *channels))
-    own = [axis for group in axes[1 - at] for axis in flat(group) if axis not in channels]
-    if not all(axis in own for axis in (*batch, *heads) if axis.size != 1):
-        raise NoMatch("its keys have heads that its queries have not", nodes[0])
-    own = [axis for axis in own if axis not in (*batch, *heads)]
-    row = product.row[1 - at]
-    rows = flat(axes[1 - at][product.terms[1 - at].index(row)]) if row is not None else ()
-    tokens, repeats = queries(query, axes[1 - at], own, rows)
-    leaves = [axis for group in value_axes for axis in flat(group)]
-    value_channels = tuple(axis for axis in leaves if axis not in (*cached, *batch, *heads))
-    if lead(values, value_axes, (*cached, *value_channels)) != (batch, heads) or len(value_channels) != 1:
-        raise NoMatch("its values have other heads than its keys", nodes[-1])
-    return Written(
-        softmax, nodes, query, key, values, axes[1 - at], key_axes, value_axes, out_axes, scores,
-        batch, heads, repeats, tokens, cached, channels, value_channels,
-    )  # fmt: skip
-
-
-def summed_axes(product: Product) -> list:
-    a, b, out = product.terms
-    return [letter for letter in a if letter is not None and letter in b and letter not in out]
-
-
-def summed_groups(product: Product, axes, letters: list) -> list:
-    return [axes[0][product.terms[0].index(letter)] for letter in letters]
+def values_of(out: Node, weights: Node, axes: Axes, cached: tuple) -> tuple[Node, Axes, Axes]:
+    """(values, their axes, axes of the output) of the product of weights and values."""
+    product = PRODUCTS[op(out)](out)
+    if product is None or (product.left is weights) == (product.right is weights):
+        raise NoMatch("its attention weights are multiplied with something that are no values", out)
+    if product.scale != 1 or product.bias is not None:
+        raise NoMatch("its output is scaled or added to in its product", out)
+    *ends, out_axes = product.axes({weights: axes})
+    if [flat(group) for group in product.summed(ends)] != [cached]:
+        raise NoMatch("its values are not summed over the axis of softmax", out)
+    return (product.right, ends[1], out_axes) if product.left is weights else (product.left, ends[0], out_axes)
 
 
 def to_cache(node: Node, axes: Axes) -> tuple[Node, Axes, float]:
