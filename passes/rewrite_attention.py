@@ -28,16 +28,18 @@ from akvq_fx.passes.patterns.written_attention import Written, before_or_none, s
 from akvq_fx.passes.state import GraphState
 from akvq_fx.report import PassReport
 
+SHARED = "rewrite_attention"  # first in the keys of nodes that this pass shares between sites
 HIDDEN = -6e4  # what is added to a score of float16 that does not count: its lowest number is -65504
 
 
 def rewrite_attention(state: GraphState) -> PassReport:
-    report = PassReport("rewrite_attention")
+    report, calls = PassReport("rewrite_attention"), []
     for softmax in softmaxes(state.graph):
         try:
             written = written_attention(softmax)
             if written is None:
                 continue
+            stop_sharing_from_behind(state, written, calls)
             with state.before(written.out):
                 call = called(state, written)
         except NoMatch as miss:
@@ -45,8 +47,16 @@ def rewrite_attention(state: GraphState) -> PassReport:
             report.miss(softmax.name, miss.reason, miss.node)
             continue
         if call is not None:
+            calls.append(call)
             report.match(call.name)
     return report
+
+
+def stop_sharing_from_behind(state: GraphState, written: Written, calls: list[Node]) -> None:
+    """Where softmaxes and outputs are in different orders, this call cannot use what was made for one behind it."""
+    order = {n: i for i, n in enumerate(state.graph.nodes)}
+    if any(order[call] > order[written.out] for call in calls):
+        state.shared = {key: made for key, made in state.shared.items() if key[0] != SHARED}
 
 
 def called(state: GraphState, written: Written) -> Node | None:
@@ -267,7 +277,7 @@ def new(state: GraphState, method: str, x: Node, *arguments) -> Node:
             node.meta["example_value"] = getattr(value(x), method)(*map(value, arguments))
         return node
 
-    return state.share(("written", method, x, *arguments), make)
+    return state.share((SHARED, method, x, *arguments), make)
 
 
 def forget(state: GraphState, *nodes: Node) -> None:

@@ -293,6 +293,19 @@ def test_other_dtypes(dtype, atol):
     assert_one_call(rewritten(over_a_cache(attend), *step_inputs(3, dtype=dtype), atol=ATOL[dtype]))
 
 
+def test_outputs_in_another_order_than_their_softmaxes():
+    """Both hide the same scores, so they share what is made for that."""
+
+    def attend(q, k, v, counts):
+        hidden = ~counts
+        first, second = ((x @ EXPANDED(k).mT).masked_fill(hidden, -torch.inf).softmax(-1) for x in (q, -q))
+        late = second @ EXPANDED(v)
+        return late - first @ EXPANDED(v)
+
+    seen = rewritten(over_a_cache(attend), *step_inputs())
+    assert len(seen.matched) == 2 and "softmax" not in seen.ops
+
+
 def test_one_kv_head_is_broadcast():
     attend = lambda q, k, v, counts: (q @ k.mT * SCALE).masked_fill(~counts, -torch.inf).softmax(-1) @ v
     seen = rewritten(over_a_cache(attend), *step_inputs(heads=1))
