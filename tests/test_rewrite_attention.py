@@ -281,10 +281,8 @@ def test_a_row_that_sees_nothing_sees_all_alike(dtype, mask):
     assert_one_call(rewritten(over_a_cache(attend), *tensors, counts, atol=ATOL[dtype]))
 
 
-@pytest.mark.parametrize(
-    "dtype, atol", [(torch.float64, 1e-12), (torch.bfloat16, 2e-2), (torch.float16, 2e-3)], ids=str
-)
-def test_other_dtypes(dtype, atol):
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_other_dtypes(dtype):
     def attend(q, k, v, counts):
         s = scores(q.float(), k.float()) if dtype != torch.float64 else scores(q, k)
         weights = s.masked_fill(~counts, torch.finfo(s.dtype).min).softmax(-1)

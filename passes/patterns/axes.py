@@ -83,9 +83,9 @@ def permutation(node: Node) -> tuple[int, ...] | None:
     source = node.args[0] if node.args else None
     rank = len(shape(node))
     order = list(range(rank))
-    name = op(node)
-    if name == "getattr" and rank >= 2 and node.args[1] in ("mT", "T"):
-        return tuple(order[::-1]) if node.args[1] == "T" else (*order[:-2], order[-1], order[-2])
+    name = node.args[1] if op(node) == "getattr" else op(node)  # dynamo has x.mT in one of two ways
+    if name in ("mT", "T", "numpy_T") and rank >= 2:
+        return (*order[:-2], order[-1], order[-2]) if name == "mT" else tuple(order[::-1])
     if name == "transpose" or (name == "t" and rank == 2):
         dims = (0, 1) if name == "t" else tuple(argument(node, i, f"dim{i - 1}") for i in (1, 2))
         if not all(isinstance(dim, int) for dim in dims):

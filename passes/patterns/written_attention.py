@@ -279,7 +279,7 @@ def chosen(scores: Scores, node: Node, source: Node) -> None:
 
 
 @declare(SCORES, *CASTS, "contiguous", "clone", "view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze")
-@declare(SCORES, "transpose", "permute", "getattr", "getitem")
+@declare(SCORES, "transpose", "permute", "mT", "getattr", "getitem")
 def moved(scores: Scores, node: Node, source: Node) -> None:
     """scores.float(), scores.view(...): only their axes change"""
     scores.axes = moved_axes(node, source, scores.axes)
@@ -299,7 +299,7 @@ def dropped(node: Node) -> None:
 
 
 @declare(WEIGHTS, *CASTS, "contiguous", "clone", "view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze")
-@declare(WEIGHTS, "transpose", "permute", "getattr", "getitem")
+@declare(WEIGHTS, "transpose", "permute", "mT", "getattr", "getitem")
 def kept(node: Node) -> None:
     """weights.to(dtype), weights.view(...): only their axes change"""
 
