@@ -12,6 +12,7 @@ from akvq_fx.passes.fuse_rotations import fuse_rotations
 from akvq_fx.passes.pack_caches import pack_caches
 from akvq_fx.passes.plan_layers import plan_layers
 from akvq_fx.passes.read_unmatched import read_unmatched
+from akvq_fx.passes.rewrite_attention import rewrite_attention
 from akvq_fx.passes.rotate_queries_keys import rotate_queries_keys
 from akvq_fx.passes.rotate_values import rotate_values
 from akvq_fx.passes.split_decode import split_decode
@@ -19,6 +20,7 @@ from akvq_fx.passes.split_decode import split_decode
 DISABLE = "TORCH_AKVQ_DISABLE"  # environment variable: passes that do not run, to find the one that changes an answer
 PIPELINE = (
     canonicalize,  # one spelling, so that patterns stay few
+    rewrite_attention,  # attention that a model writes out becomes a call
     find_sites,  # only reads: which attention calls go over a cache
     plan_layers,  # bits per token class, layouts
     fold_values,  # before packing: a layout says whether its buffers are rotated

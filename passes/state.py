@@ -21,7 +21,7 @@ from torch.utils._sympy.reference import PythonReferenceAnalysis
 from akvq_fx.config import AKVQConfig
 from akvq_fx.kernels.layout import Layout
 from akvq_fx.passes.patterns.cache_write import CacheWrite
-from akvq_fx.passes.patterns.nodes import shape, value
+from akvq_fx.passes.patterns.nodes import NoMatch, shape, value
 from akvq_fx.passes.patterns.site import Site
 from akvq_fx.program import Appended, Packed, Program, Size, Split
 from akvq_fx.report import Capture
@@ -63,6 +63,7 @@ class GraphState:
         self.gm = GraphModule(gm, graph)
         self.graph = self.gm.graph
         self.config, self.weights = config, weights
+        self.written_out: dict[Node, NoMatch] = {}  # softmax -> why attention around it was not made a call
         self.sites: list[Site] = []
         self.refused: list[tuple[str, int, str, Node]] = []  # label, layer, reason, node
         self.dequantized: list[tuple[str, int, str, Node]] = []  # the same for packed caches read through a copy

@@ -299,6 +299,175 @@ class TokenMask(Attention):
         return mask if at.shape[0] > 1 else mask[0]
 
 
+# attention written out
+
+
+class WrittenOut(Attention):
+    """q @ k.mT, a scale, a mask, softmax, @ v: packed. Subclasses spell these steps in other ways."""
+
+    def mask(self, at, total, padding, past, dtype):
+        return seen(at, total, padding)
+
+    def attend(self, q, k, v, mask):
+        return self.weigh(self.normalize(self.hide(self.score(q, k), mask), q), v)
+
+    def score(self, q, k):
+        return q @ self.group(k).transpose(-1, -2) * self.dim**-0.5
+
+    def hide(self, scores, mask):
+        if mask is None:
+            return scores
+        return scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+
+    def normalize(self, scores, q):
+        return scores.softmax(-1)
+
+    def weigh(self, weights, v):
+        return weights @ self.group(v)
+
+
+class EagerSoftmax(WrittenOut):
+    """matmul times a number, plus a mask of -1e9 [q, T] in the prompt, none in steps: packed."""
+
+    def mask(self, at, total, padding, past, dtype):
+        return None
+
+    def hide(self, scores, mask):
+        queries, tokens = scores.shape[-2:]
+        if queries == 1:
+            return scores
+        return scores + torch.full((queries, tokens), -1e9).triu(tokens - queries + 1)
+
+
+class WrittenSinglePrecision(WrittenOut):
+    """q scaled beforehand, an additive finfo.min, softmax(dtype=float32) and back, dropout that is off: packed."""
+
+    def score(self, q, k):
+        return torch.matmul(q / self.dim**0.5, self.group(k).mT)
+
+    def hide(self, scores, mask):
+        lowest = torch.finfo(scores.dtype).min
+        return scores + torch.zeros((), dtype=scores.dtype).masked_fill(~mask, lowest)
+
+    def normalize(self, scores, q):
+        weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype)
+        return F.dropout(weights, p=0.0, training=self.training)
+
+
+class WrittenEinsum(WrittenOut):
+    """einsum with the keys first, where(mask, scores, finfo.min), the output as [B, q, H, D]: packed."""
+
+    def score(self, q, k):
+        return torch.einsum("bhkd,bhqd->bhqk", self.group(k), q) / torch.tensor(self.dim).sqrt()
+
+    def hide(self, scores, mask):
+        return torch.where(mask, scores, torch.finfo(scores.dtype).min)
+
+    def weigh(self, weights, v):
+        return torch.einsum("bhqk,bhkd->bqhd", weights, self.group(v)).transpose(1, 2)
+
+
+class WrittenGrouped(WrittenOut):
+    """Grouped queries by a 5-d einsum, nothing expanded: packed."""
+
+    def score(self, q, k):
+        q = q.view(q.shape[0], self.kv_heads, -1, *q.shape[2:]) * self.dim**-0.5
+        return torch.einsum("bgrqd,bgkd->bgrqk", q, k)
+
+    def hide(self, scores, mask):
+        return scores.masked_fill(~mask[:, :, None], -1e9)
+
+    def weigh(self, weights, v):
+        return torch.einsum("...grqk,...gkd->...grqd", weights, v).flatten(1, 2)
+
+
+class WrittenBroadcast(WrittenGrouped):
+    """Grouped queries by a 5-d matmul that broadcasts the keys: packed."""
+
+    def score(self, q, k):
+        q = q.unflatten(1, (self.kv_heads, self.heads // self.kv_heads))
+        return torch.matmul(q, k.unsqueeze(2).transpose(3, 4)).mul(self.dim**-0.5)
+
+    def weigh(self, weights, v):
+        return (weights @ v[:, :, None]).flatten(1, 2)
+
+
+class WrittenFolded(WrittenOut):
+    """Batch and heads in one axis, bmm, the mask added to a 4-d view: packed."""
+
+    def score(self, q, k):
+        k = self.group(k).flatten(0, 1)
+        return torch.bmm(q.reshape(-1, *q.shape[2:]), k.transpose(1, 2)).unflatten(0, (-1, self.heads))
+
+    def hide(self, scores, mask):
+        return (scores * self.dim**-0.5).masked_fill(~mask, torch.finfo(scores.dtype).min).flatten(0, 1)
+
+    def weigh(self, weights, v):
+        return torch.bmm(weights, self.group(v).flatten(0, 1)).unflatten(0, (-1, self.heads))
+
+
+class WrittenBaddbmm(WrittenOut):
+    """Linear biases [B * H, 1, T] and the product in one baddbmm: packed."""
+
+    def attend(self, q, k, v, mask):
+        bias = torch.arange(k.shape[2]) * 2.0 ** -torch.arange(1, self.heads + 1)[:, None]
+        bias = bias[None, :, None].expand(q.shape[0], -1, -1, -1).flatten(0, 1).to(q.dtype)
+        k, v = self.group(k).flatten(0, 1), self.group(v).flatten(0, 1)
+        scores = bias.baddbmm(batch1=q.flatten(0, 1), batch2=k.mT, beta=1.0, alpha=self.dim**-0.5)
+        scores = scores.view(q.shape[0], self.heads, q.shape[2], -1)
+        lowest = torch.finfo(q.dtype).min
+        scores = scores + torch.zeros((), dtype=q.dtype).masked_fill(~mask, lowest)
+        return torch.bmm(scores.softmax(-1).flatten(0, 1), v).view(q.shape)
+
+
+class WrittenKeysFirst(WrittenOut):
+    """k @ q.mT, so softmax goes over the last axis but one: packed."""
+
+    def score(self, q, k):
+        return self.group(k) @ (q * self.dim**-0.5).mT
+
+    def hide(self, scores, mask):
+        return scores.masked_fill(~mask.mT, -torch.inf)
+
+    def normalize(self, scores, q):
+        return scores.softmax(dim=-2)
+
+    def weigh(self, weights, v):
+        return weights.mT @ self.group(v)
+
+
+class WrittenInPlace(WrittenOut):
+    """Scores scaled, biased and masked in place: packed."""
+
+    def score(self, q, k):
+        scores = q @ self.group(k).mT
+        scores *= self.dim**-0.5
+        return scores
+
+    def hide(self, scores, mask):
+        scores += 0.01 * torch.arange(scores.shape[-1])
+        scores.masked_fill_(~mask, -torch.inf)
+        return scores
+
+
+class WrittenMaximum(WrittenOut):
+    """The largest score is taken off before softmax: packed."""
+
+    def normalize(self, scores, q):
+        return torch.softmax(scores - scores.max(dim=-1, keepdim=True).values, dim=-1)
+
+
+class WrittenQueryMask(WrittenOut):
+    """masked_fill with a mask [q, T]: packed."""
+
+    def mask(self, at, total, padding, past, dtype):
+        return seen(at, total, padding)[0, 0]
+
+
+class WrittenStatic(WrittenOut, StaticIndexCopy):
+    """Written out over a static cache: packed."""
+
+
 # rotary embeddings
 
 
@@ -561,14 +730,99 @@ class SlidingSlice(Attention):
         return None if past is None else torch.ones(at.shape[0], past[0].shape[2] + at.shape[0], dtype=torch.bool)
 
 
-class EagerSoftmax(Attention):
-    """matmul, softmax, matmul: no attention call reads the cache, left alone."""
+class Softcap(WrittenOut):
+    """Scores go through tanh: left alone."""
 
-    def attend(self, q, k, v, mask):
-        scores = q @ self.group(k).transpose(-1, -2) * self.dim**-0.5
-        if q.shape[2] > 1:
-            scores = scores + torch.full((q.shape[2], k.shape[2]), -1e9).triu(k.shape[2] - q.shape[2] + 1)
-        return scores.softmax(-1) @ self.group(v)
+    def hide(self, scores, mask):
+        return super().hide(20 * torch.tanh(scores / 20), mask)
+
+
+class Sink(WrittenOut):
+    """A learned logit stands beside the scores: left alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.sink = nn.Parameter(torch.randn(self.heads))
+
+    def normalize(self, scores, q):
+        sink = self.sink.view(1, -1, 1, 1).expand(scores.shape[0], -1, scores.shape[2], 1)
+        return torch.cat([scores, sink], dim=-1).softmax(-1)[..., :-1]
+
+
+class WeightsUsed(WrittenOut):
+    """Attention weights have another reader: left alone."""
+
+    def weigh(self, weights, v):
+        return super().weigh(weights, v) + weights.mean(-1, keepdim=True)
+
+
+class WeakMask(WrittenOut):
+    """Masked scores are set to -50, which leaves them some weight: left alone."""
+
+    def hide(self, scores, mask):
+        return scores.masked_fill(~mask, -50.0)
+
+
+class WrittenDropout(WrittenOut):
+    """Attention weights are dropped: left alone."""
+
+    def normalize(self, scores, q):
+        return F.dropout(scores.softmax(-1), 0.5)
+
+
+class TokensFirst(Attention):
+    """The cache is [B, T, H, D], transposed for attention: left alone."""
+
+    tokens = 1
+
+    def write(self, past, k, v, at):
+        k, v = k.transpose(1, 2), v.transpose(1, 2)
+        if past is not None:
+            k, v = (torch.cat([old, new], dim=1) for old, new in zip(past, (k, v), strict=True))
+        return k.transpose(1, 2), v.transpose(1, 2), (k, v)
+
+
+class FlatHeads(Attention):
+    """The cache is [B, T, H * D]: left alone."""
+
+    tokens = 1
+
+    def write(self, past, k, v, at):
+        k, v = self.merge_heads(k), self.merge_heads(v)
+        if past is not None:
+            k, v = (torch.cat([old, new], dim=1) for old, new in zip(past, (k, v), strict=True))
+        return self.split_heads(k, self.kv_heads), self.split_heads(v, self.kv_heads), (k, v)
+
+
+class TimeFirst(WrittenOut):
+    """The cache is [T, B, H, D], read by einsum: left alone."""
+
+    tokens = 0
+
+    def write(self, past, k, v, at):
+        k, v = k.permute(2, 0, 1, 3), v.permute(2, 0, 1, 3)
+        if past is not None:
+            k, v = (torch.cat([old, new], dim=0) for old, new in zip(past, (k, v), strict=True))
+        return k, v, (k, v)
+
+    def score(self, q, k):
+        q = q.unflatten(1, (self.kv_heads, -1))
+        return torch.einsum("bgrqd,kbgd->bgrqk", q, k).flatten(1, 2) * self.dim**-0.5
+
+    def weigh(self, weights, v):
+        return torch.einsum("bgrqk,kbgd->bgrqd", weights.unflatten(1, (self.kv_heads, -1)), v).flatten(1, 2)
+
+
+class Stacked(Attention):
+    """Keys and values are one tensor [2, B, H, T, D]: left alone."""
+
+    tokens = 3
+
+    def write(self, past, k, v, at):
+        both = torch.stack([k, v])
+        if past is not None:
+            both = torch.cat([past[0], both], dim=3)
+        return both[0], both[1], (both,)
 
 
 class Latent(Attention):
@@ -643,13 +897,11 @@ class ChunkedValues(Attention):
         return super().attend(q, k, torch.cat((second, first), dim=1), mask)
 
 
-class SwitchesToEager(EagerSoftmax):
-    """Attention reads the prompt by scaled_dot_product_attention, later tokens by matmul: packed, then dequantized."""
+class SwitchesToSoftcap(Softcap):
+    """The prompt is read by scaled_dot_product_attention, later tokens through tanh: packed, then dequantized."""
 
     def attend(self, q, k, v, mask):
-        if q.shape[2] > 1:
-            return Attention.attend(self, q, k, v, mask)
-        return EagerSoftmax.attend(self, q, k, v, mask)
+        return (Attention if q.shape[2] > 1 else Softcap).attend(self, q, k, v, mask)
 
 
 class SwitchesToSliding(Attention):
@@ -675,14 +927,8 @@ class ReferenceWindow(Attention):
         return k, v, (*past[:2], *(x[:, :, -3:] for x in late))
 
 
-class StaticSwitchesToEager(StaticIndexCopy):
-    """A static cache that later tokens read by matmul: packed, then dequantized."""
-
-    def attend(self, q, k, v, mask):
-        if q.shape[2] > 1:
-            return super().attend(q, k, v, mask)
-        scores = q @ self.group(k).transpose(-1, -2) * self.dim**-0.5
-        return scores.masked_fill(~mask, torch.finfo(scores.dtype).min).softmax(-1) @ self.group(v)
+class StaticSwitchesToSoftcap(SwitchesToSoftcap, StaticIndexCopy):
+    """The same over a static cache."""
 
 
 class SwitchesToRoll(StaticIndexCopy):
@@ -721,10 +967,11 @@ class Decoder(nn.Module):
             torch.manual_seed(seed)
             self.embed = nn.Embedding(VOCABULARY, WIDTH)
             self.layers = nn.ModuleList(Block(attention) for _ in range(layers))
+            self.tokens = getattr(attention, "tokens", 2)
             self.head = nn.Linear(WIDTH, VOCABULARY)
 
     def start(self, tokens, cache, at):
-        past = 0 if cache is None else cache[0][0].shape[2]
+        past = 0 if cache is None else cache[0][0].shape[self.tokens]
         count = tokens.shape[1]
         return (torch.arange(past, past + count) if at is None else at), past + count
 

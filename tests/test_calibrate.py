@@ -20,9 +20,9 @@ from akvq_fx.kernels.rotate import matrix
 from tests.attention_models import (
     WIDTH,
     Decoder,
-    EagerSoftmax,
     EnableGqa,
     FloatMask,
+    Softcap,
     StaticIndexCopy,
     VisionDecoder,
     token_ids,
@@ -267,7 +267,7 @@ def test_refuses_what_cannot_be_measured():
         with pytest.raises(ValueError, match=next(iter(wrong))):
             akvq_fx.calibrate(Decoder(), token_ids(1, 6), **wrong)
     with pytest.raises(RuntimeError, match="in prompt 0(.|\n)*matmul, softmax"):
-        akvq_fx.calibrate(Decoder(EagerSoftmax), token_ids(1, 6))
+        akvq_fx.calibrate(Decoder(Softcap), token_ids(1, 6))
 
 
 def test_a_transformers_model_of_two_towers():

@@ -9,12 +9,12 @@ from akvq_fx.passes import DISABLE, PIPELINE, without
 from tests import attention_models as models
 from tests.attention_models import Decoder, captured, evidence, token_ids
 
-OPTIONAL = ("canonicalize", "find_sites", "fuse_rotations", "split_decode")
+OPTIONAL = ("canonicalize", "rewrite_attention", "find_sites", "fuse_rotations", "split_decode")
 NAMES = [step.__name__ for step in PIPELINE]
 CLOSE = {"rtol": 0, "atol": 1e-5}
 
 
-@pytest.mark.parametrize("attention", (models.Direct, models.StaticSetItem))
+@pytest.mark.parametrize("attention", (models.Direct, models.StaticSetItem, models.WrittenOut))
 @pytest.mark.parametrize("name", OPTIONAL)
 def test_answers_stay_without_it(name, attention, monkeypatch):
     monkeypatch.setenv(DISABLE, name)
@@ -22,7 +22,7 @@ def test_answers_stay_without_it(name, attention, monkeypatch):
     for graph in seen.captures:
         assert [report.name for report in graph.state.reports] == [other for other in NAMES if other != name]
     assert seen.error < 1e-5
-    if name == "find_sites":
+    if name == "find_sites" or (name == "rewrite_attention" and attention is models.WrittenOut):
         assert not any(graph.state.sites for graph in seen.captures)
 
 

@@ -35,6 +35,19 @@ MUST_FIRE = {  # spelling: RoPE, q:kv heads, forms of the prompt's and the step'
     models.FloatQueryMask: ("rope half", "4:2", GROWING),
     models.HeadQueryMask: ("rope half", "4:2", GROWING),
     models.TokenMask: ("rope half", "4:2", GROWING),
+    models.EagerSoftmax: ("rope half", "4:2", GROWING),
+    models.WrittenOut: ("rope half", "4:2", GROWING),
+    models.WrittenSinglePrecision: ("rope half", "4:2", GROWING),
+    models.WrittenEinsum: ("rope half", "4:2", GROWING),
+    models.WrittenGrouped: ("rope half", "4:2", GROWING),
+    models.WrittenBroadcast: ("rope half", "4:2", GROWING),
+    models.WrittenFolded: ("rope half", "4:2", GROWING),
+    models.WrittenBaddbmm: ("rope half", "4:2", GROWING),
+    models.WrittenKeysFirst: ("rope half", "4:2", GROWING),
+    models.WrittenInPlace: ("rope half", "4:2", GROWING),
+    models.WrittenMaximum: ("rope half", "4:2", GROWING),
+    models.WrittenQueryMask: ("rope half", "4:2", GROWING),
+    models.WrittenStatic: ("rope half", "4:2", STATIC),
     models.RopeInterleaved: ("rope interleaved", "4:2", GROWING),
     models.RopePartial: ("rope half, partial", "4:2", GROWING),
     models.RopeComplex: ("rope complex", "4:2", GROWING),
@@ -57,7 +70,11 @@ MUST_FIRE = {  # spelling: RoPE, q:kv heads, forms of the prompt's and the step'
 UNREAD = "no scaled_dot_product_attention reads this cache directly"
 MUST_NOT_FIRE = {
     models.SlidingSlice: "sliding window",
-    models.EagerSoftmax: "its attention is written out (matmul, softmax)",
+    models.Softcap: "its attention is written out (matmul, softmax), and its scores go through tanh (softcap)",
+    models.Sink: "something stands beside the scores in its softmax (a sink)",
+    models.WeightsUsed: "its attention weights are used by mean too, so they are computed",
+    models.WeakMask: "masked scores are set to -50.0, accepted: a number up to -10000",
+    models.WrittenDropout: "attention dropout is on (p=0.5)",
     models.Latent: UNREAD,
     models.Dropout: "attention dropout is on (dropout_p=0.5)",
     models.Dim12: "the head dim of the keys is 12, accepted: a multiple of 8",
@@ -121,6 +138,34 @@ def untouched(capture) -> bool:
 @pytest.mark.parametrize("spelling", MUST_NOT_FIRE, ids=name)
 def test_refused_graph_is_untouched(spelling):
     assert all(untouched(capture) for capture in lossless(spelling).captures)
+
+
+@pytest.mark.parametrize("batch, pad", [(1, 0), (3, 2)])
+@pytest.mark.parametrize("spelling", [models.WrittenFolded, models.WrittenGrouped, models.WrittenStatic], ids=name)
+def test_written_out_for_other_batches_padding_and_chunks(spelling, batch, pad):
+    seen = models.evidence(Decoder(spelling), models.LOSSLESS, batch=batch, pad=pad, chunk=3)
+    assert seen.error <= 2e-6 and all(len(capture.state.sites) == 1 for capture in seen.captures)
+    assert all(isinstance(t, PackedKV) for t in seen.cache[0])
+
+
+OTHER_FORMS = {
+    models.TokensFirst: "the cache grows along axis 1 of 4, accepted: axis 2 of [batch, heads, tokens, channels]",
+    models.FlatHeads: "the cache grows along axis 1 of 3",
+    models.TimeFirst: "the cache grows along axis 0 of 4",
+    models.Stacked: "the cache grows along axis 3 of 5",
+}
+
+
+@pytest.mark.parametrize("spelling", OTHER_FORMS, ids=name)
+def test_a_cache_of_another_form_has_a_row(spelling):
+    """A step's graph shows that something is kept; the prompt's returns tensors like any other."""
+    seen = lossless(spelling)
+    for eager, compiled in zip(seen.eager, seen.compiled, strict=True):
+        assert torch.equal(eager, compiled)
+    report = akvq_fx.report(seen.model)
+    assert not report.packed and {row.label for row in report.refused} == {"layers.0.attention"}
+    assert all(OTHER_FORMS[spelling] in row.reason and row.node for row in report.refused)
+    assert all(untouched(capture) for capture in seen.captures)
 
 
 def test_attention_without_a_cache_is_no_site_and_no_refusal():

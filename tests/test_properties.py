@@ -30,6 +30,7 @@ READS = (
     models.EnableGqa,
     models.TiledRepeat,
     models.EagerSoftmax,
+    models.WrittenOut,
 )
 MASKS = (Attention, models.BoolMask, models.FloatMask, models.PerHeadMask)
 ROPES = (Attention, models.RopeInterleaved, models.RopePartial, models.RopeComplex, models.NoRope)

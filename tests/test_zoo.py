@@ -14,7 +14,6 @@ import pytest
 import torch
 import transformers
 from transformers.models.gemma2.modeling_gemma2 import Gemma2PreTrainedModel
-from transformers.models.gptj.modeling_gptj import GPTJPreTrainedModel
 
 import akvq_fx
 from akvq_fx import PackedKV
@@ -58,12 +57,11 @@ SMALL = {"inner": "eager", "window": 8, "pivots": 3, "tsa_layers": (0,)}
 
 # generate() of these runs an inner module; compiling the outer one compiles nothing
 INNER = {"blip2_opt": "language_model", "instructblip_opt": "language_model", "kosmos2": "text_model"}
-# caches that a graph must leave at 16 bits: their attention is written out (softcap, sinks, ALiBi), or latent (MLA), or
-# reads its values through other ops (DiffLlama), or every layer is a sliding window
-ALL_16BIT = {"gpt_oss", "bloom", "deepseek_v3", "diffllama"}
-# written out in some versions of transformers: GPT-J before 5.24, Gemma-2 in it
-BY_VERSION = {"gptj": GPTJPreTrainedModel, "gemma2": Gemma2PreTrainedModel}
-ALL_16BIT |= {family for family, model in BY_VERSION.items() if not model._supports_sdpa}
+# caches that a graph must leave at 16 bits: their attention is no SDPA (softcap, sinks), or latent (MLA), or reads its
+# values through other ops (DiffLlama), or every layer is a sliding window
+ALL_16BIT = {"gpt_oss", "deepseek_v3", "diffllama"}
+if not Gemma2PreTrainedModel._supports_sdpa:  # then with softcap; a version whose call leaves it out is packed
+    ALL_16BIT |= {"gemma2"}
 SLIDING_ONLY = {"mistral_swa", "idefics2"}
 # stock torch.compile changes these too, so the uncompiled model is no reference: they are compared with backend="eager"
 COMPARE_COMPILED = {"phi4_multimodal"}
@@ -89,10 +87,18 @@ def generate(model, inputs, cache):
     return out.sequences, tensors
 
 
-def reference(family, cache, batch):
+def built(family, batch, attention=""):
+    """(model, inputs); attention: its attn_implementation, "" for the family's own choice."""
+    model, inputs = ZOO[family](batch=batch)
+    if attention:
+        model.set_attn_implementation(attention)
+    return model, inputs
+
+
+def reference(family, cache, batch, attention=""):
     """Sequences of the uncompiled model; skips the test where it does not run."""
     try:
-        model, inputs = ZOO[family](batch=batch)
+        model, inputs = built(family, batch, attention)
         if family in COMPARE_COMPILED:
             to_compile(family, model).compile(backend="eager")
         return generate(model, inputs, cache)[0]
@@ -108,9 +114,32 @@ def reference(family, cache, batch):
 def test_family(family, cache, batch):
     if cache == "static" and family in NO_STATIC:
         pytest.skip("transformers cannot run this family with a static cache")
-    expected = reference(family, cache, batch)
+    check_family(family, cache, batch)
 
-    model, inputs = ZOO[family](batch=batch)
+
+# llava's text model and vision tower, rotary sections, a static cache; ALiBi by baddbmm is bloom's, above
+@pytest.mark.parametrize(
+    "family, cache, batch", [("llava", "dynamic", 2), ("qwen2_vl", "dynamic", 2), ("qwen3", "static", 1)]
+)
+def test_eager_attention_packs_as_sdpa_does(family, cache, batch):
+    check_family(family, cache, batch, "eager")
+
+
+def test_eager_attention_by_the_way_of_users():
+    """Default options, whose inner compiler is Inductor; the prompt is within the window, so tokens are exact."""
+    expected = reference("llama", "dynamic", 2, "eager")
+    model, inputs = built("llama", 2, "eager")
+    model.compile(backend="akvq")
+    sequences, tensors = generate(model, inputs, "dynamic")
+    assert torch.equal(sequences, expected)
+    assert all(isinstance(t, PackedKV) and t.layout_of.body_bits == 2 for t in tensors)
+    assert not akvq_fx.report(model).refused
+
+
+def check_family(family, cache, batch, attention=""):
+    expected = reference(family, cache, batch, attention)
+
+    model, inputs = built(family, batch, attention)
     inner = to_compile(family, model)
     backend = BothBits(SMALL)
     inner.compile(backend=backend)

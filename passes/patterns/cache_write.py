@@ -30,6 +30,7 @@ from akvq_fx.passes.patterns.nodes import (
 
 TOKENS = 2  # the token axis of a [B, H, T, D] cache
 ALLOCATIONS = ("zeros", "new_zeros", "zeros_like", "full", "new_full")
+UNKNOWN_FORM = "no product of queries and keys was seen before its softmax"
 STATIC_PLAIN = (
     "16-bit buffers that the caller owns are written in place and cannot be exchanged from inside a graph; "
     "compile the prompt's forward too (model.compile), or use a growing cache"
@@ -168,8 +169,10 @@ def is_mutation(user: Node, cache: Node) -> bool:
     return in_place and bool(user.args) and user.args[0] is cache
 
 
-def cache_like(graph: Graph) -> list[tuple[Node, str]]:
+def cache_like(graph: Graph, written_out: dict[Node, NoMatch]) -> list[tuple[Node, NoMatch]]:
     """Cache tensors of the graph that no attention call was matched to, each with the reason to give.
+
+    written_out: why a written-out attention was not made a call, by its softmax.
 
     Looks from the cache side: a cat of an empty tensor or placeholder along the tokens that is returned (whole or
     sliced), and buffers written along the tokens.
@@ -182,35 +185,34 @@ def cache_like(graph: Graph) -> list[tuple[Node, str]]:
             if not (is_empty(past) or op(past) == "placeholder"):
                 continue
             if node in returned:
-                found.append((node, unread_reason(node)))
+                found.append((node, why_unread(node, written_out)))
             elif any(op(u) == "getitem" and u in returned for u in node.users):
-                found.append((node, "the cache keeps a slice of what attention reads (sliding window)"))
+                found.append((node, NoMatch("the cache keeps a slice of what attention reads (sliding window)", node)))
         elif op(node) == "index_copy_" and len(shape(node)) == 4 and argument(node, 1, "dim") in (TOKENS, -2):
             if op(node.args[0]) in ("placeholder", *ALLOCATIONS):
-                found.append((node.args[0], unread_reason(node.args[0])))
+                found.append((node.args[0], why_unread(node.args[0], written_out)))
         elif (
             op(node) == "copy_"
             and op(node.args[0]) in ("placeholder", *ALLOCATIONS)
             and op(node.args[1]) in ("roll", "getitem")
         ):
-            found.append((node.args[0], "the cache is overwritten as a whole (a rolling window, or a recurrent state)"))
+            why = "the cache is overwritten as a whole (a rolling window, or a recurrent state)"
+            found.append((node.args[0], NoMatch(why, node.args[0])))
     return found
 
 
-def unread_reason(cache: Node, reach: int = 40) -> str:
+def why_unread(cache: Node, written_out: dict[Node, NoMatch], reach: int = 40) -> NoMatch:
     """Why no attention call was matched to a cache: what its first consumers are."""
     seen, queue = set(), [cache]
     while queue and len(seen) < reach:
         node = queue.pop(0)
         if op(node) == "softmax":
-            return (
-                "its attention is written out (matmul, softmax); scaled_dot_product_attention is what is matched "
-                '(in transformers: attn_implementation="sdpa", where the model has it)'
-            )
+            miss = written_out.get(node, NoMatch(UNKNOWN_FORM, node))
+            return NoMatch(f"its attention is written out (matmul, softmax), and {miss.reason}", miss.node or node)
         if node not in seen and op(node) != "output":
             seen.add(node)
             queue.extend(node.users)
-    return "no scaled_dot_product_attention reads this cache directly"
+    return NoMatch("no scaled_dot_product_attention reads this cache directly", cache)
 
 
 __all__ = ["CacheWrite", "cache_like", "cache_write_of", "is_packed"]

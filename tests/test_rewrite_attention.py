@@ -1,0 +1,396 @@
+"""rewrite_attention: written-out attention over a cache becomes one call that gives the same numbers, or says why not.
+
+Graphs of one attention, traced by dynamo and run before and after the pass. Whole models: tests/test_find_sites.py.
+"""
+
+import dataclasses
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import HealthCheck, Phase, event, given, settings
+from hypothesis import strategies as st
+
+from akvq_fx.config import AKVQConfig
+from akvq_fx.passes.canonicalize import canonicalize
+from akvq_fx.passes.patterns.nodes import op
+from akvq_fx.passes.rewrite_attention import rewrite_attention
+from akvq_fx.passes.state import GraphState
+
+B, KV, REPEATS, DIM = 2, 2, 2, 8
+HEADS = KV * REPEATS
+
+
+@dataclasses.dataclass
+class Rewritten:
+    state: GraphState
+    matched: list
+    missed: list
+    error: float = 0.0
+
+    @property
+    def ops(self) -> list[str]:
+        return [op(node) for node in self.state.graph.nodes]
+
+
+def rewritten(function, *tensors, dynamic: bool = False, atol: float = 1e-5) -> Rewritten:
+    """The pass over the graph of a function, and the largest difference that it makes to what the graph returns.
+
+    dynamic: the numbers of rows and of past tokens are symbols.
+    """
+    found = []
+
+    def backend(gm, example_inputs):
+        state = GraphState(gm, AKVQConfig(), {})
+        canonicalize(state)
+        report = rewrite_attention(state)
+        state.graph.lint()
+        state.gm.recompile()
+        found.append(Rewritten(state, report.matched, report.missed))
+
+        def run(*args):
+            want, got = gm(*args), state.gm(*args)
+            for a, b in zip(want, got, strict=True):
+                torch.testing.assert_close(b, a, rtol=0, atol=atol, equal_nan=True)
+                found[-1].error = max(found[-1].error, (a - b).abs().nan_to_num().max().item())
+            return want
+
+        return run
+
+    torch._dynamo.reset()
+    past_k, past_v, *_, counts = tensors
+    for tensor, dim in ((past_k, 2), (past_v, 2), (counts, 3)) if dynamic else ():
+        torch._dynamo.maybe_mark_dynamic(tensor, dim)
+    for tensor in tensors if dynamic else ():
+        torch._dynamo.maybe_mark_dynamic(tensor, 0)
+    with torch.no_grad():
+        torch.compile(function, backend=backend, fullgraph=True)(*tensors)
+    (only,) = found
+    return only
+
+
+def step_inputs(tokens: int = 3, past: int = 4, heads: int = KV, dtype=torch.float32):
+    """Past keys and values, this step's queries, keys and values, and which scores count [B, 1, q, T]."""
+    make = torch.Generator().manual_seed(0)
+    randn = lambda *sizes: torch.randn(*sizes, generator=make).to(dtype)
+    total = past + tokens
+    counts = torch.arange(total)[None] <= torch.arange(past, total)[:, None]
+    counts = counts.expand(B, 1, tokens, total).clone()
+    counts[0, ..., 0] = False
+    return (
+        randn(B, heads, past, DIM), randn(B, heads, past, DIM),
+        randn(B, HEADS, tokens, DIM), randn(B, heads, tokens, DIM), randn(B, heads, tokens, DIM), counts,
+    )  # fmt: skip
+
+
+def over_a_cache(attend):
+    """attend(q, k, v, counts) over a cache that grows by this step."""
+
+    def step(past_k, past_v, q, k, v, counts):
+        k, v = torch.cat([past_k, k], 2), torch.cat([past_v, v], 2)
+        return attend(q, k, v, counts), k, v
+
+    return step
+
+
+# spellings of each step, drawn in any mixture
+
+INTERLEAVED = lambda x: x.repeat_interleave(REPEATS, dim=1)
+EXPANDED = lambda x: x[:, :, None].expand(-1, -1, REPEATS, -1, -1).reshape(x.shape[0], HEADS, x.shape[2], DIM)
+STACKED = lambda x: x.unsqueeze(2).expand(-1, -1, REPEATS, -1, -1).flatten(1, 2)
+GROUPS = {"interleave": INTERLEAVED, "expand": EXPANDED, "flatten": STACKED}
+
+fold = lambda x: x.reshape(-1, *x.shape[2:])
+split = lambda x: x.view(-1, KV, REPEATS, *x.shape[2:])
+PRODUCTS = {  # scores [B, H, q, T] of q and grouped k, and their product with grouped v
+    "matmul": (lambda q, k: torch.matmul(q, k.transpose(2, 3)), lambda w, v: torch.matmul(w, v)),
+    "@": (lambda q, k: q @ k.mT, lambda w, v: w @ v),
+    "permuted": (lambda q, k: q @ k.permute(0, 1, 3, 2), lambda w, v: (w @ v).contiguous()),
+    "einsum": (
+        lambda q, k: torch.einsum("bhqd,bhkd->bhqk", q, k),
+        lambda w, v: torch.einsum("bhqk,bhkd->bhqd", w, v),
+    ),
+    "einsum reversed": (
+        lambda q, k: torch.einsum("b n j d, b n i d -> b n i j", k, q),
+        lambda w, v: torch.einsum("bhkd,bhqk->bqhd", v, w).transpose(1, 2),
+    ),
+    "einsum in another order": (
+        lambda q, k: torch.einsum("bhqd,bkhd->bqkh", q, k.transpose(1, 2)).permute(0, 3, 1, 2),
+        lambda w, v: torch.einsum("...qk,...kd->...qd", w, v),
+    ),
+    "keys first": (lambda q, k: (k @ q.mT).mT, lambda w, v: (v.mT @ w.mT).mT),
+    "bmm": (
+        lambda q, k: torch.bmm(fold(q), fold(k).transpose(1, 2)).view(-1, HEADS, q.shape[2], k.shape[2]),
+        lambda w, v: torch.bmm(fold(w), fold(v)).view(-1, HEADS, w.shape[2], DIM),
+    ),
+    "baddbmm": (
+        lambda q, k: torch.baddbmm(
+            torch.zeros(1, dtype=q.dtype), fold(q), fold(k.transpose(2, 3)), beta=0, alpha=0.5
+        ).unflatten(0, (-1, HEADS)),
+        lambda w, v: torch.bmm(fold(w), fold(v)).unflatten(0, (-1, HEADS)),
+    ),
+}  # fmt: skip
+GROUPED = {  # the same with k and v as the cache has them
+    "einsum": (
+        lambda q, k: torch.einsum("bgrqd,bgkd->bgrqk", split(q), k).flatten(1, 2),
+        lambda w, v: torch.einsum("bgrqk,bgkd->bgrqd", split(w), v).flatten(1, 2),
+    ),
+    "einsum over tokens": (
+        lambda q, k: torch.einsum("bqgrd,bkgd->bgrqk", split(q).permute(0, 3, 1, 2, 4), k.transpose(1, 2)).flatten(
+            1, 2
+        ),
+        lambda w, v: torch.einsum("bgrqk,bkgd->bqgrd", split(w), v.transpose(1, 2)).flatten(2, 3).transpose(1, 2),
+    ),
+    "matmul": (
+        lambda q, k: (split(q) @ k[:, :, None].mT).flatten(1, 2),
+        lambda w, v: (split(w) @ v.unsqueeze(2)).reshape(-1, HEADS, w.shape[2], DIM),
+    ),
+}
+SCALES = {
+    "none": (lambda q: q, lambda s: s),
+    "number after": (lambda q: q, lambda s: s * 0.3),
+    "divided after": (lambda q: q, lambda s: s / 3),
+    "tensor after": (lambda q: q, lambda s: s * torch.tensor(0.3)),
+    "root after": (lambda q: q, lambda s: s / torch.tensor(3.0).sqrt()),
+    "in place": (lambda q: q, lambda s: s.mul_(0.3)),
+    "inside": (lambda q: q * 0.3, lambda s: s),
+    "both": (lambda q: q / 2, lambda s: 0.5 * s),
+}
+lowest = lambda s: torch.finfo(s.dtype).min
+additive = lambda s, counts: torch.zeros((), dtype=s.dtype).masked_fill(~counts, lowest(s))
+MASKS = {
+    "none": lambda s, counts: s,
+    "masked_fill -inf": lambda s, counts: s.masked_fill(~counts, -torch.inf),
+    "masked_fill lowest": lambda s, counts: s.masked_fill(~counts, lowest(s)),
+    "masked_fill -1e9": lambda s, counts: s.masked_fill(counts == 0, -1e9),
+    "masked_fill_": lambda s, counts: s.masked_fill_(~counts, -1e9),
+    "where": lambda s, counts: torch.where(counts, s, -torch.inf),
+    "where reversed": lambda s, counts: torch.where(~counts, lowest(s), s),
+    "where of a tensor": lambda s, counts: torch.where(counts, s, torch.full([], -1e9, dtype=s.dtype)),
+    "add": lambda s, counts: s + additive(s, counts),
+    "add reversed": lambda s, counts: additive(s, counts) + s,
+    "sub": lambda s, counts: s - 1e9 * (~counts).to(s.dtype),
+    "iadd": lambda s, counts: s.add_(additive(s, counts)),
+    "bias and fill": lambda s, counts: (s + torch.arange(s.shape[-1])).masked_fill(~counts, -torch.inf),
+    "heads' biases": lambda s, counts: s + torch.arange(HEADS)[:, None, None] * torch.arange(s.shape[-1])
+    + additive(s, counts),
+    "folded": lambda s, counts: (fold(s) + fold(additive(s, counts).expand(-1, HEADS, -1, -1))).view(s.shape),
+    "grouped": lambda s, counts: split(s).masked_fill(~counts[:, None], -torch.inf).flatten(1, 2),
+    "heads apart": lambda s, counts: (split(s) + torch.arange(KV)[:, None, None, None] * torch.arange(s.shape[-1]))
+    .flatten(1, 2).masked_fill(~counts, -1e9),
+}  # fmt: skip
+SHAPES = {  # of what says which scores count
+    "[B, 1, q, T]": lambda counts: counts,
+    "[B, H, q, T]": lambda counts: counts.expand(-1, HEADS, -1, -1),
+    "[1, 1, q, T]": lambda counts: counts[1:],
+    "[1, H, q, T]": lambda counts: counts[1:].expand(-1, HEADS, -1, -1),
+    "[q, T]": lambda counts: counts[1, 0],
+    "[B, 1, 1, T]": lambda counts: counts[:, :, -1:],
+    "[T]": lambda counts: counts[1, 0, -1],
+}
+LIMITED = {"folded": ("[B, 1, q, T]", "[B, 1, 1, T]"), "grouped": ("[B, 1, q, T]", "[B, 1, 1, T]")}
+SOFTMAX = {
+    "method": lambda s: s.softmax(-1),
+    "function": lambda s: F.softmax(s, dim=3),
+    "single precision": lambda s: F.softmax(s, dim=-1, dtype=torch.float32).to(s.dtype),
+    "cast": lambda s: torch.softmax(s.float(), -1).type_as(s),
+    "maximum off": lambda s: torch.softmax(s - s.amax(-1, keepdim=True), -1),
+}
+DROPOUT = {
+    "none": lambda w: w,
+    "p=0": lambda w: F.dropout(w, 0.0),
+    "not training": lambda w: F.dropout(w, 0.3, training=False),
+}
+
+
+@st.composite
+def written(draw):
+    """(names of the spellings, attend)"""
+    pick = lambda table, label: draw(st.sampled_from(sorted(table)), label=label)
+    grouped = draw(st.booleans(), label="grouped")
+    product, weigh = (pick(GROUPED if grouped else PRODUCTS, label) for label in ("scores", "output"))
+    names = [
+        product,
+        weigh,
+        pick(SCALES, "scale"),
+        pick(MASKS, "mask"),
+        pick(SOFTMAX, "softmax"),
+        pick(DROPOUT, "drop"),
+    ]
+    allowed = LIMITED.get(names[3], SHAPES)
+    shape = draw(st.sampled_from(sorted(allowed)), label="shape of the mask")
+    group = (lambda x: x) if grouped else GROUPS[pick(GROUPS, "heads")]
+    table = GROUPED if grouped else PRODUCTS
+    before, after = SCALES[names[2]]
+    return names, lambda q, k, v, counts: table[weigh][1](
+        DROPOUT[names[5]](
+            SOFTMAX[names[4]](
+                MASKS[names[3]](after(table[product][0](before(q), group(k))), SHAPES[shape](counts))
+            )
+        ),
+        group(v),
+    )  # fmt: skip
+
+
+phases = (Phase.explicit, Phase.reuse, Phase.generate)  # an example is traced: shrinking a failing one takes minutes
+
+
+@settings(max_examples=20, deadline=None, phases=phases, suppress_health_check=[HealthCheck.too_slow])
+@given(written(), st.sampled_from([1, 3]), st.booleans())
+def test_any_mixture_of_spellings_becomes_one_call(drawn, tokens, dynamic):
+    names, attend = drawn
+    seen = rewritten(over_a_cache(attend), *step_inputs(tokens), dynamic=dynamic)
+    event(names[3])
+    assert_one_call(seen)
+
+
+def assert_one_call(seen: Rewritten) -> None:
+    assert len(seen.matched) == 1 and not seen.missed, seen.missed
+    assert seen.ops.count("scaled_dot_product_attention") == 1
+    assert not {"softmax", "bmm", "baddbmm", "einsum", "matmul", "dropout"} & set(seen.ops)
+
+
+SCALE = DIM**-0.5
+scores = lambda q, k: q @ EXPANDED(k).mT * SCALE
+usual = lambda q, k, v, counts: scores(q, k).masked_fill(~counts, -torch.inf).softmax(-1) @ EXPANDED(v)
+
+
+def test_the_graph_before_and_after(golden):
+    def attend(q, k, v, counts):
+        s = torch.matmul(q, EXPANDED(k).transpose(2, 3)) * 0.25
+        weights = F.softmax(s + additive(s, counts), dim=-1, dtype=torch.float32).to(q.dtype)
+        return torch.matmul(F.dropout(weights, p=0.0, training=False), EXPANDED(v)).transpose(1, 2).contiguous()
+
+    seen = rewritten(over_a_cache(attend), *step_inputs(1))
+    assert_one_call(seen)
+    golden("written_attention", str(seen.state.graph))
+
+
+FINITE = ("masked_fill lowest", "masked_fill -1e9", "where reversed", "add", "sub", "iadd")
+ATOL = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 2e-2, torch.float16: 2e-3}
+NO_NUMBERS = [(torch.float16, mask) for mask in ("masked_fill -1e9", "sub")]  # -1e9 is none of float16
+ROWS = [(d, m) for d in (torch.float32, torch.bfloat16, torch.float16) for m in FINITE if (d, m) not in NO_NUMBERS]
+
+
+@pytest.mark.parametrize("dtype, mask", ROWS, ids=str)
+def test_a_row_that_sees_nothing_sees_all_alike(dtype, mask):
+    """As the model has it: each token has the same weight where a finite number takes the place of every score."""
+    *tensors, counts = step_inputs(3, dtype=dtype)
+    counts[1, :, 0] = False
+    attend = lambda q, k, v, counts: MASKS[mask](scores(q, k), counts).softmax(-1) @ EXPANDED(v)
+    assert_one_call(rewritten(over_a_cache(attend), *tensors, counts, atol=ATOL[dtype]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_other_dtypes(dtype):
+    def attend(q, k, v, counts):
+        s = scores(q.float(), k.float()) if dtype != torch.float64 else scores(q, k)
+        weights = s.masked_fill(~counts, torch.finfo(s.dtype).min).softmax(-1)
+        return weights.to(v.dtype) @ EXPANDED(v)
+
+    assert_one_call(rewritten(over_a_cache(attend), *step_inputs(3, dtype=dtype), atol=ATOL[dtype]))
+
+
+def test_outputs_in_another_order_than_their_softmaxes():
+    """Both hide the same scores, so they share what is made for that."""
+
+    def attend(q, k, v, counts):
+        hidden = ~counts
+        first, second = ((x @ EXPANDED(k).mT).masked_fill(hidden, -torch.inf).softmax(-1) for x in (q, -q))
+        late = second @ EXPANDED(v)
+        return late - first @ EXPANDED(v)
+
+    seen = rewritten(over_a_cache(attend), *step_inputs())
+    assert len(seen.matched) == 2 and "softmax" not in seen.ops
+
+
+def test_one_kv_head_is_broadcast():
+    attend = lambda q, k, v, counts: (q @ k.mT * SCALE).masked_fill(~counts, -torch.inf).softmax(-1) @ v
+    seen = rewritten(over_a_cache(attend), *step_inputs(heads=1))
+    assert_one_call(seen)
+
+
+def test_one_row_and_one_token():
+    for past in (4, 0):
+        *tensors, counts = (x[1:] for x in step_inputs(1, past))
+        assert_one_call(rewritten(over_a_cache(usual), *tensors, counts))
+
+
+def test_queries_that_are_folded_with_their_heads():
+    """[B, H * q, D] against the tokens of one head, as multi-query models have it."""
+
+    def attend(q, k, v, counts):
+        s = torch.bmm(q.flatten(1, 2), k[:, 0].mT).view(B, HEADS, q.shape[2], -1) * SCALE
+        weights = s.masked_fill(~counts, -1e9).softmax(-1).flatten(1, 2)
+        return torch.bmm(weights, v[:, 0]).view(q.shape)
+
+    assert_one_call(rewritten(over_a_cache(attend), *step_inputs(heads=1)))
+
+
+REFUSED = {
+    "its scores go through tanh (softcap)": lambda q, k, v, counts: torch.tanh(scores(q, k)).softmax(-1) @ EXPANDED(v),
+    "something stands beside the scores in its softmax (a sink)": lambda q, k, v, counts: torch.cat(
+        [scores(q, k), torch.zeros(B, HEADS, q.shape[2], 1)], -1
+    ).softmax(-1)[..., :-1]
+    @ EXPANDED(v),
+    "its attention weights are used by getitem before they meet the values": lambda q, k, v, counts: (
+        scores(q, k).softmax(-1)[..., :3] @ EXPANDED(v)[:, :, :3]
+    ),
+    "its attention weights are used by mul before they meet the values": lambda q, k, v, counts: (
+        scores(q, k).softmax(-1) * counts
+    )
+    @ EXPANDED(v),
+    "its scores are multiplied by a tensor of [2, 1, 3, 7], which is no scale": lambda q, k, v, counts: (
+        (scores(q, k) * counts).softmax(-1) @ EXPANDED(v)
+    ),
+    "masked scores are set to -100.0": lambda q, k, v, counts: scores(q, k).masked_fill(~counts, -100.0).softmax(-1)
+    @ EXPANDED(v),
+    "its scores are added to with a factor": lambda q, k, v, counts: torch.add(
+        scores(q, k), additive(q, counts), alpha=2
+    ).softmax(-1)
+    @ EXPANDED(v),
+    "attention dropout is on (p=0.1)": lambda q, k, v, counts: F.dropout(scores(q, k).softmax(-1), 0.1) @ EXPANDED(v),
+    "its values are not summed over the axis of softmax": lambda q, k, v, counts: (
+        scores(q, k).softmax(2) @ EXPANDED(v)
+    ),
+    "its scores are used by mean too": lambda q, k, v, counts: twice(scores(q, k), EXPANDED(v)),
+}  # fmt: skip
+twice = lambda s, v: s.softmax(-1) @ v + s.mean()
+
+
+@pytest.mark.parametrize("reason", REFUSED)
+def test_what_is_no_call_says_why(reason):
+    other_numbers = 10 if "dropout" in reason else 0  # each run drops others
+    seen = rewritten(over_a_cache(REFUSED[reason]), *step_inputs(), atol=other_numbers)
+    (miss,) = seen.missed
+    assert reason in miss.reason and miss.node and not seen.matched
+    assert "softmax" in seen.ops and "scaled_dot_product_attention" not in seen.ops
+
+
+def test_weights_that_are_returned_stay():
+    def step(past_k, past_v, q, k, v, counts):
+        k, v = torch.cat([past_k, k], 2), torch.cat([past_v, v], 2)
+        weights = scores(q, k).softmax(-1)
+        return weights @ EXPANDED(v), weights, k, v
+
+    (miss,) = rewritten(step, *step_inputs()).missed
+    assert miss.reason == "its attention weights are returned too, so they are computed"
+
+
+def test_attention_without_a_cache_stays_in_silence():
+    def tower(past_k, past_v, q, k, v, counts):
+        return scores(q, k).softmax(-1) @ EXPANDED(v), k * 2
+
+    seen = rewritten(tower, *step_inputs())
+    assert not seen.matched and not seen.missed and "softmax" in seen.ops
+
+
+def test_a_cache_that_cannot_be_packed_keeps_its_attention():
+    def sliding(past_k, past_v, q, k, v, counts):
+        k, v = torch.cat([past_k, k], 2), torch.cat([past_v, v], 2)
+        return usual(q, k, v, counts), k[:, :, -4:], v[:, :, -4:]
+
+    seen = rewritten(sliding, *step_inputs())
+    (miss,) = seen.missed
+    assert "sliding window" in miss.reason and "softmax" in seen.ops
+    assert "scaled_dot_product_attention" not in seen.ops and seen.error == 0
