@@ -228,20 +228,18 @@ class Cut:
             if region.kind not in compiled:
                 known = len(torch_internals.guards(self.env))
                 compiled[region.kind] = compile_one(region.graph(), region.examples())
-                self.check_guards(regions, known)
+                self.bind_others(regions, region, known)
         return self.chain(regions, compiled), Regions(self.layers, len(regions), len(compiled))
 
-    def check_guards(self, regions: list[Region], known: int) -> None:
-        """The inner compiler may add guards on sizes of the region that it sees: these must bind the others as well."""
+    def bind_others(self, regions: list[Region], seen: Region, known: int) -> None:
+        """Guards that the inner compiler added on sizes of the region that it saw become guards of others like it."""
         new = torch_internals.guards(self.env)[known:]
-        if not new:
-            return
-        self.facts.clear()
-        facts: dict[Any, frozenset] = {}
         for region in regions:
-            now = self.facts_of(region.symbols, known)
-            if now != facts.setdefault(region.kind, now):
-                raise NoMatch(f"the inner compiler needs {new[0]}, which is true of one layer and unknown of others")
+            names = dict(zip(seen.symbols, region.symbols, strict=True)) if region.kind == seen.kind else {}
+            for guard in new:
+                own = guard.xreplace(names)
+                if own != guard and not torch_internals.holds(self.env, own):
+                    raise NoMatch(f"the inner compiler needs {guard}, and {own} is not so")
 
     def chain(self, regions: list[Region], compiled: dict[Any, Callable]) -> Chain:
         """Values have slots: the graph's inputs, then the results of each region."""

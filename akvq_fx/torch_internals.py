@@ -249,6 +249,11 @@ def guards(env) -> list:
     return [guard.expr for guard in env.guards] if env is not None else []
 
 
+def holds(env, condition) -> bool:
+    """Whether a condition on size symbols is true of the sizes at hand. The ShapeEnv guards on that; 2.11 to 2.15."""
+    return bool(env.evaluate_expr(condition))
+
+
 # ---- CUDA ------------------------------------------------------------------------------------------------------------
 
 

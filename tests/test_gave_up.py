@@ -176,10 +176,10 @@ def test_explain_promises_nothing_that_dynamo_gave_up_on():
 def test_reasons_are_whole_and_have_their_line():
     model = llama()
     model.config._attn_implementation = "eager"
-    found = akvq_fx.explain(model, input_ids=token_ids(1, 12), akvq_options=SMALL)
+    found = akvq_fx.explain(model, input_ids=token_ids(1, 12), output_attentions=True, akvq_options=SMALL)
     assert len(found.refused) == 2
     for row in found.refused:
-        assert row.reason.endswith("where the model has it)") and row.node and "cat" in row.source
+        assert row.reason.endswith("so they are computed") and row.node and "attn_weights" in row.source
         assert f"node {row.node} at {row.source}" in str(found)
     assert row.reason in str(found)
 

@@ -104,7 +104,7 @@ def test_two_bits_really_quantize():
     assert 1e-4 < error < 1, "a step that shows no quantization error did not read codes"
     rows = akvq_fx.report(seen.model).packed
     assert [(r.status, r.bits) for r in rows] == [
-        (s, "recent 2: 16, pivots 1: 16, rest: 2") for s in ("prompt", "packed")
+        (s, "recent 2: 16, pivots 1: 16, rest: 4, 2, 0 by channel of keys, 2") for s in ("prompt", "packed")
     ]
 
 

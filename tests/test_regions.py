@@ -179,14 +179,30 @@ def test_few_layers_and_the_option(inner):
         AKVQConfig(share_layers="yes")
 
 
-def test_a_guard_on_one_layers_sizes_is_not_for_the_others(inner):
+def test_a_guard_on_one_layers_sizes_becomes_one_of_the_others(inner):
     """In a growing cache each layer's number of tokens is a symbol of its own."""
+    envs = []
+
+    def look(examples):
+        sizes = [x for x in examples if isinstance(x, torch.SymInt)]
+        envs.extend(x.node.shape_env for x in sizes if x < 4096)
+
+    inner.look = look
+    model = Decoder(layers=4)
+    torch.testing.assert_close(rolled(model, LOSSLESS), roll(model)[0])
+    assert [regions.kinds for regions in regions_of(model)] == [3, 3]
+    bound = {s for guard in torch_internals.guards(envs[-1]) if "4096" in str(guard) for s in guard.free_symbols}
+    assert len(bound) >= 4, "one of each layer"
+
+
+def test_a_guard_that_others_do_not_keep(inner, monkeypatch):
     inner.look = lambda examples: [x < 4096 for x in examples if isinstance(x, torch.SymInt) and x < 4096]
+    monkeypatch.setattr(torch_internals, "holds", lambda env, condition: False)
     model = Decoder(layers=4)
     torch.testing.assert_close(rolled(model, LOSSLESS), roll(model)[0])
     prompt, step = regions_of(model)
     assert prompt.kinds == 3, "its sizes are numbers"
-    assert step.kinds == 0 and "4096, which is true of one layer and unknown of others" in step.reason
+    assert step.kinds == 0 and step.reason.startswith("the inner compiler needs") and "is not so" in step.reason
     assert f"decode: compiled whole: {step.reason}" in str(akvq_fx.report(model))
 
 
