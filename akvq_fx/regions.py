@@ -26,6 +26,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from akvq_fx import torch_internals
 from akvq_fx.cuda_graph import picker
+from akvq_fx.passes.patterns.attention import is_attention
 from akvq_fx.passes.patterns.nodes import NoMatch, op, outputs, value
 from akvq_fx.passes.patterns.values import (
     SYMBOLIC,
@@ -59,7 +60,7 @@ def compile_in_regions(
 
     The report says how many regions there were, or why it was compiled whole.
     """
-    layers = sum(map(is_attention, gm.graph.nodes))
+    layers = sum(map(attends, gm.graph.nodes))
     try:
         if not inference:
             raise NoMatch("its results may need gradients")
@@ -71,8 +72,8 @@ def compile_in_regions(
     return compiled or compile_one(gm, examples), report
 
 
-def is_attention(node: Node) -> bool:
-    return node.target is torch.ops.akvq.attend.default or op(node) == "scaled_dot_product_attention"
+def attends(node: Node) -> bool:
+    return node.target is torch.ops.akvq.attend.default or is_attention(node)
 
 
 class Cut:
@@ -103,7 +104,7 @@ class Cut:
         self.last = {n: max((place[u] for u in n.users if u in place), default=i) for n, i in place.items()}
         self.deep: set[Node] = set()
         for node in self.nodes:
-            if is_attention(node) or self.deep.intersection(node.all_input_nodes):
+            if attends(node) or self.deep.intersection(node.all_input_nodes):
                 self.deep.add(node)
         self.hindrance: Node | None = None  # the first node that may not cross a cut
         self.facts: dict[tuple, frozenset] = {}
@@ -165,7 +166,7 @@ class Cut:
                 alive = {*alive, node}
         place = {n: i for i, n in enumerate(self.nodes)}
         found = []
-        calls = [i for i, n in enumerate(self.nodes) if is_attention(n)]
+        calls = [i for i, n in enumerate(self.nodes) if attends(n)]
         for first, second in itertools.pairwise(calls):
             between = [i for i in range(first + 1, second + 1) if allowed[i]]
             if between:
@@ -209,16 +210,16 @@ class Cut:
         region.kind = (region.signature(), self.facts_of(region.symbols))
         return region
 
-    def facts_of(self, found: tuple[sympy.Symbol, ...], since: int = 0) -> frozenset[str]:
-        """What PyTorch knows about these sizes, by guards from number `since` on and by ranges, the sizes renamed."""
+    def facts_of(self, found: tuple[sympy.Symbol, ...]) -> frozenset[str]:
+        """What PyTorch knows about these sizes before anything is compiled, by guards and by ranges, sizes renamed."""
         if self.env is None or not found:
             return frozenset()
-        if (found, since) not in self.facts:
+        if found not in self.facts:
             names = {s: renamed(s, i) for i, s in enumerate(found)}
-            guards = [g for g in torch_internals.guards(self.env)[since:] if g.free_symbols & names.keys()]
+            guards = [g for g in torch_internals.guards(self.env) if g.free_symbols & names.keys()]
             ranges = (f"{name} in {self.env.bound_sympy(s)}" for s, name in names.items())
-            self.facts[found, since] = frozenset([*(str(g.xreplace(names)) for g in guards), *ranges])
-        return self.facts[found, since]
+            self.facts[found] = frozenset([*(str(g.xreplace(names)) for g in guards), *ranges])
+        return self.facts[found]
 
     # ---- compiling ---------------------------------------------------------------------------------------------------
 
