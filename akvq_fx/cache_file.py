@@ -238,6 +238,8 @@ def check_contents(place: Place, layout: Layout, buffers: dict[str, Tensor], ent
         place.elements("buffer 'pivot_at'", buffers["pivot_at"], -1, capacity - 1, "-1 for a free slot, or a position")
     if layout.moved:
         check_blocks(place, state, buffers, entry)
+    if layout.blocks and layout.text_bits:
+        state.integer("a kernel's counter", int(buffers["state"][-1]), 0, 0, "0 between calls")
     if not layout.text_bits:
         state.integer("text slot minus position", offset, 0, 0, "0 without text overlay")
         return

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from akvq_fx import packed_ops, packed_writes, torch_internals  # noqa: F401 - writes are handlers too
 from akvq_fx.kernels import cache as ops
-from akvq_fx.kernels.layout import CLASS_NAMES, PADDING, STATE_END, Layout
+from akvq_fx.kernels.layout import CLASS_NAMES, PADDING, STATE_END, STATE_TEXT, Layout
 from akvq_fx.storage import GROWING, STATIC, TOKENS, Storage
 
 
@@ -134,7 +134,7 @@ class PackedKV(TensorBase):
         if self.layout_of != plain_layout:
             plain, old = self.dequantize().contiguous(), self.storage
             kept = [] if plain_layout.shares_classes else [old["classes"][:, : self.length].clone()]
-            buffers = [old["state"].clone(), plain, *kept]
+            buffers = [old["state"][: STATE_TEXT + 1].clone(), plain, *kept]
             self.storage = Storage(plain_layout, buffers, old.end, old.prompt, old.owner)
             self.storage.views.append(weakref.ref(self))
             self.codes, self.layout_text, self.traced = plain, str(plain_layout), ["codes"]

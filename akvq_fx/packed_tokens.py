@@ -176,7 +176,7 @@ class Tokens:
             b[name][:, : parts[name].shape[1]] = parts[name]
         if layout.window:
             b["ring"].index_copy_(2, torch.arange(n - len(self.held), n, device=device) % layout.window, parts["ring"])
-        b["state"].fill_(n)
+        b["state"][:STATE_TEXT] = n
         b["state"][STATE_RING] -= self.held.flip(0).int().cumprod(0).sum()
         b["state"][STATE_TEXT] = width - n if layout.text_bits else 0
         if "affine" in parts:

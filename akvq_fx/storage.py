@@ -154,7 +154,8 @@ class Storage:
         block_of, means = used_blocks(block_of, means)
         (rows, length), count = block_of.shape, means.shape[2]
         shift = torch.full((1,), count * BLOCK - length, dtype=torch.int32, device=self.device) - left
-        self["state"] = torch.cat([self["state"][:STATE_BLOCK], shift.to(torch.int32)])
+        counter = shift.new_zeros(int(self.layout.text_bits > 0))
+        self["state"] = torch.cat([self["state"][:STATE_BLOCK], shift.to(torch.int32), counter])
         to_come = self.blocks_at(length, self.capacity)
         self["block_of"] = torch.cat([block_of, to_come.expand(rows, -1)], 1)
         size = max(2, count + blocks_of(self.capacity - length))  # dynamo would take a size of 1 for a constant

@@ -24,7 +24,8 @@
 //   NORM              factor that makes H orthonormal: order**-0.5
 //   SYMMETRIC         1: levels around zero; a range is scales alone
 //   UNEVEN            1: kernels/uneven.py's layout of keys. NORM is of the first part, MIDDLE_NORM of the middle
-//   MEANS             1: codes are differences from the means of blocks; not with TEXT_BITS
+//   MEANS             1: codes are differences from the means of blocks
+//   MOVED             1: of these, tokens have left the positions of their block
 //   BLOCK, ENOUGH     tokens that share a mean; fewer known ones make none
 //   BITS, TEXT_BITS   2, 4 or 8; BITS 16: a lossless body; TEXT_BITS 0: no text overlay
 //   LOW_WIDTH         Layout.low_width
@@ -60,7 +61,8 @@ struct Params {
     i64 x_b, x_h, x_t, kinds_b, kinds_t;
     int batch, heads, tokens, share, capacity, text_capacity, window, pivot_count, chosen_count, fresh;
     void *means;
-    int blocks;  // means of a head
+    const int *block_of;  // of MOVED ones
+    int blocks;           // means of a head
 };
 
 __device__ __forceinline__ float read(const void *from, i64 i) {

@@ -1,8 +1,8 @@
 """append and pack on NVIDIA GPUs: compiles and launches kernels/append_cuda.cu; the meaning is kernels/cache.py's.
 
-One launch rotates, clips, quantizes, packs and writes all that a decode step changes. Means of blocks of more than one
-token are written before it (kernels/blocks.py). `refusal` says why a call is left
-to kernels/cache_triton.py, whose checks of a call and order of steps serve this kernel too.
+One launch rotates, clips, quantizes, packs and writes all that a decode step changes. Where means of blocks may begin
+among more than one token, other launches rotate these and write the means before. `refusal` says why a call is left to
+kernels/cache_triton.py, whose checks of a call and order of steps serve this kernel too.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from akvq_fx.kernels import cache_triton, nvrtc, uneven
-from akvq_fx.kernels.blocks import ENOUGH, begin_blocks
-from akvq_fx.kernels.cache import check_fits, keep_pivots, kinds_of, named
+from akvq_fx.kernels.blocks import ENOUGH
+from akvq_fx.kernels.cache import check_fits, keep_pivots, named
 from akvq_fx.kernels.layout import BLOCK, CODE_BITS, Layout
-from akvq_fx.kernels.rotate import order_of, rotate_as_stored
+from akvq_fx.kernels.rotate import order_of
 from akvq_fx.kernels.supports import ANY, NOT_SIMULATED, Supports
 
 DTYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
@@ -28,8 +28,7 @@ SUPPORTS = Supports(
     head_dim=range(8, 513, 8),  # 16 channels a lane
     groups=range(1, 5),  # each costs a reduction over the warp
     **dict.fromkeys(("group", "window", "pivots", "body_clip", "text_clip"), ANY),
-    **dict.fromkeys(("rotated", "affine", "shares_classes", "symmetric", "uneven", "blocks"), ANY),
-    moved=(False,),
+    **dict.fromkeys(("rotated", "affine", "shares_classes", "symmetric", "uneven", "blocks", "moved"), ANY),
 )
 WARPS = 4
 SHARE = 8  # tokens a warp (in pack: four lanes) takes where there are many, to read the affine map once
@@ -49,7 +48,7 @@ class Params(ctypes.Structure):
     _fields_ = [(name, ctypes.c_void_p) for name in POINTERS]
     _fields_ += [(name, ctypes.c_longlong) for name in ("x_b", "x_h", "x_t", "kinds_b", "kinds_t")]
     _fields_ += [(name, ctypes.c_int) for name in SIZES]
-    _fields_ += [("means", ctypes.c_void_p), ("blocks", ctypes.c_int)]
+    _fields_ += [("means", ctypes.c_void_p), ("block_of", ctypes.c_void_p), ("blocks", ctypes.c_int)]
 
 
 def refusal(x: Tensor, layout: Layout) -> str:
@@ -57,8 +56,6 @@ def refusal(x: Tensor, layout: Layout) -> str:
     reason = SUPPORTS.refusal(layout)
     if reason:
         return reason
-    if layout.blocks and layout.text_bits:
-        return "the layout has both means of blocks and a text overlay, accepted: one of them"
     if x.dtype != layout.dtype:
         return f"x is {x.dtype} and the cache {layout.dtype}, accepted: one dtype"
     if x.stride(-1) != 1:
@@ -105,8 +102,7 @@ def launch(
     B, H, q, _ = x.shape
     # One token's block is begun by the kernel. Where that turns out not to run, the next one writes the same means.
     if layout.blocks and q > 1:
-        x, rotate = rotate_as_stored(x, affine, layout.rotated) if rotate else x, False
-        begin_blocks(b, x, at, kinds_of(x, classes), layout)
+        x, rotate = cache_triton.begin_blocks(b, x, at, classes, affine, layout, rotate), False
     at, form = at.contiguous(), 0
     if rotate:
         form = 2 if affine is not None else int(layout.rotated)
@@ -127,6 +123,8 @@ def launch(
     params.window, params.pivot_count = layout.window, layout.pivots
     if layout.blocks:
         params.means, params.blocks = b["means"].data_ptr(), b["means"].shape[2]
+    if layout.moved:
+        params.block_of = b["block_of"].data_ptr()
     fast, keep = packs(x, layout), layout.pivots and pivots is not None
     parts = -(-q // (params.share * (PACK_ROWS if fast else 1)))
     if fast and keep:
@@ -175,6 +173,7 @@ def macros(layout: Layout, form: int, fast: bool, text_only: bool = False) -> tu
         ("SYMMETRIC", int(layout.symmetric)),
         ("UNEVEN", int(layout.uneven)),
         ("MEANS", int(layout.blocks)),
+        ("MOVED", int(layout.moved)),
         ("BLOCK", BLOCK),
         ("ENOUGH", ENOUGH),
         ("TEXT_BITS", 0 if fast else layout.text_bits),

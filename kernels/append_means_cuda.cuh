@@ -2,12 +2,22 @@
 
 #pragma once
 
-static_assert(!MEANS || !TEXT_BITS, "the state's third number counts warps");
+// The number of the state that counts warps where one token begins a block, 0 before and after: the one that layouts
+// with a text overlay have for this, else that of the overlay.
+constexpr int COUNTER = TEXT_BITS ? 3 + MOVED : 2;
 constexpr float LARGEST = DTYPE == 0 ? 65504.f : DTYPE == 1 ? 0x1.FEp127f : 0x1.FFFFFEp127f;  // of the tokens' dtype
+
+// 64 times the block of an appended token, less its position.
+__device__ __forceinline__ int shift_of(const Params &p) { return MOVED ? p.state[3] : 0; }
 
 // One token, written to `slot`, is the first of its block. Of more tokens the means stand there before.
 __device__ __forceinline__ bool begins_block(const Params &p, int slot) {
-    return p.tokens == 1 && slot % BLOCK == 0 && slot >= 0 && slot < p.capacity;
+    return p.tokens == 1 && (slot + shift_of(p)) % BLOCK == 0 && slot >= 0 && slot < p.capacity;
+}
+
+// The block of the token at `slot`, which it has from an earlier write or will have by this one.
+__device__ __forceinline__ int block_of(const Params &p, int batch, int slot) {
+    return MOVED ? p.block_of[(i64)batch * p.capacity + slot] : slot / BLOCK;
 }
 
 __device__ __forceinline__ float finite(float x) { return fabsf(x) < INFINITY ? x : 0.f; }
@@ -39,13 +49,14 @@ __device__ __forceinline__ void begin_block(const Params &p, i64 lead, int batch
             mean[i] += real >> j & 1 ? finite(x) : 0.f;
         }
     }
-    const i64 to = (lead * p.blocks + slot / BLOCK) * D;
+    const i64 to = (lead * p.blocks + (slot + shift_of(p)) / BLOCK) * D;
+    const i64 before = slot ? (lead * p.blocks + block_of(p, batch, slot - 1)) * D : 0;
 #pragma unroll
     for (int i = 0; i < N; i++) {
         const int channel = channel_of(i, lane);
         if (channel >= D) continue;
         mean[i] = rounded(fminf(fmaxf(mean[i] / count, -LARGEST), LARGEST));
-        if (count < ENOUGH) mean[i] = slot < BLOCK ? 0.f : read(p.means, to - D + channel);
+        if (count < ENOUGH) mean[i] = slot ? read(p.means, before + channel) : 0.f;
         write(p.means, to + channel, mean[i]);
     }
 }
@@ -57,25 +68,25 @@ __device__ __forceinline__ void mean_of_block(const Params &p, i64 lead, int bat
         begin_block(p, lead, batch, slot, kind, x, mean, lane);
         return;
     }
+    const i64 from = (lead * p.blocks + block_of(p, batch, slot)) * D;
 #pragma unroll
     for (int i = 0; i < N; i++) {
         const int channel = channel_of(i, lane);
-        mean[i] = channel < D ? read(p.means, (lead * p.blocks + slot / BLOCK) * D + channel) : 0.f;
+        mean[i] = channel < D ? read(p.means, from + channel) : 0.f;
     }
 }
 
-// Where one token begins a block, all warps read the state, so only the last of them may change it. They are counted in
-// its third number, which is 0 before and after.
+// Where one token begins a block, all warps read the state, so only the last of them may change it.
 __device__ __forceinline__ bool last_to_arrive(const Params &p, int lane) {
     __syncwarp();
     int before = 0;
     if (lane == 0) {
         __threadfence();
-        before = atomicAdd(p.state + 2, 1);
+        before = atomicAdd(p.state + COUNTER, 1);
         __threadfence();
     }
     before = __shfl_sync(ALL, before, 0);
     if (before + 1 < p.batch * p.heads) return false;
-    if (lane == 0) p.state[2] = 0;
+    if (lane == 0) p.state[COUNTER] = 0;
     return true;
 }

@@ -16,7 +16,8 @@
 // products of the same kind. Tiles of text are gathered by position into the arrangement of a tile of the body.
 //
 // Where blocks of keys have means of their own, a warp asks the means of 16 blocks at a time as it asks tokens at 16
-// bits, and adds their products to the scores of its tiles.
+// bits, and adds their products to the scores of its tiles: to a whole tile of the body that of its block, to each token
+// of a tile of text that of the token's.
 //
 // This file has the kernels and what they do with a tile of codes. Its headers:
 //   attend_cuda.cuh           shapes, arguments, which positions stand where, a warp's share of the work, masks
@@ -31,7 +32,7 @@
 //   HEAD_DIM                    multiple of 16
 //   BF16                        0: fp16
 //   KEY_GROUPS, VALUE_GROUPS    1, 2 or 4 scales a head
-//   KEY_SYMMETRIC, VALUE_SYMMETRIC, KEY_UNEVEN, KEY_BLOCKS
+//   KEY_SYMMETRIC, VALUE_SYMMETRIC, KEY_UNEVEN, KEY_BLOCKS, KEY_MOVED
 //                               as in kernels/layout.py
 //   BLOCK                       tokens that share a mean, where KEY_BLOCKS
 //   FIRST_NORM, MIDDLE_NORM     of uneven keys: NORM of the transforms of their parts
@@ -264,14 +265,16 @@ __device__ __forceinline__ void attend_body(const Params &p, const Thread &self,
         ahead.read(p, self, places, share, number + 1);
 
         const u64 live = live_tokens(places, flags, number, first, plain_end, is_text, codes, self.lane);
+        if (TEXT_BITS && !live) continue;  // a tile of the body that is all text
         Scores scores;
         read_keys(scores, q, is_text, codes, key_ranges, value_ranges, self.g, self.t);
-        if (KEY_BLOCKS) {
+        if (KEY_BLOCKS && (KEY_MOVED || is_text)) {
+            const int position = is_text ? read_int(codes + POSITIONS + self.lane * 4) : first + self.lane;
+            const int block = !(live >> self.lane & 1) ? -1 : KEY_MOVED ? means.block_of[position] : position / BLOCK;
+            means.add_each(scores.s, block, queries, q, self);
+        } else if (KEY_BLOCKS) {
             const int block = number * TILE / BLOCK;  // of the tokens that count, which lie from number * TILE on
-            if (block >= means.base + WIDE_MEANS) {
-                means.load(block, self.g, self.t);
-                means.ask(queries, q, self.g, self.t);
-            }
+            means.turn_to(block, queries, q, self.g, self.t);
             means.add_to(scores.s, block, self.t);
         }
         if (MASK == 2) add_mask(scores, p, self, places, first, is_text, codes);
@@ -297,7 +300,9 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) attend(const __
 #pragma unroll
     for (int i = 0; i < STAGES - 1; i++) feed.fetch_if_any(i, share.first_tile + i);
     Means means(p, self, places, share);
-    const bool asks_means = KEY_BLOCKS && share.first_tile < share.last_tile;
+    // Which blocks a tile of text is of is known when it is read, as where tokens moved.
+    const bool asks_means = KEY_BLOCKS && !KEY_MOVED && share.first_tile == share.body_first &&
+                            share.first_tile < share.last_tile;
     if (asks_means) means.load(share.first_tile * TILE / BLOCK, self.g, self.t);
 
     queries.read(p, self, raw);

@@ -57,6 +57,7 @@ struct Params {
     int rotate;                // queries are not rotated yet: the kernel attends with H(q * s)
     int restore;               // the kernel rotates the output back, by H
     const u16 *means;          // [B, H, blocks, D] of the key, where KEY_BLOCKS
+    const int *block_of;       // [B, C] of the key, where KEY_MOVED
     int blocks;
 };
 

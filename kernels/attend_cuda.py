@@ -1,8 +1,9 @@
 """attend for decode steps over a 2-bit cache on NVIDIA tensor cores: compiles and launches kernels/attend_cuda.cu.
 
 The meaning is kernels/attend.py's. This path takes few query tokens over bodies of 2 bits, symmetric, uneven or
-neither, with a text overlay of 4 or none (values may lack the one that keys have) or with means of blocks of keys,
-which is nearly every decode step; `refusal` says why it does not take a call, and kernels/attend_triton.py takes those.
+neither, with means of blocks of keys or without, with a text overlay of 4 or none (values may lack the one that keys
+have), which is nearly every decode step; `refusal` says why it does not take a call, and kernels/attend_triton.py takes
+those.
 Compiled at first use by NVRTC, which comes with PyTorch's CUDA builds (about a second per head dim and dtype, kept for
 the process).
 """
@@ -35,8 +36,7 @@ SUPPORTS = Supports(
     pivots=range(33),  # one lane holds one position
     **dict.fromkeys(("body_clip", "text_clip"), ANY),  # of who writes
     **dict.fromkeys(("rotated", "affine", "shares_classes"), ANY),
-    **dict.fromkeys(("symmetric", "uneven", "blocks"), ANY),
-    moved=(False,),
+    **dict.fromkeys(("symmetric", "uneven", "blocks", "moved"), ANY),
 )
 ALIKE = ("head_dim", "dtype", "window", "pivots")  # of keys and values
 ALIKE_WITH_TEXT = ("groups", "symmetric")  # where keys have a text overlay: a lane gathers both ranges at once
@@ -73,7 +73,7 @@ class _Params(ctypes.Structure):
         *((name, ctypes.c_int) for name in ("heads", "capacity", "window", "pivots", "fresh_count", "text_capacity")),
         *((name, ctypes.c_int) for name in ("rows", "queries")),
         *((name, ctypes.c_int) for name in ("length", "mask_kind", "splits", "rotate", "restore")),
-        ("means", ctypes.c_void_p),
+        *((name, ctypes.c_void_p) for name in ("means", "block_of")),
         ("blocks", ctypes.c_int),
     ]
 
@@ -117,8 +117,6 @@ def layouts_refusal(k: Layout, v: Layout) -> str:
         return "values are uneven, which only keys can be"
     if v.blocks:
         return "values have means of blocks, which only keys can have"
-    if k.blocks and k.text_bits:
-        return "keys have both means of blocks and a text overlay, accepted: one of them"
     return ""
 
 
@@ -154,6 +152,8 @@ def attend(call: AttendCall, splits: int | None = None) -> Tensor:
         params.text_capacity = k["text_codes"].shape[2]
     if layout.blocks:
         params.means, params.blocks = k["means"].data_ptr(), k["means"].shape[2]
+    if layout.moved:
+        params.block_of = k["block_of"].data_ptr()
     if fresh is not None:
         params.fresh_at, params.fresh_count = fresh[2].data_ptr(), fresh[2].shape[0]
     form = 0 if mask is None else _describe(mask, params)
@@ -191,7 +191,7 @@ def splits_for(blocks: int, tokens: int, multiprocessors: int) -> int:
 @functools.cache
 def _shape_of(layout: Layout) -> Layout:
     """The parts of a layout that a kernel is compiled for."""
-    form = {"symmetric": layout.symmetric, "blocks": layout.blocks}
+    form = {"symmetric": layout.symmetric, "blocks": layout.blocks, "moved": layout.moved}
     form |= dict.fromkeys(("uneven", "rotated", "affine"), layout.uneven)
     return Layout(layout.head_dim, layout.dtype, body_bits=2, text_bits=layout.text_bits, group=layout.group, **form)
 
@@ -251,7 +251,12 @@ def macros(keys: Layout, values: Layout, tiles: int, columns: int, form: int) ->
     given |= {"MT": DEPTH, "CC": columns, "SPLITS_MAX": SPLITS_MAX, "STAGES": STAGES, "WARPS": WARPS, "MASK": form}
     for name, layout in (("KEY", keys), ("VALUE", values)):
         given |= {f"{name}_GROUPS": layout.groups, f"{name}_SYMMETRIC": int(layout.symmetric)}
-    given |= {"KEY_UNEVEN": int(keys.uneven), "KEY_BLOCKS": int(keys.blocks), "BLOCK": BLOCK}
+    given |= {
+        "KEY_UNEVEN": int(keys.uneven),
+        "KEY_BLOCKS": int(keys.blocks),
+        "KEY_MOVED": int(keys.moved),
+        "BLOCK": BLOCK,
+    }
     given |= {"TEXT_BITS": keys.text_bits, "VALUE_TEXT_BITS": values.text_bits}
     orders = {"NORM": order_of(head_dim)}
     first, middle, _ = uneven.parts(head_dim)

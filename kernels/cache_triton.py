@@ -325,6 +325,14 @@ def write_kernel(
             write_state(state, at, tokens, WINDOW)
 
 
+def begin_blocks(b, x: Tensor, at: Tensor, classes, affine, layout: Layout, rotate: bool) -> Tensor:
+    """Write the means of blocks that begin among the tokens x; x in the stored space. rotate: x is not yet in it."""
+    if rotate:
+        x = rotate_as_stored(x, affine, layout.rotated)
+    blocks_triton.begin_blocks(b, x, at, classes, layout)
+    return x
+
+
 def launch(b: dict[str, Tensor], x: Tensor, at: Tensor, classes, pivots, affine, layout: Layout, rotate: bool) -> None:
     """Write x to buffers that fit it, then its pivots."""
     reason = refusal(x, layout)
@@ -332,9 +340,7 @@ def launch(b: dict[str, Tensor], x: Tensor, at: Tensor, classes, pivots, affine,
         raise ValueError(f"akvq::append: {reason}")
     at = at.contiguous()
     if layout.blocks:
-        if rotate:
-            x, rotate = rotate_as_stored(x, affine, layout.rotated), False
-        blocks_triton.begin_blocks(b, x, at, classes, layout)
+        x, rotate = begin_blocks(b, x, at, classes, affine, layout, rotate), False
     B, H, q, D = x.shape
     kind = KEYS if rotate and affine is not None else 0
     if kind:

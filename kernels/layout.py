@@ -5,7 +5,8 @@ Attention does not depend on the order of its tokens, so a cache is a dense low-
 have more than the body's bits. B batch, H KV heads, D head dim, C capacity in tokens.
 
 state       [3]               int32  end of what was written, first position the ring holds, text slot minus position;
-                                     of moved ones also 64 times the block of an appended token less its position
+                                     of moved ones also 64 times the block of an appended token less its position;
+                                     with means and a text overlay also a kernel's counter, at last, 0 between calls
 codes       [B, H, C, D*b/16] int16  body, of text tokens the upper body_bits of text_bits; or [B, H, C, D] in the
                                      cache's dtype when body_bits is 16
 classes     [B, C]            uint8  VISION, TEXT, PIVOT or PADDING; values have none where they share their keys'
@@ -198,7 +199,7 @@ class Layout:
         words = lambda bits: self.head_dim * bits // WORD_BITS
         body = (self.head_dim, self.dtype) if self.plain else (words(self.body_bits), torch.int16)
         table = {
-            "state": ((4 if self.moved else 3,), torch.int32),
+            "state": ((3 + self.moved + bool(self.blocks and self.text_bits),), torch.int32),
             "codes": ((batch, heads, capacity, body[0]), body[1]),
             "classes": ((batch, capacity), torch.uint8),
             "range": ((batch, heads, capacity, self.range_size), torch.float16),

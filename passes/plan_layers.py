@@ -91,7 +91,7 @@ def layout_of(config: AKVQConfig, half: str, head_dim: int, dtype: torch.dtype, 
         group=config.group,
         symmetric=symmetric,
         uneven=symmetric and half == "keys",
-        blocks=config.center_blocks and half == "keys" and not overlay,
+        blocks=config.center_blocks and half == "keys",
         body_clip=1.0 if symmetric else config.body_clip,
         text_clip=config.text_clip,
     )

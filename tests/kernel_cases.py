@@ -16,6 +16,8 @@ from akvq_fx.kernels import cache as ops
 from akvq_fx.kernels.blocks import ENOUGH
 from akvq_fx.kernels.layout import BLOCK, PADDING, TEXT, VISION, Layout, blocks_of, pack_bits, unpack_bits
 from akvq_fx.kernels.quantizer import dequantize, quantize
+from akvq_fx.packed_kv import PackedKV
+from akvq_fx.storage import Storage
 
 # Largest error allowed, as a share of the largest expected number (or of 1 where all are smaller).
 TOLERANCE = {
@@ -41,6 +43,7 @@ LAYOUTS = {
     "2bit-uneven": Layout(24, f32, 2, window=5, pivots=2, rotated=True, affine=True, symmetric=True, uneven=True),
     "2bit-blocks": Layout(16, f32, body_bits=2, window=5, pivots=2, blocks=True),
     "2bit-moved": Layout(16, f32, body_bits=2, window=5, pivots=2, blocks=True, moved=True),
+    "2bit-text4-blocks": Layout(16, f32, body_bits=2, text_bits=4, window=5, pivots=2, body_clip=0.8, blocks=True),
     "2bit-text4-bf16": Layout(16, bf16, body_bits=2, text_bits=4, window=3, body_clip=0.8),
     "4bit-text8-pivots": Layout(8, f32, body_bits=4, text_bits=8, pivots=2),
     "4bit-affine": Layout(24, f32, body_bits=4, window=3, rotated=True, affine=True),
@@ -184,6 +187,17 @@ def assert_written_in_blocks(
     with mock.patch.object(blocks, "begin_blocks", lambda b, *_: b["means"].copy_(means)):
         ops.write(due, x, at, classes, pivots, layout)
     assert_caches_alike(due, done, layout)
+
+
+def moved(cache, layout, T):
+    """The buffers after tokens moved: rows without some of their first tokens, each row without others."""
+    view = PackedKV.view_of(Storage(layout, [buffer.clone() for buffer in cache], T, T, None), T)
+    if layout.text_bits:
+        view.storage.compact_text(T)
+    rows = [torch.cat([view[row : row + 1, :, :4], view[row : row + 1, :, 4 + 9 * row : T - 5]], 2) for row in (0, 1)]
+    short = rows[0].shape[2] - rows[1].shape[2]
+    joined = torch.cat([rows[0], torch.nn.functional.pad(rows[1], (0, 0, short, 0))])
+    return joined.storage.buffers, joined.layout_of, joined.shape[2]
 
 
 def skip_without_a_compiler() -> None:

@@ -13,6 +13,7 @@ from akvq_fx.kernels import cache as reference
 from akvq_fx.kernels.layout import PADDING, STATE_END, Layout, blocks_of
 from akvq_fx.kernels.quantizer import STEPS
 from akvq_fx.kernels.rotate import rotate_as_stored
+from akvq_fx.storage import Storage
 from tests.kernel_cases import (
     assert_caches_alike,
     assert_caches_same,
@@ -20,6 +21,7 @@ from tests.kernel_cases import (
     assert_written_in_blocks,
     bf16,
     drifting,
+    moved,
     randn,
     random_affine,
 )
@@ -45,16 +47,6 @@ def test_the_structs_here_and_there_have_the_same_members():
         (torch.zeros(1, 1, 1, 520), Layout(520, torch.float32), "head_dim is 520, accepted: 8 to 512 in steps of 8"),
         (torch.zeros(1, 1, 1, 64), Layout(64, torch.float32, group=8), "groups is 8, accepted: 1 to 4"),
         (torch.zeros(1, 1, 16, 2).mT, Layout(16, torch.float32), "the channels of x are 2 numbers apart"),
-        (
-            torch.zeros(1, 1, 1, 16),
-            Layout(16, torch.float32, 2, text_bits=4, blocks=True),
-            "the layout has both means of blocks and a text overlay",
-        ),
-        (
-            torch.zeros(1, 1, 1, 16),
-            Layout(16, torch.float32, 2, blocks=True, moved=True),
-            "moved is True, accepted: False",
-        ),
     ],
     ids=str,
 )
@@ -285,6 +277,7 @@ BLOCKS = {
     "symmetric": symmetric(128, bf16, blocks=True),
     "uneven": uneven(64, torch.float16, blocks=True),
     "uneven 80": uneven(80, torch.float32, blocks=True),
+    "text": Layout(64, bf16, 2, text_bits=4, body_clip=0.8, blocks=True),
 }
 every_block = pytest.mark.parametrize("layout", BLOCKS.values(), ids=BLOCKS)
 
@@ -319,14 +312,15 @@ def test_blocks_are_begun_as_the_reference_begins_them(layout, window):
     B, H, T = 2, 5, 330
     x, kinds = turning(B, H, T, layout), torch.tensor([0, 1, 3, 1, 1], dtype=torch.uint8).repeat(B, T)[:, :T]
     kinds[1, :55] = PADDING
-    cache = layout.allocate(B, H, T)
+    cache = layout.allocate(B, H, T, T)
     reference.named(cache, layout)["means"].fill_(torch.nan)
     writes = [(0, 62), *((t, 1) for t in range(62, 67)), (60, 3), *((t, 1) for t in range(63, 66)), (66, 62)]
     writes += [(128, 1), (128, 1), (120, 8), (128, 1), (192, 1), (193, 127), (320, 1), (321, 1)]
     for start, count in writes:
         part = slice(start, start + count)
         cache = check_append(cache, x[:, :, part], torch.arange(T)[part], kinds[:, part], layout)
-    assert reference.named(cache, layout)["state"].tolist()[::2] == [322, 0]
+    end, _, *others = reference.named(cache, layout)["state"].tolist()
+    assert end == 322 and not any(others)
 
 
 @gpu
@@ -337,7 +331,7 @@ def test_a_step_that_rotates_begins_a_block_of_rotated_tokens(layout):
         turning(2, 3, 129, layout, 1).nan_to_num(0, 0, 0),
         random_affine(2, 3, layout.head_dim, 1, layout.uneven),
     )
-    cache = layout.allocate(2, 3, 200)
+    cache = layout.allocate(2, 3, 200, 200)
     reference.named(cache, layout)["affine"].copy_(affine)
     stored, at = rotate_as_stored(x, affine, True), torch.arange(129)
     kept = [cache, cache]
@@ -359,6 +353,24 @@ def test_many_heads_begin_a_block_before_the_state_moves_on():
     cache = layout.allocate(12, 48, 130)
     for part in (slice(0, 128), slice(128, 129), slice(129, 130)):
         cache = check_append(cache, x[:, :, part], at[part], None, layout)
+
+
+@gpu
+@every_block
+def test_writes_behind_moved_tokens(layout):
+    """Tokens that go on in a block, ones that begin one, and some that begin several."""
+    layout = dataclasses.replace(layout, window=20)
+    x, affine = drifting(400, 2, 2, layout.head_dim).to(layout.dtype), None
+    if layout.affine:
+        affine = random_affine(2, 2, layout.head_dim, 1, layout.uneven)
+    cache = reference.pack(x[:, :, :160], torch.arange(160), None, None, affine, 200, layout)
+    cache, layout, start = moved(cache, layout, 160)
+    storage = Storage(layout, cache, start, start, None)
+    storage.grow(400)
+    cache, begins = storage.buffers, (storage["block_of"][0, start:] != storage["block_of"][0, start]).nonzero()[0, 0]
+    for size in (1, int(begins) - 1, 1, 1, 90, 40, *[1] * 30):
+        cache = check_append(cache, x[:, :, start : start + size], torch.arange(size) + start, None, layout)
+        start += size
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")

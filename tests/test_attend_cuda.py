@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from akvq_fx.kernels import attend_cuda
 from akvq_fx.kernels.attend import AttendCall
 from akvq_fx.kernels.cache import named, read
-from akvq_fx.kernels.layout import PIVOT, TEXT, Layout, blocks_of
+from akvq_fx.kernels.layout import BLOCK, PIVOT, STATE_BLOCK, TEXT, Layout, blocks_of
 from akvq_fx.kernels.rotate import matrix, rotate, rotate_queries
 from tests.kernel_cases import case_of, few, randn, random_affine
 
@@ -108,14 +108,6 @@ def refusal(q=None, layout=None, values=None, mask=None, is_causal=False, capaci
             {"layout": Layout(64, bf16, 2), "values": Layout(64, bf16, 2, blocks=True)},
             "values have means of blocks, which only keys can have",
         ),
-        (
-            {"layout": Layout(64, bf16, 2, text_bits=4, blocks=True), "values": Layout(64, bf16, 2)},
-            "keys have both means of blocks and a text overlay",
-        ),
-        (
-            {"layout": Layout(64, bf16, 2, blocks=True, moved=True), "values": Layout(64, bf16, 2)},
-            "keys: moved is True, accepted: False",
-        ),
         ({"is_causal": True}, "is_causal"),
         ({"q": torch.zeros(1, 4, 40, 64, dtype=bf16)}, "80 query rows per KV head, accepted: up to 64"),
         ({"mask": torch.zeros(1, 1, 1, 5, dtype=torch.float64)}, "the mask is torch.float64"),
@@ -128,16 +120,19 @@ def test_refuses_with_a_reason(given, reason):
 
 
 def cache_pair(
-    key_layout: Layout, B: int, H: int, T: int, capacity: int, value_layout: Layout | None = None
+    key_layout: Layout, B: int, H: int, T: int, capacity: int, value_layout: Layout | None = None, text: float = 0.5
 ) -> tuple[list, list]:
-    """Key and value buffers of T tokens with the same token classes; what was never written is NaN or garbage."""
+    """Key and value buffers of T tokens with the same token classes; what was never written is NaN or garbage.
+
+    text: how many of the tokens are text, where layouts tell it apart.
+    """
     pair = []
     for seed, layout in enumerate((key_layout, value_layout or key_layout)):
         case = case_of(layout, B, H, T, capacity, seed)
         generator = torch.Generator().manual_seed(B * T)
         case.classes[:] = TEXT
         if key_layout.text_bits:
-            case.classes[:] = torch.randint(0, 2, (B, T), generator=generator)
+            case.classes[:] = torch.rand(B, T, generator=generator) < text
         if layout.blocks:  # a mean that turns once in 500 tokens
             angle = torch.arange(T) * 2 * torch.pi / 500
             case.x[..., :2] += 4 * torch.stack([angle.cos(), angle.sin()], -1).to(layout.dtype)
@@ -228,6 +223,30 @@ def test_adds_what_means_of_blocks_score(dtype, head_dim, group, shape, levels):
 
 
 @gpu
+@pytest.mark.parametrize("value_text", (0, 4), ids=("keys", "keys and values"))
+@pytest.mark.parametrize("dtype, head_dim, group", [(f16, 64, 32), (bf16, 80, 128), (bf16, 128, 128)], ids=str)
+@pytest.mark.parametrize("shape", [*SHAPES.values(), LONG], ids=[*SHAPES, "long"])
+def test_text_of_any_blocks_gains_what_their_means_score(dtype, head_dim, group, shape, value_text):
+    check_equals_the_reference(dtype, head_dim, group, shape, 4, value_text, BLOCKS["blocks"])
+
+
+@gpu
+@pytest.mark.parametrize("text", (0.0, 0.02, 1.0))  # 0.02: a tile of text is of more than 16 blocks
+def test_little_text_and_nothing_but_text_of_blocks(text):
+    check_equals_the_reference(bf16, 64, 128, LONG, 4, 0, BLOCKS["blocks"], text)
+
+
+@gpu
+@pytest.mark.parametrize("levels", BLOCKS.values(), ids=BLOCKS)
+@pytest.mark.parametrize("text_bits", (0, 4), ids=("all alike", "text overlay"))
+@pytest.mark.parametrize("shape", [*SHAPES.values(), LONG], ids=[*SHAPES, "long"])
+def test_a_token_that_moved_gains_what_the_mean_of_its_block_scores(shape, text_bits, levels):
+    if text_bits and "symmetric" in levels[0]:
+        pytest.skip("levels of text have minima")
+    check_equals_the_reference(bf16, 64, 128, shape, text_bits, 0, levels, move=True)
+
+
+@gpu
 @pytest.mark.parametrize("levels", (BLOCKS["blocks"], BLOCKS["uneven blocks"]), ids=("even", "uneven"))
 def test_a_mean_is_read_by_the_tokens_of_its_block(levels):
     """Broken means, behind the tokens or of blocks whose tokens are hidden, do not matter; another one does."""
@@ -253,12 +272,29 @@ def layouts_of(levels, head_dim, dtype, body_clip=0.8, **rest) -> tuple[Layout, 
     return key, value
 
 
-def check_equals_the_reference(dtype, head_dim, group, shape, text_bits=0, value_text=0, levels=({}, {})):
+def moved(cache, layout):
+    """The buffers and the layout with every row's blocks in an order of its own: every token reads as it did."""
+    b, block_of, means = named(cache, layout), [], []
+    for row in b["means"].cpu():
+        place = torch.randperm(row.shape[1])
+        block_of.append(place[torch.arange(b["codes"].shape[2]) // BLOCK].int())
+        means.append(row[:, place.argsort()])
+    b["means"], b["block_of"] = torch.stack(means).cuda(), torch.stack(block_of).cuda()
+    b["state"] = torch.cat([b["state"][:STATE_BLOCK], b["state"].new_zeros(1 + bool(layout.text_bits))])
+    layout = dataclasses.replace(layout, moved=True)
+    return [b[name] for name in layout.fields], layout
+
+
+def check_equals_the_reference(
+    dtype, head_dim, group, shape, text_bits=0, value_text=0, levels=({}, {}), text=0.5, move=False
+):
     B, H, share, queries, T, capacity, window, pivots = shape
     overlays = {"window": window, "pivots": pivots, "text_bits": text_bits}
     layout, value_layout = layouts_of(levels, head_dim, dtype, group=group, **overlays)
     value_layout = dataclasses.replace(value_layout, text_bits=value_text, shares_classes=True)
-    key, value = cache_pair(layout, B, H, T, capacity, value_layout)
+    key, value = cache_pair(layout, B, H, T, capacity, value_layout, text)
+    if move:
+        key, layout = moved(key, layout)
     if layout.affine:  # as read() takes them
         plain, key_layout = key, layout
     else:  # a field more, which attention does not read

@@ -18,7 +18,7 @@ from akvq_fx.kernels.attend import AttendCall
 from akvq_fx.kernels.cache import named, read
 from akvq_fx.kernels.layout import BLOCK, PADDING, TEXT, VISION, Layout, blocks_of
 from akvq_fx.kernels.rotate import rotate_as_stored
-from akvq_fx.packed_kv import PackedKV, Storage
+from akvq_fx.storage import Storage
 from tests.kernel_cases import (
     assert_close,
     assert_same,
@@ -28,6 +28,7 @@ from tests.kernel_cases import (
     f16,
     f32,
     layouts,
+    moved,
     poison,
     randn,
     random_affine,
@@ -244,17 +245,6 @@ def test_attention_after_a_crop_and_with_fresh_tokens(layout):
     for length in (140, None):
         out = attended(q[:, :, :1], key, value, *pair, length)
         assert_close("written", oracle(q[:, :, :1], *tokens), out)
-
-
-def moved(cache, layout, T):
-    """The buffers after tokens moved: rows without some of their first tokens, each row without others."""
-    view = PackedKV.view_of(Storage(layout, [buffer.clone() for buffer in cache], T, T, None), T)
-    if layout.text_bits:
-        view.storage.compact_text(T)
-    rows = [torch.cat([view[row : row + 1, :, :4], view[row : row + 1, :, 4 + 9 * row : T - 5]], 2) for row in (0, 1)]
-    short = rows[0].shape[2] - rows[1].shape[2]
-    joined = torch.cat([rows[0], torch.nn.functional.pad(rows[1], (0, 0, short, 0))])
-    return joined.storage.buffers, joined.layout_of, joined.shape[2]
 
 
 MOVED = {name: LAYOUTS[name] for name in ("2bit", "text", "uneven")}

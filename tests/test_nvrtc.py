@@ -26,7 +26,7 @@ symmetric = functools.partial(Layout, body_bits=2, rotated=True, symmetric=True)
 uneven = functools.partial(symmetric, affine=True, uneven=True)
 SYMMETRIC = {"symmetric": True}
 UNEVEN = dict.fromkeys(("symmetric", "uneven", "rotated", "affine"), True)
-BLOCKS = {"blocks": True}
+BLOCKS, MOVED, TEXT = {"blocks": True}, {"moved": True}, {"text_bits": 4}
 
 
 def libraries(roots) -> list[str]:
@@ -128,6 +128,9 @@ def test_attend_compiles(head_dim, dtype, group, text, tiles, columns, mask, arc
         (128, bf16, (1, 1), UNEVEN | BLOCKS, SYMMETRIC, 2, 2, 1),
         (80, f16, (1, 1), SYMMETRIC | BLOCKS, SYMMETRIC, 1, 2, 1),
         (256, bf16, (2, 2), BLOCKS, {}, 1, 1, 2),
+        (128, bf16, (1, 1), TEXT | BLOCKS, {}, 1, 1, 0),
+        (64, f16, (1, 1), TEXT | BLOCKS | MOVED, TEXT, 2, 2, 2),
+        (64, bf16, (1, 1), UNEVEN | BLOCKS | MOVED, SYMMETRIC, 1, 1, 1),
     ],
     ids=str,
 )
@@ -164,6 +167,8 @@ def test_attend_compiles_for_other_levels(head_dim, dtype, groups, keys, values,
         (uneven(128, f16, blocks=True), 0, False, False, NEWER),
         (Layout(80, f32, body_bits=4, window=64, blocks=True), 1, False, False, OLDEST),
         (symmetric(64, f16, window=64, blocks=True), 1, False, False, OLDEST),
+        (Layout(128, bf16, body_bits=2, text_bits=4, window=64, blocks=True), 2, False, False, OLDEST),
+        (Layout(64, f32, body_bits=2, text_bits=4, window=64, blocks=True, moved=True), 0, False, False, OLDEST),
     ],
     ids=str,
 )

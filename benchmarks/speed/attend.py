@@ -2,14 +2,15 @@
 
     python benchmarks/speed/attend.py [--shapes 1/32/32/32768 16/32/32/4096/64/padded] [--markdown FILE] [--kernels]
     python benchmarks/speed/attend.py --recipe akvq akvq-even    # a row for each, instead of the default one's
+    python benchmarks/speed/attend.py --images 4 --shapes 8/32/32/4096    # a prompt with images, the rest text
     python benchmarks/speed/attend.py --device cpu            # T=8192, float32 and bfloat16, one thread and all
 
 A shape is B/Hq/Hkv/T[/D][/padded]. The bf16 peer is the fastest of cuDNN, flash and memory-efficient attention, each
 asked in every form that it accepts: enable_gqa, a group's query heads as query tokens (what transformers does),
-repeated keys. The packed cache has the layout of a PSA layer in a prompt without images. Both are CUDA graph replays
-that cycle through caches larger than the L2. "akvq" takes queries and leaves its output in the space in which the cache
-is stored; "with rotations" is the call of a decode step, which takes queries as the model makes them and also rotates
-its output back, as the default value_rotation="online" has it.
+repeated keys. The packed cache has the layout of a PSA layer, of a prompt without images where none are asked for. Both
+are CUDA graph replays that cycle through caches larger than the L2. "akvq" takes queries and leaves its output in the
+space in which the cache is stored; "with rotations" is the call of a decode step, which takes queries as the model
+makes them and also rotates its output back, as the default value_rotation="online" has it.
 
 Two limits stand behind every row. Bytes: what must be read at least (both halves; the ring instead of the body where it
 holds a token; q and out), over the bandwidth of a large copy in the same run. Operations: lane operations to unpack one
@@ -47,9 +48,10 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from akvq_fx import AKVQConfig
 from akvq_fx.kernels.attend import AttendCall, reference
-from akvq_fx.kernels.layout import BLOCK, PADDING, TEXT, Layout
+from akvq_fx.kernels.layout import BLOCK, PADDING, TEXT, VISION, Layout
 from akvq_fx.passes.plan_layers import layout_of
 from akvq_fx.recipes import RECIPES
+from akvq_fx.storage import Storage
 
 # Counted by ncu in the loop of attend_cuda.cu (D = 128, one query row a head): 397 instructions of a warp for 32 tokens
 # of 256 numbers. Unpacking alone is 0.66 of it; products run on tensor cores.
@@ -93,6 +95,7 @@ TARGETS = [
     for s in ((1, 32, 32, 32768), (16, 32, 32, 4096), (130, 32, 32, 640), (1, 28, 4, 32768), (64, 32, 8, 4096))
 ]
 OTHERS = [Shape(16, 32, 32, 4096, 64), Shape(16, 32, 32, 4096, padded=True)]
+IMAGE, BEFORE = 576, 32  # tokens of an image (LLaVA-1.5), and of text before each one; what is left is text
 SMALL = [Shape(2, 4, 4, 384), Shape(1, 8, 2, 384), Shape(2, 4, 4, 384, 64), Shape(2, 4, 4, 384, padded=True)]
 CPU_SHAPES = [Shape(1, 32, 32, 8192), Shape(1, 32, 8, 8192)]
 
@@ -103,10 +106,16 @@ def rotating_recipes() -> list[str]:
     return [name for name, config in chosen.items() if config.body_bits == 2 and config.rotate]
 
 
-def layouts(recipe: str, head_dim: int, dtype: torch.dtype) -> tuple[Layout, Layout]:
-    """Of keys and values in a PSA layer without vision tokens; the values that are packed count as rotated already."""
+def layouts(recipe: str, head_dim: int, dtype: torch.dtype, images: bool) -> tuple[Layout, Layout]:
+    """Of keys and values in a PSA layer; the values that are packed count as rotated already."""
     chosen = AKVQConfig(recipe=recipe)
-    return tuple(layout_of(chosen, half, head_dim, dtype, tsa=False, has_vision=False) for half in ("keys", "values"))
+    return tuple(layout_of(chosen, half, head_dim, dtype, tsa=False, has_vision=images) for half in ("keys", "values"))
+
+
+def is_vision(tokens: int, images: int, device: torch.device) -> Tensor:
+    """[T] bool"""
+    at = torch.arange(tokens, device=device)
+    return (at % (BEFORE + IMAGE) >= BEFORE) & (at < images * (BEFORE + IMAGE))
 
 
 @dataclasses.dataclass
@@ -122,9 +131,12 @@ class Problem:
     key: list[Tensor]
     value: list[Tensor]
     layouts: tuple[Layout, Layout]
+    vision: float = 0.0  # share of vision tokens
 
 
-def problem_of(shape: Shape, recipe: str, device: torch.device, dtype: torch.dtype, seed: int) -> Problem:
+def problem_of(
+    shape: Shape, recipe: str, device: torch.device, dtype: torch.dtype, seed: int, images: int = 0
+) -> Problem:
     """Random tokens; every 37th channel of the keys has a bias and eight times the spread, as of biased projections."""
     draw = torch.Generator(device).manual_seed(seed)
     randn = lambda *size: torch.randn(*size, generator=draw, device=device, dtype=dtype)
@@ -134,21 +146,31 @@ def problem_of(shape: Shape, recipe: str, device: torch.device, dtype: torch.dty
     start = torch.arange(B, device=device) * T // (2 * B) if shape.padded else torch.zeros(B, device=device, dtype=int)
     at = torch.arange(T, device=device)
     valid = at >= start[:, None]  # [B, T]
-    classes = torch.where(valid, TEXT, PADDING).to(torch.uint8)
+    vision = is_vision(T, images, device)
+    classes = torch.where(valid, torch.where(vision, VISION, TEXT), PADDING).to(torch.uint8)
     count = min(15, T // 2)
     pivots = (T - 1 - torch.arange(count, device=device) * (T // 2 // count)).expand(B, -1).clone()
     pivots[:, 0] = start
     queries = randn(B, shape.query_heads, min(T, 64), D)
-    key_layout, value_layout = layouts(recipe, D, dtype)
+    key_layout, value_layout = layouts(recipe, D, dtype, images > 0)
     how = (True, True, None, key_layout.uneven, key_layout.blocks)
     affine = torch.ops.akvq.key_affine(k, queries, valid, *how) if key_layout.affine else None
     capacity = -(-T // STEP) * STEP
     args = (at, classes, pivots.to(torch.int32))
     key = torch.ops.akvq.pack(k, *args, affine, capacity, str(key_layout), True)
     value = torch.ops.akvq.pack(v, *args, None, capacity, str(value_layout), False)
+    if key_layout.text_bits:  # as it is after a prompt
+        key, value = (compacted(*half, T) for half in ((key_layout, key), (value_layout, value)))
     mask = valid[:, None, None] if shape.padded else None
     stored_q = torch.ops.akvq.rotate_queries(q, affine)
-    return Problem(shape, q, k, v, mask, stored_q, key, value, (key_layout, value_layout))
+    return Problem(shape, q, k, v, mask, stored_q, key, value, (key_layout, value_layout), vision.float().mean().item())
+
+
+def compacted(layout: Layout, cache: list[Tensor], tokens: int) -> list[Tensor]:
+    storage = Storage(layout, cache, tokens, tokens, None)
+    if layout.text_bits:
+        storage.compact_text(tokens)
+    return storage.buffers
 
 
 def attend_call(p: Problem, key: list[Tensor], value: list[Tensor], length: int | None, rotations: bool = False):
@@ -207,13 +229,17 @@ def best_sdpa(p: Problem, device: torch.device) -> tuple[Timing, str, str]:
     return taken[0][1], taken[0][2], ", ".join(f"{name} {timing}" for _, timing, name in taken[1:])
 
 
-def least_bytes(shape: Shape, key: Layout, value: Layout) -> tuple[int, int]:
-    """Bytes that attention over the 16-bit and over the packed cache must move at least."""
+def least_bytes(shape: Shape, key: Layout, value: Layout, vision: float = 0.0) -> tuple[int, int]:
+    """Bytes that attention over the 16-bit and over the packed cache must move at least.
+
+    vision: share of the tokens that are vision.
+    """
     B, H, T, D = shape.batch, shape.heads, shape.tokens, shape.head_dim
     ends = 2 * B * shape.query_heads * D * 2  # q and out
     exact = min(key.window, T) + key.pivots  # tokens read from a 16-bit overlay
     # codes, numbers of 2 bytes for scales and minima, and a token's part of the mean of its block
-    body = sum(D * x.body_bits / 8 + 2 * x.range_size + x.blocks * D * 2 / BLOCK for x in (key, value))
+    text = sum(D * x.low_width / 8 * (1 - vision) for x in (key, value))  # what text has below the body's bits
+    body = text + sum(D * x.body_bits / 8 + 2 * x.range_size + x.blocks * D * 2 / BLOCK for x in (key, value))
     packed = int(B * H * (max(T - exact, 0) * body + 2 * exact * D * 2)) + B * T  # and one class a token
     return 2 * B * H * T * D * 2 + ends, packed + ends
 
@@ -227,9 +253,9 @@ def cuda_row(
     args, table: Table, shape: Shape, recipe: str, device: torch.device, bandwidth: float, rate: float
 ) -> float | None:
     """One row; returns SDPA's time over ours where both ran and ours was right."""
-    p = problem_of(shape, recipe, device, torch.bfloat16, args.seed)
+    p = problem_of(shape, recipe, device, torch.bfloat16, args.seed, args.images)
     length = None if args.length == "device" else shape.tokens
-    plain_bytes, packed_bytes = least_bytes(shape, *p.layouts)
+    plain_bytes, packed_bytes = least_bytes(shape, *p.layouts, p.vision)
     sdpa, why_not = attempt(args.budget, best_sdpa, p, device)
     if sdpa is not None and sdpa[2]:
         print(f"  {shape}: slower: {sdpa[2]}", flush=True)
@@ -322,7 +348,7 @@ def on_cpu(args, device: torch.device) -> list[Table]:
 
 def cpu_row(args, shape: Shape, recipe: str, dtype: torch.dtype, device: torch.device, threads: int) -> list[str]:
     torch.set_num_threads(threads)
-    p = problem_of(shape, recipe, device, dtype, args.seed)
+    p = problem_of(shape, recipe, device, dtype, args.seed, args.images)
     forms = {"akvq": False, "rotations": True}
     named = {name: [attend_call(p, p.key, p.value, shape.tokens, form)] for name, form in forms.items()}
     for form, q, k, v, kwargs in sdpa_forms(p):
@@ -342,6 +368,7 @@ def main() -> None:
     standard_arguments(parser)
     parser.add_argument("--shapes", nargs="+", type=Shape.parse, metavar="B/Hq/Hkv/T[/D][/padded]")
     parser.add_argument("--recipe", nargs="+", default=[AKVQConfig().recipe], choices=rotating_recipes())
+    parser.add_argument("--images", type=int, default=0, help="in the prompt")
     parser.add_argument("--length", default="device", choices=("device", "host"), help="who knows the cache's length")
     parser.add_argument("--lane-ops", type=float, default=LANE_OPS, help="lane operations to unpack one cached number")
     parser.add_argument("--kernels", action="store_true", help="name the kernels of one call")
