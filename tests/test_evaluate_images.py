@@ -83,7 +83,7 @@ def split_inputs(inputs):
 
 
 def test_at_16_bits_rotary_frequencies_stay_float32(folder):
-    model = trusted(folder, dtype=torch.float16)._loaded[0]
+    model = trusted(folder, dtype=torch.float16).loaded[0]
     assert {weight.dtype for weight in model.parameters()} == {torch.float16}
     frequencies = [buffer for name, buffer in model.named_buffers() if "inv_freq" in name]
     assert frequencies and all(buffer.dtype == torch.float32 for buffer in frequencies)

@@ -100,11 +100,12 @@ class ImageTasks:
 
     @contextmanager
     def under(self, options: Mapping[str, Any] | None) -> Iterator[Callable[[str, int], dict]]:
-        with running(self._loaded[0], options) as run:
+        with running(self.loaded[0], options) as run:
             yield functools.partial(self._measure, run)
 
     @functools.cached_property
-    def _loaded(self) -> tuple[Any, Any, ModuleType, Tensor]:
+    def loaded(self) -> tuple[Any, Any, ModuleType, Tensor]:
+        """The model, its tokenizer, the folder's load.py and the sprites."""
         loader = module_at(self._folder / "load.py")
         model, tokenizer = loader.load(dtype=torch.float32)
         for weight in model.parameters():  # not buffers: rotary frequencies rounded to 16 bits would make another model
@@ -118,17 +119,21 @@ class ImageTasks:
         )
         return scene is None or any(task in draw.qa for draw in draws)
 
-    def _measure(self, run: Any, task: str, index: int) -> dict:
-        model, tokenizer, loader, sprites = self._loaded
+    def prompts(self, task: str, index: int) -> list[tuple[Mapping[str, Tensor], Tensor]]:
+        """Model inputs of images and a question, and the answer's ids [m], for each question of a sample."""
+        _, tokenizer, loader, sprites = self.loaded
         sample, *asked = self._maker.example(task, index, self._bank, split=self._split, n=self._images)
         pairs = list(dict.fromkeys([tuple(asked), *sample.qa[task]]))[: self._questions]
         spec, background = self._maker.specs([sample])
         pixels = self._maker.render(sprites, spec[0], background[0])
-        prompts = [
-            split(loader.inputs(tokenizer, pixels, question), model.config.image_token_id) for question, _ in pairs
+        return [
+            (loader.inputs(tokenizer, pixels, question), answer_ids(tokenizer, answer)) for question, answer in pairs
         ]
-        answers = [answer_ids(tokenizer, answer) for _, answer in pairs]
-        return ask(run, prompts[0][0], [(rest, answer) for (_, rest), answer in zip(prompts, answers, strict=True)])
+
+    def _measure(self, run: Any, task: str, index: int) -> dict:
+        image_id = self.loaded[0].config.image_token_id
+        asked = [(*split(inputs, image_id), answer) for inputs, answer in self.prompts(task, index)]
+        return ask(run, asked[0][0], [(rest, answer) for _, rest, answer in asked])
 
 
 def split(inputs: Mapping[str, Tensor], image_id: int) -> tuple[dict[str, Tensor], Tensor]:

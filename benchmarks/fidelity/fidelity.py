@@ -35,7 +35,7 @@ from typing import Any
 import fidelity_document
 import torch
 from fidelity_parts import ASKED, PARTS, Part, settings_of
-from suites import LanguageModel, TextTasks, VisionTasks
+from suites import LanguageModel, PagesTasks, SeeingModel, TextTasks, VisionTasks
 from texts import HOW, Text, file_text, handbook, python_help
 from weights import CACHE, SOURCES, Source, digest
 
@@ -126,7 +126,9 @@ def measure_model(
         if source.name not in part.models:
             continue
         entry = results.shown["parts"].setdefault(name, {}).setdefault(source.name, {"rows": [], "failed": {}})
-        if source.vision:
+        if part.pages:
+            suites = page_suites(args, part, source, path, vision(False), texts)
+        elif source.vision:
             suites = [(vision(part.every_task), f"{args.images} images a sample, {numerics(args)}")]
         else:
             suites = text_suites(args, part, model, texts if part.every_text else texts[:1])
@@ -197,6 +199,15 @@ def text_suites(args, part: Part, model: LanguageModel, texts: Sequence[Text]) -
         what = f"{count} of them copied from {part.copied:,} before its end" if part.copied else f"{count} read over it"
         at = f"prefix of {prefix:,} tokens, {what}{calls}, {numerics(args)}"
         yield TextTasks(model, texts, args.windows, prefix, count, max(prefixes), part.step, part.copied), at
+
+
+def page_suites(
+    args, part: Part, source: Source, path: Path, images: VisionTasks, texts: Sequence[Text]
+) -> Iterator[tuple[PagesTasks, str]]:
+    model = SeeingModel(source, path, images, getattr(torch, args.dtype), args.device)
+    count = args.count or part.count
+    at = f"{args.images} images and a question, {count:,} read after it in calls of {part.step}, {numerics(args)}"
+    yield PagesTasks(model, texts, args.windows, images.tasks[0], count, part.step), at
 
 
 def vision_tasks(args, source: Source, path: Path, every: bool) -> VisionTasks:

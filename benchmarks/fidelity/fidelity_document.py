@@ -127,11 +127,11 @@ def table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 def section(part: str, model: str, entry: Mapping[str, Any]) -> list[str]:
     """Tables of one model in one part. Settings that the part no longer has are left out."""
-    vision = SOURCES[model].vision
+    vision, pages = SOURCES[model].vision, PARTS[part].pages
     order = list(settings_of(part, vision))
     rows = [row for row in entry["rows"] if row["setting"] in order]
     rows.sort(key=lambda row: order.index(row["setting"]))
-    blocks = [f"### {SOURCES[model].title}", *(image_tables(rows) if vision else text_tables(rows))]
+    blocks = [f"### {SOURCES[model].title}", *(image_tables(rows) if vision and not pages else text_tables(rows))]
     failed = [f"- {name}: {reason}" for name, reason in entry["failed"].items()]
     return blocks + (["Not measured:\n\n" + "\n".join(failed)] if failed else [])
 

@@ -16,11 +16,10 @@ WORDS = {
     "balance_keys": "balancing",
     "psa_text_key_bits": "keys of text at 4 bits in every layer",
 }
-WORDS |= {"window": "half the window"}
+WORDS |= {"window": "half the window", "center_blocks": "means of blocks"}
 NEEDS_VISION = "psa_text_key_bits"
 # what layers do not do that keep text among images at more bits
 WITHOUT_VISION = {
-    "center_blocks": "means of blocks",
     "uneven_keys": "unequal bits of channels",
     "symmetric_values": "values without minima",
 }
@@ -35,6 +34,7 @@ class Part:
     """models: names of weights.SOURCES; prefixes, count: of text windows, read `step` tokens a call, or all in one.
 
     copied: what is read is not what follows in the text but what stood so many tokens before the end of the prefix.
+    pages: after the images and a question of a sample, by a model that sees.
     every_text, every_task: all of them, else few.
     """
 
@@ -45,6 +45,7 @@ class Part:
     count: int = 192
     step: int | None = None
     copied: int | None = None
+    pages: bool = False
     every_text: bool = False
     every_task: bool = False
 
@@ -102,6 +103,9 @@ def settings_of(part: str, vision: bool) -> Settings:
         return {"none": None, **recipes()}
     if part == "ablation":
         return {"none": None, **ablation(True)} if vision else ablation(False)
+    if part == "pages":
+        one_centre = {f"{DEFAULT}, center_blocks=False": {"recipe": DEFAULT, "center_blocks": False}}
+        return {name: {"recipe": name} for name in (DEFAULT, PAPER, "kivi", "rtn4")} | one_centre
     if part in ("context", "copying", "short"):
         one_centre = {f"{DEFAULT}, center_blocks=False": {"recipe": DEFAULT, "center_blocks": False}}
         one_centre |= {f"{EVEN}, center_blocks=True": {"recipe": EVEN, "center_blocks": True}}
@@ -162,6 +166,17 @@ PARTS = {
         prefixes=(64,),
         count=2048,
         step=64,
+        every_text=True,
+    ),
+    "pages": Part(
+        "Pages of text after images",
+        "The statistics that a cache is packed by come from a prompt of images and a question; 2,048 tokens of text "
+        "are read after it, 64 at a time. Fine-tuned on answers of a few words, the model reads prose worse than "
+        "SmolLM2 does.",
+        ("vlm",),
+        count=2048,
+        step=64,
+        pages=True,
         every_text=True,
     ),
     "pivots": Part(

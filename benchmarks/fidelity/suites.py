@@ -120,16 +120,21 @@ class TextTasks:
             return prefix[None], prefix[-self._copied :][: self._count]
         return prefix[None], piece[-self._count :]
 
+    def prompt(self, task: str, index: int) -> tuple[Mapping[str, Tensor], Tensor]:
+        """(model inputs of what is packed in one call, ids [count] after it)."""
+        prefix, following = self.window(task, index)
+        return {"input_ids": prefix}, following
+
     @torch.no_grad()
     def _measure(self, run: Any, task: str, index: int) -> dict[str, Any]:
-        prefix, following = self.window(task, index)
+        inputs, following = self.prompt(task, index)
         key = (self._texts[task].digest, self._prefix, self._count, self._reach, self._copied, index)
         if key not in self._of.own:
-            own, _ = logits_of(original(run), prefix, following, self._step)
+            own, _ = logits_of(original(run), inputs, following, self._step)
             self._of.keep(key, own)
         else:
             own = self._of.own[key]
-        packed, cache = logits_of(run, prefix, following, self._step)
+        packed, cache = logits_of(run, inputs, following, self._step)
         own, packed = (x.double().log_softmax(-1) for x in (own, packed))
         values = compare(own, packed, following[1:].to(own.device))
         row = {name: value.mean().item() for name, value in values.items()}
@@ -137,9 +142,9 @@ class TextTasks:
         return {**row, "overlap": 1 - row["tv"], **counted(cache)}
 
 
-def logits_of(run: Any, prefix: Tensor, following: Tensor, step: int | None) -> tuple[Tensor, Any]:
-    """Logits [n - 1, V] of the tokens after the first one past the prefix, and the cache."""
-    logits, cache = read(run, following, prefill(run, {"input_ids": prefix}), step)
+def logits_of(run: Any, inputs: Mapping[str, Any], following: Tensor, step: int | None) -> tuple[Tensor, Any]:
+    """Logits [n - 1, V] of the tokens after the first one past the prefix `inputs`, and the cache."""
+    logits, cache = read(run, following, prefill(run, inputs), step)
     return logits[:-1], cache
 
 
@@ -155,7 +160,7 @@ class VisionTasks(ImageTasks):
 
     @contextmanager
     def under(self, options: Mapping[str, Any] | None) -> Iterator[Callable[[str, int], dict]]:
-        with running(self._loaded[0], options) as run:
+        with running(self.loaded[0], options) as run:
             yield functools.partial(self._count_too, run)
 
     def _count_too(self, run: Any, task: str, index: int) -> dict[str, Any]:
@@ -205,3 +210,31 @@ def bytes_at_16(packed: Any) -> int:
     text = 0 if packed.text_codes is None else packed.text_codes.shape[2]
     sizes = {cost.B: packed.shape[0], cost.H: packed.shape[1], cost.C: packed.codes.shape[2], cost.CT: text}
     return int(cost.bytes_of(layout).subs(sizes))
+
+
+class SeeingModel(LanguageModel):
+    """The language model of image tasks, under their weights."""
+
+    def __init__(self, source: Source, path: Path, images: ImageTasks, dtype: torch.dtype, device: str):
+        super().__init__(source, path, dtype, device)
+        self.images = images
+
+    @functools.cached_property
+    def loaded(self) -> tuple[Any, Any]:
+        return self.images.loaded[:2]
+
+
+class PagesTasks(TextTasks):
+    """TextTasks over prompts of images and a question: a window's prefix is the sample of the same number."""
+
+    def __init__(self, model: SeeingModel, texts: Sequence[Text], windows: int, asked: str, count: int, step: int):
+        super().__init__(model, texts, windows, 0, count, 0, step)
+        self._asked = asked
+
+    def what(self, task: str) -> dict[str, Any]:
+        images = {name: value for name, value in self._of.images.what(self._asked).items() if name != "kind"}
+        return {**images, **super().what(task), "kind": "text after images", "task": self._asked}
+
+    def prompt(self, task: str, index: int) -> tuple[Mapping[str, Tensor], Tensor]:
+        ids = self._of.ids_of(self._texts[task])
+        return self._of.images.prompts(self._asked, index)[0][0], piece_of(ids, self._count, index)
