@@ -241,31 +241,33 @@ __device__ __forceinline__ void read_values(Sums &sums, const Scores &scores, bo
     }
 }
 
-// Attend to a warp's tiles of text and of the body, of which `feed` has the first on their way.
+// Attend to a warp's tiles of text and of the body, of which `feed` has those before `coming` on their way.
 __device__ __forceinline__ void attend_body(const Params &p, const Thread &self, const Places &places,
-                                            const Share &share, Feed &feed, const Queries &queries, const Query &q,
-                                            Means &means, Sums &sums) {
+                                            const Share &share, Feed &feed, int coming, const Queries &queries,
+                                            const Query &q, Means &means, Sums &sums) {
     const bool has_ring = places.ring_start < places.ring_end;
     // before plain_end there is nothing but body, pivots and text
     const int plain_end = has_ring ? min(places.body_end, places.ring_start) : places.body_end;
-    int number = share.first_tile;
+    int number = share.next(share.first_tile - 1);
     Flags ahead;
     ahead.read(p, self, places, share, number);
-    for (int stage = 0; number < share.last_tile; number++, stage = stage + 1 == STAGES ? 0 : stage + 1) {
+    for (int stage = 0; number < share.last_tile;
+         number = share.next(number), stage = stage + 1 == STAGES ? 0 : stage + 1) {
         // the last tile ends with the body and may begin among tokens of the one before, which it does not count again
         const int first = min(number * TILE, share.last_start);
         const bool is_text = TEXT_BITS && number < share.body_first;
         Stream::wait<STAGES - 2>();
         __syncwarp();
-        feed.fetch_if_any(stage == 0 ? STAGES - 1 : stage - 1, number + STAGES - 1);
+        feed.fetch_if_any(stage == 0 ? STAGES - 1 : stage - 1, TEXT_BITS ? coming : number + STAGES - 1);
+        coming = share.next(coming);
         const u32 codes = feed.stream.at(stage);
         const u32 key_ranges = feed.stream.key_ranges(stage, first);
         const u32 value_ranges = feed.stream.value_ranges(stage, first);
         const Flags flags = ahead;
-        ahead.read(p, self, places, share, number + 1);
+        ahead.read(p, self, places, share, share.next(number));
 
         const u64 live = live_tokens(places, flags, number, first, plain_end, is_text, codes, self.lane);
-        if (TEXT_BITS && !live) continue;  // a tile of the body that is all text
+        if (TEXT_BITS && !live) continue;
         Scores scores;
         read_keys(scores, q, is_text, codes, key_ranges, value_ranges, self.g, self.t);
         if (KEY_BLOCKS && (KEY_MOVED || is_text)) {
@@ -297,8 +299,9 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) attend(const __
     const Places places(p, self);
     const Share share(p, self, places);
     Feed feed(p, self, places, share, shared);
+    int coming = share.next(share.first_tile - 1);
 #pragma unroll
-    for (int i = 0; i < STAGES - 1; i++) feed.fetch_if_any(i, share.first_tile + i);
+    for (int i = 0; i < STAGES - 1; i++, coming = share.next(coming)) feed.fetch_if_any(i, coming);
     Means means(p, self, places, share);
     // Which blocks a tile of text is of is known when it is read, as where tokens moved.
     const bool asks_means = KEY_BLOCKS && !KEY_MOVED && share.first_tile == share.body_first &&
@@ -320,7 +323,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) attend(const __
         attend_wide(p, self, places, wide, queries, q, sums);
     }
 
-    attend_body(p, self, places, share, feed, queries, q, means, sums);
+    attend_body(p, self, places, share, feed, coming, queries, q, means, sums);
 
     Stream::wait<0>();
     __syncthreads();  // no ring is in use any more

@@ -113,14 +113,16 @@ struct Places {
 };
 
 // The tiles that a warp (a worker) takes. Wide tiles (tokens at 16 bits: first the ring, then pivots, then fresh ones)
-// and then text tiles are dealt out round-robin. Of the body, a worker takes tiles body_first, ..., last_tile - 1. Its
-// text tiles come before these and are numbered first_tile, ..., body_first - 1.
+// are dealt out round-robin. The next worker is the first to take text tiles, which lie side by side, so that their
+// tokens are of few blocks. Of the body, a worker takes tiles body_first, ..., last_tile - 1, but for those that are all
+// text. Its text tiles come before these and are numbered first_tile, ..., body_first - 1.
 struct Share {
     int worker, workers;
     int ring_tiles, pivot_tiles, wide_tiles;
     int last_start;                 // of a tile of the body: the last one ends with the body
     int text_slots, text_begin, text_count;  // slots in use; first text tile of this worker; how many it takes
     int body_first, first_tile, last_tile;
+    u64 needed;                     // of the first 64 tiles of its body: a bit for each that has other tokens than text
 
     __device__ __forceinline__ Share(const Params &p, const Thread &self, const Places &places) {
         workers = p.splits * WARPS, worker = self.split * WARPS + self.warp;
@@ -131,8 +133,9 @@ struct Share {
         const int tiles = (places.body_end + TILE - 1) / TILE;
         last_start = max(places.body_end - TILE, 0);
         const int text_tiles = (text_slots + TILE - 1) / TILE;
-        text_begin = (worker - wide_tiles % workers + workers) % workers;
-        text_count = text_begin < text_tiles ? (text_tiles - text_begin - 1) / workers + 1 : 0;
+        const int rank = (worker - wide_tiles % workers + workers) % workers, more_text = text_tiles % workers;
+        text_count = text_tiles / workers + (rank < more_text);
+        text_begin = rank * (text_tiles / workers) + min(rank, more_text);
 
         // The first `extra` workers have one wide or text tile more than the others. It costs about as much as
         // WIDE_COST tiles of the body. So each of the others takes WIDE_COST more of these, or, where the body is
@@ -146,6 +149,34 @@ struct Share {
         last_tile = worker + 1 == workers
                         ? tiles
                         : min((int)(share * (worker + 1) + more * max(worker + 1 - extra, 0) + 0.5f), tiles);
+        needed = TEXT_BITS ? tiles_needed(p, self, places) : 0;
+    }
+
+    __device__ __forceinline__ u64 tiles_needed(const Params &p, const Thread &self, const Places &places) const {
+        constexpr int AT_A_TIME = 8;  // loads that do not wait for each other
+        const int count = min(last_tile - body_first, 64);
+        const u8 *classes = p.classes + (i64)self.batch * p.capacity;
+        u64 found = 0;
+        for (int begin = 0; begin < count; begin += AT_A_TIME) {
+            bool other[AT_A_TIME];
+#pragma unroll
+            for (int i = 0; i < AT_A_TIME; i++) {
+                const int position = (body_first + begin + i) * TILE + self.lane;
+                other[i] = begin + i < count && position < places.body_end && classes[position] != TEXT;
+            }
+#pragma unroll
+            for (int i = 0; i < AT_A_TIME; i++)
+                if (__any_sync(ALL, other[i])) found |= 1ull << (begin + i);
+        }
+        return found;
+    }
+
+    // The tile that follows on one, last_tile or more for none.
+    __device__ __forceinline__ int next(int tile) const {
+        const int following = tile + 1, place = following - body_first;
+        if (!TEXT_BITS || place < 0 || place >= 64) return following;
+        const u64 left = needed >> place;
+        return left ? following + __ffsll(left) - 1 : body_first + 64;
     }
 };
 

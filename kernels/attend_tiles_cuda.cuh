@@ -168,7 +168,7 @@ struct Feed {
 
     // Of a text tile: this lane's slot in the overlay, and the position that stands there, -1 for none.
     __device__ __forceinline__ int text_slot(int tile) const {
-        return (share.text_begin + (tile - share.body_first + share.text_count) * share.workers) * TILE + self.lane;
+        return (share.text_begin + tile - share.first_tile) * TILE + self.lane;
     }
     __device__ __forceinline__ int text_position(int tile) const {
         const int slot = tile < share.body_first ? text_slot(tile) : share.text_slots;
