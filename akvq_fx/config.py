@@ -57,7 +57,7 @@ class AKVQConfig:
     pivots          tokens kept at 16 bits in PSA layers; pivot_mode "topk" fills all slots by max |h|, "massive" only
                     with tokens above massive_floor and massive_ratio times the median
     center_blocks   codes of keys are differences from the mean of their block of 64 tokens, so that centres do not go
-                    stale; not in layers that keep text at more bits
+                    stale
     uneven_keys     of a head's channels the quarter that moves scores most gets 4 bits, the last quarter none (needs
                     2 bits and rotate); not in layers that keep text at more bits
     symmetric_values

@@ -54,9 +54,8 @@ OPTIONS = {
     ),
     "center_keys": ("subtract each head's mean key, which softmax does not notice", OURS),
     "center_blocks": (
-        "codes of keys are differences from the mean of their block of 64 tokens, so that centres do not go stale; not "
-        "in layers that keep text at more bits; see "
-        "[recipes.md](recipes.md#prompts-without-images)",
+        "codes of keys are differences from the mean of their block of 64 tokens, so that centres do not go stale; see "
+        "[recipes.md](recipes.md#means-of-blocks)",
         OURS,
     ),
     "balance_keys": ("divide key channels and multiply query channels by one gain: an exact identity", OURS),
@@ -119,10 +118,10 @@ ACCEPTED = {
 
 # recipe: what it does
 RECIPE_WORDS = {
-    "akvq": "AKVQ-VL with centred and balanced keys, 4-bit keys of text in every layer and half the window; in prompts "
-    "without images a key's channels have 4, 2 and 0 bits by their part in scores, blocks of keys have means of their "
-    "own, and values no minimum",
-    "akvq-even": "the same without what it does in prompts without images",
+    "akvq": "AKVQ-VL with centred and balanced keys, blocks of which have means of their own, 4-bit keys of text in "
+    "every layer and half the window; in prompts without images a key's channels have 4, 2 and 0 bits by their part in "
+    "scores, and values no minimum",
+    "akvq-even": "the same without means of blocks, and without what it does in prompts without images",
     "akvq-vl": "the paper's choices: text first in early layers, pivots in late ones, Walsh-Hadamard, 2 bits, folded "
     "values; its prompts are exact",
     "rtn2": "round to nearest per token, groups of 128; the baseline of every paper here",
