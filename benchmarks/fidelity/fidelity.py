@@ -43,6 +43,7 @@ import akvq_fx
 from akvq_fx.evaluate import Store, fill
 from akvq_fx.evaluate.table import Suite, cell_of, mean
 
+LONGEST = 8192  # tokens of a piece of text in the part on length
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 
 
@@ -197,8 +198,10 @@ def text_suites(args, part: Part, model: LanguageModel, texts: Sequence[Text]) -
     for prefix in prefixes:
         calls = f" in calls of {part.step}" if part.step else ""
         what = f"{count} of them copied from {part.copied:,} before its end" if part.copied else f"{count} read over it"
-        at = f"prefix of {prefix:,} tokens, {what}{calls}, {numerics(args)}"
-        yield TextTasks(model, texts, args.windows, prefix, count, max(prefixes), part.step, part.copied), at
+        measured = f", the last {part.last} measured" if part.last else ""
+        at = f"prefix of {prefix:,} tokens, {what}{calls}{measured}, {numerics(args)}"
+        reach = LONGEST - count if part.last else max(prefixes)  # the same pieces of text as in the part on length
+        yield TextTasks(model, texts, args.windows, prefix, count, reach, part.step, part.copied, part.last), at
 
 
 def page_suites(

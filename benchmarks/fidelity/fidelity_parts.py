@@ -34,6 +34,7 @@ class Part:
     """models: names of weights.SOURCES; prefixes, count: of text windows, read `step` tokens a call, or all in one.
 
     copied: what is read is not what follows in the text but what stood so many tokens before the end of the prefix.
+    last: measured are so many of the predicted tokens, the last; None: all.
     pages: after the images and a question of a sample, by a model that sees.
     every_text, every_task: all of them, else few.
     """
@@ -45,6 +46,7 @@ class Part:
     count: int = 192
     step: int | None = None
     copied: int | None = None
+    last: int | None = None
     pages: bool = False
     every_text: bool = False
     every_task: bool = False
@@ -106,6 +108,8 @@ def settings_of(part: str, vision: bool) -> Settings:
     if part == "pages":
         one_centre = {f"{DEFAULT}, center_blocks=False": {"recipe": DEFAULT, "center_blocks": False}}
         return {name: {"recipe": name} for name in (DEFAULT, PAPER, "kivi", "rtn4")} | one_centre
+    if part == "grown":
+        return {name: {"recipe": name} for name in (DEFAULT, EVEN, "kivi", "rtn4")}
     if part in ("context", "copying", "short"):
         one_centre = {f"{DEFAULT}, center_blocks=False": {"recipe": DEFAULT, "center_blocks": False}}
         one_centre |= {f"{EVEN}, center_blocks=True": {"recipe": EVEN, "center_blocks": True}}
@@ -166,6 +170,17 @@ PARTS = {
         prefixes=(64,),
         count=2048,
         step=64,
+        every_text=True,
+    ),
+    "grown": Part(
+        "A cache that grew from a short prompt",
+        "The tokens that are predicted after 4,096 tokens in the part on length, here after a prompt of 64 and 4,032 "
+        "tokens read 64 at a time.",
+        ("smollm2", "qwen", "gemma"),
+        prefixes=(64,),
+        count=4224,
+        step=64,
+        last=191,
         every_text=True,
     ),
     "pages": Part(

@@ -63,6 +63,7 @@ class TextTasks:
             tokens
     step    tokens read in a call, None for all
     copied  read are the tokens that stand so many before the end of the prefix, None for those after it
+    last    measured are so many of the predicted tokens, the last, None for all
     """
 
     columns = (BITS, Column("nll", "own NLL", 3), *COLUMNS)
@@ -78,12 +79,13 @@ class TextTasks:
         reach: int,
         step: int | None = None,
         copied: int | None = None,
+        last: int | None = None,
     ):
         self.model, self._of = model.source.title, model
         self._texts = {text.name: text for text in texts}
         self.tasks = tuple(self._texts)
         self._windows, self._prefix, self._count, self._reach, self._step = windows, prefix, count, reach, step
-        self._copied = copied
+        self._copied, self._last = copied, last
 
     def what(self, task: str) -> dict[str, Any]:
         return {
@@ -98,6 +100,7 @@ class TextTasks:
             "reach": self._reach,
             **({"step": self._step} if self._step else {}),
             **({"copied": self._copied} if self._copied else {}),
+            **({"last": self._last} if self._last else {}),
         }
 
     def count(self, task: str) -> int:
@@ -129,14 +132,15 @@ class TextTasks:
     def _measure(self, run: Any, task: str, index: int) -> dict[str, Any]:
         inputs, following = self.prompt(task, index)
         key = (self._texts[task].digest, self._prefix, self._count, self._reach, self._copied, index)
+        measured = slice(-self._last if self._last else None, None)
         if key not in self._of.own:
-            own, _ = logits_of(original(run), inputs, following, self._step)
+            own = logits_of(original(run), inputs, following, self._step)[0][measured]
             self._of.keep(key, own)
         else:
             own = self._of.own[key]
         packed, cache = logits_of(run, inputs, following, self._step)
-        own, packed = (x.double().log_softmax(-1) for x in (own, packed))
-        values = compare(own, packed, following[1:].to(own.device))
+        own, packed = (x.double().log_softmax(-1) for x in (own, packed[measured]))
+        values = compare(own, packed, following[1:][measured].to(own.device))
         row = {name: value.mean().item() for name, value in values.items()}
         bits_of(cache, run)  # refuses a cache that is not packed
         return {**row, "overlap": 1 - row["tv"], **counted(cache)}
