@@ -173,6 +173,12 @@ struct Plan {
     }
   }
 
+  void cap(float* scores, int64_t n) const {
+    const Floats most = Floats{} + float(call.softcap);
+    std::fill(scores + n, scores + round_up(n, LANES), 0.0f);
+    for (int64_t t = 0; t < n; t += LANES) store(scores + t, most * hyperbolic_tangent(load<Floats>(scores + t) / most));
+  }
+
   void hide(float* scores, int64_t b, int64_t query_head, int64_t token, int64_t start, int64_t n) const {
     const int64_t* step = call.mask_stride;
     if (call.is_causal)
@@ -279,6 +285,7 @@ struct Plan {
       score(my, b, head, at);
       for (int64_t r = 0; r < R; r++) {
         const int64_t query_head = head % call.heads * (R / call.tokens) + r / call.tokens;
+        if (call.softcap) cap(my.scores + r * stride, n);
         hide(my.scores + r * stride, b, query_head, r % call.tokens, start, n);
         weigh(my.scores + r * stride, n, unit_peak[r], unit_mass[r], unit_sums + r * out_stride);
       }

@@ -60,7 +60,8 @@ class Params(ctypes.Structure):
     SIZES = ("batch", "heads", "query_heads", "tokens", "length", "fresh_count", "is_causal")
     SIZES += ("rotate", "restore", "threads")
     _fields_ = [(name, ctypes.c_void_p) for name in POINTERS]
-    _fields_ += [(name, ctypes.c_int64) for name in DTYPES_AND_STRIDES + SIZES] + [("scale", ctypes.c_double)]
+    _fields_ += [(name, ctypes.c_int64) for name in DTYPES_AND_STRIDES + SIZES]
+    _fields_ += [(name, ctypes.c_double) for name in ("scale", "softcap")]
 
 
 def attend(call: AttendCall) -> Tensor:
@@ -84,7 +85,7 @@ def attend(call: AttendCall) -> Tensor:
         *(q.data_ptr(), out.data_ptr(), address(mask), address(at), DTYPES[q.dtype], mask_dtype, *strides),
         *(B, heads, query_heads, tokens, -1 if length is None else length, fresh_count, is_causal),
         *(call.rotate and (key_layout.rotated or key_layout.affine), call.restore),
-        *(torch.get_num_threads(), D**-0.5 if scale is None else scale),
+        *(torch.get_num_threads(), D**-0.5 if scale is None else scale, call.softcap),
     )
     caches = pointers(key, key_layout, fresh_key), pointers(value, value_layout, fresh_value)
     status = library()[0](ctypes.byref(params), *map(ctypes.byref, caches))

@@ -165,7 +165,7 @@ def attend(call: AttendCall, splits: int | None = None) -> Tensor:
             *(k.get(name) for name in ("codes", "range", "ring", "pivots", "text_codes", "means")),
             *(v.get(name) for name in ("codes", "range", "ring", "pivots", "text_codes")),
             fresh_key, fresh_value, at, mask,
-            1 / math.sqrt(D) if scale is None else float(scale),
+            1 / math.sqrt(D) if scale is None else float(scale), float(call.softcap),
             -1 if length is None else length, columns, tokens, fresh_key.shape[2] if fresh else 0, H,
             capacity, v["codes"].shape[2], k["means"].shape[2] if key_layout.blocks else 0,
             *(b["text_at"].shape[1] if "text_at" in b else 0 for b in (k, v)),
@@ -180,7 +180,7 @@ def attend(call: AttendCall, splits: int | None = None) -> Tensor:
             KEY_BLOCKS=key_layout.blocks,
             KEY_ROUND=seen_as[key_layout.dtype], VALUE_ROUND=seen_as[value_layout.dtype],
             DOT=seen_as[q.dtype], FRESH=fresh, MASK=kind, HAS_LENGTH=length is not None, IS_CAUSAL=is_causal,
-            SPLIT=splits > 1, M=M, N=N, num_warps=warps, num_stages=2,
+            CAPPED=call.softcap > 0, SPLIT=splits > 1, M=M, N=N, num_warps=warps, num_stages=2,
         )  # fmt: skip
         if splits > 1:
             rows = B * Hq * tokens

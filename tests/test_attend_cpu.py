@@ -34,7 +34,7 @@ from tests.kernel_cases import (
     random_affine,
     skip_without_a_compiler,
 )
-from tests.test_attend import assert_chunk, calls, chunk_calls, oracle, restored_calls
+from tests.test_attend import assert_chunk, calls, capped_oracle, chunk_calls, oracle, restored_calls, softcaps
 
 ROOT = Path(__file__).parent.parent
 PACKED = {name: layout for name, layout in LAYOUTS.items() if not (layout.lossless or layout.moved)}
@@ -86,9 +86,9 @@ def poisoned_outputs():
         torch.use_deterministic_algorithms(False)
 
 
-def run(q, key, value, length, layouts, mask=None, scale=None, is_causal=False, fresh=(None, None, None)):
+def run(q, key, value, length, layouts, mask=None, scale=None, is_causal=False, fresh=(None, None, None), softcap=0.0):
     """The kernel on buffers of two caches; it must not refuse."""
-    args = AttendCall(q, key, value, length, mask, scale, is_causal, *fresh, *layouts)
+    args = AttendCall(q, key, value, length, mask, scale, is_causal, *fresh, *layouts, softcap=softcap)
     assert attend_cpu.refusal(args) == ""
     with poisoned_outputs():
         return attend_cpu.attend(args)
@@ -111,6 +111,15 @@ def test_equals_torch_on_the_dequantized_cache(drawn):
     out = call(q, key, value, mask=mask, scale=scale, is_causal=is_causal)
     assert (out.dtype, out.is_contiguous()) == (q.dtype, True)
     assert_close("out", oracle(q, key.expected(), value.expected(), mask, scale, is_causal), out)
+
+
+@given(packed_calls, softcaps)
+@few
+def test_caps_scores(drawn, softcap):
+    q, key, value, *rest = drawn
+    due = capped_oracle(q, key.expected(), value.expected(), *rest, softcap)
+    mask, scale, is_causal = rest
+    assert_close("out", due, call(q, key, value, mask=mask, scale=scale, is_causal=is_causal, softcap=softcap))
 
 
 @given(packed_calls, st.data())

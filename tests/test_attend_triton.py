@@ -32,7 +32,7 @@ from tests.kernel_cases import (
     randn,
     seeds,
 )
-from tests.test_attend import assert_chunk, draw_chunk, masks, oracle
+from tests.test_attend import assert_chunk, capped_oracle, draw_chunk, masks, oracle
 from tests.test_cache_ops import gather_text
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -71,11 +71,24 @@ def pair(layout: Layout, value_layout: Layout | None = None, **sizes) -> tuple[C
     return key, dataclasses.replace(value, classes=key.classes, pivots=key.pivots)
 
 
-def launch(q, key, value, layouts, length=None, mask=None, scale=None, is_causal=False, fresh=NO_FRESH, splits=None):
+def launch(
+    q,
+    key,
+    value,
+    layouts,
+    length=None,
+    mask=None,
+    scale=None,
+    is_causal=False,
+    fresh=NO_FRESH,
+    splits=None,
+    softcap=0.0,
+):
     """The kernel on DEVICE, its answer on the CPU."""
     there = lambda t: None if t is None else t.to(DEVICE)
     caches = [[buffer.to(DEVICE) for buffer in cache] for cache in (key, value)]
     asked = AttendCall(there(q), *caches, length, there(mask), scale, is_causal, *map(there, fresh), *layouts)
+    asked = asked._replace(softcap=softcap)
     out = attend_triton.attend(asked, splits)
     assert (out.dtype, out.is_contiguous()) == (q.dtype, True)
     return out.cpu()
@@ -92,6 +105,18 @@ def test_equals_torch_on_the_dequantized_cache(layout, tokens, groups):
     key, value = pair(layout)
     q = randn(2, 2 * groups, tokens, layout.head_dim, seed=2, dtype=layout.dtype)
     assert_close("out", oracle(q, key.expected(), value.expected()), call(q, key, value))
+
+
+@pytest.mark.parametrize(
+    "softcap, masked", [(0.5, "no mask"), (2.0, "bool"), (30.0, "float"), (5.0, "causal")], ids=str
+)
+def test_caps_scores(softcap, masked):
+    key, value = pair(Layout(64, bf16, body_bits=2, text_bits=4, window=5, pivots=2))
+    q, noise = randn(2, 4, 3, 64, seed=2, dtype=bf16), randn(2, 1, 3, 41, seed=3)
+    mask = {"bool": noise > -1, "float": noise.masked_fill(noise > 1, -torch.inf)}.get(masked)
+    due = capped_oracle(q, key.expected(), value.expected(), mask, None, masked == "causal", softcap)
+    out = call(q, key, value, mask=mask, is_causal=masked == "causal", softcap=softcap, splits=2)
+    assert_close("out", due, out)
 
 
 DIMS = [
