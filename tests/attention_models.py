@@ -468,6 +468,35 @@ class WrittenStatic(WrittenOut, StaticIndexCopy):
     """Written out over a static cache: packed."""
 
 
+class Softcap(WrittenOut):
+    """Scores divided by a number, tanh, times the number, then the mask: packed."""
+
+    def hide(self, scores, mask):
+        return super().hide(1.5 * torch.tanh(scores / 1.5), mask)
+
+
+class SoftcapInPlace(WrittenInPlace):
+    """The same in place, and the scale within the cap: packed."""
+
+    def score(self, q, k):
+        scores = q @ self.group(k).mT
+        scores *= self.dim**-0.5 / 1.5
+        scores.tanh_()
+        scores *= 1.5
+        return scores
+
+
+class SoftcapGrouped(WrittenGrouped):
+    """Grouped queries, whose scores are capped in single precision: packed."""
+
+    def hide(self, scores, mask):
+        return super().hide((scores.float() * (1 / 1.5)).tanh().mul(1.5).to(scores.dtype), mask)
+
+
+class SoftcapStatic(Softcap, StaticIndexCopy):
+    """Capped over a static cache: packed."""
+
+
 # rotary embeddings
 
 
@@ -728,13 +757,6 @@ class SlidingSlice(Attention):
 
     def mask(self, at, total, padding, past, dtype):
         return None if past is None else torch.ones(at.shape[0], past[0].shape[2] + at.shape[0], dtype=torch.bool)
-
-
-class Softcap(WrittenOut):
-    """Scores go through tanh: left alone."""
-
-    def hide(self, scores, mask):
-        return super().hide(20 * torch.tanh(scores / 20), mask)
 
 
 class Sink(WrittenOut):

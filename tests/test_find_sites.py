@@ -7,6 +7,8 @@ import akvq_fx
 from akvq_fx.config import AKVQConfig
 from akvq_fx.packed_kv import PackedKV
 from akvq_fx.passes.canonicalize import canonicalize
+from akvq_fx.passes.patterns.arguments import argument_of
+from akvq_fx.passes.patterns.nodes import op
 from akvq_fx.passes.state import GraphState
 from tests import attention_models as models
 from tests.attention_models import Decoder, captured, lossless, roll, token_ids
@@ -48,6 +50,10 @@ MUST_FIRE = {  # spelling: RoPE, q:kv heads, forms of the prompt's and the step'
     models.WrittenMaximum: ("rope half", "4:2", GROWING),
     models.WrittenQueryMask: ("rope half", "4:2", GROWING),
     models.WrittenStatic: ("rope half", "4:2", STATIC),
+    models.Softcap: ("rope half", "4:2", GROWING),
+    models.SoftcapInPlace: ("rope half", "4:2", GROWING),
+    models.SoftcapGrouped: ("rope half", "4:2", GROWING),
+    models.SoftcapStatic: ("rope half", "4:2", STATIC),
     models.RopeInterleaved: ("rope interleaved", "4:2", GROWING),
     models.RopePartial: ("rope half, partial", "4:2", GROWING),
     models.RopeComplex: ("rope complex", "4:2", GROWING),
@@ -70,7 +76,6 @@ MUST_FIRE = {  # spelling: RoPE, q:kv heads, forms of the prompt's and the step'
 UNREAD = "no scaled_dot_product_attention reads this cache directly"
 MUST_NOT_FIRE = {
     models.SlidingSlice: "sliding window",
-    models.Softcap: "its attention is written out (matmul, softmax), and its scores go through tanh (softcap)",
     models.Sink: "something stands beside the scores in its softmax (a sink)",
     models.WeightsUsed: "its attention weights are used by mean too, so they are computed",
     models.WeakMask: "masked scores are set to -50.0, accepted: a number up to -10000",
@@ -140,8 +145,23 @@ def test_refused_graph_is_untouched(spelling):
     assert all(untouched(capture) for capture in lossless(spelling).captures)
 
 
+@pytest.mark.parametrize(
+    "spelling", [models.Softcap, models.SoftcapInPlace, models.SoftcapGrouped, models.SoftcapStatic], ids=name
+)
+def test_softcap_is_an_argument_in_steps_and_stays_as_written_in_prompts(spelling):
+    graphs = [capture.state.graph for capture in lossless(spelling).captures]
+    prompt, step = ([op(node) for node in graph.nodes] for graph in graphs)
+    capped = lambda ops: sum(name.startswith("tanh") for name in ops)
+    assert (capped(prompt), prompt.count("softmax"), prompt.count("capped_attention")) == (1, 1, 0)
+    assert (capped(step), step.count("softmax"), step.count("capped_attention")) == (0, 0, 0)
+    (attend,) = (node for node in graphs[1].nodes if node.target is torch.ops.akvq.attend.default)
+    assert argument_of(attend, "softcap") == pytest.approx(1.5)
+
+
 @pytest.mark.parametrize("batch, pad", [(1, 0), (3, 2)])
-@pytest.mark.parametrize("spelling", [models.WrittenFolded, models.WrittenGrouped, models.WrittenStatic], ids=name)
+@pytest.mark.parametrize(
+    "spelling", [models.WrittenFolded, models.WrittenGrouped, models.WrittenStatic, models.SoftcapInPlace], ids=name
+)
 def test_written_out_for_other_batches_padding_and_chunks(spelling, batch, pad):
     seen = models.evidence(Decoder(spelling), models.LOSSLESS, batch=batch, pad=pad, chunk=3)
     assert seen.error <= 2e-6 and all(len(capture.state.sites) == 1 for capture in seen.captures)

@@ -266,6 +266,37 @@ def test_the_graph_before_and_after(golden):
     golden("written_attention", str(seen.state.graph))
 
 
+SOFTCAPS = {  # name -> softcap of scores that are a few in size, and its spelling
+    "none around": (1.0, lambda s: s.tanh()),
+    "divided and multiplied": (2.0, lambda s: torch.tanh(s / 2) * 2),
+    "multiplied and divided": (2.0, lambda s: (s * 0.5).tanh() / 0.5),
+    "number first": (0.7, lambda s: 0.7 * torch.tanh(s.div(0.7))),
+    "constant tensors": (2.0, lambda s: torch.tanh(s / torch.tensor(2.0)) * torch.tensor(2.0)),
+    "in place": (2.0, lambda s: s.div_(2).tanh_().mul_(2)),
+    "another slope": (2.0, lambda s: torch.tanh(s * 1.5) * 2),
+    "upside down": (2.0, lambda s: torch.tanh(s / 2) * -2),
+}
+
+
+@pytest.mark.parametrize("mask", ["none", "add", "masked_fill -inf", "grouped"])
+@pytest.mark.parametrize("how", SOFTCAPS)
+def test_softcap(how, mask):
+    """A call stands beside what the model wrote, which nothing reads any more."""
+    softcap, cap = SOFTCAPS[how]
+    attend = lambda q, k, v, counts: MASKS[mask](cap(5 * scores(q, k)), counts).softmax(-1) @ EXPANDED(v)
+    seen = rewritten(over_a_cache(attend), *step_inputs())
+    assert len(seen.matched) == 1 and not seen.missed, seen.missed
+    (call,) = (n for n in seen.state.graph.nodes if op(n) == "capped_attention")
+    assert call.kwargs["softcap"] == pytest.approx(softcap)
+    original = seen.state.originals[call]
+    assert not original.nodes[-1].users and "softmax" in map(op, original.nodes)
+
+
+def test_softcap_of_queries_that_are_scaled_by_a_tensor():
+    attend = lambda q, k, v, counts: torch.tanh((q @ EXPANDED(k).mT) * q[:1, :1, :1, :1]).softmax(-1) @ EXPANDED(v)
+    assert "capped_attention" in rewritten(over_a_cache(attend), *step_inputs()).ops
+
+
 FINITE = ("masked_fill lowest", "masked_fill -1e9", "where reversed", "add", "sub", "iadd")
 ATOL = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 NO_NUMBERS = [(torch.float16, mask) for mask in ("masked_fill -1e9", "sub")]  # -1e9 is none of float16
@@ -328,7 +359,15 @@ def test_queries_that_are_folded_with_their_heads():
 
 
 REFUSED = {
-    "its scores go through tanh (softcap)": lambda q, k, v, counts: torch.tanh(scores(q, k)).softmax(-1) @ EXPANDED(v),
+    "its scores go through tanh (softcap) after a mask, or twice": lambda q, k, v, counts: (
+        torch.tanh(scores(q, k) + additive(q, counts)).softmax(-1) @ EXPANDED(v)
+    ),
+    "multiplied by after tanh (softcap) is no plain number": lambda q, k, v, counts: (
+        (torch.tanh(scores(q, k)) * q[:1, :1, :1, :1]).softmax(-1) @ EXPANDED(v)
+    ),
+    "its scores are multiplied by 0 after tanh": lambda q, k, v, counts: (
+        (torch.tanh(scores(q, k)) * 0).softmax(-1) @ EXPANDED(v)
+    ),
     "something stands beside the scores in its softmax (a sink)": lambda q, k, v, counts: torch.cat(
         [scores(q, k), torch.zeros(B, HEADS, q.shape[2], 1)], -1
     ).softmax(-1)[..., :-1]

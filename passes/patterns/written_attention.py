@@ -1,7 +1,7 @@
 """Attention that a model writes out, in whatever spelling.
 
     scores = product(q, k)           PRODUCTS   matmul, @, bmm, baddbmm, einsum, in any order of operands and axes
-    scores = step(scores)            SCORES     scale, masks, biases, casts, reshapes, any number of them
+    scores = step(scores)            SCORES     scale, softcap, masks, biases, casts, reshapes, any number of them
     weights = softmax(scores)
     weights = step(weights)          WEIGHTS    dropout that is off, casts, reshapes
     out = product(weights, v)        PRODUCTS
@@ -61,10 +61,14 @@ class Product:
 
 @dataclass
 class Scores:
-    """What happens to scores on their way to softmax: s -> scale * factors * s + mask."""
+    """What happens to scores on their way to softmax: s -> scale * factors * s + mask.
+
+    With a softcap: s -> scale * tanh(inside * factors * s) + mask, where inside is no longer None.
+    """
 
     axes: Axes
     scale: float = 1.0
+    inside: float | None = None
     factors: list[tuple[str, Node]] = field(default_factory=list)  # "mul" or "div" by a tensor of one element
     mask: list[tuple] = field(default_factory=list)  # ("add", x, axes, sign), ("fill", where, axes, x, negated), ...
 
@@ -75,10 +79,27 @@ class Scores:
             self.scale = self.scale * number if how == "mul" else self.scale / number
         elif not is_tensor(by) or any(not same_size(size, 1) for size in shape(by)):
             raise NoMatch(f"its scores are multiplied by a tensor of {list(shape(by))}, which is no scale", node)
+        elif self.inside is not None:
+            raise NoMatch("what its scores are multiplied by after tanh (softcap) is no plain number", node)
         else:
             self.factors.append((how, by))
         if self.mask:
             self.mask.append((how, by if number is None else number))
+
+    def cap(self, node: Node) -> None:
+        if self.mask or self.inside is not None:
+            raise NoMatch("its scores go through tanh (softcap) after a mask, or twice", node)
+        self.inside, self.scale = self.scale, 1.0
+
+    @property
+    def softcap(self) -> float:
+        """c of c * tanh(s / c), 0.0 for none."""
+        return 0.0 if self.inside is None else abs(self.scale)
+
+    @property
+    def scale_within(self) -> float:
+        """What scores are multiplied by before all else: b * tanh(a * s) is c * tanh(a * b * s / c) with c = |b|."""
+        return self.scale if self.inside is None else self.inside * self.scale
 
     def add(self, x, sign: int, node: Node) -> None:
         if number_of(x) is None:  # the same number for all scores changes no weight
@@ -133,7 +154,6 @@ PRODUCTS: dict[str, Callable[[Node], Product | None]] = {}
 SCORES: dict[str, Step] = {}
 WEIGHTS: dict[str, Callable[[Node], None]] = {}
 REFUSED = {
-    "tanh": "its scores go through tanh (softcap), which scaled_dot_product_attention has not",
     "cat": "something stands beside the scores in its softmax (a sink), which scaled_dot_product_attention has not",
 }
 
@@ -239,6 +259,12 @@ def divided_by(scores: Scores, node: Node, source: Node) -> None:
     if node.args[0] is not source or node.kwargs.get("rounding_mode"):
         raise NoMatch("its scores divide something", node)
     scores.multiply(other(node, source), "div", node)
+
+
+@declare(SCORES, "tanh", "tanh_")
+def capped(scores: Scores, node: Node, source: Node) -> None:
+    """torch.tanh(scores), between a division and a multiplication by the softcap"""
+    scores.cap(node)
 
 
 @declare(SCORES, "add", "iadd", "add_")
@@ -361,7 +387,12 @@ def read(chain: list[Node], softmax: Node) -> Written:
     if len(summed) != 1:
         raise NoMatch(f"its scores are summed over {len(summed)} axes", nodes[0])
     key, key_axes, factor = to_cache(key, key_axes)
-    scores.scale *= factor
+    if scores.inside is None:
+        scores.scale *= factor
+    else:
+        scores.inside *= factor
+    if scores.inside is not None and not scores.scale:
+        raise NoMatch("its scores are multiplied by 0 after tanh (softcap)", nodes[0])
     values, value_axes, factor = to_cache(values, value_axes)
     if factor != 1:
         raise NoMatch("its values are scaled after the cache", nodes[-1])
