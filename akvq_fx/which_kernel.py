@@ -41,6 +41,7 @@ class Call:
     masked: torch.dtype | None
     is_causal: bool
     softcap: float
+    sinks: bool
     layouts: tuple[str, str]  # of keys and of values
 
 
@@ -58,6 +59,7 @@ def calls_of(state: GraphState) -> list[Call]:
             sizes = (B, Hq, H, torch_internals.hint(shape(new)[2]) if op in ("pack", "append") else q, D)
             call = Call(op, value(query).device, value(query).dtype, sizes, Hq * D, capacity,
                         None if mask is None else value(mask).dtype, site.attention.is_causal, site.attention.softcap,
+                        site.attention.sinks is not None,
                         (str(site.key_layout), str(site.value_layout)))  # fmt: skip
             found[call] = None
     return list(found)
@@ -108,6 +110,7 @@ def attend_call(call: Call, query, new, keys: Layout, values: Layout) -> attend.
         key_layout=keys,
         value_layout=values,
         softcap=call.softcap,
+        sinks=query.new_empty(query.shape[1]) if call.sinks else None,
     )
 
 

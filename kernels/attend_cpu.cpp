@@ -272,6 +272,10 @@ struct Plan {
     }
   }
 
+  int64_t query_head_of(int64_t head, int64_t r) const {
+    return head % call.heads * (R / call.tokens) + r / call.tokens;
+  }
+
   // One head of one batch row, one share of its chunks.
   void run(Scratch& my, int64_t unit) const {
     const int64_t head = unit / splits, b = head / call.heads, split = unit % splits;
@@ -279,12 +283,14 @@ struct Plan {
     std::fill(unit_sums, unit_sums + R * out_stride, 0.0f);
     std::fill(unit_mass, unit_mass + R, 0.0f);
     std::fill(unit_peak, unit_peak + R, -INFINITE);
+    for (int64_t r = 0; call.sinks && split == 0 && r < R; r++)  // a token of mass 1 and no value, in the first share
+      unit_peak[r] = call.sinks[query_head_of(head, r)], unit_mass[r] = 1;
     ask(my, head);
     for (int64_t at = chunks * split / splits; at < chunks * (split + 1) / splits; at++) {
       const int64_t start = at * chunk, n = std::min(chunk, length - start);
       score(my, b, head, at);
       for (int64_t r = 0; r < R; r++) {
-        const int64_t query_head = head % call.heads * (R / call.tokens) + r / call.tokens;
+        const int64_t query_head = query_head_of(head, r);
         if (call.softcap) cap(my.scores + r * stride, n);
         hide(my.scores + r * stride, b, query_head, r % call.tokens, start, n);
         weigh(my.scores + r * stride, n, unit_peak[r], unit_mass[r], unit_sums + r * out_stride);

@@ -41,6 +41,7 @@ struct Call {
   void* out;      // [B, Hq, tokens, Dv]
   const void* mask;
   const int64_t* at;  // [fresh_count]
+  const float* sinks;  // [Hq], null for none
   int64_t q_dtype, mask_dtype, mask_stride[4];
   int64_t batch, heads, query_heads, tokens;
   int64_t length;  // < 0: read from state

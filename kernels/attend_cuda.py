@@ -88,6 +88,8 @@ def refusal(call: AttendCall) -> str:
         return f"queries are {q.dtype} and the cache {key_layout.dtype}, accepted: both float16 or both bfloat16"
     if call.softcap:
         return f"softcap is {call.softcap}, accepted: 0"
+    if call.sinks is not None:
+        return "there are sinks, accepted: none"
     if is_causal:
         return "is_causal: a decode step's queries see the whole cache"
     rows = q.shape[1] // key[CODES].shape[1] * q.shape[2]

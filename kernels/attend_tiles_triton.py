@@ -194,7 +194,7 @@ def attend_tiles(
     state, classes, pivot_at, text_at, block_of,
     key_codes, key_range, key_ring, key_pivots, key_text, key_means,
     value_codes, value_range, value_ring, value_pivots, value_text,
-    fresh_key, fresh_value, at, mask,
+    fresh_key, fresh_value, at, mask, sinks,
     scale, softcap, length, columns, tokens, fresh_tokens, heads,
     capacity, value_capacity, blocks, text_capacity, value_text_capacity, tiles, splits,
     q_b, q_h, q_t, fk_b, fk_h, fk_t, fv_b, fv_h, fv_t, mask_b, mask_h, mask_q, mask_t,
@@ -266,6 +266,10 @@ def attend_tiles(
 
     top = tl.full([M], float("-inf"), tl.float32)
     total = tl.zeros([M], tl.float32)
+    if sinks is not None:  # a token of weight 1 and no value, in the first split
+        sink = tl.load(sinks + head, mask=row_valid, other=0.0).to(tl.float32)
+        top = tl.where(split == 0, sink, top)
+        total = tl.where(split == 0, total + 1.0, total)
     acc = tl.zeros([M, DVP], tl.float32)
 
     key_codes += pair * capacity * (D * BITS // WORD_BITS)

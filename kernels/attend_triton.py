@@ -152,6 +152,7 @@ def attend(call: AttendCall, splits: int | None = None) -> Tensor:
     fresh_key, fresh_value = (along_channels(t) if fresh else None for t in (fresh_key, fresh_value))
     fresh_steps = [*fresh_key.stride()[:3], *fresh_value.stride()[:3]] if fresh else [0] * 6
 
+    sinks = None if call.sinks is None else call.sinks.contiguous()
     parts, maxima, sums = out, None, None
     if splits > 1:
         parts = out.new_empty((splits, *out.shape), dtype=torch.float32)
@@ -164,7 +165,7 @@ def attend(call: AttendCall, splits: int | None = None) -> Tensor:
             k["state"], k["classes"], k.get("pivot_at"), k.get("text_at"), k.get("block_of"),
             *(k.get(name) for name in ("codes", "range", "ring", "pivots", "text_codes", "means")),
             *(v.get(name) for name in ("codes", "range", "ring", "pivots", "text_codes")),
-            fresh_key, fresh_value, at, mask,
+            fresh_key, fresh_value, at, mask, sinks,
             1 / math.sqrt(D) if scale is None else float(scale), float(call.softcap),
             -1 if length is None else length, columns, tokens, fresh_key.shape[2] if fresh else 0, H,
             capacity, v["codes"].shape[2], k["means"].shape[2] if key_layout.blocks else 0,

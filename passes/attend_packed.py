@@ -9,8 +9,8 @@ also gets them at full precision, so that a chunk does not see itself through tw
 the last attention that reads the cache: it overwrites ring slots of earlier tokens, which the chunk's queries must
 still see at 16 bits.
 
-Where a call stands for attention that the model wrote out with a softcap, and does not read codes, the model's own
-nodes take its place again.
+Where a call stands for attention that the model wrote out with a softcap or sinks, and does not read codes, the model's
+own nodes take its place again.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch.fx import Node
 
 from akvq_fx.kernels import attend  # noqa: F401 - registers the op
 from akvq_fx.passes.patterns.arguments import place_of
+from akvq_fx.passes.patterns.attention import Attention
 from akvq_fx.passes.patterns.nodes import value
 from akvq_fx.passes.patterns.site import Site
 from akvq_fx.passes.state import GraphState, Original, is_single_token
@@ -67,7 +68,7 @@ def rewrite(state: GraphState, site: Site, key, val) -> None:
             *fresh,
             str(key.layout),
             str(val.layout),
-            *((False, False, attention.softcap) if attention.softcap else ()),
+            *extras_of(attention),
         )
     node.meta = {**old.meta, "example_value": value(old)}
     old.replace_all_uses_with(node)
@@ -80,6 +81,13 @@ def rewrite(state: GraphState, site: Site, key, val) -> None:
         append_after(state, node, site.value.whole, FRESH_VALUE)
         append_after(state, node, site.key.whole, FRESH_KEY)
     state.query_uses.append((site, node))
+
+
+def extras_of(attention: Attention) -> tuple:
+    """attend's arguments behind the layouts, where one of them is not its default."""
+    if not attention.softcap and attention.sinks is None:
+        return ()
+    return False, False, attention.softcap, attention.sinks  # rotate and restore are for fuse_rotations to switch on
 
 
 def put_back(state: GraphState, call: Node, original: Original) -> None:

@@ -497,6 +497,41 @@ class SoftcapStatic(Softcap, StaticIndexCopy):
     """Capped over a static cache: packed."""
 
 
+class Sink(WrittenOut):
+    """A learned logit of each head stands behind the scores in their softmax: packed."""
+
+    def __init__(self):
+        super().__init__()
+        self.sink = nn.Parameter(torch.randn(self.heads))
+
+    def normalize(self, scores, q):
+        sink = self.sink.view(1, -1, 1, 1).expand(scores.shape[0], -1, scores.shape[2], 1)
+        return torch.cat([scores, sink], dim=-1).softmax(-1)[..., :-1]
+
+
+class SinkFirst(Sink):
+    """It stands before the scores, whose maximum is taken off, and whose softmax is in single precision: packed."""
+
+    def normalize(self, scores, q):
+        sink = self.sink.reshape(1, -1, 1, 1).expand(q.shape[0], -1, q.shape[-2], -1)
+        both = torch.cat((sink, scores), 3)
+        both = both - both.max(dim=-1, keepdim=True).values
+        weights = F.softmax(both, dim=-1, dtype=torch.float32)[:, :, :, 1:]
+        return F.dropout(weights, 0.0, training=self.training).to(q.dtype)
+
+
+class SinkGrouped(Sink, SoftcapGrouped):
+    """Sinks [KV heads, query heads of each] beside grouped scores that are capped: packed."""
+
+    def normalize(self, scores, q):
+        sink = self.sink.view(self.kv_heads, -1, 1, 1).expand(*scores.shape[:-1], 1)
+        return torch.cat([scores, sink], -1).softmax(-1)[..., :-1]
+
+
+class SinkStatic(Sink, StaticIndexCopy):
+    """Sinks over a static cache: packed."""
+
+
 # rotary embeddings
 
 
@@ -757,18 +792,6 @@ class SlidingSlice(Attention):
 
     def mask(self, at, total, padding, past, dtype):
         return None if past is None else torch.ones(at.shape[0], past[0].shape[2] + at.shape[0], dtype=torch.bool)
-
-
-class Sink(WrittenOut):
-    """A learned logit stands beside the scores: left alone."""
-
-    def __init__(self):
-        super().__init__()
-        self.sink = nn.Parameter(torch.randn(self.heads))
-
-    def normalize(self, scores, q):
-        sink = self.sink.view(1, -1, 1, 1).expand(scores.shape[0], -1, scores.shape[2], 1)
-        return torch.cat([scores, sink], dim=-1).softmax(-1)[..., :-1]
 
 
 class WeightsUsed(WrittenOut):

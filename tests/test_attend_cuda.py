@@ -118,6 +118,7 @@ def refusal(q=None, layout=None, values=None, mask=None, is_causal=False, capaci
         ),
         ({"is_causal": True}, "is_causal"),
         ({"softcap": 30.0}, "softcap is 30.0, accepted: 0"),
+        ({"sinks": torch.zeros(4)}, "there are sinks, accepted: none"),
         ({"q": torch.zeros(1, 4, 40, 64, dtype=bf16)}, "80 query rows per KV head, accepted: up to 64"),
         ({"mask": torch.zeros(1, 1, 1, 5, dtype=torch.float64)}, "the mask is torch.float64"),
         ({"q": torch.zeros(1, 4, 0, 64, dtype=bf16)}, "there are no queries"),

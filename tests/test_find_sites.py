@@ -54,6 +54,10 @@ MUST_FIRE = {  # spelling: RoPE, q:kv heads, forms of the prompt's and the step'
     models.SoftcapInPlace: ("rope half", "4:2", GROWING),
     models.SoftcapGrouped: ("rope half", "4:2", GROWING),
     models.SoftcapStatic: ("rope half", "4:2", STATIC),
+    models.Sink: ("rope half", "4:2", GROWING),
+    models.SinkFirst: ("rope half", "4:2", GROWING),
+    models.SinkGrouped: ("rope half", "4:2", GROWING),
+    models.SinkStatic: ("rope half", "4:2", STATIC),
     models.RopeInterleaved: ("rope interleaved", "4:2", GROWING),
     models.RopePartial: ("rope half, partial", "4:2", GROWING),
     models.RopeComplex: ("rope complex", "4:2", GROWING),
@@ -76,7 +80,6 @@ MUST_FIRE = {  # spelling: RoPE, q:kv heads, forms of the prompt's and the step'
 UNREAD = "no scaled_dot_product_attention reads this cache directly"
 MUST_NOT_FIRE = {
     models.SlidingSlice: "sliding window",
-    models.Sink: "something stands beside the scores in its softmax (a sink)",
     models.WeightsUsed: "its attention weights are used by mean too, so they are computed",
     models.WeakMask: "masked scores are set to -50.0, accepted: a number up to -10000",
     models.WrittenDropout: "attention dropout is on (p=0.5)",
@@ -145,22 +148,33 @@ def test_refused_graph_is_untouched(spelling):
     assert all(untouched(capture) for capture in lossless(spelling).captures)
 
 
-@pytest.mark.parametrize(
-    "spelling", [models.Softcap, models.SoftcapInPlace, models.SoftcapGrouped, models.SoftcapStatic], ids=name
-)
-def test_softcap_is_an_argument_in_steps_and_stays_as_written_in_prompts(spelling):
+EXTENDED = {  # softcap, and whether there are sinks
+    models.Softcap: (1.5, False),
+    models.SoftcapInPlace: (1.5, False),
+    models.SoftcapGrouped: (1.5, False),
+    models.SoftcapStatic: (1.5, False),
+    models.Sink: (0.0, True),
+    models.SinkFirst: (0.0, True),
+    models.SinkGrouped: (1.5, True),
+    models.SinkStatic: (0.0, True),
+}
+
+
+@pytest.mark.parametrize("spelling", EXTENDED, ids=name)
+def test_softcap_and_sinks_are_arguments_in_steps_and_stay_as_written_in_prompts(spelling):
+    softcap, sinks = EXTENDED[spelling]
     graphs = [capture.state.graph for capture in lossless(spelling).captures]
-    prompt, step = ([op(node) for node in graph.nodes] for graph in graphs)
-    capped = lambda ops: sum(name.startswith("tanh") for name in ops)
-    assert (capped(prompt), prompt.count("softmax"), prompt.count("capped_attention")) == (1, 1, 0)
-    assert (capped(step), step.count("softmax"), step.count("capped_attention")) == (0, 0, 0)
+    prompt, step = ([op(node).strip("_") for node in graph.nodes] for graph in graphs)
+    count = lambda ops: [ops.count(name) for name in ("tanh", "softmax", "extended_attention")]
+    assert count(prompt) == [bool(softcap), 1, 0] and count(step) == [0, 0, 0]
     (attend,) = (node for node in graphs[1].nodes if node.target is torch.ops.akvq.attend.default)
-    assert argument_of(attend, "softcap") == pytest.approx(1.5)
+    assert argument_of(attend, "softcap") == pytest.approx(softcap)
+    assert (argument_of(attend, "sinks") is not None) == sinks
 
 
 @pytest.mark.parametrize("batch, pad", [(1, 0), (3, 2)])
 @pytest.mark.parametrize(
-    "spelling", [models.WrittenFolded, models.WrittenGrouped, models.WrittenStatic, models.SoftcapInPlace], ids=name
+    "spelling", [models.WrittenFolded, models.WrittenGrouped, models.WrittenStatic, models.SinkGrouped], ids=name
 )
 def test_written_out_for_other_batches_padding_and_chunks(spelling, batch, pad):
     seen = models.evidence(Decoder(spelling), models.LOSSLESS, batch=batch, pad=pad, chunk=3)

@@ -286,15 +286,36 @@ def test_softcap(how, mask):
     attend = lambda q, k, v, counts: MASKS[mask](cap(5 * scores(q, k)), counts).softmax(-1) @ EXPANDED(v)
     seen = rewritten(over_a_cache(attend), *step_inputs())
     assert len(seen.matched) == 1 and not seen.missed, seen.missed
-    (call,) = (n for n in seen.state.graph.nodes if op(n) == "capped_attention")
+    (call,) = (n for n in seen.state.graph.nodes if op(n) == "extended_attention")
     assert call.kwargs["softcap"] == pytest.approx(softcap)
     original = seen.state.originals[call]
     assert not original.nodes[-1].users and "softmax" in map(op, original.nodes)
 
 
+ONE_OF_EACH_HEAD = torch.arange(HEADS) / 2.0
+SINKS = {  # of scores s [B, H, q, T]
+    "expanded": lambda s: ONE_OF_EACH_HEAD.reshape(1, -1, 1, 1).expand(s.shape[0], -1, s.shape[2], -1),
+    "indexed": lambda s: ONE_OF_EACH_HEAD[None, :, None, None].expand(*s.shape[:3], 1).to(s.dtype),
+    "repeated": lambda s: ONE_OF_EACH_HEAD.view(1, -1, 1, 1).repeat_interleave(s.shape[2], 2).expand(len(s), -1, -1, 1),
+}
+
+
+@pytest.mark.parametrize("how", SINKS)
+@pytest.mark.parametrize("tokens, dynamic", [(1, False), (3, True)], ids=str)
+def test_sinks(how, tokens, dynamic):
+    def attend(q, k, v, counts):
+        s = scores(q, k).masked_fill(~counts, -torch.inf)
+        return torch.cat([s, SINKS[how](s)], -1).softmax(-1)[..., :-1] @ EXPANDED(v)
+
+    seen = rewritten(over_a_cache(attend), *step_inputs(tokens), dynamic=dynamic)
+    assert len(seen.matched) == 1 and not seen.missed, seen.missed
+    (call,) = (n for n in seen.state.graph.nodes if op(n) == "extended_attention")
+    assert tuple(call.kwargs["sinks"].meta["example_value"].shape) == (HEADS,)
+
+
 def test_softcap_of_queries_that_are_scaled_by_a_tensor():
     attend = lambda q, k, v, counts: torch.tanh((q @ EXPANDED(k).mT) * q[:1, :1, :1, :1]).softmax(-1) @ EXPANDED(v)
-    assert "capped_attention" in rewritten(over_a_cache(attend), *step_inputs()).ops
+    assert "extended_attention" in rewritten(over_a_cache(attend), *step_inputs()).ops
 
 
 FINITE = ("masked_fill lowest", "masked_fill -1e9", "where reversed", "add", "sub", "iadd")
@@ -368,10 +389,18 @@ REFUSED = {
     "its scores are multiplied by 0 after tanh": lambda q, k, v, counts: (
         (torch.tanh(scores(q, k)) * 0).softmax(-1) @ EXPANDED(v)
     ),
-    "something stands beside the scores in its softmax (a sink)": lambda q, k, v, counts: torch.cat(
-        [scores(q, k), torch.zeros(B, HEADS, q.shape[2], 1)], -1
-    ).softmax(-1)[..., :-1]
-    @ EXPANDED(v),
+    "the sinks beside its scores are not one for each head": lambda q, k, v, counts: (
+        torch.cat([scores(q, k), q[..., :1]], -1).softmax(-1)[..., :-1] @ EXPANDED(v)
+    ),
+    "2 scores stand beside its own in its softmax": lambda q, k, v, counts: (
+        torch.cat([scores(q, k), q[..., :2]], -1).softmax(-1)[..., :-2] @ EXPANDED(v)
+    ),
+    "what a sink takes of its attention weights meets the values": lambda q, k, v, counts: (
+        torch.cat([scores(q, k), q[..., :1]], -1).softmax(-1) @ F.pad(EXPANDED(v), (0, 0, 0, 1))
+    ),
+    "its scores go through mul after a sink was put beside them": lambda q, k, v, counts: (
+        (torch.cat([scores(q, k), q[..., :1]], -1) * 2).softmax(-1)[..., :-1] @ EXPANDED(v)
+    ),
     "its attention weights are used by getitem before they meet the values": lambda q, k, v, counts: (
         scores(q, k).softmax(-1)[..., :3] @ EXPANDED(v)[:, :, :3]
     ),
