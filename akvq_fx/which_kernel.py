@@ -40,6 +40,8 @@ class Call:
     capacity: int
     masked: torch.dtype | None
     is_causal: bool
+    softcap: float
+    sinks: bool
     layouts: tuple[str, str]  # of keys and of values
 
 
@@ -56,7 +58,8 @@ def calls_of(state: GraphState) -> list[Call]:
         for op in sorted(used & FASTER.keys()):
             sizes = (B, Hq, H, torch_internals.hint(shape(new)[2]) if op in ("pack", "append") else q, D)
             call = Call(op, value(query).device, value(query).dtype, sizes, Hq * D, capacity,
-                        None if mask is None else value(mask).dtype, site.attention.is_causal,
+                        None if mask is None else value(mask).dtype, site.attention.is_causal, site.attention.softcap,
+                        site.attention.sinks is not None,
                         (str(site.key_layout), str(site.value_layout)))  # fmt: skip
             found[call] = None
     return list(found)
@@ -106,6 +109,8 @@ def attend_call(call: Call, query, new, keys: Layout, values: Layout) -> attend.
         at=at,
         key_layout=keys,
         value_layout=values,
+        softcap=call.softcap,
+        sinks=query.new_empty(query.shape[1]) if call.sinks else None,
     )
 
 

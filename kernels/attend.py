@@ -13,9 +13,12 @@ mask         None, or bool / float broadcastable to [B, Hq, q, T], as torch's sc
 scale        None for 1/sqrt(D);  is_causal  as torch's (aligned to the top left)
 rotate       queries come as the model made them, so the op rotates them where the keys' layout is rotated or affine
 restore      the output leaves as the model made the values, so the op rotates it back where their layout is rotated
+softcap      0.0 for none, else c: scores s become c * tanh(s / c) after their scale and before the mask (Gemma 2)
+sinks        None, or [Hq]: a score of each query head that takes its share of softmax and has no value (gpt-oss)
 ->           [B, Hq, q, Dv]  q's dtype, in the values' stored space, or with restore=True as the model made them
 
-The meaning is torch's own SDPA on the dequantized cache and, with restore=True, akvq::rotate after it: p (vH) H = p v.
+The meaning is torch's own SDPA on the dequantized cache (`extended_attention` with softcap or sinks, which SDPA has
+not) and, with restore=True, akvq::rotate after it: p (vH) H = p v.
 A kernel may apply H to its float32 sums, before they are rounded to q's dtype. A kernel's `fused` names which of rotate
 and restore it does in its own launch; this op does the others around it.
 """
@@ -57,6 +60,8 @@ class AttendCall(typing.NamedTuple):
     value_layout: Layout
     rotate: bool = False
     restore: bool = False
+    softcap: float = 0.0
+    sinks: Tensor | None = None
 
     @property
     def fresh(self) -> tuple[Tensor, Tensor, Tensor] | None:
@@ -78,6 +83,7 @@ SCHEMA_TYPES = {
     list[Tensor]: "Tensor[]",
     int | None: "SymInt?",
     float | None: "float?",
+    float: "float",
     bool: "bool",
     Layout: "str",
 }
@@ -113,11 +119,52 @@ def reference(call: AttendCall) -> Tensor:
         fresh_key, fresh_value, at = fresh
         k, v = k.index_copy(2, at, fresh_key.to(k.dtype)), v.index_copy(2, at, fresh_value.to(v.dtype))
     if key_layout.simulate:
-        mask, is_causal = squeezed(q, k, b, key_layout, past, mask, scale, is_causal)
+        mask, is_causal = squeezed(q, k, b, key_layout, past, mask, scale, is_causal, call.softcap)
+    k, v = k.to(q.dtype), v.to(q.dtype)
+    if call.softcap or call.sinks is not None:
+        if is_causal:
+            mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
+        return extended_attention(q, k, v, mask, scale, softcap=call.softcap, sinks=call.sinks)
     gqa = q.shape[1] != k.shape[1]
-    return F.scaled_dot_product_attention(
-        q, k.to(q.dtype), v.to(q.dtype), attn_mask=mask, scale=scale, is_causal=is_causal, enable_gqa=gqa
-    )
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, is_causal=is_causal, enable_gqa=gqa)
+
+
+def extended_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    scale: float | None = None,
+    *,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """torch's scaled_dot_product_attention with two arguments that it has not.
+
+    softcap  0.0 for none, else softcap * tanh(scores / softcap) takes the place of scores, before the mask. Source:
+             Gemma 2, arXiv 2408.00118
+    sinks    None, or [Hq]: one more score of each query head in its softmax, dropped after it. Source: gpt-oss,
+             arXiv 2508.10925; StreamingLLM, arXiv 2309.17453, has the name
+
+    query [B, Hq, q, D], key and value [B, H, T, D], Hq a multiple of H -> [B, Hq, q, Dv] in the query's dtype. As
+    there, a row that sees nothing is 0.
+    """
+    wide = torch.float64 if query.dtype == torch.float64 else torch.float32
+    share = query.shape[1] // key.shape[1]
+    keys, values = (x.to(wide).repeat_interleave(share, 1) for x in (key, value))
+    scores = query.to(wide) @ keys.mT * (query.shape[3] ** -0.5 if scale is None else scale)
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    if attn_mask is not None:
+        shown = attn_mask.dtype == torch.bool
+        scores = scores.masked_fill(~attn_mask, -torch.inf) if shown else scores + attn_mask
+    unseen = (scores == -torch.inf).all(-1, keepdim=True)
+    if sinks is None:
+        weights = scores.softmax(-1)
+    else:
+        beside = sinks.to(wide)[None, :, None, None].expand(*scores.shape[:3], 1)
+        weights = torch.cat([scores, beside], -1).softmax(-1)[..., :-1]
+    return (weights.masked_fill(unseen, 0.0) @ values).to(query.dtype)
 
 
 def past_of(q: Tensor, end: Tensor, fresh) -> int:
@@ -179,3 +226,5 @@ def check(call: AttendCall) -> None:
             f"akvq::attend: q is {list(q.shape)}, accepted: [B, Hq, q, {key_layout.head_dim}] "
             f"with Hq a multiple of {heads}"
         )
+    if call.sinks is not None and call.sinks.shape != q.shape[1:2]:
+        raise ValueError(f"akvq::attend: sinks are {list(call.sinks.shape)}, accepted: [{q.shape[1]}]")

@@ -173,6 +173,12 @@ struct Plan {
     }
   }
 
+  void cap(float* scores, int64_t n) const {
+    const Floats most = Floats{} + float(call.softcap);
+    std::fill(scores + n, scores + round_up(n, LANES), 0.0f);
+    for (int64_t t = 0; t < n; t += LANES) store(scores + t, most * hyperbolic_tangent(load<Floats>(scores + t) / most));
+  }
+
   void hide(float* scores, int64_t b, int64_t query_head, int64_t token, int64_t start, int64_t n) const {
     const int64_t* step = call.mask_stride;
     if (call.is_causal)
@@ -266,6 +272,10 @@ struct Plan {
     }
   }
 
+  int64_t query_head_of(int64_t head, int64_t r) const {
+    return head % call.heads * (R / call.tokens) + r / call.tokens;
+  }
+
   // One head of one batch row, one share of its chunks.
   void run(Scratch& my, int64_t unit) const {
     const int64_t head = unit / splits, b = head / call.heads, split = unit % splits;
@@ -273,12 +283,15 @@ struct Plan {
     std::fill(unit_sums, unit_sums + R * out_stride, 0.0f);
     std::fill(unit_mass, unit_mass + R, 0.0f);
     std::fill(unit_peak, unit_peak + R, -INFINITE);
+    for (int64_t r = 0; call.sinks && split == 0 && r < R; r++)  // a token of mass 1 and no value, in the first share
+      unit_peak[r] = call.sinks[query_head_of(head, r)], unit_mass[r] = 1;
     ask(my, head);
     for (int64_t at = chunks * split / splits; at < chunks * (split + 1) / splits; at++) {
       const int64_t start = at * chunk, n = std::min(chunk, length - start);
       score(my, b, head, at);
       for (int64_t r = 0; r < R; r++) {
-        const int64_t query_head = head % call.heads * (R / call.tokens) + r / call.tokens;
+        const int64_t query_head = query_head_of(head, r);
+        if (call.softcap) cap(my.scores + r * stride, n);
         hide(my.scores + r * stride, b, query_head, r % call.tokens, start, n);
         weigh(my.scores + r * stride, n, unit_peak[r], unit_mass[r], unit_sums + r * out_stride);
       }

@@ -41,11 +41,12 @@ struct Call {
   void* out;      // [B, Hq, tokens, Dv]
   const void* mask;
   const int64_t* at;  // [fresh_count]
+  const float* sinks;  // [Hq], null for none
   int64_t q_dtype, mask_dtype, mask_stride[4];
   int64_t batch, heads, query_heads, tokens;
   int64_t length;  // < 0: read from state
   int64_t fresh_count, is_causal, rotate, restore, threads;
-  double scale;
+  double scale, softcap;  // softcap: 0 for none
 };
 
 namespace {
@@ -136,6 +137,13 @@ inline Floats exponential(Floats x) {
   for (float c : {1.339887440e-3f, 9.618437357e-3f, 5.550332548e-2f, 2.402264791e-1f, 6.931472028e-1f, 1.0f})
     p = p * f + c;
   return p * (Floats)((__builtin_convertvector(whole, Ints) + 127) << 23);
+}
+
+// tanh by exp(-2 |x|). Near 0 it is off by an ulp of 1, not of itself, as scores that are capped may be.
+inline Floats hyperbolic_tangent(Floats x) {
+  const Floats one = Floats{} + 1.0f, size = x < Floats{} ? -x : x;
+  const Floats e = exponential(-2.0f * size), y = (one - e) / (one + e);
+  return x < Floats{} ? -y : y;
 }
 
 // Code `s` of each 32-bit column, times 1 / weight(s).

@@ -55,12 +55,13 @@ class Cache(ctypes.Structure):
 class Params(ctypes.Structure):
     """The other arguments, as struct Call of attend_cpu.h."""
 
-    POINTERS = ("q", "out", "mask", "at")
+    POINTERS = ("q", "out", "mask", "at", "sinks")
     DTYPES_AND_STRIDES = ("q_dtype", "mask_dtype", "mask_batch", "mask_head", "mask_query", "mask_token")
     SIZES = ("batch", "heads", "query_heads", "tokens", "length", "fresh_count", "is_causal")
     SIZES += ("rotate", "restore", "threads")
     _fields_ = [(name, ctypes.c_void_p) for name in POINTERS]
-    _fields_ += [(name, ctypes.c_int64) for name in DTYPES_AND_STRIDES + SIZES] + [("scale", ctypes.c_double)]
+    _fields_ += [(name, ctypes.c_int64) for name in DTYPES_AND_STRIDES + SIZES]
+    _fields_ += [(name, ctypes.c_double) for name in ("scale", "softcap")]
 
 
 def attend(call: AttendCall) -> Tensor:
@@ -75,16 +76,18 @@ def attend(call: AttendCall) -> Tensor:
         fresh_count, at = at.shape[0], at.contiguous()
         fresh_key = fresh_key.to(key_layout.dtype).contiguous()
         fresh_value = fresh_value.to(value_layout.dtype).contiguous()
+    sinks = None if call.sinks is None else call.sinks.float().contiguous()
     strides, mask_dtype = (0, 0, 0, 0), 0
     if mask is not None:
         mask_dtype = MASK_DTYPES[mask.dtype]
         steps = [0 if size == 1 else step for size, step in zip(mask.shape, mask.stride(), strict=True)]
         strides = [0] * (4 - len(steps)) + steps
     params = Params(
-        *(q.data_ptr(), out.data_ptr(), address(mask), address(at), DTYPES[q.dtype], mask_dtype, *strides),
+        *(q.data_ptr(), out.data_ptr(), address(mask), address(at), address(sinks)),
+        *(DTYPES[q.dtype], mask_dtype, *strides),
         *(B, heads, query_heads, tokens, -1 if length is None else length, fresh_count, is_causal),
         *(call.rotate and (key_layout.rotated or key_layout.affine), call.restore),
-        *(torch.get_num_threads(), D**-0.5 if scale is None else scale),
+        *(torch.get_num_threads(), D**-0.5 if scale is None else scale, call.softcap),
     )
     caches = pointers(key, key_layout, fresh_key), pointers(value, value_layout, fresh_value)
     status = library()[0](ctypes.byref(params), *map(ctypes.byref, caches))

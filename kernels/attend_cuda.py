@@ -86,6 +86,10 @@ def refusal(call: AttendCall) -> str:
         return reason
     if key_layout.dtype != q.dtype:
         return f"queries are {q.dtype} and the cache {key_layout.dtype}, accepted: both float16 or both bfloat16"
+    if call.softcap:
+        return f"softcap is {call.softcap}, accepted: 0"
+    if call.sinks is not None:
+        return "there are sinks, accepted: none"
     if is_causal:
         return "is_causal: a decode step's queries see the whole cache"
     rows = q.shape[1] // key[CODES].shape[1] * q.shape[2]
@@ -122,7 +126,8 @@ def layouts_refusal(k: Layout, v: Layout) -> str:
 
 def attend(call: AttendCall, splits: int | None = None) -> Tensor:
     """As kernels.attend.attend, for calls that `refusal` has nothing against; splits: as splits_for where omitted."""
-    q, key, value, length, mask, scale, _, fresh_key, fresh_value, at, key_layout, value_layout, rotate, restore = call
+    q, key, value, length, mask, scale, _, fresh_key, fresh_value, at, key_layout, value_layout = call[:12]
+    rotate, restore = call.rotate, call.restore
     layout = key_layout
     k, v = named(key, key_layout), named(value, value_layout)
     fresh = None

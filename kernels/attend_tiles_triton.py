@@ -151,13 +151,24 @@ def exact_tile(tokens, slot, valid, stride, D: tl.constexpr, DP: tl.constexpr, R
 
 
 @triton.jit
-def step(q, k, v, position, valid, token, mask_row, row_valid, mask_stride, scale, top, total, acc,
-         MASK: tl.constexpr, IS_CAUSAL: tl.constexpr):  # fmt: skip
+def capped(scores, softcap):
+    """softcap * tanh(scores / softcap), by exp(-2 |x|)."""
+    x = scores / softcap
+    shrunk = tl.exp2(tl.where(x < 0, x, -x) * 2 * LOG2E)
+    y = (1 - shrunk) / (1 + shrunk) * softcap
+    return tl.where(x < 0, -y, y)
+
+
+@triton.jit
+def step(q, k, v, position, valid, token, mask_row, row_valid, mask_stride, scale, softcap, top, total, acc,
+         MASK: tl.constexpr, IS_CAUSAL: tl.constexpr, CAPPED: tl.constexpr):  # fmt: skip
     """One tile of the online softmax: q [M, DP], k [N, DP], v [N, DVP]; top (maximum), total [M], acc [M, DVP] move.
 
     Scores meet log2(e) only in the exponent: times a mask of finfo.min it is -inf, but such rows must be averages.
     """
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+    if CAPPED:
+        scores = capped(scores, softcap)
     seen = row_valid[:, None] & valid[None, :]
     if IS_CAUSAL:
         seen = seen & (position[None, :] <= token[:, None])
@@ -183,8 +194,8 @@ def attend_tiles(
     state, classes, pivot_at, text_at, block_of,
     key_codes, key_range, key_ring, key_pivots, key_text, key_means,
     value_codes, value_range, value_ring, value_pivots, value_text,
-    fresh_key, fresh_value, at, mask,
-    scale, length, columns, tokens, fresh_tokens, heads,
+    fresh_key, fresh_value, at, mask, sinks,
+    scale, softcap, length, columns, tokens, fresh_tokens, heads,
     capacity, value_capacity, blocks, text_capacity, value_text_capacity, tiles, splits,
     q_b, q_h, q_t, fk_b, fk_h, fk_t, fv_b, fv_h, fv_t, mask_b, mask_h, mask_q, mask_t,
     SHARE: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr,
@@ -195,7 +206,7 @@ def attend_tiles(
     KEY_BLOCKS: tl.constexpr,
     KEY_ROUND: tl.constexpr, VALUE_ROUND: tl.constexpr,
     DOT: tl.constexpr, FRESH: tl.constexpr, MASK: tl.constexpr, HAS_LENGTH: tl.constexpr, IS_CAUSAL: tl.constexpr,
-    SPLIT: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+    CAPPED: tl.constexpr, SPLIT: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     tile = tl.program_id(0) % tiles  # quickest: programs that read the same tokens run side by side
     split = tl.program_id(0) // tiles % splits
@@ -255,6 +266,10 @@ def attend_tiles(
 
     top = tl.full([M], float("-inf"), tl.float32)
     total = tl.zeros([M], tl.float32)
+    if sinks is not None:  # a token of weight 1 and no value, in the first split
+        sink = tl.load(sinks + head, mask=row_valid, other=0.0).to(tl.float32)
+        top = tl.where(split == 0, sink, top)
+        total = tl.where(split == 0, total + 1.0, total)
     acc = tl.zeros([M, DVP], tl.float32)
 
     key_codes += pair * capacity * (D * BITS // WORD_BITS)
@@ -288,8 +303,8 @@ def attend_tiles(
         v = code_tile(value_codes, value_range, position, valid,
                       DV, DVP, BITS, VALUE_GROUPS, VALUE_SYMMETRIC, False)  # fmt: skip
         v = rounded(v, VALUE_ROUND, DOT)
-        top, total, acc = step(queries, k, v, position, valid, token, mask_row, row_valid, mask_t, scale,
-                               top, total, acc, MASK, IS_CAUSAL)  # fmt: skip
+        top, total, acc = step(queries, k, v, position, valid, token, mask_row, row_valid, mask_t, scale, softcap,
+                               top, total, acc, MASK, IS_CAUSAL, CAPPED)  # fmt: skip
 
     if LOW > 0:
         start, stop = start - body_tiles, stop - body_tiles
@@ -314,8 +329,8 @@ def attend_tiles(
                 v = code_tile(value_codes, value_range, position, valid,
                               DV, DVP, BITS, VALUE_GROUPS, VALUE_SYMMETRIC, False)  # fmt: skip
             v = rounded(v, VALUE_ROUND, DOT)
-            top, total, acc = step(queries, k, v, position, valid, token, mask_row, row_valid, mask_t, scale,
-                                   top, total, acc, MASK, IS_CAUSAL)  # fmt: skip
+            top, total, acc = step(queries, k, v, position, valid, token, mask_row, row_valid, mask_t, scale, softcap,
+                                   top, total, acc, MASK, IS_CAUSAL, CAPPED)  # fmt: skip
         start, stop = start - text_tiles, stop - text_tiles
     else:
         start, stop = start - body_tiles, stop - body_tiles
@@ -328,8 +343,8 @@ def attend_tiles(
             valid = valid & (tl.load(classes + position, mask=valid, other=0) == PIVOT)
             k = exact_tile(key_pivots + pair * PIVOTS * D, slot, valid, D, D, DP, KEY_ROUND, DOT)
             v = exact_tile(value_pivots + pair * PIVOTS * DV, slot, valid, DV, DV, DVP, VALUE_ROUND, DOT)
-            top, total, acc = step(queries, k, v, position, valid, token, mask_row, row_valid, mask_t, scale,
-                                   top, total, acc, MASK, IS_CAUSAL)  # fmt: skip
+            top, total, acc = step(queries, k, v, position, valid, token, mask_row, row_valid, mask_t, scale, softcap,
+                                   top, total, acc, MASK, IS_CAUSAL, CAPPED)  # fmt: skip
         start, stop = start - pivot_tiles, stop - pivot_tiles
 
     if WINDOW > 0:
@@ -340,8 +355,8 @@ def attend_tiles(
             valid = valid & (position >= held) & (position < stored)
             k = exact_tile(key_ring + pair * WINDOW * D, slot, valid, D, D, DP, KEY_ROUND, DOT)
             v = exact_tile(value_ring + pair * WINDOW * DV, slot, valid, DV, DV, DVP, VALUE_ROUND, DOT)
-            top, total, acc = step(queries, k, v, position, valid, token, mask_row, row_valid, mask_t, scale,
-                                   top, total, acc, MASK, IS_CAUSAL)  # fmt: skip
+            top, total, acc = step(queries, k, v, position, valid, token, mask_row, row_valid, mask_t, scale, softcap,
+                                   top, total, acc, MASK, IS_CAUSAL, CAPPED)  # fmt: skip
         start, stop = start - ring_tiles, stop - ring_tiles
 
     if FRESH:
@@ -353,8 +368,8 @@ def attend_tiles(
             valid = (slot < fresh_tokens) & (position < seen)
             k = exact_tile(fresh_key, slot, valid, fk_t, D, DP, KEY_ROUND, DOT)
             v = exact_tile(fresh_value, slot, valid, fv_t, DV, DVP, VALUE_ROUND, DOT)
-            top, total, acc = step(queries, k, v, position, valid, token, mask_row, row_valid, mask_t, scale,
-                                   top, total, acc, MASK, IS_CAUSAL)  # fmt: skip
+            top, total, acc = step(queries, k, v, position, valid, token, mask_row, row_valid, mask_t, scale, softcap,
+                                   top, total, acc, MASK, IS_CAUSAL, CAPPED)  # fmt: skip
 
     # row of [B * Hq * q]; a row that saw nothing is 0, as torch's
     place = (b * heads * SHARE + head) * tokens + token

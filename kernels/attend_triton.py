@@ -152,6 +152,7 @@ def attend(call: AttendCall, splits: int | None = None) -> Tensor:
     fresh_key, fresh_value = (along_channels(t) if fresh else None for t in (fresh_key, fresh_value))
     fresh_steps = [*fresh_key.stride()[:3], *fresh_value.stride()[:3]] if fresh else [0] * 6
 
+    sinks = None if call.sinks is None else call.sinks.contiguous()
     parts, maxima, sums = out, None, None
     if splits > 1:
         parts = out.new_empty((splits, *out.shape), dtype=torch.float32)
@@ -164,8 +165,8 @@ def attend(call: AttendCall, splits: int | None = None) -> Tensor:
             k["state"], k["classes"], k.get("pivot_at"), k.get("text_at"), k.get("block_of"),
             *(k.get(name) for name in ("codes", "range", "ring", "pivots", "text_codes", "means")),
             *(v.get(name) for name in ("codes", "range", "ring", "pivots", "text_codes")),
-            fresh_key, fresh_value, at, mask,
-            1 / math.sqrt(D) if scale is None else float(scale),
+            fresh_key, fresh_value, at, mask, sinks,
+            1 / math.sqrt(D) if scale is None else float(scale), float(call.softcap),
             -1 if length is None else length, columns, tokens, fresh_key.shape[2] if fresh else 0, H,
             capacity, v["codes"].shape[2], k["means"].shape[2] if key_layout.blocks else 0,
             *(b["text_at"].shape[1] if "text_at" in b else 0 for b in (k, v)),
@@ -180,7 +181,7 @@ def attend(call: AttendCall, splits: int | None = None) -> Tensor:
             KEY_BLOCKS=key_layout.blocks,
             KEY_ROUND=seen_as[key_layout.dtype], VALUE_ROUND=seen_as[value_layout.dtype],
             DOT=seen_as[q.dtype], FRESH=fresh, MASK=kind, HAS_LENGTH=length is not None, IS_CAUSAL=is_causal,
-            SPLIT=splits > 1, M=M, N=N, num_warps=warps, num_stages=2,
+            CAPPED=call.softcap > 0, SPLIT=splits > 1, M=M, N=N, num_warps=warps, num_stages=2,
         )  # fmt: skip
         if splits > 1:
             rows = B * Hq * tokens

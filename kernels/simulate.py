@@ -38,7 +38,9 @@ def real_tokens(b: dict[str, Tensor], length: int) -> Tensor:
     return (b["classes"][:, :length] != PADDING) & written
 
 
-def squeezed(q: Tensor, k: Tensor, b: dict[str, Tensor], layout: Layout, past: int, mask, scale, is_causal: bool):
+def squeezed(
+    q: Tensor, k: Tensor, b: dict[str, Tensor], layout: Layout, past: int, mask, scale, is_causal: bool, softcap: float
+):
     """The mask that changes scores as the recipe does: q [B, Hq, q, D], k [B, H, T, D] -> float [B, Hq, q, T].
 
     The recipe's new scores minus the old ones are a bias, which is what a mask of floats adds.
@@ -49,6 +51,8 @@ def squeezed(q: Tensor, k: Tensor, b: dict[str, Tensor], layout: Layout, past: i
     seen = real_tokens(b, T) & (b["classes"][:, :T] == VISION) & (torch.arange(T, device=k.device) < past)
     keys = k.to(q.dtype).repeat_interleave(q.shape[1] // k.shape[1], 1)
     scores = (q @ keys.transpose(-1, -2)).float() * (q.shape[-1] ** -0.5 if scale is None else scale)
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
     bias = torch.where(seen[:, None, None], layout.simulation.scores(scores, seen) - scores, 0.0).to(q.dtype)
     if is_causal:
         bias = bias.masked_fill(~bias.new_ones(bias.shape[-2:], dtype=torch.bool).tril(), -torch.inf)

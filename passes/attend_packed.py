@@ -1,13 +1,16 @@
 """Let attention read packed codes where its cache came in packed.
 
 Before   sdpa(q, expand(whole_k), expand(whole_v), mask)    After   attend(q, key buffers, value buffers, T, mask)
-Needs    sites, buffers, made, stored_uses                  Gives    stored_uses, query_uses
+Needs    sites, originals, buffers, made, stored_uses       Gives    stored_uses, query_uses
 Follows  pack_caches                                        Leaves   the output's shape and dtype
 
 A prompt reads its own 16-bit tokens (with prefill="quantized": the packed ones). Where several new tokens come, attend
 also gets them at full precision, so that a chunk does not see itself through two bits. Their append then moves behind
 the last attention that reads the cache: it overwrites ring slots of earlier tokens, which the chunk's queries must
 still see at 16 bits.
+
+Where a call stands for attention that the model wrote out with a softcap or sinks, and does not read codes, the model's
+own nodes take its place again.
 """
 
 from __future__ import annotations
@@ -17,9 +20,10 @@ from torch.fx import Node
 
 from akvq_fx.kernels import attend  # noqa: F401 - registers the op
 from akvq_fx.passes.patterns.arguments import place_of
+from akvq_fx.passes.patterns.attention import Attention
 from akvq_fx.passes.patterns.nodes import value
 from akvq_fx.passes.patterns.site import Site
-from akvq_fx.passes.state import GraphState, is_single_token
+from akvq_fx.passes.state import GraphState, Original, is_single_token
 from akvq_fx.report import PassReport
 
 akvq = torch.ops.akvq
@@ -38,6 +42,9 @@ def attend_packed(state: GraphState) -> PassReport:
             continue
         rewrite(state, site, key, val)
         report.match(site)
+    for call, original in state.originals.items():
+        if call in state.graph.nodes:
+            put_back(state, call, original)
     return report
 
 
@@ -61,15 +68,36 @@ def rewrite(state: GraphState, site: Site, key, val) -> None:
             *fresh,
             str(key.layout),
             str(val.layout),
+            *extras_of(attention),
         )
     node.meta = {**old.meta, "example_value": value(old)}
     old.replace_all_uses_with(node)
     state.graph.erase_node(old)
+    if original := state.originals.pop(old, None):
+        state.effects -= set(original.nodes)
+        state.forget(*original.nodes)
     attention.node = node
     if fresh[0] is not None:
         append_after(state, node, site.value.whole, FRESH_VALUE)
         append_after(state, node, site.key.whole, FRESH_KEY)
     state.query_uses.append((site, node))
+
+
+def extras_of(attention: Attention) -> tuple:
+    """attend's arguments behind the layouts, where one of them is not its default."""
+    if not attention.softcap and attention.sinks is None:
+        return ()
+    return False, False, attention.softcap, attention.sinks  # rotate and restore are for fuse_rotations to switch on
+
+
+def put_back(state: GraphState, call: Node, original: Original) -> None:
+    """What the model wrote in place of a call that stands for it."""
+    own = original.nodes[-1]
+    for site in state.sites:
+        if site.attention.node is call:
+            site.attention.node = own
+    original.result.replace_all_uses_with(own)
+    state.forget(original.result)
 
 
 def append_after(state: GraphState, reader: Node, whole: Node, position: int) -> None:
@@ -86,7 +114,7 @@ def append_after(state: GraphState, reader: Node, whole: Node, position: int) ->
     state.stored_uses[whole] = [*attends, (reader, position), *appends]
 
 
-attend_packed.needs = ("sites", "buffers", "made", "stored_uses")
+attend_packed.needs = ("sites", "originals", "buffers", "made", "stored_uses")
 attend_packed.gives = ("stored_uses", "query_uses")
 attend_packed.follows = ("pack_caches",)
 attend_packed.required = "folded values would be read as if they were not; without find_sites nothing is packed"

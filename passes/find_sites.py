@@ -1,7 +1,7 @@
 """Find attention over a cache: from each scaled_dot_product_attention outward to the keys' and values' cache writes.
 
 Before   cat(past, rope(k)), cat(past, v) -> expand GQA heads -> sdpa(q, k, v, mask)      After   state.sites
-Needs    written_out                     Gives    sites, refused
+Needs    written_out, originals          Gives    sites, refused
 Follows  rewrite_attention               Leaves   the graph as it was
 
 A call whose keys and values lead back to no cache (a vision tower, a model run without one) is not a site and not a
@@ -55,7 +55,8 @@ def find_sites(state: GraphState) -> PassReport:
                 refused.pop(value_whole, None)
                 continue
             fix_heads(key, val)
-            check_caches(attention, key, val, length, value_length)
+            original = state.originals.get(node)
+            check_caches(attention, key, val, length, value_length, dying=original.dying if original else ())
         except NoMatch as miss:
             refuse(node, miss, whole)
             continue
@@ -93,6 +94,6 @@ def are_weights(state: GraphState, nodes: tuple[Node, ...]) -> tuple[Node, ...]:
     return tuple(n for n in nodes if parameter(n) or any(weight_of(user) is n for user in n.users))
 
 
-find_sites.needs = ("written_out",)
+find_sites.needs = ("written_out", "originals")
 find_sites.gives = ("sites", "refused")
 find_sites.follows = ("rewrite_attention",)

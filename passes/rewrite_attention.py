@@ -1,12 +1,16 @@
 """Make one scaled_dot_product_attention call of attention that a model writes out, where it reads a packable cache.
 
 Before   matmul(softmax(matmul(q, k.mT) * scale + mask), v)      After   sdpa(q, k, v, attn_mask=mask, scale=scale)
-Needs    none                                                    Gives   written_out
+Needs    none                                                    Gives   written_out, originals
 Follows  canonicalize                                            Leaves  numbers as they were, but for their rounding
 
-Spellings are declared in patterns/written_attention.py. What has no equal call (softcap, sinks, weights that are used
-elsewhere), and what reads no cache that can be packed, stays as the model has it. Query heads are not expanded here:
-keys go into the call as the cache holds them.
+Spellings are declared in patterns/written_attention.py. What has no equal call (weights that are used elsewhere), and
+what reads no cache that can be packed, stays as the model has it. Query heads are not expanded here: keys go into the
+call as the cache holds them.
+
+Softcap and sinks are no arguments of that call. Where a model has them, extended_attention (kernels/attend.py) takes
+its place, and what the model wrote stays beside it: attend_packed drops one of the two. So a prompt, which attends to
+its own 16-bit tokens, computes what the model wrote.
 
 Rows that see nothing: a finite fill (finfo.min, -1e9) gives every token the same weight, and so does this call's float
 mask. With -inf the model's row is nan, which no model uses.
@@ -18,14 +22,15 @@ import torch
 import torch.nn.functional as F
 from torch.fx import Node
 
+from akvq_fx.kernels.attend import extended_attention
 from akvq_fx.passes.patterns.attention import Attention
 from akvq_fx.passes.patterns.axes import Axes, flat
 from akvq_fx.passes.patterns.cache_write import cache_write_of, is_mutation
 from akvq_fx.passes.patterns.cached import check_caches, fix_heads, read_from
 from akvq_fx.passes.patterns.nodes import NoMatch, op, same_size, shape, value
 from akvq_fx.passes.patterns.values import expression
-from akvq_fx.passes.patterns.written_attention import Written, before_or_none, softmaxes, written_attention
-from akvq_fx.passes.state import GraphState
+from akvq_fx.passes.patterns.written_attention import Sinks, Written, before_or_none, softmaxes, written_attention
+from akvq_fx.passes.state import GraphState, Original
 from akvq_fx.report import PassReport
 
 SHARED = "rewrite_attention"  # first in the keys of nodes that this pass shares between sites
@@ -73,25 +78,28 @@ def called(state: GraphState, written: Written) -> Node | None:
     check_layout(written)
     if writes[0] is not None and writes[0].new is not None:
         check_tokens(written, writes[0].new)
-    there = set(state.graph.nodes)
+    there, gone = set(state.graph.nodes), dying(written)
     try:
         fix_heads(*writes)
         query = query_of(state, written)
         some_mask = next((step[1] for step in written.scores.mask if step[0] in ("add", "fill")), None)
         provisional = Attention(written.out, query, written.key, written.value, some_mask, False, None)
-        check_caches(provisional, *writes, length, value_length, dying=dying(written))
+        check_caches(provisional, *writes, length, value_length, dying=gone)
         call = sdpa(state, written, query)
         heads = (*written.heads, *written.repeats)
         out = arranged(state, call, (written.batch, heads, written.tokens, written.value_channels), written.out_axes)
     except NoMatch:
-        forget(state, *[node for node in state.graph.nodes if node not in there])
+        state.forget(*[node for node in state.graph.nodes if node not in there])
         raise
     if value(out).dtype != value(written.out).dtype:
         out = new(state, "to", out, value(written.out).dtype)
     out.meta = {**written.out.meta, "example_value": value(out)}
     written.out.replace_all_uses_with(out)
-    state.effects -= set(written.nodes)
-    forget(state, *written.nodes)
+    if call.target is extended_attention:
+        state.originals[call] = Original(written.nodes, out, gone)
+    else:
+        state.effects -= set(written.nodes)
+        state.forget(*written.nodes)
     return call
 
 
@@ -157,18 +165,36 @@ def nearest(node: Node, axes: Axes, order: Axes, dtype: torch.dtype) -> tuple[No
 
 
 def sdpa(state: GraphState, written: Written, query: Node) -> Node:
-    """scaled_dot_product_attention over keys and values as the cache has them."""
+    """scaled_dot_product_attention, or extended_attention, over keys and values as the cache has them."""
     for how, factor in written.scores.factors:
         query = new(state, how, query, factor)
     mask = mask_of(state, written, value(query).dtype)
     arguments = {"query": query, "key": written.key, "value": written.value}
     arguments |= {"attn_mask": mask} if mask is not None else {}
-    arguments |= {"scale": written.scores.scale} | ({"enable_gqa": True} if written.repeats else {})
-    call = state.graph.call_function(F.scaled_dot_product_attention, (), arguments)
+    arguments["scale"] = written.scores.scale_within
+    softcap, sinks = written.scores.softcap, written.scores.sinks
+    if softcap or sinks is not None:
+        arguments |= {"softcap": softcap, "sinks": None if sinks is None else of_heads(state, written, sinks)}
+        call = state.graph.call_function(extended_attention, (), arguments)
+    else:
+        arguments |= {"enable_gqa": True} if written.repeats else {}
+        call = state.graph.call_function(F.scaled_dot_product_attention, (), arguments)
     seen = value(query)
     with seen.fake_mode:
         call.meta["example_value"] = seen.new_empty((*seen.shape[:3], value(written.value).shape[3]))
     return call
+
+
+def of_heads(state: GraphState, written: Written, sinks: Sinks) -> Node:
+    """[Hq]: a sink of each query head. Raises NoMatch where they differ along another axis."""
+    node, axes = sinks.node, sinks.axes
+    while len(shape(node)) > 1 and (earlier := before_or_none(node, axes)) is not None:
+        node, axes = node.args[0], earlier
+    present = [axis for group in axes for axis in flat(group) if axis.size != 1]
+    heads = [axis for axis in (*written.heads, *written.repeats) if axis.size != 1]
+    if present != heads:
+        raise NoMatch("the sinks beside its scores are not one for each head", sinks.node)
+    return node if len(shape(node)) == 1 else new(state, "flatten", node)
 
 
 def mask_of(state: GraphState, written: Written, dtype: torch.dtype) -> Node | None:
@@ -280,19 +306,6 @@ def new(state: GraphState, method: str, x: Node, *arguments) -> Node:
     return state.share((SHARED, method, x, *arguments), make)
 
 
-def forget(state: GraphState, *nodes: Node) -> None:
-    """Erase nodes that nothing reads, and what was there for them alone."""
-    queue, gone = list(nodes), set()
-    while queue:
-        node = queue.pop()
-        if node in gone or node.users or node in state.effects or node.is_impure():
-            continue
-        queue += node.all_input_nodes
-        state.graph.erase_node(node)
-        gone.add(node)
-    state.shared = {key: made for key, made in state.shared.items() if made not in gone}
-
-
 rewrite_attention.needs = ()
-rewrite_attention.gives = ("written_out",)
+rewrite_attention.gives = ("written_out", "originals")
 rewrite_attention.follows = ("canonicalize",)

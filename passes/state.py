@@ -28,6 +28,21 @@ from akvq_fx.report import Capture
 
 
 @dataclass
+class Original:
+    """What a model wrote out where a call stands for it that no compiler should get: it stays, read by nothing, until
+    attend_packed drops either of them.
+
+    nodes   from the first product to the second, the last of which is what the model goes on with
+    result  the call's, with axes and dtype as the model's
+    dying   nodes, and what is read by them alone
+    """
+
+    nodes: list[Node]
+    result: Node
+    dying: set[Node]
+
+
+@dataclass
 class Buffers:
     """A packed tensor inside the graph: one node per field of its layout."""
 
@@ -64,6 +79,7 @@ class GraphState:
         self.graph = self.gm.graph
         self.config, self.weights = config, weights
         self.written_out: dict[Node, NoMatch] = {}  # softmax -> why attention around it was not made a call
+        self.originals: dict[Node, Original] = {}  # call -> what it stands for
         self.sites: list[Site] = []
         self.refused: list[tuple[str, int, str, Node]] = []  # label, layer, reason, node
         self.dequantized: list[tuple[str, int, str, Node]] = []  # the same for packed caches read through a copy
@@ -94,6 +110,18 @@ class GraphState:
 
     def call(self, target, *args, **kwargs) -> Node:
         return self.graph.call_function(target, args, kwargs)
+
+    def forget(self, *nodes: Node) -> None:
+        """Erase nodes that nothing reads, and what was there for them alone."""
+        queue, gone = list(nodes), set()
+        while queue:
+            node = queue.pop()
+            if node in gone or node.users or node in self.effects or node.is_impure():
+                continue
+            queue += node.all_input_nodes
+            self.graph.erase_node(node)
+            gone.add(node)
+        self.shared = {key: made for key, made in self.shared.items() if made not in gone}
 
     def share(self, key, make) -> Node:
         """One node for every site that needs the same thing; the first site in graph order makes it."""

@@ -468,6 +468,70 @@ class WrittenStatic(WrittenOut, StaticIndexCopy):
     """Written out over a static cache: packed."""
 
 
+class Softcap(WrittenOut):
+    """Scores divided by a number, tanh, times the number, then the mask: packed."""
+
+    def hide(self, scores, mask):
+        return super().hide(1.5 * torch.tanh(scores / 1.5), mask)
+
+
+class SoftcapInPlace(WrittenInPlace):
+    """The same in place, and the scale within the cap: packed."""
+
+    def score(self, q, k):
+        scores = q @ self.group(k).mT
+        scores *= self.dim**-0.5 / 1.5
+        scores.tanh_()
+        scores *= 1.5
+        return scores
+
+
+class SoftcapGrouped(WrittenGrouped):
+    """Grouped queries, whose scores are capped in single precision: packed."""
+
+    def hide(self, scores, mask):
+        return super().hide((scores.float() * (1 / 1.5)).tanh().mul(1.5).to(scores.dtype), mask)
+
+
+class SoftcapStatic(Softcap, StaticIndexCopy):
+    """Capped over a static cache: packed."""
+
+
+class Sink(WrittenOut):
+    """A learned logit of each head stands behind the scores in their softmax: packed."""
+
+    def __init__(self):
+        super().__init__()
+        self.sink = nn.Parameter(torch.randn(self.heads))
+
+    def normalize(self, scores, q):
+        sink = self.sink.view(1, -1, 1, 1).expand(scores.shape[0], -1, scores.shape[2], 1)
+        return torch.cat([scores, sink], dim=-1).softmax(-1)[..., :-1]
+
+
+class SinkFirst(Sink):
+    """It stands before the scores, whose maximum is taken off, and whose softmax is in single precision: packed."""
+
+    def normalize(self, scores, q):
+        sink = self.sink.reshape(1, -1, 1, 1).expand(q.shape[0], -1, q.shape[-2], -1)
+        both = torch.cat((sink, scores), 3)
+        both = both - both.max(dim=-1, keepdim=True).values
+        weights = F.softmax(both, dim=-1, dtype=torch.float32)[:, :, :, 1:]
+        return F.dropout(weights, 0.0, training=self.training).to(q.dtype)
+
+
+class SinkGrouped(Sink, SoftcapGrouped):
+    """Sinks [KV heads, query heads of each] beside grouped scores that are capped: packed."""
+
+    def normalize(self, scores, q):
+        sink = self.sink.view(self.kv_heads, -1, 1, 1).expand(*scores.shape[:-1], 1)
+        return torch.cat([scores, sink], -1).softmax(-1)[..., :-1]
+
+
+class SinkStatic(Sink, StaticIndexCopy):
+    """Sinks over a static cache: packed."""
+
+
 # rotary embeddings
 
 
@@ -728,25 +792,6 @@ class SlidingSlice(Attention):
 
     def mask(self, at, total, padding, past, dtype):
         return None if past is None else torch.ones(at.shape[0], past[0].shape[2] + at.shape[0], dtype=torch.bool)
-
-
-class Softcap(WrittenOut):
-    """Scores go through tanh: left alone."""
-
-    def hide(self, scores, mask):
-        return super().hide(20 * torch.tanh(scores / 20), mask)
-
-
-class Sink(WrittenOut):
-    """A learned logit stands beside the scores: left alone."""
-
-    def __init__(self):
-        super().__init__()
-        self.sink = nn.Parameter(torch.randn(self.heads))
-
-    def normalize(self, scores, q):
-        sink = self.sink.view(1, -1, 1, 1).expand(scores.shape[0], -1, scores.shape[2], 1)
-        return torch.cat([scores, sink], dim=-1).softmax(-1)[..., :-1]
 
 
 class WeightsUsed(WrittenOut):

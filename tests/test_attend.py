@@ -47,10 +47,37 @@ def oracle(q, k, v, mask=None, scale=None, is_causal=False):
     return F.scaled_dot_product_attention(q.double(), k, v, attn_mask=mask, scale=scale, is_causal=is_causal)
 
 
-def call(q, key: Case, value: Case, length=None, mask=None, scale=None, is_causal=False, fresh=(None, None, None)):
+def capped_oracle(q, k, v, mask, scale, is_causal, softcap):
+    """The same with scores of softcap * tanh(score / softcap)."""
+    k, v = (t.double().repeat_interleave(q.shape[1] // k.shape[1], 1) for t in (k, v))
+    scores = torch.einsum("bhqd,bhtd->bhqt", q.double(), k) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    scores = torch.tanh(scores / softcap) * softcap
+    if is_causal:
+        mask = torch.ones(scores.shape[2:], dtype=torch.bool).tril()
+    if mask is not None:
+        scores = scores.where(mask, -torch.inf) if mask.dtype == torch.bool else scores + mask.double()
+    return scores.softmax(-1) @ v
+
+
+def sunk_oracle(q, k, v, mask, scale, is_causal, sinks):
+    """torch's attention with a token more, in front, whose score is the head's sink and whose value is 0."""
+    k, v = (t.double().repeat_interleave(q.shape[1] // k.shape[1], 1) for t in (k, v))
+    scores = torch.einsum("bhqd,bhtd->bhqt", q.double(), k) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    if is_causal:
+        mask = torch.ones(scores.shape[2:], dtype=torch.bool).tril()
+    if mask is not None:
+        scores = scores.where(mask, -torch.inf) if mask.dtype == torch.bool else scores + mask.double()
+    first = sinks.double().view(-1, 1, 1).expand(*scores.shape[:3], 1)
+    weights = torch.cat([first, scores], -1).softmax(-1)
+    return weights @ torch.cat([torch.zeros_like(v[:, :, :1]), v], 2)
+
+
+def call(
+    q, key: Case, value: Case, length=None, mask=None, scale=None, is_causal=False, fresh=(None, None, None), **by
+):
     length = key.length if length is None else length
     args = (q, key.pack(), value.pack(), length, mask, scale, is_causal, *fresh)
-    return attend(*args, str(key.layout), str(value.layout))
+    return attend(*args, str(key.layout), str(value.layout), **by)
 
 
 @every_layout
@@ -71,6 +98,7 @@ def test_registration_of_what_rotates_and_restores(name):
     q = randn(2, 6, 2, layout.head_dim, dtype=layout.dtype)
     args = (q, cache, cache, 11, None, None, False, None, None, None, str(layout), str(layout), True, True)
     torch.library.opcheck(attend, args)
+    torch.library.opcheck(attend, (*args, 30.0, torch.zeros(6)))
 
 
 @pytest.mark.parametrize("dtype", (f32, f16, bf16), ids=str)
@@ -125,6 +153,48 @@ def test_equals_torch_on_the_dequantized_cache(drawn):
     out = call(q, key, value, mask=mask, scale=scale, is_causal=is_causal)
     assert (out.dtype, out.is_contiguous()) == (q.dtype, True)
     assert_close("out", oracle(q, key.expected(), value.expected(), mask, scale, is_causal), out)
+
+
+softcaps = st.sampled_from((0.3, 2.0, 50.0))  # scores of these cases are a few in size
+
+
+@given(calls(), softcaps)
+@few
+def test_caps_scores(drawn, softcap):
+    q, key, value, *rest = drawn
+    due = capped_oracle(q, key.expected(), value.expected(), *rest, softcap)
+    mask, scale, is_causal = rest
+    assert_close("out", due, call(q, key, value, mask=mask, scale=scale, is_causal=is_causal, softcap=softcap))
+
+
+@given(calls(), seeds)
+@few
+def test_sinks_take_their_share(drawn, seed):
+    q, key, value, *rest = drawn
+    sinks = 2 * randn(q.shape[1], seed=seed, dtype=q.dtype)
+    due = sunk_oracle(q, key.expected(), value.expected(), *rest, sinks)
+    mask, scale, is_causal = rest
+    assert_close("out", due, call(q, key, value, mask=mask, scale=scale, is_causal=is_causal, sinks=sinks))
+
+
+def test_refuses_sinks_of_other_heads():
+    key = case_of(LAYOUTS["2bit-f16-rotated"])
+    with pytest.raises(ValueError, match=r"sinks are \[2\], accepted: \[4\]"):
+        call(randn(2, 4, 1, key.layout.head_dim, dtype=f16), key, key, sinks=torch.zeros(2))
+
+
+def test_a_capped_row_that_sees_nothing_is_0():
+    key, value = case_of(LAYOUTS["2bit-f16-rotated"]), case_of(LAYOUTS["2bit-f16-rotated"], seed=1)
+    q, mask = randn(2, 2, 3, key.layout.head_dim, dtype=f16), torch.ones(2, 1, 3, key.length, dtype=torch.bool)
+    mask[1, :, 2] = False
+    for given_mask in (mask, torch.zeros(mask.shape).masked_fill(~mask, -torch.inf)):
+        for by in (
+            {"softcap": 5.0},
+            {"sinks": torch.zeros(2)},
+            {"softcap": 5.0, "sinks": torch.full((2,), -torch.inf)},
+        ):
+            out = call(q, key, value, mask=given_mask, **by)
+            assert not out[1, :, 2].any() and out[0].all() and out.isfinite().all()
 
 
 @given(calls(), st.data())

@@ -32,9 +32,19 @@ from tests.kernel_cases import (
     poison,
     randn,
     random_affine,
+    seeds,
     skip_without_a_compiler,
 )
-from tests.test_attend import assert_chunk, calls, chunk_calls, oracle, restored_calls
+from tests.test_attend import (
+    assert_chunk,
+    calls,
+    capped_oracle,
+    chunk_calls,
+    oracle,
+    restored_calls,
+    softcaps,
+    sunk_oracle,
+)
 
 ROOT = Path(__file__).parent.parent
 PACKED = {name: layout for name, layout in LAYOUTS.items() if not (layout.lossless or layout.moved)}
@@ -86,9 +96,9 @@ def poisoned_outputs():
         torch.use_deterministic_algorithms(False)
 
 
-def run(q, key, value, length, layouts, mask=None, scale=None, is_causal=False, fresh=(None, None, None)):
+def run(q, key, value, length, layouts, mask=None, scale=None, is_causal=False, fresh=(None, None, None), **by):
     """The kernel on buffers of two caches; it must not refuse."""
-    args = AttendCall(q, key, value, length, mask, scale, is_causal, *fresh, *layouts)
+    args = AttendCall(q, key, value, length, mask, scale, is_causal, *fresh, *layouts, **by)
     assert attend_cpu.refusal(args) == ""
     with poisoned_outputs():
         return attend_cpu.attend(args)
@@ -111,6 +121,38 @@ def test_equals_torch_on_the_dequantized_cache(drawn):
     out = call(q, key, value, mask=mask, scale=scale, is_causal=is_causal)
     assert (out.dtype, out.is_contiguous()) == (q.dtype, True)
     assert_close("out", oracle(q, key.expected(), value.expected(), mask, scale, is_causal), out)
+
+
+@given(packed_calls, softcaps)
+@few
+def test_caps_scores(drawn, softcap):
+    q, key, value, *rest = drawn
+    due = capped_oracle(q, key.expected(), value.expected(), *rest, softcap)
+    mask, scale, is_causal = rest
+    assert_close("out", due, call(q, key, value, mask=mask, scale=scale, is_causal=is_causal, softcap=softcap))
+
+
+@given(packed_calls, seeds)
+@few
+def test_sinks_take_their_share(drawn, seed):
+    q, key, value, *rest = drawn
+    sinks = 2 * randn(q.shape[1], seed=seed, dtype=q.dtype)
+    due = sunk_oracle(q, key.expected(), value.expected(), *rest, sinks)
+    mask, scale, is_causal = rest
+    assert_close("out", due, call(q, key, value, mask=mask, scale=scale, is_causal=is_causal, sinks=sinks))
+
+
+def test_sinks_count_once_where_threads_share_a_head():
+    layout = Layout(64, f32, body_bits=2, window=7)
+    key, value = case_of(layout, 1, 1, 3000, capacity=3000), case_of(layout, 1, 1, 3000, capacity=3000, seed=1)
+    q, sinks = randn(1, 16, 1, 64, seed=2), torch.full((16,), 5.0)
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        out = call(q, key, value, sinks=sinks)
+    finally:
+        torch.set_num_threads(before)
+    assert_close("out", sunk_oracle(q, key.expected(), value.expected(), None, None, False, sinks), out)
 
 
 @given(packed_calls, st.data())

@@ -67,12 +67,12 @@ def test_one_long_cache_fills_the_chip():
     assert attend_cuda.splits_for(32, 32768, 132) * 32 > 0.8 * 132 * attend_cuda.BLOCKS
 
 
-def refusal(q=None, layout=None, values=None, mask=None, is_causal=False, capacity=64, heads=2):
+def refusal(q=None, layout=None, values=None, mask=None, is_causal=False, capacity=64, heads=2, **by):
     layout = layout or Layout(64, bf16, body_bits=2, window=8, pivots=2)
     key = layout.allocate(1, heads, capacity, capacity if layout.text_bits else 0)
     q = torch.zeros(1, 4, 1, layout.head_dim, dtype=layout.dtype) if q is None else q
     layouts = layout, values or layout
-    return attend_cuda.refusal(AttendCall(q, key, key, 5, mask, None, is_causal, None, None, None, *layouts))
+    return attend_cuda.refusal(AttendCall(q, key, key, 5, mask, None, is_causal, None, None, None, *layouts, **by))
 
 
 @pytest.mark.parametrize(
@@ -109,6 +109,8 @@ def refusal(q=None, layout=None, values=None, mask=None, is_causal=False, capaci
             "values have means of blocks, which only keys can have",
         ),
         ({"is_causal": True}, "is_causal"),
+        ({"softcap": 30.0}, "softcap is 30.0, accepted: 0"),
+        ({"sinks": torch.zeros(4)}, "there are sinks, accepted: none"),
         ({"q": torch.zeros(1, 4, 40, 64, dtype=bf16)}, "80 query rows per KV head, accepted: up to 64"),
         ({"mask": torch.zeros(1, 1, 1, 5, dtype=torch.float64)}, "the mask is torch.float64"),
         ({"q": torch.zeros(1, 4, 0, 64, dtype=bf16)}, "there are no queries"),

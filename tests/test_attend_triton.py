@@ -32,7 +32,7 @@ from tests.kernel_cases import (
     randn,
     seeds,
 )
-from tests.test_attend import assert_chunk, draw_chunk, masks, oracle
+from tests.test_attend import assert_chunk, capped_oracle, draw_chunk, masks, oracle, sunk_oracle
 from tests.test_cache_ops import gather_text
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -71,11 +71,25 @@ def pair(layout: Layout, value_layout: Layout | None = None, **sizes) -> tuple[C
     return key, dataclasses.replace(value, classes=key.classes, pivots=key.pivots)
 
 
-def launch(q, key, value, layouts, length=None, mask=None, scale=None, is_causal=False, fresh=NO_FRESH, splits=None):
+def launch(
+    q,
+    key,
+    value,
+    layouts,
+    length=None,
+    mask=None,
+    scale=None,
+    is_causal=False,
+    fresh=NO_FRESH,
+    splits=None,
+    softcap=0.0,
+    sinks=None,
+):
     """The kernel on DEVICE, its answer on the CPU."""
     there = lambda t: None if t is None else t.to(DEVICE)
     caches = [[buffer.to(DEVICE) for buffer in cache] for cache in (key, value)]
     asked = AttendCall(there(q), *caches, length, there(mask), scale, is_causal, *map(there, fresh), *layouts)
+    asked = asked._replace(softcap=softcap, sinks=there(sinks))
     out = attend_triton.attend(asked, splits)
     assert (out.dtype, out.is_contiguous()) == (q.dtype, True)
     return out.cpu()
@@ -92,6 +106,28 @@ def test_equals_torch_on_the_dequantized_cache(layout, tokens, groups):
     key, value = pair(layout)
     q = randn(2, 2 * groups, tokens, layout.head_dim, seed=2, dtype=layout.dtype)
     assert_close("out", oracle(q, key.expected(), value.expected()), call(q, key, value))
+
+
+@pytest.mark.parametrize(
+    "softcap, masked", [(0.5, "no mask"), (2.0, "bool"), (30.0, "float"), (5.0, "causal")], ids=str
+)
+def test_caps_scores(softcap, masked):
+    key, value = pair(Layout(64, bf16, body_bits=2, text_bits=4, window=5, pivots=2))
+    q, noise = randn(2, 4, 3, 64, seed=2, dtype=bf16), randn(2, 1, 3, 41, seed=3)
+    mask = {"bool": noise > -1, "float": noise.masked_fill(noise > 1, -torch.inf)}.get(masked)
+    due = capped_oracle(q, key.expected(), value.expected(), mask, None, masked == "causal", softcap)
+    out = call(q, key, value, mask=mask, is_causal=masked == "causal", softcap=softcap, splits=2)
+    assert_close("out", due, out)
+
+
+@pytest.mark.parametrize("splits", (1, 3))
+@pytest.mark.parametrize("masked", ("no mask", "bool", "causal"))
+def test_sinks_take_their_share(masked, splits):
+    key, value = pair(Layout(64, bf16, body_bits=2, text_bits=4, window=5, pivots=2))
+    q, sinks = randn(2, 4, 3, 64, seed=2, dtype=bf16), 2 * randn(4, seed=4, dtype=bf16)
+    mask = randn(2, 1, 3, 41, seed=3) > -1 if masked == "bool" else None
+    due = sunk_oracle(q, key.expected(), value.expected(), mask, None, masked == "causal", sinks)
+    assert_close("out", due, call(q, key, value, mask=mask, is_causal=masked == "causal", sinks=sinks, splits=splits))
 
 
 DIMS = [

@@ -2,10 +2,12 @@
 
 import ast
 import importlib.util
+import json
 import re
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = sorted((ROOT / "benchmarks").rglob("*.py")) + sorted((ROOT / "tests" / "sanitize").glob("*.py"))
@@ -48,3 +50,50 @@ def test_a_python_that_is_missing_is_told(monkeypatch, tmp_path):
     monkeypatch.setattr("sys.argv", ["versions.py"])
     with pytest.raises(SystemExit, match="python3.10 is not on PATH.*--env"):
         versions.main()
+
+
+@pytest.fixture
+def speed(monkeypatch):
+    """import_module that finds the scripts of benchmarks/speed by their bare names, as they find each other."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks" / "speed"))
+    return importlib.import_module
+
+
+# parameters in 1e9, as published
+@pytest.mark.parametrize(
+    ("name", "published"),
+    [
+        ("llava-1.5-7b", 7.06),
+        ("qwen2.5-vl-7b", 8.29),
+        ("qwen3-vl-8b", 8.77),
+        ("gemma-3-4b", 4.30),
+        ("internvl3-8b", 7.94),
+    ],
+)
+def test_vision_models_are_the_published_ones(speed, name, published):
+    """Full size without memory; tiny ones generate, every row its own images."""
+    models = speed("vision_models")
+    whole, _ = models.build(name, None, False, torch.device("meta"))
+    assert sum(p.numel() for p in whole.parameters()) / 1e9 == pytest.approx(published, abs=0.005)
+    cpu = torch.device("cpu")
+    model, image = models.build(name, None, True, cpu)
+    given = models.prompt(image, 2, 2, 5, model.config.get_text_config().vocab_size, cpu, model.dtype)
+    out = model.generate(**given, max_new_tokens=3)
+    assert out.shape == (2, given["input_ids"].shape[1] + 3)
+
+
+def test_generate_measures_a_tiny_model(speed, tmp_path):
+    """A process of its own writes what it saw after each call; the table has a row of it."""
+    rows, table = tmp_path / "rows.jsonl", tmp_path / "table.md"
+    how = "--tiny --device cpu --peer akvq --inner eager --text 100 --tokens-out 4 --second-batch 2"
+    speed("generate").main([*how.split(), "--rows", str(rows), "--markdown", str(table)])
+    lines = [json.loads(line) for line in rows.read_text().splitlines()]
+    assert len(lines) == 5 and "error" not in lines[-1]
+    seen = lines[-1]
+    assert seen["packed"] == 4 and seen["plain"] == 0 and seen["refused"] == []
+    assert seen["first_token_s"] > seen["next_token_s"] > 0 and seen["worst_step_ms"] >= seen["step_ms"] > 0
+    assert seen["tokens_per_s"] == pytest.approx(4 / seen["generate_s"])
+    assert seen["second_batch_generate_s"] > seen["second_batch_first_token_s"] > 0
+    *_, row = table.read_text().strip().splitlines()
+    assert row.startswith('| LLaVA-1.5-7B, tiny | model.compile(backend="akvq") | 1 | 117 tokens, 1 images; 4 out |')
+    assert "4 of 4 tensors packed" in row

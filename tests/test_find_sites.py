@@ -7,6 +7,8 @@ import akvq_fx
 from akvq_fx.config import AKVQConfig
 from akvq_fx.packed_kv import PackedKV
 from akvq_fx.passes.canonicalize import canonicalize
+from akvq_fx.passes.patterns.arguments import argument_of
+from akvq_fx.passes.patterns.nodes import op
 from akvq_fx.passes.state import GraphState
 from tests import attention_models as models
 from tests.attention_models import Decoder, captured, lossless, roll, token_ids
@@ -48,6 +50,14 @@ MUST_FIRE = {  # spelling: RoPE, q:kv heads, forms of the prompt's and the step'
     models.WrittenMaximum: ("rope half", "4:2", GROWING),
     models.WrittenQueryMask: ("rope half", "4:2", GROWING),
     models.WrittenStatic: ("rope half", "4:2", STATIC),
+    models.Softcap: ("rope half", "4:2", GROWING),
+    models.SoftcapInPlace: ("rope half", "4:2", GROWING),
+    models.SoftcapGrouped: ("rope half", "4:2", GROWING),
+    models.SoftcapStatic: ("rope half", "4:2", STATIC),
+    models.Sink: ("rope half", "4:2", GROWING),
+    models.SinkFirst: ("rope half", "4:2", GROWING),
+    models.SinkGrouped: ("rope half", "4:2", GROWING),
+    models.SinkStatic: ("rope half", "4:2", STATIC),
     models.RopeInterleaved: ("rope interleaved", "4:2", GROWING),
     models.RopePartial: ("rope half, partial", "4:2", GROWING),
     models.RopeComplex: ("rope complex", "4:2", GROWING),
@@ -70,8 +80,6 @@ MUST_FIRE = {  # spelling: RoPE, q:kv heads, forms of the prompt's and the step'
 UNREAD = "no scaled_dot_product_attention reads this cache directly"
 MUST_NOT_FIRE = {
     models.SlidingSlice: "sliding window",
-    models.Softcap: "its attention is written out (matmul, softmax), and its scores go through tanh (softcap)",
-    models.Sink: "something stands beside the scores in its softmax (a sink)",
     models.WeightsUsed: "its attention weights are used by mean too, so they are computed",
     models.WeakMask: "masked scores are set to -50.0, accepted: a number up to -10000",
     models.WrittenDropout: "attention dropout is on (p=0.5)",
@@ -140,8 +148,34 @@ def test_refused_graph_is_untouched(spelling):
     assert all(untouched(capture) for capture in lossless(spelling).captures)
 
 
+EXTENDED = {  # softcap, and whether there are sinks
+    models.Softcap: (1.5, False),
+    models.SoftcapInPlace: (1.5, False),
+    models.SoftcapGrouped: (1.5, False),
+    models.SoftcapStatic: (1.5, False),
+    models.Sink: (0.0, True),
+    models.SinkFirst: (0.0, True),
+    models.SinkGrouped: (1.5, True),
+    models.SinkStatic: (0.0, True),
+}
+
+
+@pytest.mark.parametrize("spelling", EXTENDED, ids=name)
+def test_softcap_and_sinks_are_arguments_in_steps_and_stay_as_written_in_prompts(spelling):
+    softcap, sinks = EXTENDED[spelling]
+    graphs = [capture.state.graph for capture in lossless(spelling).captures]
+    prompt, step = ([op(node).strip("_") for node in graph.nodes] for graph in graphs)
+    count = lambda ops: [ops.count(name) for name in ("tanh", "softmax", "extended_attention")]
+    assert count(prompt) == [bool(softcap), 1, 0] and count(step) == [0, 0, 0]
+    (attend,) = (node for node in graphs[1].nodes if node.target is torch.ops.akvq.attend.default)
+    assert argument_of(attend, "softcap") == pytest.approx(softcap)
+    assert (argument_of(attend, "sinks") is not None) == sinks
+
+
 @pytest.mark.parametrize("batch, pad", [(1, 0), (3, 2)])
-@pytest.mark.parametrize("spelling", [models.WrittenFolded, models.WrittenGrouped, models.WrittenStatic], ids=name)
+@pytest.mark.parametrize(
+    "spelling", [models.WrittenFolded, models.WrittenGrouped, models.WrittenStatic, models.SinkGrouped], ids=name
+)
 def test_written_out_for_other_batches_padding_and_chunks(spelling, batch, pad):
     seen = models.evidence(Decoder(spelling), models.LOSSLESS, batch=batch, pad=pad, chunk=3)
     assert seen.error <= 2e-6 and all(len(capture.state.sites) == 1 for capture in seen.captures)

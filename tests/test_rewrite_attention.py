@@ -156,6 +156,22 @@ SCALES = {
     "inside": (lambda q: q * 0.3, lambda s: s),
     "both": (lambda q: q / 2, lambda s: 0.5 * s),
 }
+SOFTCAPS = {  # name -> softcap of scores that are a few in size, and its spelling
+    "none around": (1.0, lambda s: s.tanh()),
+    "divided and multiplied": (2.0, lambda s: torch.tanh(s / 2) * 2),
+    "multiplied and divided": (2.0, lambda s: (s * 0.5).tanh() / 0.5),
+    "number first": (0.7, lambda s: 0.7 * torch.tanh(s.div(0.7))),
+    "constant tensors": (2.0, lambda s: torch.tanh(s / torch.tensor(2.0)) * torch.tensor(2.0)),
+    "in place": (2.0, lambda s: s.div_(2).tanh_().mul_(2)),
+    "another slope": (2.0, lambda s: torch.tanh(s * 1.5) * 2),
+    "upside down": (2.0, lambda s: torch.tanh(s / 2) * -2),
+}
+ONE_OF_EACH_HEAD = torch.arange(HEADS) / 2.0
+SINKS = {  # of scores s [B, H, q, T]
+    "expanded": lambda s: ONE_OF_EACH_HEAD.reshape(1, -1, 1, 1).expand(s.shape[0], -1, s.shape[2], -1),
+    "indexed": lambda s: ONE_OF_EACH_HEAD[None, :, None, None].expand(*s.shape[:3], 1).to(s.dtype),
+    "repeated": lambda s: ONE_OF_EACH_HEAD.view(1, -1, 1, 1).repeat_interleave(s.shape[2], 2).expand(len(s), -1, -1, 1),
+}
 lowest = lambda s: torch.finfo(s.dtype).min
 additive = lambda s, counts: torch.zeros((), dtype=s.dtype).masked_fill(~counts, lowest(s))
 MASKS = {
@@ -222,14 +238,19 @@ def written(draw):
     group = (lambda x: x) if grouped else GROUPS[pick(GROUPS, "heads")]
     table = GROUPED if grouped else PRODUCTS
     before, after = SCALES[names[2]]
-    return names, lambda q, k, v, counts: table[weigh][1](
-        DROPOUT[names[5]](
-            SOFTMAX[names[4]](
-                MASKS[names[3]](after(table[product][0](before(q), group(k))), SHAPES[shape](counts))
-            )
-        ),
-        group(v),
-    )  # fmt: skip
+    names += [draw(st.sampled_from(("", "", *SOFTCAPS)), label="softcap")]
+    names += [draw(st.sampled_from(("", "", *SINKS)), label="sinks")]
+
+    def attend(q, k, v, counts):
+        s = after(table[product][0](before(q), group(k)))
+        s = SOFTCAPS[names[6]][1](s) if names[6] else s
+        s = MASKS[names[3]](s, SHAPES[shape](counts))
+        s = torch.cat([s, SINKS[names[7]](s)], -1) if names[7] else s
+        w = SOFTMAX[names[4]](s)
+        w = w[..., :-1] if names[7] else w
+        return table[weigh][1](DROPOUT[names[5]](w), group(v))
+
+    return names, attend
 
 
 phases = (Phase.explicit, Phase.reuse, Phase.generate)  # an example is traced: shrinking a failing one takes minutes
@@ -241,7 +262,11 @@ def test_any_mixture_of_spellings_becomes_one_call(drawn, tokens, dynamic):
     names, attend = drawn
     seen = rewritten(over_a_cache(attend), *step_inputs(tokens), dynamic=dynamic)
     event(names[3])
-    assert_one_call(seen)
+    if names[6] or names[7]:
+        assert len(seen.matched) == 1 and not seen.missed, seen.missed
+        assert seen.ops.count("extended_attention") == 1
+    else:
+        assert_one_call(seen)
 
 
 def assert_one_call(seen: Rewritten) -> None:
@@ -264,6 +289,38 @@ def test_the_graph_before_and_after(golden):
     seen = rewritten(over_a_cache(attend), *step_inputs(1))
     assert_one_call(seen)
     golden("written_attention", str(seen.state.graph))
+
+
+@pytest.mark.parametrize("mask", ["none", "add", "masked_fill -inf", "grouped"])
+@pytest.mark.parametrize("how", SOFTCAPS)
+def test_softcap(how, mask):
+    """A call stands beside what the model wrote, which nothing reads any more."""
+    softcap, cap = SOFTCAPS[how]
+    attend = lambda q, k, v, counts: MASKS[mask](cap(5 * scores(q, k)), counts).softmax(-1) @ EXPANDED(v)
+    seen = rewritten(over_a_cache(attend), *step_inputs())
+    assert len(seen.matched) == 1 and not seen.missed, seen.missed
+    (call,) = (n for n in seen.state.graph.nodes if op(n) == "extended_attention")
+    assert call.kwargs["softcap"] == pytest.approx(softcap)
+    original = seen.state.originals[call]
+    assert not original.nodes[-1].users and "softmax" in map(op, original.nodes)
+
+
+@pytest.mark.parametrize("how", SINKS)
+@pytest.mark.parametrize("tokens, dynamic", [(1, False), (3, True)], ids=str)
+def test_sinks(how, tokens, dynamic):
+    def attend(q, k, v, counts):
+        s = scores(q, k).masked_fill(~counts, -torch.inf)
+        return torch.cat([s, SINKS[how](s)], -1).softmax(-1)[..., :-1] @ EXPANDED(v)
+
+    seen = rewritten(over_a_cache(attend), *step_inputs(tokens), dynamic=dynamic)
+    assert len(seen.matched) == 1 and not seen.missed, seen.missed
+    (call,) = (n for n in seen.state.graph.nodes if op(n) == "extended_attention")
+    assert tuple(call.kwargs["sinks"].meta["example_value"].shape) == (HEADS,)
+
+
+def test_softcap_of_queries_that_are_scaled_by_a_tensor():
+    attend = lambda q, k, v, counts: torch.tanh((q @ EXPANDED(k).mT) * q[:1, :1, :1, :1]).softmax(-1) @ EXPANDED(v)
+    assert "extended_attention" in rewritten(over_a_cache(attend), *step_inputs()).ops
 
 
 FINITE = ("masked_fill lowest", "masked_fill -1e9", "where reversed", "add", "sub", "iadd")
@@ -328,11 +385,27 @@ def test_queries_that_are_folded_with_their_heads():
 
 
 REFUSED = {
-    "its scores go through tanh (softcap)": lambda q, k, v, counts: torch.tanh(scores(q, k)).softmax(-1) @ EXPANDED(v),
-    "something stands beside the scores in its softmax (a sink)": lambda q, k, v, counts: torch.cat(
-        [scores(q, k), torch.zeros(B, HEADS, q.shape[2], 1)], -1
-    ).softmax(-1)[..., :-1]
-    @ EXPANDED(v),
+    "its scores go through tanh (softcap) after a mask, or twice": lambda q, k, v, counts: (
+        torch.tanh(scores(q, k) + additive(q, counts)).softmax(-1) @ EXPANDED(v)
+    ),
+    "multiplied by after tanh (softcap) is no plain number": lambda q, k, v, counts: (
+        (torch.tanh(scores(q, k)) * q[:1, :1, :1, :1]).softmax(-1) @ EXPANDED(v)
+    ),
+    "its scores are multiplied by 0 after tanh": lambda q, k, v, counts: (
+        (torch.tanh(scores(q, k)) * 0).softmax(-1) @ EXPANDED(v)
+    ),
+    "the sinks beside its scores are not one for each head": lambda q, k, v, counts: (
+        torch.cat([scores(q, k), q[..., :1]], -1).softmax(-1)[..., :-1] @ EXPANDED(v)
+    ),
+    "2 scores stand beside its own in its softmax": lambda q, k, v, counts: (
+        torch.cat([scores(q, k), q[..., :2]], -1).softmax(-1)[..., :-2] @ EXPANDED(v)
+    ),
+    "what a sink takes of its attention weights meets the values": lambda q, k, v, counts: (
+        torch.cat([scores(q, k), q[..., :1]], -1).softmax(-1) @ F.pad(EXPANDED(v), (0, 0, 0, 1))
+    ),
+    "its scores go through mul after a sink was put beside them": lambda q, k, v, counts: (
+        (torch.cat([scores(q, k), q[..., :1]], -1) * 2).softmax(-1)[..., :-1] @ EXPANDED(v)
+    ),
     "its attention weights are used by getitem before they meet the values": lambda q, k, v, counts: (
         scores(q, k).softmax(-1)[..., :3] @ EXPANDED(v)[:, :, :3]
     ),

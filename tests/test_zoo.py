@@ -13,7 +13,6 @@ import warnings
 import pytest
 import torch
 import transformers
-from transformers.models.gemma2.modeling_gemma2 import Gemma2PreTrainedModel
 
 import akvq_fx
 from akvq_fx import PackedKV
@@ -57,11 +56,9 @@ SMALL = {"inner": "eager", "window": 8, "pivots": 3, "tsa_layers": (0,)}
 
 # generate() of these runs an inner module; compiling the outer one compiles nothing
 INNER = {"blip2_opt": "language_model", "instructblip_opt": "language_model", "kosmos2": "text_model"}
-# caches that a graph must leave at 16 bits: their attention is no SDPA (softcap, sinks), or latent (MLA), or reads its
-# values through other ops (DiffLlama), or every layer is a sliding window
-ALL_16BIT = {"gpt_oss", "deepseek_v3", "diffllama"}
-if not Gemma2PreTrainedModel._supports_sdpa:  # then with softcap; a version whose call leaves it out is packed
-    ALL_16BIT |= {"gemma2"}
+# caches that a graph must leave at 16 bits: their attention is latent (MLA), or reads its values through other ops
+# (DiffLlama), or every layer is a sliding window
+ALL_16BIT = {"deepseek_v3", "diffllama"}
 SLIDING_ONLY = {"mistral_swa", "idefics2"}
 # stock torch.compile changes these too, so the uncompiled model is no reference: they are compared with backend="eager"
 COMPARE_COMPILED = {"phi4_multimodal"}

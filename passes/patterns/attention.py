@@ -29,7 +29,7 @@ LAYOUT_OPS = (
 
 @dataclass
 class Attention:
-    """One scaled_dot_product_attention call, its arguments by name."""
+    """One attention call, its arguments by name; softcap: 0.0 for none; sinks: [Hq]."""
 
     node: Node
     query: Node
@@ -38,10 +38,13 @@ class Attention:
     mask: Node | None
     is_causal: bool
     scale: float | None
+    softcap: float = 0.0
+    sinks: Node | None = None
 
 
 def is_attention(node: Node) -> bool:
-    return op(node) == "scaled_dot_product_attention"
+    """A scaled_dot_product_attention, or kernels.attend.extended_attention, which only rewrite_attention makes."""
+    return op(node) in ("scaled_dot_product_attention", "extended_attention")
 
 
 def attention_of(node: Node) -> Attention:
@@ -55,7 +58,10 @@ def attention_of(node: Node) -> Attention:
         raise NoMatch(f"the query is {len(shape(a['query']))}-d, accepted: [B, H, q, D]", node)
     if isinstance(a["is_causal"], Node):
         raise NoMatch("is_causal is computed in the graph", node)
-    return Attention(node, a["query"], a["key"], a["value"], a["attn_mask"], bool(a["is_causal"]), a["scale"])
+    return Attention(
+        node, a["query"], a["key"], a["value"], a["attn_mask"], bool(a["is_causal"]), a["scale"],
+        node.kwargs.get("softcap", 0.0), node.kwargs.get("sinks"),
+    )  # fmt: skip
 
 
 def ungrouped(node: Node) -> Node:

@@ -12,7 +12,7 @@ from akvq_fx.passes.patterns.nodes import NoMatch, op, same_size, shape, value
 
 FILL_USERS = (  # ops that may use a static cache that this graph allocates
     "index_copy_", "getitem", "unsqueeze", "expand", "repeat_interleave", "output",
-    "scaled_dot_product_attention", "size", "shape", "contiguous", "to",
+    "scaled_dot_product_attention", "extended_attention", "size", "shape", "contiguous", "to",
 )  # fmt: skip
 
 

@@ -1,9 +1,9 @@
 """Attention that a model writes out, in whatever spelling.
 
     scores = product(q, k)           PRODUCTS   matmul, @, bmm, baddbmm, einsum, in any order of operands and axes
-    scores = step(scores)            SCORES     scale, masks, biases, casts, reshapes, any number of them
+    scores = step(scores)            SCORES     scale, softcap, masks, biases, casts, reshapes, any number; then sinks
     weights = softmax(scores)
-    weights = step(weights)          WEIGHTS    dropout that is off, casts, reshapes
+    weights = step(weights)          WEIGHTS    dropout that is off, casts, reshapes; what sinks took is dropped
     out = product(weights, v)        PRODUCTS
 
 A new spelling is one function here, declared for the op that it is about. Everything reads; passes/rewrite_attention.py
@@ -21,7 +21,18 @@ from torch.fx import Graph, Node
 
 from akvq_fx.passes.patterns.axes import CASTS, Axes, Axis, after, before, flat, new_axes
 from akvq_fx.passes.patterns.cache_write import is_mutation
-from akvq_fx.passes.patterns.nodes import NoMatch, argument, is_returned, is_tensor, op, same_size, shape, value
+from akvq_fx.passes.patterns.nodes import (
+    NoMatch,
+    argument,
+    dimension,
+    is_returned,
+    is_tensor,
+    op,
+    same_size,
+    shape,
+    tensors_of_cat,
+    value,
+)
 
 LOWEST = -1e4  # a masked score from here down has no weight beside one that is not masked
 
@@ -60,28 +71,88 @@ class Product:
 
 
 @dataclass
+class Sinks:
+    """One more score of each head, beside those of the cached tokens in softmax, and dropped after it.
+
+    node, axes  what holds them, and its axes as those of scores; the empty group along the cached tokens
+    beside      the axis of scores along which it stands
+    first       it stands before the scores
+    dropped     the slice of the weights without it
+    """
+
+    node: Node
+    axes: Axes
+    beside: tuple
+    first: bool
+    dropped: Node | None = None
+
+    def drops(self, node: Node, axes: Axes, cached: tuple) -> bool:
+        """Whether the node is weights[..., :-1], or [..., 1:] where the sink is first."""
+        if op(node) != "getitem":
+            return False
+        index = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
+        if index.count(Ellipsis) == 1:
+            place = index.index(Ellipsis)
+            whole = [slice(None)] * (len(axes) - len(index) + 1)
+            index = (*index[:place], *whole, *index[place + 1 :])
+        index = (*index, *[slice(None)] * (len(axes) - len(index)))
+        part = slice(1, None) if self.first else slice(None, -1)
+        return index == tuple(part if flat(group) == cached else slice(None) for group in axes)
+
+
+@dataclass
 class Scores:
-    """What happens to scores on their way to softmax: s -> scale * factors * s + mask."""
+    """What happens to scores on their way to softmax: s -> scale * factors * s + mask.
+
+    With a softcap: s -> scale * tanh(inside * factors * s) + mask, where inside is no longer None.
+    """
 
     axes: Axes
     scale: float = 1.0
+    inside: float | None = None
     factors: list[tuple[str, Node]] = field(default_factory=list)  # "mul" or "div" by a tensor of one element
     mask: list[tuple] = field(default_factory=list)  # ("add", x, axes, sign), ("fill", where, axes, x, negated), ...
+    sinks: Sinks | None = None
 
     def multiply(self, by, how: str, node: Node) -> None:
         """Raises NoMatch for a tensor of more than one element."""
+        self.ended(node)
         number = number_of(by)
         if number is not None:
             self.scale = self.scale * number if how == "mul" else self.scale / number
         elif not is_tensor(by) or any(not same_size(size, 1) for size in shape(by)):
             raise NoMatch(f"its scores are multiplied by a tensor of {list(shape(by))}, which is no scale", node)
+        elif self.inside is not None:
+            raise NoMatch("what its scores are multiplied by after tanh (softcap) is no plain number", node)
         else:
             self.factors.append((how, by))
         if self.mask:
             self.mask.append((how, by if number is None else number))
 
+    def ended(self, node: Node) -> None:
+        """Raises NoMatch where sinks stand beside the scores: what comes then would change them too."""
+        if self.sinks is not None:
+            raise NoMatch(f"its scores go through {op(node)} after a sink was put beside them", node)
+
+    def cap(self, node: Node) -> None:
+        self.ended(node)
+        if self.mask or self.inside is not None:
+            raise NoMatch("its scores go through tanh (softcap) after a mask, or twice", node)
+        self.inside, self.scale = self.scale, 1.0
+
+    @property
+    def softcap(self) -> float:
+        """c of c * tanh(s / c), 0.0 for none."""
+        return 0.0 if self.inside is None else abs(self.scale)
+
+    @property
+    def scale_within(self) -> float:
+        """What scores are multiplied by before all else: b * tanh(a * s) is c * tanh(a * b * s / c) with c = |b|."""
+        return self.scale if self.inside is None else self.inside * self.scale
+
     def add(self, x, sign: int, node: Node) -> None:
         if number_of(x) is None:  # the same number for all scores changes no weight
+            self.ended(node)
             self.mask.append(("add", x, self.axes, sign))
 
     def fill(self, where: Node, x, negated: bool, node: Node) -> None:
@@ -89,6 +160,7 @@ class Scores:
 
         Raises NoMatch where x may have weight.
         """
+        self.ended(node)
         number = number_of(x)
         if number is None or number > LOWEST:
             raise NoMatch(f"masked scores are set to {x}, accepted: a number up to {LOWEST:g}", node)
@@ -132,10 +204,6 @@ Step = Callable[[Scores, Node, Node], None]
 PRODUCTS: dict[str, Callable[[Node], Product | None]] = {}
 SCORES: dict[str, Step] = {}
 WEIGHTS: dict[str, Callable[[Node], None]] = {}
-REFUSED = {
-    "tanh": "its scores go through tanh (softcap), which scaled_dot_product_attention has not",
-    "cat": "something stands beside the scores in its softmax (a sink), which scaled_dot_product_attention has not",
-}
 
 
 def declare(table: dict, *ops: str):
@@ -241,6 +309,12 @@ def divided_by(scores: Scores, node: Node, source: Node) -> None:
     scores.multiply(other(node, source), "div", node)
 
 
+@declare(SCORES, "tanh", "tanh_")
+def capped(scores: Scores, node: Node, source: Node) -> None:
+    """torch.tanh(scores), between a division and a multiplication by the softcap"""
+    scores.cap(node)
+
+
 @declare(SCORES, "add", "iadd", "add_")
 def added(scores: Scores, node: Node, source: Node) -> None:
     """scores + x, x + scores"""
@@ -276,6 +350,20 @@ def chosen(scores: Scores, node: Node, source: Node) -> None:
         scores.fill(first, third, True, node)
     else:
         scores.fill(first, second, False, node)
+
+
+@declare(SCORES, "cat")
+def joined(scores: Scores, node: Node, source: Node) -> None:
+    """torch.cat([scores, sinks], -1)"""
+    parts, dim = tensors_of_cat(node), dimension(node, 1, len(scores.axes))
+    scores.ended(node)
+    if len(parts) != 2 or dim is None or parts.count(source) != 1:
+        raise NoMatch("more than a sink stands beside its scores in its softmax", node)
+    first = parts[1] is source
+    sink = parts[0 if first else 1]
+    if not same_size(shape(sink)[dim], 1):
+        raise NoMatch(f"{shape(sink)[dim]} scores stand beside its own in its softmax, accepted: one (a sink)", node)
+    scores.sinks = Sinks(sink, (*scores.axes[:dim], (), *scores.axes[dim + 1 :]), scores.axes[dim], first)
 
 
 @declare(SCORES, *CASTS, "contiguous", "clone", "view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze")
@@ -335,7 +423,7 @@ def chains(softmax: Node, reach: int = 12) -> Iterator[list[Node]]:
         node = chain[0]
         if op(node) in PRODUCTS and PRODUCTS[op(node)](node) is not None:
             yield chain
-        elif len(chain) <= reach and (node is softmax or op(node) in SCORES or op(node) in REFUSED):
+        elif len(chain) <= reach and (node is softmax or op(node) in SCORES):
             sources = [x for x in node.all_input_nodes if len(shape(x)) >= 3 and x not in seen]
             seen.update(sources)
             queue += [[x, *chain] for x in sources]
@@ -350,7 +438,7 @@ def read(chain: list[Node], softmax: Node) -> Written:
     if not isinstance(dim, int):
         raise NoMatch("softmax goes over an axis that is not known", softmax)
     cached = flat(scores.axes[dim])
-    weights, weight_axes = read_weights(softmax, scores.axes, nodes)
+    weights, weight_axes = read_weights(softmax, scores, cached, nodes)
     values, value_axes, out_axes = values_of(nodes[-1], weights, weight_axes, cached)
     holds = [any(axis in cached for group in axes for axis in flat(group)) for axes in ends]
     if holds[0] == holds[1] or len(cached) != 1:
@@ -361,7 +449,12 @@ def read(chain: list[Node], softmax: Node) -> Written:
     if len(summed) != 1:
         raise NoMatch(f"its scores are summed over {len(summed)} axes", nodes[0])
     key, key_axes, factor = to_cache(key, key_axes)
-    scores.scale *= factor
+    if scores.inside is None:
+        scores.scale *= factor
+    else:
+        scores.inside *= factor
+    if scores.inside is not None and not scores.scale:
+        raise NoMatch("its scores are multiplied by 0 after tanh (softcap)", nodes[0])
     values, value_axes, factor = to_cache(values, value_axes)
     if factor != 1:
         raise NoMatch("its values are scaled after the cache", nodes[-1])
@@ -393,16 +486,16 @@ def read_scores(product: Product, scores: Scores, chain: list[Node], nodes: list
             SCORES[op(statement)](scores, statement, source)
             nodes.append(statement)
         used_once(source, node, nodes)
-        if op(node) in REFUSED:
-            raise NoMatch(REFUSED[op(node)], node)
         if node is not chain[-1]:
             SCORES[op(node)](scores, node, source)
         nodes.append(node)
 
 
-def read_weights(softmax: Node, axes: Axes, nodes: list[Node]) -> tuple[Node, Axes]:
+def read_weights(softmax: Node, scores: Scores, cached: tuple, nodes: list[Node]) -> tuple[Node, Axes]:
     """Follow weights from softmax to their product, the last that `nodes` gets; weights and axes as it takes them."""
-    weights = softmax
+    weights, axes, sinks = softmax, scores.axes, scores.sinks
+    if sinks is not None and flat(sinks.beside) != cached:
+        raise NoMatch("a sink stands beside its scores on another axis than that of softmax", softmax)
     while True:
         users = [u for u in weights.users if is_tensor(u) or op(u) == "output"]
         user = next((u for u in users if op(u) in PRODUCTS), *users[:1]) if users else None
@@ -412,7 +505,12 @@ def read_weights(softmax: Node, axes: Axes, nodes: list[Node]) -> tuple[Node, Ax
             raise NoMatch("its attention weights are not used", weights)
         nodes.append(user)
         if op(user) in PRODUCTS:
+            if sinks is not None and sinks.dropped is None:
+                raise NoMatch("what a sink takes of its attention weights meets the values", user)
             return weights, axes
+        if sinks is not None and sinks.dropped is None and sinks.drops(user, axes, cached):
+            weights = sinks.dropped = user
+            continue
         step = WEIGHTS.get(op(user))
         moved = after(user, axes) if step is kept else axes
         if step is None or moved is None:
