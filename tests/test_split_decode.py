@@ -77,6 +77,7 @@ def assert_body_stands_still(state) -> None:
 
 
 GROWING = (Attention, mixed(models.FloatMask, models.Direct), mixed(models.EnableGqa, models.PerHeadMask, models.Mqa))
+GROWING += (models.SinkGrouped,)
 STATIC = (models.StaticIndexCopy, models.StaticSetItem)
 RANKS = (models.QueryMask, models.FloatQueryMask, models.HeadQueryMask, models.TokenMask)
 
