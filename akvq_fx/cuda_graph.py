@@ -12,6 +12,7 @@ buffers where they could not be kept.
 from __future__ import annotations
 
 import collections
+import gc
 import logging
 import operator
 import threading
@@ -102,6 +103,7 @@ class Recording:
     key       sizes, numbers and stream
     addresses of the held tensors
     inputs    tensors that the moved inputs are copied into
+    states    copies of small tensors that the body writes: filled before a replay, copied back after it
     own       per result: True if it lies in the graph's memory and must be cloned, False if it is a held tensor
     kept      the cache buffers among the held tensors; None before they are captured, or where they cannot be kept
     """
@@ -109,6 +111,7 @@ class Recording:
     def __init__(self, key: tuple, held: list[Tensor], owner: DecodeStep):
         self.key, self.addresses = key, [x.data_ptr() for x in held]
         self.inputs: list[Tensor] = []
+        self.states: list[Tensor] = []
         self.own: list[bool] = []
         self.replay: Replay | None = None
         self.kept: KeptSet | None = None
@@ -120,13 +123,14 @@ class Recording:
                 keeper.forget_later(recording)
 
         self.gone = gone
-        self.watched = [weakref.ref(x, gone) for x in held]
+        self.watched = {i: weakref.ref(held[i], gone) for i in owner.every}
 
     def keep(self, held: list[Tensor], mine: list[int], limit: float) -> None:
         """Keep the cache buffers, which are at `mine` among the held tensors, within `limit` bytes."""
         self.kept = POOL.keep([held[i] for i in mine], self.key[-1], limit, self.gone)
         if self.kept is not None:
-            self.watched = [ref for i, ref in enumerate(self.watched) if i not in set(mine)]
+            for i in mine:
+                del self.watched[i]
 
 
 class DecodeStep:
@@ -145,7 +149,9 @@ class DecodeStep:
         self.feed, self.held, self.numbers, self.moved = map(
             picker, (split.feeds, split.held, split.numbers, split.moved)
         )
-        self.every, self.asked, self.share = list(range(len(split.held))), asked, share
+        self.asked, self.share, states = asked, share, set(split.states)
+        # positions among the held tensors: those that a recording is bound to, and those that it has copies of
+        self.every, self.small = ([i for i, p in enumerate(split.held) if (p in states) == x] for x in (False, True))
         plain = [start.argument for start in split.starts]
         self.starts = picker(plain) if None not in plain else lambda inputs: [start(inputs) for start in split.starts]
         self.known: list[Recording] = []  # the latest used last
@@ -153,7 +159,7 @@ class DecodeStep:
         self.lock = threading.Lock()
         self.base: Tensor | None = None
         self.mine: list[int] = []  # where among the held tensors the cache buffers are, if all are there
-        self.others = self.every
+        self.others, self.collected = self.every, False
         self.warm: set[tuple] = set()  # (key, thread): kernels and libraries are ready
 
     def __call__(self, *inputs, storages: Sequence[Storage] = ()):
@@ -192,6 +198,8 @@ class DecodeStep:
         normal = not (self.mine and held[self.mine[0]].is_inference())
         key = (sizes, self.numbers(inputs), normal, self.record.place(device))
         recording = self.find(key, held) or self.move(key, held, storages)
+        if recording is None and self.free_what_dynamo_holds(key):
+            recording = self.move(key, held, storages)
         if recording is None:
             recording = self.begin(key, held)
             if recording.kept is None:
@@ -207,19 +215,32 @@ class DecodeStep:
                 self.give_up(error)
                 self.counts.ran += 1
                 return self.run(inputs, made)
+        states = [held[i] for i in self.small]
+        torch_internals.copy_all(recording.states, states)
         results = recording.replay()
+        torch_internals.copy_all(states, recording.states)
         self.counts.replayed += 1
         if not recording.own:
             self.look_at_results(recording, held, results)
         return [x.clone() if own else x for x, own in zip(results, recording.own, strict=True)]
 
+    def free_what_dynamo_holds(self, key: tuple) -> bool:
+        """Once, where a cache has the buffers of these sizes: it may be the one that dynamo traced with, which cyclic
+        garbage holds. Collecting it takes as long as some captures."""
+        if self.collected or all(r.key != key or r.kept is None for r in self.known):
+            return False
+        self.collected = True
+        gc.collect()
+        return True
+
     def begin(self, key: tuple, held: list[Tensor]) -> Recording:
         """A recording to be made. It has kept buffers where it can be made at once.
 
-        That is where no other of these sizes is known, but a step of them ran: buffers change from step to step, as in
+        That is where none of these sizes is captured, but a step of them ran: buffers change from step to step, as in
         beam search, or what was kept has been given back.
         """
-        ready, is_new = (key, threading.get_ident()), all(r.key != key for r in self.known)
+        ready = (key, threading.get_ident())
+        is_new = all(r.key != key or r.replay is None for r in self.known)
         recording = Recording(key, held, self)
         self.remember(recording)
         if is_new and ready in self.warm:
@@ -292,10 +313,14 @@ class DecodeStep:
     def capture(self, recording: Recording, held: list[Tensor], numbers: tuple, device: torch.device) -> None:
         if recording.kept is None:
             self.keep(recording, held)
+        held = list(held)
         if recording.kept is not None:  # not over the tensors of the cache, which a recording could keep alive
-            held = list(held)
             for i, x in zip(self.mine, recording.kept.tensors, strict=True):
                 held[i] = x
+        with torch.inference_mode(False), torch.no_grad():
+            recording.states = [torch.empty_like(held[i]) for i in self.small]
+        for i, x in zip(self.small, recording.states, strict=True):
+            held[i] = x
         recording.replay = with_room(lambda: self.record(self.body, [*held, *numbers, *recording.inputs], device))
         self.counts.captured += 1
 
