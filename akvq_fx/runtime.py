@@ -77,8 +77,8 @@ class Runtime:
             (i, n) for i in self.bound for n in range(sum(type(j) is not int and j[0] == i for j in program.inputs))
         ]
         assert program.inputs == [*self.plain, *fields], "akvq: buffers of a packed tensor are not in order"
-        self.captured = isinstance(inner, DecodeStep)
-        if self.captured:
+        self.captured = inner if isinstance(inner, DecodeStep) else None
+        if self.captured is not None:
             inner.keep_from(len(self.plain) + (program.vision == "take"), len(fields))
 
     def __call__(self, *args):
@@ -99,8 +99,8 @@ class Runtime:
             inputs.append(vision_carry.take(batch, tokens, self.device(args)))
         for position in self.bound:
             inputs += storages[position].buffers
-        given_storages = {"storages": [storages[position] for position in self.bound]} if self.captured else {}
-        run = lambda: list(self.inner(*inputs, **given_storages))
+        more = {} if self.captured is None else {"storages": [storages[position] for position in self.bound]}
+        run = lambda: list(self.inner(*inputs, **more))
         with torch.no_grad() if program.inference else contextlib.nullcontext():
             results = run() if self.writes else with_room(run)
         if program.vision == "make":
@@ -164,12 +164,12 @@ class Runtime:
 
     def grow(self, storages: dict[int, Storage], capacities: dict[int, int]) -> None:
         """Make room in those of a call's storages whose capacities are given, where it can be in kept buffers."""
-        if self.captured:
+        if self.captured is not None:
             every = [capacities.get(i, storages[i].capacity) for i in self.bound]
-            if self.inner.grow([storages[i] for i in self.bound], every):
+            if self.captured.grow([storages[i] for i in self.bound], every):
                 return
         for i, capacity in capacities.items():
-            with_room(functools.partial(storages[i].grow, capacity, apart=self.captured))
+            with_room(functools.partial(storages[i].grow, capacity, apart=self.captured is not None))
 
     def check_owner(self, packed, storage: Storage, expected: str | None, group, args) -> None:
         """Raises ValueError for a cache of other weights, after their contents have been digested once more."""

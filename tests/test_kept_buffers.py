@@ -484,3 +484,23 @@ def test_the_models_end_gives_all_back(recorder):  # noqa: F811
     del model
     gc.collect()
     assert POOL.nbytes() == 0
+
+
+def test_small_states_are_copied_in_and_back():
+    """A counter of each cache, which the body writes: a replay serves another one."""
+    split = Split(None, None, [], [0, 1], [], [2], [], [], 1, [(0, 0)], [("body", 0), ("input", 1)], states=[1])
+
+    def body(held, state, x):
+        state += 1
+        held += x * state
+        return (state * 10,)
+
+    counts, held = Capture(), torch.zeros(2)
+    step = DecodeStep(split, None, body, counts, Rerun())
+    for start in (0, 5, 7):
+        state = torch.tensor(start)
+        for i in range(3):
+            ten, same = step(held, state, torch.ones(1))
+            assert same is state and int(state) == start + i + 1 and int(ten) == 10 * int(state)
+    assert torch.equal(held, torch.full((2,), 1.0 + 2 + 3 + 6 + 7 + 8 + 8 + 9 + 10))
+    assert counts == Capture(captured=1, replayed=8, ran=1)
