@@ -36,7 +36,7 @@ def model_of(layers: int) -> LlavaForConditionalGeneration:
         vocab_size=512, hidden_size=512, intermediate_size=1024, num_hidden_layers=layers, num_attention_heads=8,
         num_key_value_heads=4, max_position_embeddings=2048, pad_token_id=PAD, eos_token_id=None,
     )  # fmt: skip
-    config = LlavaConfig(vision, text, image_token_id=IMAGE, image_seq_length=PATCHES)
+    config = LlavaConfig(vision_config=vision, text_config=text, image_token_id=IMAGE)
     return LlavaForConditionalGeneration(config).eval()
 
 
