@@ -12,6 +12,7 @@ import akvq_fx
 from akvq_fx.cuda_graph import CudaRecorder
 from akvq_fx.kept_buffers import POOL, with_room
 from akvq_fx.report import Capture
+from akvq_fx.transformers_names import cache_of
 from tests.zoo import ZOO, T, finish
 
 pytestmark = [
@@ -114,11 +115,11 @@ def test_later_generations_capture_nothing(cache):
     assert seen.captured == SETS[cache] and seen.dropped == 0 and seen.replayed + seen.ran == 10 * (TOKENS - 1)
     assert f"{seen.kept:,} bytes kept" in str(akvq_fx.report(model))
     second = generate(model, cache)
-    held = [x.dequantize() for layer in second.past_key_values.layers for x in (layer.keys, layer.values)]
+    held = [x.dequantize() for layer in cache_of(second).layers for x in (layer.keys, layer.values)]
     logits = [x.clone() for x in second.logits]
     assert torch.equal(generate(model, cache, return_dict_in_generate=False, output_logits=False), first)
     poison()
-    now = [x.dequantize() for layer in second.past_key_values.layers for x in (layer.keys, layer.values)]
+    now = [x.dequantize() for layer in cache_of(second).layers for x in (layer.keys, layer.values)]
     assert all(torch.equal(a, b) for a, b in zip(held, now, strict=True)), "a cache that is alive is not written over"
     assert all(torch.equal(a, b) for a, b in zip(logits, second.logits, strict=True)), "results belong to the caller"
     assert counted(model).captured == SETS[cache] + 1

@@ -19,6 +19,7 @@ import torch
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 import akvq_fx
+from akvq_fx.transformers_names import cache_of
 
 IMAGE, PAD, PATCHES = 500, 0, 16
 SLACK = 2**20  # bytes: a result of the last call may be alive
@@ -85,7 +86,7 @@ def main() -> None:
             **given, max_new_tokens=args.tokens, do_sample=False, return_dict_in_generate=True, use_cache=True
         )
         if call % 4 == 0:
-            alive.append(out.past_key_values)
+            alive.append(cache_of(out))
         del out, given
         if call % every == 0:
             alive.clear()
