@@ -250,8 +250,12 @@ class DecodeStep:
 
     def keep(self, recording: Recording, held: list[Tensor]) -> None:
         if self.mine:
-            recording.keep(held, self.mine, self.share * self.record.memory(held[0].device))
+            recording.keep(held, self.mine, self.limit(held[0].device))
             self.count_kept()
+
+    def limit(self, device: torch.device) -> float:
+        """Bytes that all recordings on a device may keep."""
+        return self.share * self.record.memory(device)
 
     def move(self, key: tuple, held: list[Tensor], storages: Sequence[Storage]) -> Recording | None:
         """Move caches into buffers that a recording keeps and no cache uses; the held tensors follow.
@@ -332,6 +336,7 @@ class DecodeStep:
         if recording.kept is not None:
             kept = [*recording.inputs, *(x for x, own in zip(results, recording.own, strict=True) if own)]
             recording.kept.extra = sum(x.untyped_storage().nbytes() for x in kept)
+            POOL.make_room(self.limit(held[0].device), held[0].device)
             self.count_kept()
 
     def count_kept(self) -> None:
