@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from akvq_fx.analysis.calibrate import calibrate
     from akvq_fx.backend import akvq
     from akvq_fx.folding import unfold
+    from akvq_fx.kept_buffers import free_kept_buffers
     from akvq_fx.packed_kv import PackedKV
     from akvq_fx.policy import load_policy
     from akvq_fx.stats import cache_stats
@@ -39,6 +40,7 @@ _LATER = {
     "akvq": "akvq_fx.backend",
     "cache_stats": "akvq_fx.stats",
     "calibrate": "akvq_fx.analysis.calibrate",
+    "free_kept_buffers": "akvq_fx.kept_buffers",
     "load_policy": "akvq_fx.policy",
     "unfold": "akvq_fx.folding",
 }
@@ -69,6 +71,7 @@ __all__ = [
     "cache_stats",
     "calibrate",
     "explain",
+    "free_kept_buffers",
     "load_policy",
     "mark_vision",
     "report",

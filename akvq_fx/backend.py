@@ -35,6 +35,7 @@ from akvq_fx.cuda_graph import DecodeStep, recorder_for
 from akvq_fx.passes import DISABLE, PIPELINE, without
 from akvq_fx.passes.patterns.nodes import value
 from akvq_fx.passes.patterns.tokens import starts_a_call
+from akvq_fx.passes.patterns.values import written
 from akvq_fx.passes.state import GraphState
 from akvq_fx.regions import compile_in_regions
 from akvq_fx.report import Regions
@@ -74,6 +75,7 @@ def compile_graph(gm: GraphModule, example_inputs: list, config: AKVQConfig):
             inner, record.report.regions = compile_rewritten(state, inner_examples(state, example_inputs))
     runtime = Runtime(program, inner, config.capacity_step, starts_a_call(gm.graph))
     runtime.on_weights = record.add_weights
+    runtime.writes = any(map(written, state.graph.nodes))
     return runtime
 
 
@@ -182,7 +184,8 @@ def compile_rewritten(state: GraphState, examples: list) -> tuple[Callable, Regi
     moved = [value(n) for n in split.body.graph.nodes if n.op == "placeholder"][len(given) :]
     body, regions = compile_layers(split.body, [*given, *moved], config, state.program.inference)
     record = recorder_for(given[0].device, state.capture)
-    return DecodeStep(split, prologue, body, state.capture, record, asked=config.mode == CAPTURED_MODE), regions
+    asked = config.mode == CAPTURED_MODE
+    return DecodeStep(split, prologue, body, state.capture, record, asked, config.kept_share), regions
 
 
 def compile_layers(

@@ -69,6 +69,8 @@ class AKVQConfig:
     prefill         "exact": the prompt attends to its own 16-bit keys, as serving systems do; "quantized": to the
                     packed ones
     cuda_graphs     on a CUDA device, decode steps are replayed from CUDA graphs
+    kept_share      share of the device's memory that CUDA graphs may keep of caches, so that later generations capture
+                    nothing (akvq_fx/kept_buffers.py)
     share_layers    layers of a graph that are alike are compiled once (akvq_fx/regions.py)
     compile_uncached
                     graphs without a cache (vision towers, projectors) go to the inner compiler too, else they run as
@@ -99,6 +101,7 @@ class AKVQConfig:
     prefill: str = "exact"
     capacity_step: int = 128  # tokens a dynamic cache grows by; one reallocation a step
     cuda_graphs: bool = True
+    kept_share: float = 0.05
     share_layers: bool = True
     compile_uncached: bool = False
     inner: str = "inductor"
@@ -137,6 +140,8 @@ class AKVQConfig:
         for name in ("cuda_graphs", "share_layers", "compile_uncached"):
             if getattr(self, name) not in (True, False):
                 self._refuse(name, "True or False")
+        if not _is_number(self.kept_share) or not 0 <= self.kept_share <= 1:
+            self._refuse("kept_share", "a number in [0, 1]")
         if self.mode == CAPTURED_MODE and not self.cuda_graphs:
             self._refuse("mode", "another mode with cuda_graphs=False")
         if self.center_blocks and self.body_bits == 16:

@@ -151,9 +151,16 @@ class PackedKV(TensorBase):
 
     def writable(self, extra: int, step: int) -> Storage:
         """The storage, ready for `extra` tokens after this view's last: a copy if a longer view is still alive."""
+        storage, capacity = self.to_be_written(extra, step)
+        if capacity > storage.capacity:
+            storage.grow(capacity)
+        return storage
+
+    def to_be_written(self, extra: int, step: int) -> tuple[Storage, int]:
+        """The storage, as `writable`, and the capacity that it needs, which it may not have yet."""
         storage, length = self._storage(), self.length
         if storage.end is None:
-            return storage
+            return storage, storage.capacity
         if length < storage.end:
             others = (ref() for ref in storage.views)
             if any(view is not None and view is not self and view.shape[TOKENS] > length for view in others):
@@ -161,11 +168,10 @@ class PackedKV(TensorBase):
             if length < storage.prompt:
                 storage.begin_anew(length)
             storage.end = length
-        if length + extra > storage.capacity:
-            storage.grow(-(-(length + extra) // step) * step)
         if storage.borrowers:
             storage.release_borrowers()
-        return storage
+        needed = length + extra
+        return storage, -(-needed // step) * step if needed > storage.capacity else storage.capacity
 
     def append(self, x: Tensor, step: int = 128) -> PackedKV:
         """A view that is q tokens longer: x [B, H, q, D] is rotated and quantized, earlier tokens stay."""

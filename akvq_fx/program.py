@@ -95,6 +95,7 @@ class Split:
     body       takes the inputs at `held`, at `numbers`, at `moved`, then the prologue's tensors, then positions, all
                contiguous but the held ones
     held       tensors read and written in place: cache buffers, weights, buffers of modules, whatever the body writes
+    states     those of `held` that are small, written, and no cache buffers: a replay runs over copies of them
     numbers    sizes that do not change from step to step
     moved      tensors that lie elsewhere in every step
     pads       per tensor that the prologue makes for the body: None, or an input's position; the tensor's last axis is
@@ -117,6 +118,7 @@ class Split:
     count: int
     sizes: list[tuple[int, int]]
     results: list[tuple[str, Any]]
+    states: list[int] = field(default_factory=list)
 
 
 class Size:

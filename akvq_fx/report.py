@@ -64,10 +64,12 @@ class Capture:
     """What became of one graph whose steps are captured in CUDA graphs.
 
     reason    why no CUDA graph is made of it, "" where one is
-    captured  CUDA graphs recorded: one for each set of cache buffers that lives for two steps
+    captured  CUDA graphs recorded: one for each set of sizes, and more where caches of one size are alive together
     replayed  steps that a recorded one ran
-    ran       steps that ran without one: the first over each set of buffers, and every step where there is a reason
+    ran       steps that ran without one: the first of each set of sizes, and every step where there is a reason
     dropped   CUDA graphs given up since, because their buffers died or too many were kept
+    reused    times that caches were moved into buffers that a CUDA graph had kept
+    kept      bytes of cache buffers, inputs and results that the CUDA graphs keep
     """
 
     reason: str = ""
@@ -75,13 +77,16 @@ class Capture:
     replayed: int = 0
     ran: int = 0
     dropped: int = 0
+    reused: int = 0
+    kept: int = field(default=0, compare=False)
 
     def __str__(self) -> str:
         if self.reason:
             return f"no CUDA graph: {self.reason}"
         return (
             f"{self.captured} CUDA graphs captured, {self.dropped} of them dropped since; "
-            f"{self.replayed} steps replayed, {self.ran} ran without one"
+            f"{self.replayed} steps replayed, {self.ran} ran without one; "
+            f"{self.kept:,} bytes kept, into which caches moved {self.reused} times"
         )
 
 

@@ -5,6 +5,8 @@ Host work only, a few microseconds a layer; nothing here reads the device in a d
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import sys
 import weakref
 from collections.abc import Sequence
@@ -12,9 +14,10 @@ from collections.abc import Sequence
 import torch
 
 from akvq_fx import vision_carry
-from akvq_fx.cuda_graph import picker
+from akvq_fx.cuda_graph import DecodeStep, picker
 from akvq_fx.digest import DIGESTS, compute
 from akvq_fx.folding import FOLDED
+from akvq_fx.kept_buffers import with_room
 from akvq_fx.packed_kv import PackedKV, Storage
 from akvq_fx.program import Appended, Packed, Program
 from akvq_fx.storage import text_slots
@@ -74,6 +77,9 @@ class Runtime:
             (i, n) for i in self.bound for n in range(sum(type(j) is not int and j[0] == i for j in program.inputs))
         ]
         assert program.inputs == [*self.plain, *fields], "akvq: buffers of a packed tensor are not in order"
+        self.captured = inner if isinstance(inner, DecodeStep) else None
+        if self.captured is not None:
+            inner.keep_from(len(self.plain) + (program.vision == "take"), len(fields))
 
     def __call__(self, *args):
         program = self.program
@@ -93,11 +99,10 @@ class Runtime:
             inputs.append(vision_carry.take(batch, tokens, self.device(args)))
         for position in self.bound:
             inputs += storages[position].buffers
-        if not program.inference:
-            results = list(self.inner(*inputs))
-        else:
-            with torch.no_grad():
-                results = list(self.inner(*inputs))
+        more = {} if self.captured is None else {"storages": [storages[position] for position in self.bound]}
+        run = lambda: list(self.inner(*inputs, **more))
+        with torch.no_grad() if program.inference else contextlib.nullcontext():
+            results = run() if self.writes else with_room(run)
         if program.vision == "make":
             vision_carry.put(results.pop().detach())
         if program.inference and torch.is_grad_enabled():
@@ -121,6 +126,7 @@ class Runtime:
         self.weights = {**dict(kept), first: Weights(weights, owners)}
         return owners
 
+    writes = True  # the graph writes some tensor in place, so a call that failed is not repeated
     on_weights = None  # the report's callback: gets the arguments when the graph first runs with other weights
 
     def fold(self, args: list) -> None:
@@ -134,7 +140,7 @@ class Runtime:
 
     def writable_storages(self, args, owners) -> dict[int, Storage]:
         """Storages of the PackedKV arguments, ready to be written."""
-        storages, growth = {}, self.growth
+        storages, growth, short = {}, self.growth, {}
         for position in self.program.packed:
             packed = args[position]
             storage = packed.storage or packed._storage()
@@ -144,13 +150,26 @@ class Runtime:
             tokens = growth.get(position)
             if tokens is not None:
                 count = tokens.constant if tokens.constant is not None else tokens(args)
-                storage = packed.writable(count, self.step)
+                storage, capacity = packed.to_be_written(count, self.step)
                 storage.end = packed.length + count
+                if capacity > storage.capacity:
+                    short[position] = capacity
             if storage.held[0].is_inference() and not torch.is_inference_mode_enabled():
                 storage.held = [buffer.clone() for buffer in storage.buffers]  # torch forbids to write to the old ones
                 storage.mark_dynamic()
             storages[position] = storage
+        if short:
+            self.grow(storages, short)
         return storages
+
+    def grow(self, storages: dict[int, Storage], capacities: dict[int, int]) -> None:
+        """Make room in those of a call's storages whose capacities are given, where it can be in kept buffers."""
+        if self.captured is not None:
+            every = [capacities.get(i, storages[i].capacity) for i in self.bound]
+            if self.captured.grow([storages[i] for i in self.bound], every):
+                return
+        for i, capacity in capacities.items():
+            with_room(functools.partial(storages[i].grow, capacity, apart=self.captured is not None))
 
     def check_owner(self, packed, storage: Storage, expected: str | None, group, args) -> None:
         """Raises ValueError for a cache of other weights, after their contents have been digested once more."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from akvq_fx import torch_internals
-from akvq_fx.kernels.layout import BLOCK, CODES, GAIN, ORDER, PADDING, STATE_BLOCK, STATE_TEXT, Layout, blocks_of
+from akvq_fx.kernels.layout import BLOCK, CODES, GAIN, ORDER, STATE_BLOCK, STATE_TEXT, Layout, blocks_of, unwritten
 from akvq_fx.kernels.rotate import rotate_as_stored
 
 ROWS, TOKENS = 0, 2  # axes of [B, H, T, D]
@@ -44,6 +44,13 @@ def used_blocks(block_of: Tensor, means: Tensor) -> tuple[Tensor, Tensor]:
     renumbered = (used.cumsum(1) - 1).scatter(1, last, count)
     means = means.gather(2, order[:, None, :, None].expand(-1, means.shape[1], -1, means.shape[3]))
     return renumbered.gather(1, number).to(torch.int32), means
+
+
+def axis_of(name: str) -> int | None:
+    """The axis along which a buffer grows with the capacity, None for one that does not."""
+    if name in ("classes", "block_of", "text_at"):
+        return 1
+    return 2 if name in ("codes", "range", "means", "text_codes") else None
 
 
 class Storage:
@@ -168,23 +175,55 @@ class Storage:
         at = torch.arange(start, end, dtype=torch.int32, device=self.device)
         return (at + self["state"][STATE_BLOCK]) // BLOCK
 
-    def grow(self, capacity: int) -> None:
-        """Make room for `capacity` tokens; new slots are empty."""
+    def grow(self, capacity: int, apart: bool = False) -> None:
+        """Make room for `capacity` tokens; new slots are empty.
+
+        apart: the buffers that do not grow are copied too. A CUDA graph may have kept them for caches of this size.
+        """
+        sizes = self.grown(capacity)
+        stays = lambda name, b: b.shape == sizes[name] and not apart
+        buffers = [b if stays(name, b) else b.new_empty(sizes[name]) for name, b in self.named()]
+        torch_internals.copy_all(*self.copies_to(buffers))
+        self.held = buffers  # at once: an allocation that fails leaves the storage as it was
+        self.mark_dynamic()
+
+    def grown(self, capacity: int) -> dict[str, torch.Size]:
+        """Sizes of the buffers with room for `capacity` tokens, by name."""
+        sizes = {name: list(b.shape) for name, b in self.named()}
         extra, blocks = capacity - self.capacity, blocks_of(capacity)
         if self.layout.moved:  # as many means more as blocks may begin there
-            more = self.blocks_at(self.capacity, capacity).expand(len(self["block_of"]), -1)
-            self["block_of"] = torch.cat([self["block_of"], more], 1)
             own = blocks_of(capacity - self.prompt) - blocks_of(self.capacity - self.prompt)
             blocks = max(blocks, self["means"].shape[2] + own)
-        for name in self.layout.fields:
-            b = self[name]
-            if name in ("codes", "range", "text_codes"):
-                self[name] = torch.nn.functional.pad(b, (0, 0, 0, extra))
-            elif name == "means":
-                self[name] = torch.nn.functional.pad(b, (0, 0, 0, blocks - b.shape[2]))
-            elif name in ("classes", "text_at"):
-                self[name] = torch.nn.functional.pad(b, (0, extra), value=PADDING if name == "classes" else -1)
+        for name, size in sizes.items():
+            if name == "means":
+                size[2] = blocks
+            elif axis_of(name) is not None:
+                size[axis_of(name)] += extra
+        return {name: torch.Size(size) for name, size in sizes.items()}
+
+    def copies_to(self, buffers: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """Targets and sources of copies that bring its contents into other buffers, which are as large or grown. What
+        they have more is filled at once."""
+        targets, sources = [], []
+        for (name, b), into in zip(self.named(), buffers, strict=True):
+            if into is b:
+                continue
+            if into.shape != b.shape:
+                axis = axis_of(name)
+                have, size = b.shape[axis], into.shape[axis]
+                rest, into = into.narrow(axis, have, size - have), into.narrow(axis, 0, have)
+                rest.copy_(self.blocks_at(have, size)) if name == "block_of" else rest.fill_(unwritten(name))
+            targets.append(into)
+            sources.append(b)
+        return targets, sources
+
+    def move_to(self, buffers: list[Tensor]) -> None:
+        """Have other buffers, which hold the same, in place of its own."""
+        self.held, self.borrowed = buffers, False
         self.mark_dynamic()
+        for view in (ref() for ref in self.views):
+            for name in () if view is None else view.traced:
+                setattr(view, name, self[name])
 
     def mark_dynamic(self) -> None:
         """Let dynamo treat rows and capacities that change as symbols: neither may recompile."""

@@ -266,6 +266,25 @@ def nvrtc() -> tuple[Callable, Callable] | str:
     return utils._nvrtc_compile, utils._cuda_load_module
 
 
+def users_of_memory(x: torch.Tensor) -> int:
+    """How many tensors, x and views of it among them, share the memory of x; a large number where PyTorch tells not."""
+    count = getattr(torch._C, "_storage_Use_Count", None)
+    # the object that untyped_storage gives is one user more
+    return count(x.untyped_storage()._cdata) - 1 if count is not None else 1 << 30
+
+
+def copy_all(targets: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
+    """Copy each source into its target, of the same size; on a GPU in a few launches."""
+    groups: dict[tuple, tuple[list, list]] = {}
+    for into, out_of in zip(targets, sources, strict=True):
+        if into.numel():
+            pair = groups.setdefault((into.dtype, out_of.dtype, into.device, out_of.device), ([], []))
+            pair[0].append(into)
+            pair[1].append(out_of)
+    for some, others in groups.values():
+        torch._foreach_copy_(some, others)
+
+
 # ---- torchao ---------------------------------------------------------------------------------------------------------
 
 

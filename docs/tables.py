@@ -87,6 +87,11 @@ OPTIONS = {
     "massive_ratio": ("the same, as a multiple of the layer's median", "arXiv 2402.17762"),
     "capacity_step": ("tokens by which a growing cache is enlarged", OURS),
     "cuda_graphs": ("on a CUDA device, decode steps are replayed from CUDA graphs", OURS),
+    "kept_share": (
+        "share of the device's memory that CUDA graphs may keep of finished caches, so that later generations capture "
+        "nothing; 0 keeps none",
+        OURS,
+    ),
     "share_layers": ("layers of a graph that are alike are compiled once, and share what was compiled", OURS),
     "compile_uncached": (
         "graphs without a cache, such as vision towers and projectors, go to the inner compiler too; else they run as "
@@ -113,6 +118,7 @@ ACCEPTED = {
     **dict.fromkeys(("rotate", "center_keys", "center_blocks", "balance_keys"), "`True`, `False`"),
     **dict.fromkeys(("uneven_keys", "symmetric_values"), "`True`, `False`"),
     **dict.fromkeys(("cuda_graphs", "share_layers", "compile_uncached"), "`True`, `False`"),
+    "kept_share": "a number in [0, 1]",
     "mode": 'a mode of Inductor, with `inner="inductor"`',
 }
 

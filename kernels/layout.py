@@ -220,8 +220,7 @@ class Layout:
         out = []
         for name in self.fields:
             shape, dtype = self.buffer(name, batch, heads, capacity, text_capacity)
-            fill = -1 if name in ("pivot_at", "text_at") else PADDING if name == "classes" else 0
-            out.append(torch.full(shape, fill, dtype=dtype, device=device))
+            out.append(torch.full(shape, unwritten(name), dtype=dtype, device=device))
             if name == "block_of":
                 out[-1].copy_(torch.arange(capacity, device=device) // BLOCK)
         return out
@@ -272,6 +271,11 @@ class Layout:
         if str(layout) != text:
             raise ValueError(f"akvq layout: {text!r} is not how {layout} is written")
         return layout
+
+
+def unwritten(name: str) -> int:
+    """What stands in the slots of a buffer that no token took yet."""
+    return -1 if name in ("pivot_at", "text_at") else PADDING if name == "classes" else 0
 
 
 def blocks_of(tokens):

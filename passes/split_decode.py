@@ -15,6 +15,8 @@ once, in one of the two.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch.fx import Graph, GraphModule, Node
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -43,6 +45,7 @@ APPEND_AT = place_of(APPEND, "at")
 ATTEND_LENGTH, ATTEND_MASK, ATTEND_AT = (place_of(ATTEND, name) for name in ("length", "mask", "at"))
 # int64 numbers: rows of positions start at multiples of 16 bytes, since kernels are compiled for aligned arguments
 ALIGNED = 2
+SMALL = 64  # numbers that are copied twice in each step without anybody noticing
 
 
 def split_decode(state: GraphState) -> PassReport:
@@ -205,6 +208,7 @@ class Cut:
             count=self.count,
             sizes=self.sizes([*held, *moved]),
             results=[where for _, where in results],
+            states=places(self.states(held, second, kept)),
         )
 
     def is_free(self, node: Node) -> bool:
@@ -305,6 +309,23 @@ class Cut:
             else:
                 moved.append(node)
         return held, numbers, moved
+
+    def states(self, held: list[Node], second: list[Node], results: list[Node]) -> list[Node]:
+        """Small tensors of a cache that count its tokens, say: another generation has others, at other addresses.
+
+        Copies of them may stand in for them where nothing else of the graph has the same memory.
+        """
+        changed = set().union(*(memory(self.values[target]) for n in second for target in written(n)))
+        found = []
+        for node in held:
+            mine, size = memory(self.values[node]), list(shape_of(self.values[node]))
+            others = [n for n in (*self.placeholders, *results) if n is not node]
+            alone = not any(mine & memory(self.values[n]) for n in others if self.values[n] is not None)
+            small = all(isinstance(n, int) for n in size) and math.prod(size) <= SMALL
+            weight = isinstance(self.state.weights.get(self.state.position.get(node, -1)), torch.nn.Parameter)
+            if changed & mine and alone and small and not weight and node not in self.buffers:
+                found.append(node)
+        return found
 
     def is_static(self, node: Node) -> bool:
         """A weight, or a tensor that dynamo or its owner marked: it stays where it is."""

@@ -33,6 +33,9 @@ class Rerun:
     def place(self, device):
         return self.stream
 
+    def memory(self, device):
+        return 2**30
+
     def __call__(self, function, arguments, device):
         if self.error is not None:
             raise self.error
@@ -110,7 +113,8 @@ def test_first_runs_second_is_captured_third_is_replayed():
         seen.append(step(kept, x_of(i)))
         assert torch.equal(kept, torch.full_like(kept, sum(range(i + 1)))), "every step runs exactly once"
     assert counts == Capture(captured=1, replayed=4, ran=1) and record.records == 1
-    assert str(counts) == "1 CUDA graphs captured, 0 of them dropped since; 4 steps replayed, 1 ran without one"
+    told = "1 CUDA graphs captured, 0 of them dropped since; 4 steps replayed, 1 ran without one; "
+    assert str(counts) == told + "0 bytes kept, into which caches moved 0 times"
     for i, (twice, _, given, nothing) in enumerate(seen, 1):
         assert torch.equal(twice, torch.full_like(kept, 2.0 * sum(range(i + 1)))), "a later step overwrites no result"
         assert torch.equal(given, x_of(i)) and nothing is None
@@ -412,7 +416,7 @@ def test_the_same_step_twice_is_one_step(recorder, monkeypatch):
     seen = []
     call = DecodeStep.__call__
     monkeypatch.setattr(
-        DecodeStep, "__call__", lambda self, *inputs: seen.append((self, inputs)) or call(self, *inputs)
+        DecodeStep, "__call__", lambda self, *inputs, **more: seen.append((self, inputs)) or call(self, *inputs, **more)
     )
     model, ids = Decoder(layers=2), token_ids(2, 20)
     compiled = torch.compile(model, backend=Spy(**{**SMALL, "inner": "inductor", "capacity_step": 32, "window": 4}))

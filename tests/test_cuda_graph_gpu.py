@@ -9,7 +9,10 @@ from torch._dynamo.utils import counters
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import akvq_fx
+from akvq_fx.cuda_graph import CudaRecorder
+from akvq_fx.kept_buffers import POOL, with_room
 from akvq_fx.report import Capture
+from akvq_fx.transformers_names import cache_of
 from tests.zoo import ZOO, T, finish
 
 pytestmark = [
@@ -90,21 +93,72 @@ def test_two_bits(cache):
     assert seen.captured == SETS[cache] and seen.replayed == TOKENS - 1 - SETS[cache]
 
 
+def poison() -> int:
+    """Overwrite every kept buffer that is free by bytes that are NaN, or numbers that no cache holds."""
+    free = [kept for kept in POOL.sets if kept.is_free()]
+    for x in [x for kept in free for x in kept.tensors if x.numel()]:
+        x.view(torch.uint8).fill_(0xFF)
+    return len(free)
+
+
 @pytest.mark.parametrize("cache", list(SETS))
-def test_later_generations_capture_as_often_and_drop_what_is_finished(cache):
+def test_later_generations_capture_nothing(cache):
+    """Ten of one size, then one beside a cache that is alive."""
     model = compiled(2)
-    first = generate(model, cache)
-    logits = [x.clone() for x in first.logits]
+    first = generate(model, cache, return_dict_in_generate=False, output_logits=False)
     graphs = counters["stats"]["unique_graphs"]
-    second = generate(model, cache)
+    for _ in range(9):
+        assert torch.equal(generate(model, cache, return_dict_in_generate=False, output_logits=False), first)
+        assert poison() == SETS[cache]
     assert counters["stats"]["unique_graphs"] == graphs, "a later generation compiles nothing"
-    assert all(torch.equal(a, b) for a, b in zip(logits, first.logits, strict=True)), "results belong to the caller"
-    assert torch.equal(first.sequences, second.sequences)
     seen = counted(model)
-    assert seen.captured <= 2 * SETS[cache] and seen.replayed + seen.ran == 2 * (TOKENS - 1)
-    del first, second
+    assert seen.captured == SETS[cache] and seen.dropped == 0 and seen.replayed + seen.ran == 10 * (TOKENS - 1)
+    assert f"{seen.kept:,} bytes kept" in str(akvq_fx.report(model))
+    second = generate(model, cache)
+    held = [x.dequantize() for layer in cache_of(second).layers for x in (layer.keys, layer.values)]
+    logits = [x.clone() for x in second.logits]
+    assert torch.equal(generate(model, cache, return_dict_in_generate=False, output_logits=False), first)
+    poison()
+    now = [x.dequantize() for layer in cache_of(second).layers for x in (layer.keys, layer.values)]
+    assert all(torch.equal(a, b) for a, b in zip(held, now, strict=True)), "a cache that is alive is not written over"
+    assert all(torch.equal(a, b) for a, b in zip(logits, second.logits, strict=True)), "results belong to the caller"
+    assert counted(model).captured == SETS[cache] + 1
+    del second
     gc.collect()
-    assert seen.dropped == seen.captured, "buffers that died keep no CUDA graph"
+    assert akvq_fx.free_kept_buffers() > 0 and counted(model).dropped == SETS[cache] + 1 and counted(model).kept == 0
+    assert torch.equal(generate(model, cache, return_dict_in_generate=False, output_logits=False), first)
+
+
+def test_kept_buffers_are_given_back_when_memory_is_short():
+    """In a capture, which is tried again, and in what a prompt allocates."""
+
+    class Hungry(CudaRecorder):
+        asked: list[int] = []
+
+        def __call__(self, function, arguments, device):
+            self.asked.append(POOL.nbytes())
+            if len(self.asked) != 2:
+                return super().__call__(function, arguments, device)
+            more = lambda *a: (torch.empty(1 << 50, device=device), function(*a))[1]
+            return super().__call__(more, arguments, device)
+
+    expected = generate(compiled(16, cuda_graphs=False), "growing", max_new_tokens=20).sequences
+    torch._dynamo.reset()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("akvq_fx.backend.recorder_for", lambda device, counts: Hungry())
+        model = compiled(16)
+        short = {name: x[:, -9:].repeat(2, 1) for name, x in inputs_of().items()}
+        model.generate(**short, max_new_tokens=5)
+        gc.collect()
+        out = generate(model, "growing", max_new_tokens=20)
+    assert torch.equal(out.sequences, expected) and len(Hungry.asked) == 3 and Hungry.asked[2] < Hungry.asked[1]
+    graphs = [g.capture for g in akvq_fx.report(model).graphs if g.kind == "decode"]
+    assert not any(c.reason for c in graphs) and sum(c.captured for c in graphs) == 2
+    del out
+    gc.collect()
+    assert POOL.nbytes()
+    with_room(lambda: torch.empty((1 << 50) if POOL.nbytes() else 1, device="cuda"))
+    assert not POOL.nbytes()
 
 
 def test_memory_of_a_finished_generation_comes_back():
@@ -118,13 +172,18 @@ def test_memory_of_a_finished_generation_comes_back():
     gc.collect()
     torch.cuda.synchronize()
     assert torch.cuda.memory_allocated() - before < 2**20
+    kept = akvq_fx.free_kept_buffers()
+    assert kept > 0 and before - torch.cuda.memory_allocated() > kept / 2, "the rest was inputs and results of graphs"
 
 
 def test_beams_are_the_same():
     expected = generate(compiled(16, cuda_graphs=False), "growing", num_beams=3, max_new_tokens=20, output_logits=False)
     torch._dynamo.reset()
-    out = generate(compiled(16), "growing", num_beams=3, max_new_tokens=20, output_logits=False)
+    model = compiled(16)
+    out = generate(model, "growing", num_beams=3, max_new_tokens=20, output_logits=False)
     assert torch.equal(out.sequences, expected.sequences)
+    seen = counted(model)
+    assert seen.captured <= 2 and seen.replayed >= 17, "each step's cache moves into kept buffers"
 
 
 def test_another_stream_has_its_own_graph():

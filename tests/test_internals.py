@@ -172,6 +172,26 @@ def test_addresses_are_compared_as_plain_python_would():
         assert compare(tensors, addresses, [0, 1]) and not compare(tensors, [0, 0], [0, 1])
 
 
+def test_tensors_that_share_memory_are_counted(monkeypatch):
+    """By kept cache buffers, which nobody else may have."""
+    users, x = torch_internals.users_of_memory, torch.ones(4, 3)
+    assert users(x) == 1
+    alias, row, memory = x.detach(), x[1], x.untyped_storage()
+    assert users(x) == users(row) == 3
+    del alias, row, memory
+    assert users(x) == 1 == users(torch.ones(0))
+    monkeypatch.delattr(torch._C, "_storage_Use_Count")
+    assert users(x) > 1, "what cannot be known counts as used"
+
+
+def test_many_tensors_are_copied_at_once():
+    dtypes = (torch.int32, torch.float16, torch.int32, torch.uint8)
+    sources = [torch.arange(6).to(dtype).view(2, 3) for dtype in dtypes]
+    targets = [torch.zeros(4, 3, dtype=dtype)[::2] for dtype in dtypes]
+    torch_internals.copy_all([*targets, torch.ones(0)], [*sources, torch.ones(0)])
+    assert all(torch.equal(into, out_of) for into, out_of in zip(targets, sources, strict=True))
+
+
 def test_torchao_has_the_base_class():
     base = torch_internals.tensor_base()
     assert issubclass(akvq_fx.PackedKV, base) and hasattr(base, "implements")

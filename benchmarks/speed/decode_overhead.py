@@ -55,9 +55,9 @@ class WrapperClock:
         def timed(runtime, *args):
             inner, spent = runtime.inner, [0.0]
 
-            def clocked(*inputs):
+            def clocked(*inputs, **more):
                 begin = time.perf_counter()
-                result = inner(*inputs)
+                result = inner(*inputs, **more)
                 spent[0] += time.perf_counter() - begin
                 return result
 
