@@ -363,7 +363,7 @@ def test_writes_behind_moved_tokens(layout):
     x, affine = drifting(400, 2, 2, layout.head_dim).to(layout.dtype), None
     if layout.affine:
         affine = random_affine(2, 2, layout.head_dim, 1, layout.uneven)
-    cache = reference.pack(x[:, :, :160], torch.arange(160), None, None, affine, 200, layout)
+    cache = reference.pack(x[:, :, :160], torch.arange(160), None, None, affine, 200, str(layout))
     cache, layout, start = moved(cache, layout, 160)
     storage = Storage(layout, cache, start, start, None)
     storage.grow(400)
