@@ -224,7 +224,7 @@ def grouped(state: GraphState, whole: Node, heads) -> Node:
     own = shape(whole)[1]
     if same_size(own, heads):
         return whole
-    return state.moved(whole, [("repeat_interleave", heads // own, 1)], value(whole))
+    return state.moved(whole, [("repeat_interleave", int(heads) // int(own), 1)], plain(value(whole), shape(whole)))
 
 
 def check(state: GraphState, node: Node, found: dict[str, Exchanged | None]) -> None:

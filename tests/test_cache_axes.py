@@ -129,7 +129,7 @@ def test_cat_appends(axes):
     new = torch.randn(2, 3, 4, 16)
     outside = lambda x, new: new if x.axes == STANDARD else moved(new, axes.from_standard())
     assert_same_as_standard(lambda x, b, t: torch.cat([x, outside(x, new)], dim=t), axes)
-    with pytest.raises(ValueError, match=f"must match except in dimension {axes.tokens}"):
+    with pytest.raises(ValueError, match="a cache from another model or batch cannot be continued"):
         torch.cat([in_axes(axes), moved(torch.randn(5, 3, 4, 16), axes.from_standard())], dim=axes.tokens)
 
 
@@ -212,10 +212,11 @@ def test_any_batch_size_and_what_beam_search_does(spelling):
                     logits.append(out)
                 torch.testing.assert_close(logits[1], logits[0], rtol=0, atol=2e-6)
                 assert all(isinstance(x, PackedKV) for x in caches[1][0])
-    assert not akvq_fx.report(model).gave_up and counters["stats"]["unique_graphs"] <= 8
+    # as many as with a cache [B, H, T, D]: the prompt, one and several tokens, for one row and for more
+    assert not akvq_fx.report(model).gave_up and counters["stats"]["unique_graphs"] <= 9
 
 
-@every_spelling
+@pytest.mark.parametrize("spelling", [models.GrowsTransposed, models.FlatHeads, models.ChannelsFirst], ids=name)
 def test_a_plain_cache_is_packed_by_the_first_step(spelling):
     model, ids = Decoder(spelling), token_ids(2, 9)
     torch._dynamo.reset()
@@ -315,9 +316,9 @@ def test_default_options():
     model, ids = Decoder(models.TokensFirst, layers=2), token_ids(2, 72)
     standard = Decoder(models.Attention, layers=2)
     results = []
-    for one in (model, standard):
+    for one, options in ((standard, {"inner": "eager"}), (model, {})):
         torch._dynamo.reset()
-        one.compile(backend="akvq")
+        one.compile(backend="akvq", options=options)
         with torch.no_grad():
             logits, cache = one(ids[:, :70])
             steps = [logits]
@@ -325,7 +326,7 @@ def test_default_options():
                 logits, cache = one(ids[:, a : a + 1], cache)
                 steps.append(logits)
         results.append(steps)
-    for got, want in zip(*results, strict=True):
+    for want, got in zip(*results, strict=True):
         torch.testing.assert_close(got, want, rtol=0, atol=1e-4)
     assert cache[0][0].layout_of.body_bits == 2 and not akvq_fx.report(model).refused
 
@@ -341,7 +342,7 @@ class KeepsSlice(models.TokensFirst):
         return k, v, tuple(x[:, -4:] for x in kept)
 
     def mask(self, at, total, padding, past, dtype):
-        return models.SlidingSlice.mask(self, at, total, padding, past, dtype)
+        return None if past is None else torch.ones(at.shape[0], past[0].shape[1] + at.shape[0], dtype=torch.bool)
 
 
 class TokensFirstDim12(models.TokensFirst):

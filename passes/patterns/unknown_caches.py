@@ -12,7 +12,7 @@ from akvq_fx.passes.patterns.attention import LAYOUT_OPS, is_attention
 from akvq_fx.passes.patterns.axes import CASTS
 from akvq_fx.passes.patterns.cache_write import ALLOCATIONS, SLICED, is_empty, why_unread
 from akvq_fx.passes.patterns.nodes import NoMatch, dimension, is_returned, op, shape, tensors_of_cat, value
-from akvq_fx.passes.patterns.written_attention import PRODUCTS, SCORES
+from akvq_fx.passes.patterns.written_attention import PRODUCTS, REFUSED, SCORES
 
 WRITES = ("setitem", "index_copy_", "copy_", "scatter_", "index_put_")
 MOVES = (*LAYOUT_OPS, *CASTS, "expand", "repeat_interleave", "repeat", "index_copy_", "getattr")
@@ -74,6 +74,6 @@ def is_read(cache: Node, reach: int = 60) -> bool:
                 return True
             if op(user) in PRODUCTS and not scores:
                 queue.append((user, True))
-            elif op(user) in (SCORES if scores else MOVES):
+            elif op(user) in ((*SCORES, *REFUSED) if scores else MOVES):
                 queue.append((user, scores))
     return False
