@@ -84,9 +84,10 @@ def bring_in(state: GraphState, past: Node) -> None:
     while queue:
         node, groups = queue.pop(0)
         for user in node.users:
-            if op(user) == "cat" and tensors_of_cat(user)[0] is node:
+            parts = tensors_of_cat(user) if op(user) == "cat" else []
+            if len(parts) == 2 and parts[0] is node and not is_packed(parts[1]):
                 order = roles.axes_of(groups)
-                if order and dimension(user, 1, order.rank) == order.tokens and len(tensors_of_cat(user)) == 2:
+                if order and dimension(user, 1, order.rank) == order.tokens:
                     growths.append((user, groups, order))
             elif (moved := moved_to(user, node, groups)) is not None:
                 queue.append((user, moved))
@@ -202,7 +203,7 @@ def in_order(state: GraphState, node: Node, order: CacheAxes, heads: int, channe
     """A tensor of these axes as [B, H, T, D]: what it was made of where that has them, else moves of it."""
     groups, roles = axes_as(node, order, heads, channels)
     for source, axes in way_back(node, groups):
-        if roles.axes_of(axes) == STANDARD:
+        if roles.axes_of(axes) == STANDARD and not is_packed(source):
             return source
     return state.moved(node, order.to_standard(heads, channels), value(node))
 

@@ -542,6 +542,13 @@ class FlatMqa(FlatHeads):
         return x
 
 
+class FlatExpanded(FlatMqa):
+    """One KV head in a cache [B, T, D], expanded to all query heads: packed."""
+
+    def group(self, x):
+        return x.expand(-1, self.heads, -1, -1)
+
+
 class FlatWritten(FlatHeads, WrittenOut):
     """[B, T, H * D], written out: packed."""
 

@@ -11,7 +11,7 @@ import warnings
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from torch._dynamo.utils import counters
 
@@ -33,6 +33,7 @@ SPELLINGS = {  # spelling: axes of its keys and values
     models.GrowsTransposed: ("b t h d", "b t h d"),
     models.FlatHeads: ("b t (h d)", "b t (h d)"),
     models.FlatMqa: ("b t (h d)", "b t (h d)"),
+    models.FlatExpanded: ("b t (h d)", "b t (h d)"),
     models.FlatWritten: ("b t (h d)", "b t (h d)"),
     models.TimeFirst: ("t b h d", "t b h d"),
     models.ChannelsFirst: ("b h d t", "b h t d"),
@@ -228,6 +229,40 @@ def test_a_plain_cache_is_packed_by_the_first_step(spelling):
         got, cache = run(ids[:, 8:], cache)
     torch.testing.assert_close(got, want, rtol=0, atol=2e-6)
     assert [str(x.axes) for x in cache[0]] == list(SPELLINGS[spelling])
+
+
+orders = st.permutations(["b", "h", "t", "d"]) | st.permutations(["b", "t", "hd"])
+readers = st.sampled_from([
+    models.Attention, models.EnableGqa, models.Interleave, models.WrittenEinsum, models.WrittenGrouped,
+    models.WrittenFolded, models.WrittenKeysFirst,
+])  # fmt: skip
+
+
+@settings(max_examples=6, deadline=None, phases=[Phase.explicit, Phase.generate])
+@given(orders, orders, readers, st.booleans())
+def test_any_order_of_keys_and_of_values_read_in_any_way(keys, values, reader, empty):
+    order = [CacheAxes(tuple(groups)) for groups in (keys, values)]
+
+    class Ordered(reader):
+        def write(self, past, k, v, at):
+            new = [moved(x, axes.from_standard()) for x, axes in zip((k, v), order, strict=True)]
+            if past is None and empty:
+                past = [x.narrow(axes.tokens, 0, 0) for x, axes in zip(new, order, strict=True)]
+            if past is not None:
+                new = [torch.cat([old, x], axes.tokens) for old, x, axes in zip(past, new, order, strict=True)]
+            read = (moved(x, axes.to_standard(self.kv_heads, self.dim)) for x, axes in zip(new, order, strict=True))
+            return *read, tuple(new)
+
+    Ordered.tokens = order[0].tokens
+    seen = evidence(Decoder(Ordered), LOSSLESS, steps=2, chunk=2)
+    assert seen.error <= 2e-6
+    letters = ["".join(axes.groups) for axes in order]
+    if issubclass(reader, models.WrittenOut) and any(text.index("h") < text.index("b") for text in letters):
+        # products do not tell batch from heads, so that the first is taken for the batch, or keys and values disagree
+        assert all(capture.state.sites or capture.state.refused for capture in seen.captures[1:])
+        return
+    assert all(len(capture.state.sites) == 1 for capture in seen.captures) and len(seen.captures) == 3
+    assert all(type(x) is PackedKV for x in seen.cache[0])
 
 
 class ReadsItself(models.Attention):

@@ -54,6 +54,7 @@ MUST_FIRE = {  # spelling: RoPE, q:kv heads, forms of the prompt's and the step'
     models.GrowsTransposed: ("rope half", "4:2", GROWING),
     models.FlatHeads: ("rope half", "4:2", GROWING),
     models.FlatMqa: ("rope half", "4:1", GROWING),
+    models.FlatExpanded: ("rope half", "4:1", GROWING),
     models.FlatWritten: ("rope half", "4:2", GROWING),
     models.TimeFirst: ("rope half", "4:2", GROWING),
     models.ChannelsFirst: ("rope half", "4:2", GROWING),

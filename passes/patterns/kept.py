@@ -43,7 +43,8 @@ class Roles:
         names = []
         for group in map(flat, groups):
             real = tuple(axis for axis in group if axis.size != 1) or group
-            names.append(next((name for name, axes in known.items() if axes in (group, real)), None))
+            name = next((name for name, axes in known.items() if axes in (group, real)), None)
+            names.append("h" if one_head and not group else name)
         if one_head and "h" not in names:  # an axis of one head may be anywhere, so it is nowhere
             names = ["hd" if name == "d" else name for name in names]
         try:
@@ -83,7 +84,7 @@ def path_of(argument: Node) -> tuple[Path, Roles] | None:
     own = tuple(axis for axis in flat(heads) if axis in there)
     if flat(heads)[: len(own)] != own or any(axis not in there for axis in (*flat(batch), *flat(tokens))):
         return None  # repeats stand before heads, or rows are repeated
-    return path, Roles(batch, own or flat(heads)[:1], tokens, channels)
+    return path, Roles(batch, own or (Axis(1),), tokens, channels)  # where no axis is left, one head was repeated
 
 
 def way_back(node: Node, axes: Axes) -> Iterator[tuple[Node, Axes]]:
