@@ -159,7 +159,8 @@ class PackedKV(TensorBase):
         """
         if self.axes.rank < 4:
             raise NotImplementedError(
-                f"akvq: a packed cache {self.axes.shown} is written into in a way codes cannot take"
+                f"akvq: a packed cache {self.axes.shown} is written into in a way codes cannot take; pass "
+                "cache.dequantize() to go on with its tokens as plain numbers"
             )
         plain_layout = Layout(self.layout_of.head_dim, self.dtype, shares_classes=self.layout_of.shares_classes)
         if self.layout_of != plain_layout:

@@ -337,6 +337,49 @@ def test_a_packed_cache_that_is_read_in_another_way(spelling):
     assert "dequantized for it" in str(akvq_fx.report(seen.model))
 
 
+class Overwrites(models.TokensFirst):
+    """[B, T, H, D], whose first token every step sets to zero: back to 16 bits."""
+
+    def write(self, past, k, v, at):
+        if past is not None:
+            past[0][:, 0] = 0.0
+        return super().write(past, k, v, at)
+
+
+class FlatOverwrites(models.FlatHeads):
+    """The same of [B, T, H * D], which is no view of the buffers."""
+
+    def write(self, past, k, v, at):
+        if past is not None:
+            past[0][:, 0] = 0.0
+        return super().write(past, k, v, at)
+
+
+def test_a_packed_cache_that_the_graph_overwrites():
+    seen = evidence(Decoder(Overwrites), LOSSLESS)
+    assert seen.error <= 1e-6
+    with pytest.raises(NotImplementedError, match=r"a packed cache \[B, T, H \* D\] is written into"):
+        evidence(Decoder(FlatOverwrites), LOSSLESS)
+
+
+@torch.no_grad()
+def test_a_cache_that_is_refused_later_comes_back_in_its_axes():
+    """Layers that text_bits keeps at 16 bits are refused after the exchange."""
+    model = models.VisionDecoder("mark")
+    model.layers, model.tokens = torch.nn.ModuleList(models.Block(models.TokensFirst) for _ in range(3)), 1
+    ids, at_image = token_ids(2, 12), torch.zeros(2, 12, dtype=torch.bool)
+    at_image[:, 2:6] = True
+    images = torch.randn(4, models.WIDTH)
+    want, plain = model(ids, None, images, at_image)
+    spy = models.Spy(text_bits=16)
+    got, cache = torch.compile(model, backend=spy)(ids, None, images, at_image)
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
+    assert [type(x) is PackedKV for pair in cache for x in pair] == [False] * 4 + [True] * 2
+    for x, y in zip(itertools.chain(*cache[:2]), itertools.chain(*plain[:2]), strict=True):
+        torch.testing.assert_close(x, y, rtol=0, atol=1e-5)
+        assert x.is_contiguous()
+
+
 @pytest.mark.parametrize("batch, prompt", [(1, 6), (2, 1), (1, 1)])
 @pytest.mark.parametrize("spelling", [models.TokensFirst, models.FlatMqa, models.TimeFirst], ids=name)
 def test_axes_of_one(spelling, batch, prompt):

@@ -16,6 +16,7 @@ from torch.fx import Node
 
 from akvq_fx.kernels.cache_axes import STANDARD, CacheAxes
 from akvq_fx.passes.patterns.axes import Axes, Axis, after, before, flat, new_axes
+from akvq_fx.passes.patterns.cache_write import is_packed
 from akvq_fx.passes.patterns.nodes import NoMatch, dimension, is_returned, op, shape, tensors_of_cat, value
 
 Path = list[tuple[Node, Axes]]
@@ -132,6 +133,8 @@ def grown(cat: Node, axes: Axes, order: CacheAxes, roles: Roles) -> Kept | None:
         return None
     if 0 in shape(parts[0]):
         return Kept(kept, returned, cat, None, parts[1], order)
+    if past is not None and is_packed(past):
+        return None  # one that exchange_axes left as it is, since the graph writes into it
     if past_axes == kept:
         return Kept(kept, returned, cat, past, parts[1], order)
     return Kept(kept, returned, cat, None, cat, order)
