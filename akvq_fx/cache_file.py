@@ -3,11 +3,12 @@
 Tensor `{name}/{field}` is one buffer of one cache (kernels/layout.py), whole, capacity included. The file's metadata
 holds one JSON text under the key "akvq":
 
-    {"version": 4, "caches": {name: {"layout": text, "length": T, "end": T | null, "prompt": T, "owner": text | null}}}
+    {"version": 5, "caches": {name: {"layout": text, "axes": text, "length": T, "end": T | null, "prompt": T,
+                                     "owner": text | null}}}
 
-length belongs to the view, the rest to its Storage. Loading executes no code and trusts nothing: sizes are compared
-with the layout before a buffer is read, positions with the capacity after, so no index that an op computes from a file
-leads outside a buffer.
+axes are those of the model's tensor (kernels/cache_axes.py). length belongs to the view, the rest to its Storage.
+Loading executes no code and trusts nothing: sizes are compared with the layout before a buffer is read, positions with
+the capacity after, so no index that an op computes from a file leads outside a buffer.
 
 PackedKV.save and PackedKV.load come here; `kind` is PackedKV, which this module does not import.
 """
@@ -23,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from akvq_fx.kernels.cache_axes import STANDARD, CacheAxes
 from akvq_fx.kernels.layout import (
     BLOCK,
     CLASS_NAMES,
@@ -33,11 +35,11 @@ from akvq_fx.kernels.layout import (
     Layout,
     blocks_of,
 )
-from akvq_fx.storage import TOKENS, Storage
+from akvq_fx.storage import Storage
 
 KEY = "akvq"
-VERSION = 4
-ENTRY = ("layout", "length", "end", "prompt", "owner")
+VERSION = 5
+ENTRY = ("layout", "axes", "length", "end", "prompt", "owner")
 OWNER = re.compile(r"[0-9a-f]{32}( [0-9a-f]{32}){0,63}")  # digests of weights (akvq_fx/digest.py)
 SHOWN = 200  # characters of a refused value that an error repeats
 DTYPES = {"U8": torch.uint8, "I16": torch.int16, "I32": torch.int32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -85,7 +87,8 @@ def save(caches: dict[str, Tensor], path, kind: type) -> None:
             written.add(address)
         entries[name] = {
             "layout": packed.layout_text,
-            "length": packed.shape[TOKENS],
+            "axes": str(packed.axes),
+            "length": packed.count,
             "end": storage.end,
             "prompt": storage.prompt,
             "owner": storage.owner,
@@ -124,7 +127,8 @@ def read(place: Place, file, keys: dict[str, str], entry: dict, device, kind: ty
     # copied: the library's tensor is the mapped file itself, and would change and crash with it
     buffers = {field: file.get_tensor(keys[field]).clone() for field in layout.fields}
     check_contents(place, layout, buffers, entry)
-    storage = Storage(layout, [b.to(device) for b in buffers.values()], entry["end"], entry["prompt"], entry["owner"])
+    held, axes = [b.to(device) for b in buffers.values()], CacheAxes.parse(entry["axes"])
+    storage = Storage(layout, held, entry["end"], entry["prompt"], entry["owner"], axes)
     storage.loaded = True
     storage.mark_dynamic()
     return kind.view_of(storage, entry["length"])
@@ -185,6 +189,10 @@ def check_entry(place: Place, entry) -> Layout:
         layout = Layout.parse(entry["layout"])
     except ValueError as error:
         place.refuse("its layout", entry["layout"], f"what str(Layout) writes ({str(error)[:SHOWN]})")
+    try:
+        CacheAxes.parse(entry["axes"])
+    except (TypeError, ValueError):
+        place.refuse("its axes", entry["axes"], f"text such as {STANDARD}")
     owner = entry["owner"]
     if owner is not None and not (isinstance(owner, str) and OWNER.fullmatch(owner)):
         place.refuse("its owner", owner, "null, or digests of weights, 32 hexadecimal digits each")

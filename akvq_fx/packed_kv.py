@@ -1,9 +1,12 @@
-"""PackedKV: a key or value cache tensor [B, H, T, D] whose tokens are packed codes.
+"""PackedKV: a key or value cache tensor whose tokens are packed codes.
 
 A traceable wrapper subclass: a cache object (DynamicCache, StaticCache, a tuple, a buffer) holds it like any tensor,
 dynamo traces it as an input, and the akvq backend swaps it for its buffers before the compiled code runs. Only those of
 `Layout.traced` are inner tensors for tracing (the token axis of `codes` brings the capacity symbol); the other buffers
 lie in `storage`, which tracing never sees.
+
+Its shape is what the model's own code expects: [B, H, T, D], or what its `axes` say (kernels/cache_axes.py). Buffers,
+and the graph after passes, have one order whatever it is.
 
 What happens to a cache outside the graph happens to the codes: rows are gathered, lengths change, nothing is quantized
 again. Any other op reads the cache through `dequantize()` and says so once.
@@ -20,8 +23,9 @@ from torch import Tensor
 
 from akvq_fx import packed_ops, packed_writes, torch_internals  # noqa: F401 - writes are handlers too
 from akvq_fx.kernels import cache as ops
+from akvq_fx.kernels.cache_axes import STANDARD, CacheAxes
 from akvq_fx.kernels.layout import CLASS_NAMES, PADDING, STATE_END, STATE_TEXT, Layout
-from akvq_fx.storage import GROWING, STATIC, TOKENS, Storage
+from akvq_fx.storage import TOKENS, Storage, marks_of
 
 
 @contextlib.contextmanager
@@ -43,10 +47,10 @@ with _quiet("torchao", "torch.utils._pytree"):
 
 
 class PackedKV(TensorBase):
-    """A packed cache tensor of logical shape [B, H, T, D] and 16- or 32-bit dtype.
+    """A packed cache tensor of logical shape [B, H, T, D] (or of the model's own axes) and 16- or 32-bit dtype.
 
-    Made by the backend; `dequantize()` gives the plain tensor, `layout` says how it is packed, `nbytes_packed` what it
-    costs.
+    Made by the backend; `dequantize()` gives the plain tensor, `layout_of` says how it is packed, `axes` which axis is
+    which, `nbytes_packed` what it costs.
     """
 
     tensor_data_names = ["codes"]
@@ -61,16 +65,16 @@ class PackedKV(TensorBase):
 
     def __init__(self, codes: Tensor, layout_text: str, size=None, stride=None):
         """A tensor for tracing, with no buffers but `codes`, which gives the shapes. `view_of` makes real ones."""
-        self.codes, self.layout_text, self.storage = codes, layout_text, None
+        self.codes, self.layout_text, self.storage, self.axes = codes, layout_text, None, STANDARD
         self.traced, self.means, self.text_codes, self.static, self.length = ["codes"], None, None, False, None
 
     @classmethod
     def view_of(cls, storage: Storage, length: int) -> PackedKV:
         """The first `length` tokens of a storage. On the path of every decode step, so it does no more than it must."""
         layout = storage.layout
-        size = (*storage.rows, length, layout.head_dim)
+        size = storage.shape(length)
         self = torch.Tensor._make_wrapper_subclass(cls, size, dtype=layout.dtype, device=storage.device)
-        self.layout_text, self.storage, self.length = storage.text, storage, length
+        self.layout_text, self.storage, self.length, self.axes = storage.text, storage, length, storage.axes
         self.means = self.text_codes = None
         self.traced, self.static = list(layout.traced), storage.end is None
         for name in self.traced:
@@ -81,7 +85,7 @@ class PackedKV(TensorBase):
         if len(storage.views) > 8:
             storage.views = [ref for ref in storage.views if ref() is not None]
         storage.views.append(weakref.ref(self))
-        for name, marks in (STATIC if self.static else GROWING).items():
+        for name, marks in marks_of(self.axes, self.static).items():
             setattr(self, name, set(marks) if isinstance(marks, set) else marks)
         return self
 
@@ -93,14 +97,35 @@ class PackedKV(TensorBase):
         raise AttributeError(f"PackedKV has no attribute {name!r}")
 
     def __tensor_flatten__(self):
-        return self.traced, (self.layout_text, self.static)
+        return self.traced, (self.layout_text, self.static, str(self.axes))
 
     @classmethod
     def __tensor_unflatten__(cls, inner, context, outer_size, outer_stride):
         out = cls(inner["codes"], context[0], outer_size, outer_stride)
-        out.traced, out.static = list(inner), context[1]
+        out.traced, out.static, out.axes = list(inner), context[1], CacheAxes.parse(context[2])
         out.means, out.text_codes = inner.get("means"), inner.get("text_codes")
         return out
+
+    def traced_as(self, codes: Tensor, axis: int, size) -> PackedKV:
+        """While tracing: the cache with another size of one axis, the tokens' or the batch's."""
+        shape = list(self.shape)
+        shape[axis] = size
+        out = type(self)(codes, self.layout_text, torch.Size(shape))
+        out.axes = self.axes
+        return out
+
+    def in_standard_axes(self) -> PackedKV:
+        """While tracing: the same cache as [B, H, T, D]."""
+        sizes = dict(zip(self.axes.groups, self.shape, strict=True))
+        heads, channels = sizes.get("h", self.codes.shape[1]), self.layout_of.head_dim
+        out = type(self)(self.codes, self.layout_text, torch.Size((sizes["b"], heads, sizes["t"], channels)))
+        out.traced, out.static, out.means, out.text_codes = self.traced, self.static, self.means, self.text_codes
+        return out
+
+    @property
+    def count(self) -> int:
+        """Tokens, by the shape."""
+        return self.shape[self.axes.tokens]
 
     @property
     def layout_of(self) -> Layout:
@@ -121,25 +146,32 @@ class PackedKV(TensorBase):
         return self.storage
 
     def dequantize(self) -> Tensor:
-        """[B, H, T, D] as the model made it: rotation undone, quantization error included."""
+        """[B, H, T, D], or the model's axes, as the model made it: rotation undone, quantization error included."""
         storage = self._storage()
-        return ops.dequantize(storage.held, self.shape[TOKENS], self.layout_text)
+        return storage.as_model(ops.dequantize(storage.held, self.count, self.layout_text))
 
     def unpack(self) -> Tensor:
-        """Turn this cache back to 16 bits for good, and return its plain tensor [B, H, T, D], which later writes go to.
+        """Turn this cache back to 16 bits for good, and return its plain tensor of the same shape, which later writes
+        go to.
 
-        For graphs that move tokens inside a static cache. The object stays a PackedKV, in the lossless layout.
+        For graphs that move tokens inside a static cache. The object stays a PackedKV, in the lossless layout. Raises
+        NotImplementedError for [B, T, H * D] and the like, which are no view of the buffers.
         """
-        plain_layout = Layout(self.shape[-1], self.dtype, shares_classes=self.layout_of.shares_classes)
+        if self.axes.rank < 4:
+            raise NotImplementedError(
+                f"akvq: a packed cache {self.axes.shown} is written into in a way codes cannot take; pass "
+                "cache.dequantize() to go on with its tokens as plain numbers"
+            )
+        plain_layout = Layout(self.layout_of.head_dim, self.dtype, shares_classes=self.layout_of.shares_classes)
         if self.layout_of != plain_layout:
-            plain, old = self.dequantize().contiguous(), self.storage
+            plain, old = ops.dequantize(self._storage().held, self.count, self.layout_text).contiguous(), self.storage
             kept = [] if plain_layout.shares_classes else [old["classes"][:, : self.length].clone()]
             buffers = [old["state"][: STATE_TEXT + 1].clone(), plain, *kept]
-            self.storage = Storage(plain_layout, buffers, old.end, old.prompt, old.owner)
+            self.storage = Storage(plain_layout, buffers, old.end, old.prompt, old.owner, old.axes)
             self.storage.views.append(weakref.ref(self))
             self.codes, self.layout_text, self.traced = plain, str(plain_layout), ["codes"]
             self.means = self.text_codes = None
-        return self.storage.codes[:, :, : self.shape[TOKENS]]
+        return self.storage.as_model(self.storage.codes[:, :, : self.count])
 
     def classes(self) -> Tensor:
         """[B, T] uint8, indices into kernels.layout.CLASS_NAMES. Raises ValueError for values, which have none."""
@@ -147,7 +179,7 @@ class PackedKV(TensorBase):
             raise ValueError(
                 "PackedKV: values share their keys' token classes and hold none; ask the keys of their layer"
             )
-        return self._storage()["classes"][:, : self.shape[TOKENS]]
+        return self._storage()["classes"][:, : self.count]
 
     def writable(self, extra: int, step: int) -> Storage:
         """The storage, ready for `extra` tokens after this view's last: a copy if a longer view is still alive."""
@@ -163,7 +195,7 @@ class PackedKV(TensorBase):
             return storage, storage.capacity
         if length < storage.end:
             others = (ref() for ref in storage.views)
-            if any(view is not None and view is not self and view.shape[TOKENS] > length for view in others):
+            if any(view is not None and view is not self and view.count > length for view in others):
                 storage = storage.clone()
             if length < storage.prompt:
                 storage.begin_anew(length)
@@ -174,19 +206,20 @@ class PackedKV(TensorBase):
         return storage, -(-needed // step) * step if needed > storage.capacity else storage.capacity
 
     def append(self, x: Tensor, step: int = 128) -> PackedKV:
-        """A view that is q tokens longer: x [B, H, q, D] is rotated and quantized, earlier tokens stay."""
-        length = self.shape[TOKENS]
-        storage = self.writable(x.shape[TOKENS], step)
-        at = torch.arange(length, length + x.shape[TOKENS], device=x.device)
+        """A view that is q tokens longer: x, which has q tokens, is rotated and quantized, earlier tokens stay."""
+        length, extra = self.count, x.shape[self.axes.tokens]
+        storage = self.writable(extra, step)
+        at = torch.arange(length, length + extra, device=x.device)
         ops.append(storage.buffers, storage.to_stored(x), at, None, None, self.layout_text)
-        storage.end = length + x.shape[TOKENS]
+        storage.end = length + extra
         return PackedKV.view_of(storage, storage.end)
 
     def __repr__(self, *, tensor_contents=None) -> str:
-        return f"PackedKV(shape={list(self.shape)}, {self.layout_text}, device={self.device})"
+        axes = "" if self.axes == STANDARD else f", {self.axes}"
+        return f"PackedKV(shape={list(self.shape)}{axes}, {self.layout_text}, device={self.device})"
 
     def __copy__(self) -> PackedKV:
-        return packed_ops.resized(self, self.shape[TOKENS])
+        return packed_ops.resized(self, self.count)
 
     def __deepcopy__(self, memo) -> PackedKV:
         """A clone. torch's own deepcopy would copy `storage` with its list of views, which are the original's."""
@@ -194,7 +227,7 @@ class PackedKV(TensorBase):
 
     def __reduce_ex__(self, protocol):
         s = self._storage()
-        return _rebuild, (s.buffers, self.layout_text, s.end, s.prompt, s.owner, self.shape[TOKENS])
+        return _rebuild, (s.buffers, self.layout_text, s.end, s.prompt, s.owner, self.count, str(self.axes))
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args, kwargs=None):
@@ -225,8 +258,8 @@ class PackedKV(TensorBase):
 packed_ops.register(PackedKV)
 
 
-def _rebuild(buffers, layout_text, end, prompt, owner, length) -> PackedKV:
-    storage = Storage(Layout.parse(layout_text), list(buffers), end, prompt, owner)
+def _rebuild(buffers, layout_text, end, prompt, owner, length, axes=str(STANDARD)) -> PackedKV:
+    storage = Storage(Layout.parse(layout_text), list(buffers), end, prompt, owner, CacheAxes.parse(axes))
     storage.loaded = True
     storage.mark_dynamic()
     return PackedKV.view_of(storage, length)
@@ -235,7 +268,7 @@ def _rebuild(buffers, layout_text, end, prompt, owner, length) -> PackedKV:
 def token_counts(packed: PackedKV) -> dict[str, int]:
     """Tokens by class over the batch; recent tokens count as a class of their own (they are at 16 bits anyway)."""
     layout, classes = packed.layout_of, packed.classes()
-    end = packed.shape[TOKENS] if packed.storage.end is not None else int(packed.storage["state"][STATE_END])
+    end = packed.count if packed.storage.end is not None else int(packed.storage["state"][STATE_END])
     classes = classes[:, :end].long()
     recent = torch.arange(classes.shape[1], device=classes.device) >= end - layout.window
     counts = {name: int((classes[:, ~recent] == i).sum()) for i, name in enumerate(CLASS_NAMES)}

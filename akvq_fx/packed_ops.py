@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from akvq_fx.packed_tokens import Tokens, concat_rows, concat_tokens
-from akvq_fx.storage import TOKENS
 
 aten = torch.ops.aten
 _warned: set[str] = set()
@@ -84,18 +83,16 @@ def through_dequantize(func, args, kwargs):
 def resized(packed: Tensor, length) -> Tensor:
     """The same tokens, another length: a shape-only tensor while tracing, a view of the storage otherwise."""
     if packed.storage is None:
-        size = torch.Size((packed.shape[0], packed.shape[1], length, packed.shape[3]))
-        return type(packed)(packed.codes, packed.layout_text, size)
+        return packed.traced_as(packed.codes, packed.axes.tokens, length)
     return packed.view_of(packed.storage, length)
 
 
 def rowwise(packed: Tensor, index: Tensor) -> Tensor:
     if packed.storage is None:
-        size = torch.Size((index.shape[0], *packed.shape[1:]))
-        return type(packed)(packed.codes.index_select(0, index), packed.layout_text, size)
+        return packed.traced_as(packed.codes.index_select(0, index), packed.axes.rows, index.shape[0])
     storage = packed.storage.gather(index)
     storage.mark_dynamic()
-    return packed.view_of(storage, packed.shape[TOKENS])
+    return packed.view_of(storage, packed.count)
 
 
 def is_growing(packed) -> bool:
@@ -104,7 +101,7 @@ def is_growing(packed) -> bool:
 
 
 def tokens_of(packed: Tensor) -> Tokens:
-    return Tokens.of(packed.storage, packed.shape[TOKENS])
+    return Tokens.of(packed.storage, packed.count)
 
 
 def wrap(packed: Tensor, tokens: Tokens) -> Tensor:
@@ -122,20 +119,20 @@ def take(packed: Tensor, positions: Iterable[int] | Tensor) -> Tensor:
 
 def repeated(packed: Tensor, count: int) -> Tensor:
     """`count` times the one row of a growing cache, copied when it is written."""
-    return packed.view_of(packed.storage.expanded(count), packed.shape[TOKENS])
+    return packed.view_of(packed.storage.expanded(count), packed.count)
 
 
 @implements([aten.detach.default, aten.alias.default, aten.lift_fresh.default, aten.contiguous.default])
 def _(func, types, args, kwargs):
-    return resized(args[0], args[0].shape[TOKENS])
+    return resized(args[0], args[0].count)
 
 
 @implements([aten.clone.default])
 def _(func, types, args, kwargs):
     packed = args[0]
     if packed.storage is None:
-        return resized(packed, packed.shape[TOKENS])
-    return packed.view_of(packed.storage.clone(), packed.shape[TOKENS])
+        return resized(packed, packed.count)
+    return packed.view_of(packed.storage.clone(), packed.count)
 
 
 @implements([aten._to_copy.default])
@@ -147,7 +144,7 @@ def _(func, types, args, kwargs):
         return packed.dequantize().to(dtype=dtype, device=device)
     moved = packed.storage.map(lambda name, b: b.to(device, non_blocking=kwargs.get("non_blocking", False), copy=True))
     moved.mark_dynamic()
-    return packed.view_of(moved, packed.shape[TOKENS])
+    return packed.view_of(moved, packed.count)
 
 
 @implements([aten.to.dtype_layout])
@@ -158,11 +155,12 @@ def _(func, types, args, kwargs):
 @implements([aten.cat.default])
 def _(func, types, args, kwargs):
     tensors = [t for t in args[0] if t.numel() or is_packed(t)]
-    dim = (args[1] if len(args) > 1 else kwargs.get("dim", 0)) % 4
-    if dim == 0 and all(is_packed(t) and t.storage is not None for t in tensors):
+    axes = next(t.axes for t in args[0] if is_packed(t))
+    dim = (args[1] if len(args) > 1 else kwargs.get("dim", 0)) % axes.rank
+    if dim == axes.rows and all(is_packed(t) and t.storage is not None for t in tensors):
         return stack_rows(tensors)
     packed = next((i for i, t in enumerate(tensors) if not is_packed(t)), len(tensors))
-    if dim != TOKENS or not packed or any(is_packed(t) for t in tensors[packed:]):
+    if dim != axes.tokens or not packed or any(is_packed(t) for t in tensors[packed:]):
         return NotImplemented
     first, rest = tensors[0], tensors[packed:]
     if any(t.dtype != first.dtype for t in tensors):
@@ -174,21 +172,21 @@ def _(func, types, args, kwargs):
     if first.storage is None:  # tracing; outside a graph the op itself checks
         for t in rest:
             require_same_rows(first, t)
-        return resized(first, first.shape[TOKENS] + sum(t.shape[TOKENS] for t in rest))
+        return resized(first, first.count + sum(t.shape[axes.tokens] for t in rest))
     for t in rest:
         first = first.append(t)
     return first
 
 
 def alike(tensors: list[Tensor], same: str) -> bool:
-    """Whether the codes can be joined. same: what must agree besides layout, weights, heads and device: "rows" (the
-    batch and the affine map) or "length"."""
+    """Whether the codes can be joined. same: what must agree besides layout, weights, heads, axes and device: "rows"
+    (the batch and the affine map) or "length"."""
     first = tensors[0]
-    kind = lambda t: (t.storage.layout.as_written, t.storage.owner, t.shape[1])
+    kind = lambda t: (t.storage.layout.as_written, t.storage.owner, t.storage.rows[1], t.axes)
     for t in tensors[1:]:
         if kind(t) != kind(first):
             return False
-        dim = TOKENS if same == "length" else 0
+        dim = first.axes.tokens if same == "length" else first.axes.rows
         if t.device != first.device or t.shape[dim] != first.shape[dim]:
             return False
         if same == "rows" and "affine" in first.storage.layout.fields:
@@ -199,9 +197,11 @@ def alike(tensors: list[Tensor], same: str) -> bool:
 
 
 def require_same_rows(packed: Tensor, new: Tensor) -> None:
-    if new.dim() != 4 or (*new.shape[:2], new.shape[3]) != (*packed.shape[:2], packed.shape[3]):
+    at = packed.axes.tokens
+    others = lambda x: (*x.shape[:at], *x.shape[at + 1 :])
+    if new.dim() != packed.dim() or others(new) != others(packed):
         raise ValueError(
-            f"akvq: Sizes of tensors must match except in dimension 2: the packed cache is "
+            f"akvq: Sizes of tensors must match except in dimension {at}: the packed cache is "
             f"{list(packed.shape)}, the new tokens are "
             f"{list(new.shape)}; a cache from another model or batch cannot be continued"
         )
@@ -218,32 +218,36 @@ def stack_rows(tensors: list[Tensor]) -> Tensor:
     if len(ends) > 1 or len({s["text_at"].shape for s in stores if s.layout.text_bits}) > 1:
         return NotImplemented  # all rows share one end, which is on the device
     joined = stores[0].map(lambda name, b: b.clone() if name == "state" else torch.cat([s[name] for s in stores], 0))
-    return tensors[0].view_of(joined, tensors[0].shape[TOKENS])
+    return tensors[0].view_of(joined, tensors[0].count)
 
 
 @implements([aten.expand.default])
 def _(func, types, args, kwargs):
     packed, size = args[0], list(args[1])
-    same = len(size) == 4 and all(given in (-1, have) for given, have in zip(size[1:], packed.shape[1:], strict=True))
-    if not is_growing(packed) or not same:
+    if len(size) != packed.dim() or not is_growing(packed):
         return NotImplemented
-    if size[0] in (-1, packed.shape[0]):
-        return resized(packed, packed.shape[TOKENS])
-    return repeated(packed, size[0]) if packed.shape[0] == 1 and size[0] > 0 else NotImplemented
+    rows, have = size.pop(packed.axes.rows), list(packed.shape)
+    batch = have.pop(packed.axes.rows)
+    if any(given not in (-1, known) for given, known in zip(size, have, strict=True)):
+        return NotImplemented
+    if rows in (-1, batch):
+        return resized(packed, packed.count)
+    return repeated(packed, rows) if batch == 1 and rows > 0 else NotImplemented
 
 
 @implements([aten.constant_pad_nd.default])
 def _(func, types, args, kwargs):
     """Zeros in front become padding tokens, which masks hide; negative padding selects tokens."""
     packed, pad, fill = (*args, 0)[:3]
-    before, after = (*pad, 0, 0, 0, 0)[2:4]
-    others = [*pad[:2], *pad[4:]]
+    first = 2 * (packed.dim() - 1 - packed.axes.tokens)  # pad begins with the last axis
+    before, after = (*pad, *[0] * 8)[first : first + 2]
+    others = [*pad[:first], *pad[first + 2 :]]
     if not is_growing(packed) or any(others) or after > 0 or before > 0 and kwargs.get("value", fill):
         return NotImplemented
-    length = packed.shape[TOKENS]
+    length = packed.count
     kept = range(length)[max(0, -before) : length + after]
     if kept != range(length):
-        packed = packed[:, :, kept.start : kept.stop]
+        packed = packed.narrow(packed.axes.tokens, kept.start, len(kept))
     if before <= 0:
         return packed
     tokens = tokens_of(packed)
@@ -253,12 +257,13 @@ def _(func, types, args, kwargs):
 @implements([aten.slice.Tensor])
 def _(func, types, args, kwargs):
     packed, dim, start, end, step = (*args, *(None,) * (5 - len(args)))
-    dim, size = (dim or 0) % 4, packed.shape[(dim or 0) % 4]
+    dim = (dim or 0) % packed.dim()
+    size, tokens = packed.shape[dim], dim == packed.axes.tokens
     begin = 0 if start is None else start
     from_start = isinstance(begin, int) and begin == 0 and step in (None, 1)
-    if dim == 0 and packed.storage is not None:
+    if dim == packed.axes.rows and packed.storage is not None:
         return rowwise(packed, torch.arange(size, device=packed.device)[start:end:step])
-    if dim == TOKENS and is_growing(packed) and not from_start:
+    if tokens and is_growing(packed) and not from_start:
         return take(packed, range(size)[start:end:step])
     if not from_start:
         return NotImplemented
@@ -267,23 +272,23 @@ def _(func, types, args, kwargs):
         stop = size
     if not isinstance(stop, torch.SymInt) and stop < 0:
         stop = stop + size
-    if dim == TOKENS:
+    if tokens:
         if isinstance(size, int) and isinstance(stop, int):
             stop = max(0, min(stop, size))
         if packed.storage is not None and packed.storage.end is None and stop != size:
             return NotImplemented  # the end of a static cache is on the device
         return resized(packed, stop)
     if isinstance(stop, int) and isinstance(size, int) and stop >= size:
-        return resized(packed, packed.shape[TOKENS])
+        return resized(packed, packed.count)
     return NotImplemented
 
 
 @implements([aten.index_select.default])
 def _(func, types, args, kwargs):
     packed, dim, index = args
-    if dim % 4 == TOKENS and is_growing(packed):
+    if dim % packed.dim() == packed.axes.tokens and is_growing(packed):
         return take(packed, index.reshape(-1))
-    return rowwise(packed, index) if dim % 4 == 0 else NotImplemented
+    return rowwise(packed, index) if dim % packed.dim() == packed.axes.rows else NotImplemented
 
 
 @implements([aten.index.Tensor])
@@ -291,39 +296,44 @@ def _(func, types, args, kwargs):
     """One index of rows, or one of tokens for all rows: numbers or a mask."""
     packed, indices = args
     given = [(dim, index) for dim, index in enumerate(indices) if index is not None]
-    if len(given) != 1 or given[0][0] not in (0, TOKENS):
+    if len(given) != 1 or given[0][0] not in (packed.axes.rows, packed.axes.tokens):
         return NotImplemented
     dim, index = given[0]
-    if index.dim() != 1 or index.dtype == torch.uint8 or dim == TOKENS and not is_growing(packed):
+    rows = dim == packed.axes.rows
+    if index.dim() != 1 or index.dtype == torch.uint8 or not rows and not is_growing(packed):
         return NotImplemented
     if index.dtype == torch.bool:
         if len(index) != packed.shape[dim]:
             return NotImplemented
         index = index.nonzero().flatten()
-        return rowwise(packed, index) if dim == 0 else take(packed, index.tolist())
+        return rowwise(packed, index) if rows else take(packed, index.tolist())
     index = torch.where(index < 0, index + packed.shape[dim], index)
-    return rowwise(packed, index) if dim == 0 else take(packed, index)
+    return rowwise(packed, index) if rows else take(packed, index)
 
 
 @implements([aten.repeat.default])
 def _(func, types, args, kwargs):
     packed, repeats = args
-    if len(repeats) != 4 or any(r != 1 for r in repeats[1:]) or packed.storage is None:
+    row = packed.axes.rows
+    others = [times for axis, times in enumerate(repeats) if axis != row]
+    if len(repeats) != packed.dim() or any(times != 1 for times in others) or packed.storage is None:
         return NotImplemented
-    if is_growing(packed) and packed.shape[0] == 1 and repeats[0] > 0:
-        return repeated(packed, repeats[0])
-    return rowwise(packed, torch.arange(packed.shape[0], device=packed.device).repeat(repeats[0]))
+    if is_growing(packed) and packed.shape[row] == 1 and repeats[row] > 0:
+        return repeated(packed, repeats[row])
+    return rowwise(packed, torch.arange(packed.shape[row], device=packed.device).repeat(repeats[row]))
 
 
 @implements_function([torch.Tensor.repeat_interleave, torch.repeat_interleave])
 def _(func, types, args, kwargs):
     def rows(packed, repeats, dim=None, **_):
-        if dim not in (0, -4) or not is_packed(packed):
+        if not is_packed(packed) or dim is None or dim % packed.dim() != packed.axes.rows:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
-        if isinstance(repeats, int) and packed.shape[0] == 1 and repeats > 0 and is_growing(packed):
-            return packed.expand(repeats, -1, -1, -1)
-        return packed.index_select(0, torch.arange(packed.shape[0], device=packed.device).repeat_interleave(repeats))
+        row = packed.axes.rows
+        count = packed.shape[row]
+        if isinstance(repeats, int) and count == 1 and repeats > 0 and is_growing(packed):
+            return packed.expand([repeats if axis == row else -1 for axis in range(packed.dim())])
+        return packed.index_select(row, torch.arange(count, device=packed.device).repeat_interleave(repeats))
 
     return rows(*args, **kwargs)
 
@@ -360,9 +370,10 @@ def _(func, types, args, kwargs):
 @implements([aten.split.Tensor, aten.split_with_sizes.default])
 def _(func, types, args, kwargs):
     packed, size, dim = (*args, kwargs.get("dim", 0))[:3]
-    if dim % 4 not in (0, TOKENS) or packed.storage is None or dim % 4 == TOKENS and not is_growing(packed):
+    rows, tokens = (dim % packed.dim() == axis for axis in (packed.axes.rows, packed.axes.tokens))
+    if not (rows or tokens and is_growing(packed)) or packed.storage is None:
         return NotImplemented
     parts = torch.arange(packed.shape[dim], device="cpu").split(size)
-    if dim % 4 == 0:
+    if rows:
         return [rowwise(packed, part.to(packed.device)) for part in parts]
     return [take(packed, part.tolist()) for part in parts]

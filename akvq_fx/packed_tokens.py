@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from akvq_fx.kernels import cache as ops
+from akvq_fx.kernels.cache_axes import CacheAxes
 from akvq_fx.kernels.layout import BLOCK, PADDING, STATE_BLOCK, STATE_END, STATE_RING, STATE_TEXT, Layout, blocks_of
 from akvq_fx.storage import Storage
 
@@ -47,6 +48,7 @@ class Tokens:
     left: Tensor | int
     room: int
     owner: object
+    axes: CacheAxes
 
     @staticmethod
     def of(storage: Storage, length: int) -> Tokens:
@@ -79,7 +81,7 @@ class Tokens:
             parts["text_codes"] = parts["text_codes"][:, :, :used]
             if used > length:
                 parts["text_at"], parts["text_codes"] = first_used(parts["text_at"], parts["text_codes"], length)
-        return Tokens(layout, parts, held, left, storage.capacity, storage.owner)
+        return Tokens(layout, parts, held, left, storage.capacity, storage.owner, storage.axes)
 
     @property
     def count(self) -> int:
@@ -158,7 +160,7 @@ class Tokens:
         if self.layout.window:
             parts["ring"] = empty["ring"][:, :, :1].expand(-1, -1, min(self.layout.window, count), -1)
         held = torch.ones(min(self.layout.window, count), dtype=torch.bool, device=device)
-        return replace(many, parts=parts, held=held)
+        return replace(many, parts=parts, held=held, axes=self.axes)
 
     def stored(self) -> Storage:
         """New buffers of a growing cache that hold these tokens; nothing writes the affine map, so it is shared."""
@@ -181,7 +183,7 @@ class Tokens:
         b["state"][STATE_TEXT] = width - n if layout.text_bits else 0
         if "affine" in parts:
             b["affine"] = parts["affine"]
-        storage = Storage(layout, list(b.values()), n, n, self.owner)
+        storage = Storage(layout, list(b.values()), n, n, self.owner, self.axes)
         if layout.moved:
             storage.place_blocks(parts["block_of"], parts["means"], self.left)
         storage.mark_dynamic()

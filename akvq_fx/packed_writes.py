@@ -11,13 +11,13 @@ from torch import Tensor
 
 from akvq_fx.kernels import cache as ops
 from akvq_fx.packed_ops import implements, implements_function, is_packed, unsupported_write
-from akvq_fx.storage import TOKENS
 
 aten = torch.ops.aten
 
 
 def write_at(packed, at: Tensor, x: Tensor):
-    """packed[:, :, at] = x for a static PackedKV; a growing one refuses. Traced, it writes nothing."""
+    """packed[:, :, at] = x (or on its own token axis) for a static PackedKV; a growing one refuses. Traced, it writes
+    nothing."""
     storage = packed.storage
     if storage is None:
         return packed
@@ -30,27 +30,29 @@ def write_at(packed, at: Tensor, x: Tensor):
 @implements([aten.index_copy_.default])
 def _(func, types, args, kwargs):
     packed, dim, at, x = args
-    return write_at(packed, at, x) if dim % 4 == TOKENS else NotImplemented
+    return write_at(packed, at, x) if dim % packed.dim() == packed.axes.tokens else NotImplemented
 
 
 @implements([aten.index_put_.default])
 def _(func, types, args, kwargs):
     packed, indices, x = args[:3]
-    if len(indices) != 3 or indices[0] is not None or indices[1] is not None:
+    tokens = packed.axes.tokens
+    if len(indices) != tokens + 1 or any(index is not None for index in indices[:tokens]):
         return NotImplemented
-    return write_at(packed, indices[2], x)
+    return write_at(packed, indices[tokens], x)
 
 
 @implements([aten.scatter_.src])
 def _(func, types, args, kwargs):
     packed, dim, index, x = args[:4]
-    if dim % 4 != TOKENS:
+    tokens = packed.axes.tokens
+    if dim % packed.dim() != tokens:
         return NotImplemented
     if packed.storage is None:  # tracing: sizes and strides of the index are not looked at, which would add guards
         return packed
-    if any(index.shape[axis] > 1 and index.stride(axis) for axis in (0, 1, 3)):
+    if any(index.shape[axis] > 1 and index.stride(axis) for axis in range(packed.dim()) if axis != tokens):
         return NotImplemented  # each channel might have positions of its own
-    return write_at(packed, index[0, 0, :, 0], x)
+    return write_at(packed, index[tuple(slice(None) if axis == tokens else 0 for axis in range(packed.dim()))], x)
 
 
 @implements([aten.copy_.default])
@@ -61,7 +63,7 @@ def _(func, types, args, kwargs):
     if target.storage is None:
         return target
     same = is_packed(source) and source.layout_text == target.layout_text and source.shape == target.shape
-    same = same and source.static == target.static
+    same = same and source.static == target.static and source.axes == target.axes
     if target.static and not is_packed(source):  # a full sliding window that rolls outside a graph
         target.unpack().copy_(source)
         return target

@@ -12,6 +12,7 @@ import torch
 from torch.fx import GraphModule
 from torch.utils._sympy.printers import PythonPrinter
 
+from akvq_fx.kernels.cache_axes import STANDARD, CacheAxes
 from akvq_fx.kernels.layout import Layout
 
 
@@ -20,6 +21,7 @@ class Packed:
     """Graph output: consecutive buffers that become a new PackedKV of `length` tokens.
 
     classes    name of the node that gave the tokens' classes: outputs that share it hold the same tokens as text
+    axes       in which the caller keeps the tensor
     """
 
     layout: Layout
@@ -28,6 +30,7 @@ class Packed:
     static: bool
     owner: tuple[int, ...]
     classes: str
+    axes: CacheAxes = STANDARD
 
 
 @dataclass

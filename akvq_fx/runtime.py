@@ -219,7 +219,8 @@ class Runtime:
 def wrap(spec: Packed, buffers: list, args, owner, slots: dict[str, tuple]) -> PackedKV:
     """slots: text slots of this call by Packed.classes; they wait for the device, so are found once for all layers."""
     length, prompt = spec.length(args), spec.prompt(args)
-    storage = Storage(spec.layout, [b.detach() for b in buffers], None if spec.static else length, prompt, owner)
+    end = None if spec.static else length
+    storage = Storage(spec.layout, [b.detach() for b in buffers], end, prompt, owner, spec.axes)
     # a static cache may be written again from its start: its slots stay positions
     if spec.layout.text_bits and not spec.static:
         if spec.classes not in slots:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from akvq_fx.kernels.layout import PADDING, STATE_END, VISION
-from akvq_fx.packed_kv import TOKENS, PackedKV, token_counts
+from akvq_fx.packed_kv import PackedKV, token_counts
 
 
 @dataclass
@@ -105,11 +105,11 @@ def cache_stats(cache: Any) -> CacheStats:
 def method_bits_of(packed: PackedKV) -> float:
     """Bits per cached number of a simulated tensor's method, for rows of the mean number of real tokens."""
     storage = packed._storage()
-    end = packed.shape[TOKENS] if storage.end is not None else int(storage["state"][STATE_END])
+    end = packed.count if storage.end is not None else int(storage["state"][STATE_END])
     classes = packed.classes()[:, :end]
     real, vision = (int(mask.sum()) for mask in (classes != PADDING, classes == VISION))
     tokens = max(1, round(real / classes.shape[0]))
-    return packed.layout_of.simulation.bits(packed.shape[3], packed.shape[1], tokens, vision / max(1, real))
+    return packed.layout_of.simulation.bits(packed.layout_of.head_dim, storage.rows[1], tokens, vision / max(1, real))
 
 
 def tensors_of(cache: Any) -> Iterator[Tensor]:

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
 
 import torch
 from torch import Tensor
 
 from akvq_fx import torch_internals
+from akvq_fx.kernels.cache_axes import STANDARD, CacheAxes, moved
 from akvq_fx.kernels.layout import BLOCK, CODES, GAIN, ORDER, STATE_BLOCK, STATE_TEXT, Layout, blocks_of, unwritten
 from akvq_fx.kernels.rotate import rotate_as_stored
 
 ROWS, TOKENS = 0, 2  # axes of [B, H, T, D]
-# The sizes that are symbols from the first decode step on. A static cache has as many tokens as it was made for.
-GROWING, STATIC = torch_internals.dynamic_marks([ROWS, TOKENS]), torch_internals.dynamic_marks([ROWS])
+
+
+@functools.cache
+def marks_of(axes: CacheAxes, static: bool) -> dict:
+    """Marks of a view: its sizes that are symbols from the first decode step on. A static cache has as many tokens as
+    it was made for."""
+    return torch_internals.dynamic_marks([axes.rows] if static else sorted([axes.rows, axes.tokens]))
 
 
 def text_slots(at: Tensor, length: int) -> tuple[Tensor, Tensor]:
@@ -62,13 +69,23 @@ class Storage:
     owner   digests of the weights that made the tokens, None if unknown
     loaded  it comes from a file or a pickle: the weights that continue it are checked by their contents
     borrowers  storages that read this one's memory until one of the two is written (`expanded`)
+    axes    how the model orders the axes of its cache tensors; buffers are [B, H, ...] whatever it is
     """
 
     __slots__ = ("layout", "text", "held", "borrowed", "borrowers", "rows", "device", "end", "prompt", "owner", "views")
-    __slots__ += ("loaded", "__weakref__")
+    __slots__ += ("loaded", "axes", "__weakref__")
 
-    def __init__(self, layout: Layout, buffers: list[Tensor], end: int | None, prompt: int, owner: str | None):
+    def __init__(
+        self,
+        layout: Layout,
+        buffers: list[Tensor],
+        end: int | None,
+        prompt: int,
+        owner: str | None,
+        axes: CacheAxes = STANDARD,
+    ):
         self.layout, self.held, self.end, self.prompt, self.owner = layout, buffers, end, prompt, owner
+        self.axes = axes
         self.borrowed, self.borrowers, self.loaded = False, [], False
         self.text, self.rows, self.device = str(layout), tuple(buffers[CODES].shape[:2]), buffers[CODES].device
         self.views: list[weakref.ref] = []
@@ -84,7 +101,7 @@ class Storage:
     def expanded(self, rows: int) -> Storage:
         """`rows` times the one row of a growing cache, without a copy until either is written or a graph takes it."""
         held = [b.clone() if name == "state" else b.expand(rows, *b.shape[1:]) for name, b in self.named()]
-        made = Storage(self.layout, held, self.end, self.prompt, self.owner)
+        made = Storage(self.layout, held, self.end, self.prompt, self.owner, self.axes)
         made.borrowed, made.loaded = True, self.loaded
         self.borrowers.append(weakref.ref(made))
         return made
@@ -117,7 +134,7 @@ class Storage:
     def map(self, fn, end: int | None = -1) -> Storage:
         """A new storage with fn(name, buffer) in place of every buffer."""
         buffers = [fn(name, buffer) for name, buffer in self.named()]
-        made = Storage(self.layout, buffers, self.end if end == -1 else end, self.prompt, self.owner)
+        made = Storage(self.layout, buffers, self.end if end == -1 else end, self.prompt, self.owner, self.axes)
         made.loaded = self.loaded
         made.mark_dynamic()
         return made
@@ -250,8 +267,19 @@ class Storage:
             self["affine"][:, ORDER] = torch.arange(self.layout.head_dim, device=self["affine"].device).half()
         self.prompt, self.end = 0, None if self.end is None else 0
 
+    def shape(self, length: int) -> tuple[int, ...]:
+        """Of a view of `length` tokens, in the model's axes."""
+        if self.axes is STANDARD:  # on the path of every decode step
+            return *self.rows, length, self.layout.head_dim
+        return self.axes.shape(*self.rows, length, self.layout.head_dim)
+
+    def as_model(self, x: Tensor) -> Tensor:
+        """[B, H, T, D] -> the model's axes."""
+        return moved(x, self.axes.from_standard())
+
     def to_stored(self, x: Tensor) -> Tensor:
-        """x as the model made it -> the space of the buffers."""
+        """x as the model made it, in the model's axes -> [B, H, T, D] in the space of the buffers."""
+        x = moved(x, self.axes.to_standard(self.rows[1], self.layout.head_dim))
         return rotate_as_stored(x, self["affine"] if self.layout.affine else None, self.layout.rotated)
 
     @property

@@ -6,6 +6,7 @@ if not __name__.startswith("akvq_fx."):
 from akvq_fx.passes.attend_packed import attend_packed
 from akvq_fx.passes.canonicalize import canonicalize
 from akvq_fx.passes.clean_up import clean_up
+from akvq_fx.passes.exchange_axes import exchange_axes
 from akvq_fx.passes.find_sites import find_sites
 from akvq_fx.passes.fold_values import fold_values
 from akvq_fx.passes.fuse_rotations import fuse_rotations
@@ -20,6 +21,7 @@ from akvq_fx.passes.split_decode import split_decode
 DISABLE = "TORCH_AKVQ_DISABLE"  # environment variable: passes that do not run, to find the one that changes an answer
 PIPELINE = (
     canonicalize,  # one spelling, so that patterns stay few
+    exchange_axes,  # caches of other axes become [B, H, T, D] inside the graph
     rewrite_attention,  # attention that a model writes out becomes a call
     find_sites,  # only reads: which attention calls go over a cache
     plan_layers,  # bits per token class, layouts

@@ -1,7 +1,7 @@
 """Return the packed buffers, drop what nothing reads any more, and check the graph.
 
 Before   return (logits, cat_k, cat_v)       After   return (logits, buffers..., )
-Needs    sites, buffers, made, classes, vision, appended, program   Gives    program
+Needs    sites, buffers, made, classes, vision, appended, program, kept_axes   Gives    program
 Follows  read_unmatched   Leaves   a linted graph of plain tensors, and state.program
 """
 
@@ -11,7 +11,7 @@ import torch
 from torch.fx import Node
 
 from akvq_fx.passes.patterns.cache_write import is_packed
-from akvq_fx.passes.patterns.nodes import outputs
+from akvq_fx.passes.patterns.nodes import outputs, value
 from akvq_fx.passes.state import GraphState, is_single_token
 from akvq_fx.report import PassReport
 
@@ -34,7 +34,7 @@ def clean_up(state: GraphState) -> PassReport:
             report.match(node.name)
         else:
             program.outputs.append(None)
-            results.append(node)
+            results.append(in_own_axes(state, node))
     if state.vision is not None and not state.sites and program.vision is None:
         program.vision = "make"
         results.append(state.vision)
@@ -60,6 +60,15 @@ def clean_up(state: GraphState) -> PassReport:
     return report
 
 
+def in_own_axes(state: GraphState, node):
+    """A result that is no packed cache, in the axes that the caller expects."""
+    axes = state.kept_axes.get(node) if isinstance(node, Node) else None
+    if axes is None:
+        return node
+    with state.before(state.graph.output_node()):
+        return state.moved(node, [*axes.from_standard(), ("contiguous",)], value(node))
+
+
 def drop_grad_modes(state: GraphState) -> None:
     """Remove the graph's own grad-mode switches: codes have no gradient, so the runtime uses no_grad."""
     for node in list(state.graph.nodes):
@@ -67,7 +76,7 @@ def drop_grad_modes(state: GraphState) -> None:
             state.graph.erase_node(node)
 
 
-clean_up.needs = ("sites", "buffers", "made", "classes", "vision", "appended", "program")
+clean_up.needs = ("sites", "buffers", "made", "classes", "vision", "appended", "program", "kept_axes")
 clean_up.gives = ("program",)
 clean_up.follows = ("read_unmatched",)
 clean_up.required = "the graph would still take packed tensors where the runtime passes buffers"

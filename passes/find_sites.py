@@ -1,7 +1,7 @@
 """Find attention over a cache: from each scaled_dot_product_attention outward to the keys' and values' cache writes.
 
 Before   cat(past, rope(k)), cat(past, v) -> expand GQA heads -> sdpa(q, k, v, mask)      After   state.sites
-Needs    written_out, originals          Gives    sites, refused
+Needs    written_out, originals, unexchanged      Gives    sites, refused
 Follows  rewrite_attention               Leaves   the graph as it was
 
 A call whose keys and values lead back to no cache (a vision tower, a model run without one) is not a site and not a
@@ -71,7 +71,8 @@ def find_sites(state: GraphState) -> PassReport:
             site.weights, site.owner = weights, are_weights(state, owner_of(attention, key, val))
         state.sites.append(site)
         report.match(site)
-    for whole, miss in (*cache_like(state.graph, state.written_out), *unknown_caches(state.graph)):
+    others = unknown_caches(state.graph, state.written_out)
+    for whole, miss in (*state.unexchanged.items(), *cache_like(state.graph, state.written_out), *others):
         if whole not in writes and whole not in refused:
             refuse(whole, miss, whole, from_cache=True)
     return report
@@ -94,6 +95,6 @@ def are_weights(state: GraphState, nodes: tuple[Node, ...]) -> tuple[Node, ...]:
     return tuple(n for n in nodes if parameter(n) or any(weight_of(user) is n for user in n.users))
 
 
-find_sites.needs = ("written_out", "originals")
+find_sites.needs = ("written_out", "originals", "unexchanged")
 find_sites.gives = ("sites", "refused")
 find_sites.follows = ("rewrite_attention",)

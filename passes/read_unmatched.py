@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import torch
 
+from akvq_fx.kernels.cache_axes import STANDARD
 from akvq_fx.passes.patterns.cache_write import is_mutation, is_packed, keeps_numbers
 from akvq_fx.passes.patterns.nodes import dimension, op, outputs, shape, tensors_of_cat, value
 from akvq_fx.passes.patterns.projection import weight_behind
@@ -27,6 +28,9 @@ SHAPE_READS = ("size", "numel", "dim", "getattr", "__len__", "sym_size", "neleme
 def read_unmatched(state: GraphState) -> PassReport:
     report = PassReport("read_unmatched")
     for past in [n for n in state.placeholders if is_packed(n)]:
+        if value(past).axes != STANDARD:  # exchange_axes left it as it is
+            unpack(state, past, next(iter(past.users), past), report)
+            continue
         grown = [u for u in past.users if is_growth(u, past)]
         for whole in grown:
             replace_shape_reads(state, whole)

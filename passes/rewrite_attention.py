@@ -1,8 +1,8 @@
 """Make one scaled_dot_product_attention call of attention that a model writes out, where it reads a packable cache.
 
 Before   matmul(softmax(matmul(q, k.mT) * scale + mask), v)      After   sdpa(q, k, v, attn_mask=mask, scale=scale)
-Needs    none                                                    Gives   written_out, originals
-Follows  canonicalize                                            Leaves  numbers as they were, but for their rounding
+Needs    none                                                    Gives   written_out, originals, kept_axes
+Follows  exchange_axes                                           Leaves  numbers as they were, but for their rounding
 
 Spellings are declared in patterns/written_attention.py. What has no equal call (weights that are used elsewhere), and
 what reads no cache that can be packed, stays as the model has it. Query heads are not expanded here: keys go into the
@@ -23,10 +23,12 @@ import torch.nn.functional as F
 from torch.fx import Node
 
 from akvq_fx.kernels.attend import extended_attention
+from akvq_fx.passes.exchange_axes import Exchanged, committed, exchanged
 from akvq_fx.passes.patterns.attention import Attention
 from akvq_fx.passes.patterns.axes import Axes, flat
 from akvq_fx.passes.patterns.cache_write import cache_write_of, is_mutation
 from akvq_fx.passes.patterns.cached import check_caches, fix_heads, read_from
+from akvq_fx.passes.patterns.kept import Roles, kept_behind
 from akvq_fx.passes.patterns.nodes import NoMatch, op, same_size, shape, value
 from akvq_fx.passes.patterns.values import expression
 from akvq_fx.passes.patterns.written_attention import Sinks, Written, before_or_none, softmaxes, written_attention
@@ -69,17 +71,23 @@ def called(state: GraphState, written: Written) -> Node | None:
 
     Raises NoMatch where they lead to one that cannot be packed; the graph is then as it was.
     """
-    (key, length), (val, value_length) = read_from(written.key), read_from(written.value)
-    writes = cache_write_of(key), cache_write_of(val)
-    if writes == (None, None):
-        why = NoMatch(f"its keys reach it through {op(written.key)}", written.key)
-        state.written_out[written.softmax] = why  # said where a cache is found that leads here all the same
-        return None
-    check_layout(written)
-    if writes[0] is not None and writes[0].new is not None:
-        check_tokens(written, writes[0].new)
-    there, gone = set(state.graph.nodes), dying(written)
+    there = set(state.graph.nodes)
     try:
+        halves = in_order(state, written)
+        (key, length), (val, value_length) = read_from(written.key), read_from(written.value)
+        writes = [half.write if half else cache_write_of(whole) for half, whole in zip(halves, (key, val), strict=True)]
+        if writes == [None, None]:
+            why = NoMatch(f"its keys reach it through {op(written.key)}", written.key)
+            state.written_out[written.softmax] = why  # said where a cache is found that leads here all the same
+            return None
+        check_layout(written)
+        if writes[0] is not None and writes[0].new is not None:
+            check_tokens(written, writes[0].new)
+        extended = written.scores.softcap or written.scores.sinks is not None
+        if extended and any(halves):  # what the model wrote must be able to come back
+            why = "its cache is not [batch, heads, tokens, channels], which is accepted without softcap and sinks"
+            raise NoMatch(why, written.softmax)
+        gone = dying(written)
         fix_heads(*writes)
         query = query_of(state, written)
         some_mask = next((step[1] for step in written.scores.mask if step[0] in ("add", "fill")), None)
@@ -100,7 +108,26 @@ def called(state: GraphState, written: Written) -> Node | None:
     else:
         state.effects -= set(written.nodes)
         state.forget(*written.nodes)
+    for half in filter(None, halves):
+        state.kept_axes.update(committed(state, half))
     return call
+
+
+def in_order(state: GraphState, written: Written) -> list[Exchanged | None]:
+    """Have attention read caches of other axes as [B, H, T, D]: what was made for its keys and values, None for those
+    that need nothing."""
+    lead = written.batch, written.heads, written.cached
+    channels = {"key": written.channels, "value": written.value_channels}
+    paths = {name: [(getattr(written, name), getattr(written, f"{name}_axes"))] for name in channels}
+    kept = {name: kept_behind(path, Roles(*lead, channels[name])) for name, path in paths.items()}
+    if written.key is written.value:
+        return [None, None]  # keys that are values are a residual stream
+    halves = {name: exchanged(state, path, Roles(*lead, channels[name]), kept[name]) for name, path in paths.items()}
+    for name, half in halves.items():
+        if half is not None:
+            setattr(written, name, half.whole)
+            setattr(written, f"{name}_axes", (*lead, channels[name]))
+    return list(halves.values())
 
 
 def check_layout(written: Written) -> None:
@@ -307,5 +334,5 @@ def new(state: GraphState, method: str, x: Node, *arguments) -> Node:
 
 
 rewrite_attention.needs = ()
-rewrite_attention.gives = ("written_out", "originals")
-rewrite_attention.follows = ("canonicalize",)
+rewrite_attention.gives = ("written_out", "originals", "kept_axes")
+rewrite_attention.follows = ("exchange_axes",)

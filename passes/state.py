@@ -19,7 +19,9 @@ from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.reference import PythonReferenceAnalysis
 
 from akvq_fx.config import AKVQConfig
+from akvq_fx.kernels.cache_axes import STANDARD, CacheAxes, Step
 from akvq_fx.kernels.layout import Layout
+from akvq_fx.passes.patterns.attention import layout_only
 from akvq_fx.passes.patterns.cache_write import CacheWrite
 from akvq_fx.passes.patterns.nodes import NoMatch, shape, value
 from akvq_fx.passes.patterns.site import Site
@@ -78,6 +80,10 @@ class GraphState:
         self.gm = GraphModule(gm, graph)
         self.graph = self.gm.graph
         self.config, self.weights = config, weights
+        # packed placeholder or returned node that the graph has as [B, H, T, D] -> the caller's axes of that cache
+        self.kept_axes: dict[Node, CacheAxes] = {}
+        self.unexchanged: dict[Node, NoMatch] = {}  # a cache of other axes -> why it stays as it is
+        self.exchanged: dict[Node, tuple[Node, CacheAxes]] = {}  # a cache as the model has it -> as the graph does
         self.written_out: dict[Node, NoMatch] = {}  # softmax -> why attention around it was not made a call
         self.originals: dict[Node, Original] = {}  # call -> what it stands for
         self.sites: list[Site] = []
@@ -88,8 +94,9 @@ class GraphState:
         self.capture: Capture | None = None  # why there is no split, then what became of it; None in other modes
         self.reports: list = []
         self.placeholders = [n for n in self.graph.nodes if n.op == "placeholder"]
-        # dynamo's nodes without readers are there for their effect (in-place writes, vmap levels, grad modes) and stay
-        self.effects = {n for n in self.graph.nodes if not n.users}
+        # dynamo's nodes without readers are there for their effect (in-place writes, vmap levels, grad modes) and stay;
+        # a view that nobody reads has none
+        self.effects = {n for n in self.graph.nodes if not n.users and not layout_only(n)}
         self.position = {n: i for i, n in enumerate(self.placeholders)}
         self.buffers: dict[Node, Buffers] = {}  # PackedKV placeholder -> its buffers
         self.made: dict[Node, Buffers] = {}  # the whole of a first/fill/converted cache -> new buffers
@@ -111,6 +118,15 @@ class GraphState:
     def call(self, target, *args, **kwargs) -> Node:
         return self.graph.call_function(target, args, kwargs)
 
+    def moved(self, node: Node, steps: list[Step], seen) -> Node:
+        """The node after methods that move elements; `seen` is its value, plain where it stands for a packed cache."""
+        for method, *arguments in steps:
+            node = self.graph.call_method(method, (node, *arguments))
+            with seen.fake_mode:
+                seen = getattr(seen, method)(*arguments)
+            node.meta["example_value"] = seen
+        return node
+
     def forget(self, *nodes: Node) -> None:
         """Erase nodes that nothing reads, and what was there for them alone."""
         queue, gone = list(nodes), set()
@@ -129,6 +145,11 @@ class GraphState:
             self.shared[key] = make()
         return self.shared[key]
 
+    def outer_shape(self, placeholder: Node) -> tuple:
+        """The shape of the argument that the runtime gets, whose axes may be the model's own."""
+        axes = self.kept_axes.get(placeholder)
+        return shape(placeholder) if axes is None else axes.shape(*shape(placeholder))
+
     def sources(self) -> dict[sympy.Symbol, tuple[int, int | None]]:
         """Where the value of each size symbol can be read: an integer argument, else a tensor argument's size."""
         found: dict = {}
@@ -137,7 +158,7 @@ class GraphState:
             if isinstance(seen, torch.SymInt) and seen.node.expr.is_Symbol:
                 found[seen.node.expr] = (i, None)
         for i, node in enumerate(self.placeholders):
-            for dim, size in enumerate(shape(node)):
+            for dim, size in enumerate(self.outer_shape(node)):
                 if isinstance(size, torch.SymInt) and size.node.expr.is_Symbol:
                     found.setdefault(size.node.expr, (i, dim))
         return found
@@ -216,7 +237,8 @@ class GraphState:
         length, tokens = shape(write.whole)[2], shape(write.new)[2]
         prompt = self.size(tokens if write.static else length)
         layout, classes = self.made[write.whole].layout, self.classes[write.whole].name
-        return Packed(layout, self.size(length), prompt, write.static, self.owner(site), classes)
+        axes = self.kept_axes.get(write.whole, STANDARD)
+        return Packed(layout, self.size(length), prompt, write.static, self.owner(site), classes, axes)
 
     def owner(self, site: Site) -> tuple[int, ...]:
         """Positions of the weights that make a site's keys and values; () where they come from somewhere else."""

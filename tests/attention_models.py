@@ -532,6 +532,125 @@ class SinkStatic(Sink, StaticIndexCopy):
     """Sinks over a static cache: packed."""
 
 
+# axes of the cache
+
+
+class TokensFirst(Attention):
+    """The cache is [B, T, H, D], transposed for attention: packed, with these axes."""
+
+    tokens = 1
+
+    def write(self, past, k, v, at):
+        k, v = k.transpose(1, 2), v.transpose(1, 2)
+        if past is not None:
+            k, v = (torch.cat([old, new], dim=1) for old, new in zip(past, (k, v), strict=True))
+        return k.transpose(1, 2), v.transpose(1, 2), (k, v)
+
+
+class TokensFirstStart(TokensFirst):
+    """[B, T, H, D] from an empty start, heads repeated before they are transposed: packed."""
+
+    def write(self, past, k, v, at):
+        empty = torch.empty(k.shape[0], 0, self.kv_heads, self.dim, dtype=k.dtype)
+        k, v, kept = super().write((empty, empty) if past is None else past, k, v, at)
+        repeat = lambda x: x.repeat_interleave(self.heads // self.kv_heads, dim=2).transpose(1, 2)
+        return repeat(kept[0]), repeat(kept[1]), kept
+
+    def group(self, x):
+        return x
+
+
+class TokensFirstEinsum(TokensFirst, WrittenOut):
+    """[B, T, H, D], read by einsum as it is: packed."""
+
+    def write(self, past, k, v, at):
+        _, _, kept = super().write(past, k, v, at)
+        return *(x[:, :, :, None].expand(-1, -1, -1, self.heads // self.kv_heads, -1).flatten(2, 3) for x in kept), kept
+
+    def score(self, q, k):
+        return torch.einsum("bthd,bshd->bhts", q.transpose(1, 2), k) * self.dim**-0.5
+
+    def weigh(self, weights, v):
+        return torch.einsum("bhts,bshd->bthd", weights, v).transpose(1, 2)
+
+
+class GrowsTransposed(Attention):
+    """The past [B, T, H, D] is transposed, grows, and is transposed back: packed, with these axes."""
+
+    tokens = 1
+
+    def write(self, past, k, v, at):
+        if past is not None:
+            k, v = (torch.cat([old.transpose(1, 2), new], dim=2) for old, new in zip(past, (k, v), strict=True))
+        return k, v, (k.transpose(1, 2), v.transpose(1, 2))
+
+
+class FlatHeads(Attention):
+    """The cache is [B, T, H * D]: packed, with these axes."""
+
+    tokens = 1
+
+    def write(self, past, k, v, at):
+        k, v = self.merge_heads(k), self.merge_heads(v)
+        if past is not None:
+            k, v = (torch.cat([old, new], dim=1) for old, new in zip(past, (k, v), strict=True))
+        return self.split_heads(k, self.kv_heads), self.split_heads(v, self.kv_heads), (k, v)
+
+
+class FlatMqa(FlatHeads):
+    """One KV head in a cache [B, T, D]: packed."""
+
+    kv_heads = 1
+
+    def group(self, x):
+        return x
+
+
+class FlatExpanded(FlatMqa):
+    """One KV head in a cache [B, T, D], expanded to all query heads: packed."""
+
+    def group(self, x):
+        return x.expand(-1, self.heads, -1, -1)
+
+
+class FlatWritten(FlatHeads, WrittenOut):
+    """[B, T, H * D], written out: packed."""
+
+
+class TimeFirst(WrittenOut):
+    """The cache is [T, B, H, D], read by einsum: packed, with these axes."""
+
+    tokens = 0
+
+    def write(self, past, k, v, at):
+        k, v = k.permute(2, 0, 1, 3), v.permute(2, 0, 1, 3)
+        if past is not None:
+            k, v = (torch.cat([old, new], dim=0) for old, new in zip(past, (k, v), strict=True))
+        return k, v, (k, v)
+
+    def score(self, q, k):
+        q = q.unflatten(1, (self.kv_heads, -1))
+        return torch.einsum("bgrqd,kbgd->bgrqk", q, k).flatten(1, 2) * self.dim**-0.5
+
+    def weigh(self, weights, v):
+        return torch.einsum("bgrqk,kbgd->bgrqd", weights.unflatten(1, (self.kv_heads, -1)), v).flatten(1, 2)
+
+
+class ChannelsFirst(WrittenOut):
+    """Keys are [B, H, D, T] and values [B, H, T, D]: packed, each with its own axes."""
+
+    tokens = 3
+
+    def write(self, past, k, v, at):
+        k = k.transpose(2, 3)
+        if past is not None:
+            k, v = torch.cat([past[0], k], dim=-1), torch.cat([past[1], v], dim=2)
+        return k, v, (k, v)
+
+    def score(self, q, k):
+        return q @ self.group(k) * self.dim**-0.5
+
+
 # rotary embeddings
 
 
@@ -813,49 +932,6 @@ class WrittenDropout(WrittenOut):
 
     def normalize(self, scores, q):
         return F.dropout(scores.softmax(-1), 0.5)
-
-
-class TokensFirst(Attention):
-    """The cache is [B, T, H, D], transposed for attention: left alone."""
-
-    tokens = 1
-
-    def write(self, past, k, v, at):
-        k, v = k.transpose(1, 2), v.transpose(1, 2)
-        if past is not None:
-            k, v = (torch.cat([old, new], dim=1) for old, new in zip(past, (k, v), strict=True))
-        return k.transpose(1, 2), v.transpose(1, 2), (k, v)
-
-
-class FlatHeads(Attention):
-    """The cache is [B, T, H * D]: left alone."""
-
-    tokens = 1
-
-    def write(self, past, k, v, at):
-        k, v = self.merge_heads(k), self.merge_heads(v)
-        if past is not None:
-            k, v = (torch.cat([old, new], dim=1) for old, new in zip(past, (k, v), strict=True))
-        return self.split_heads(k, self.kv_heads), self.split_heads(v, self.kv_heads), (k, v)
-
-
-class TimeFirst(WrittenOut):
-    """The cache is [T, B, H, D], read by einsum: left alone."""
-
-    tokens = 0
-
-    def write(self, past, k, v, at):
-        k, v = k.permute(2, 0, 1, 3), v.permute(2, 0, 1, 3)
-        if past is not None:
-            k, v = (torch.cat([old, new], dim=0) for old, new in zip(past, (k, v), strict=True))
-        return k, v, (k, v)
-
-    def score(self, q, k):
-        q = q.unflatten(1, (self.kv_heads, -1))
-        return torch.einsum("bgrqd,kbgd->bgrqk", q, k).flatten(1, 2) * self.dim**-0.5
-
-    def weigh(self, weights, v):
-        return torch.einsum("bgrqk,kbgd->bgrqd", weights.unflatten(1, (self.kv_heads, -1)), v).flatten(1, 2)
 
 
 class Stacked(Attention):

@@ -58,6 +58,16 @@ MUST_FIRE = {  # spelling: RoPE, q:kv heads, forms of the prompt's and the step'
     models.SinkFirst: ("rope half", "4:2", GROWING),
     models.SinkGrouped: ("rope half", "4:2", GROWING),
     models.SinkStatic: ("rope half", "4:2", STATIC),
+    models.TokensFirst: ("rope half", "4:2", GROWING),
+    models.TokensFirstStart: ("rope half", "4:2", GROWING),
+    models.TokensFirstEinsum: ("rope half", "4:2", GROWING),
+    models.GrowsTransposed: ("rope half", "4:2", GROWING),
+    models.FlatHeads: ("rope half", "4:2", GROWING),
+    models.FlatMqa: ("rope half", "4:1", GROWING),
+    models.FlatExpanded: ("rope half", "4:1", GROWING),
+    models.FlatWritten: ("rope half", "4:2", GROWING),
+    models.TimeFirst: ("rope half", "4:2", GROWING),
+    models.ChannelsFirst: ("rope half", "4:2", GROWING),
     models.RopeInterleaved: ("rope interleaved", "4:2", GROWING),
     models.RopePartial: ("rope half, partial", "4:2", GROWING),
     models.RopeComplex: ("rope complex", "4:2", GROWING),
@@ -183,9 +193,6 @@ def test_written_out_for_other_batches_padding_and_chunks(spelling, batch, pad):
 
 
 OTHER_FORMS = {
-    models.TokensFirst: "the cache grows along axis 1 of 4, accepted: axis 2 of [batch, heads, tokens, channels]",
-    models.FlatHeads: "the cache grows along axis 1 of 3",
-    models.TimeFirst: "the cache grows along axis 0 of 4",
     models.Stacked: "the cache grows along axis 3 of 5",
 }
 

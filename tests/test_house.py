@@ -205,7 +205,7 @@ def test_an_error_names_its_pass(monkeypatch):
         raise ValueError("boom")
 
     monkeypatch.setattr("akvq_fx.backend.PIPELINE", (*PIPELINE[:2], explode))
-    with pytest.raises(Exception, match=r"boom \(akvq pass explode, after canonicalize, rewrite_attention\)"):
+    with pytest.raises(Exception, match=r"boom \(akvq pass explode, after canonicalize, exchange_axes\)"):
         captured(Decoder(), token_ids(2, 6))
 
 

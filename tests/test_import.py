@@ -105,8 +105,10 @@ from torch._subclasses import FakeTensorMode
 import akvq_fx
 with FakeTensorMode():
     akvq_fx.PackedKV
-from akvq_fx.storage import GROWING, STATIC
-assert all(name.startswith("_") and "dyna" in name for name in {*GROWING, *STATIC}), GROWING
+    from akvq_fx.kernels.cache_axes import STANDARD
+    from akvq_fx.storage import marks_of
+    growing, static = (marks_of(STANDARD, static) for static in (False, True))
+assert all(name.startswith("_") and "dyna" in name for name in {*growing, *static}), growing
 """
 
 

@@ -30,6 +30,7 @@ from akvq_fx.passes.patterns.nodes import (
 
 TOKENS = 2  # the token axis of a [B, H, T, D] cache
 ALLOCATIONS = ("zeros", "new_zeros", "zeros_like", "full", "new_full")
+SLICED = "the cache keeps a slice of what attention reads (sliding window)"
 UNKNOWN_FORM = "no product of queries and keys was seen before its softmax"
 STATIC_PLAIN = (
     "16-bit buffers that the caller owns are written in place and cannot be exchanged from inside a graph; "
@@ -42,7 +43,7 @@ class CacheWrite:
     """One cache tensor of a graph.
 
     kind    one of the forms above
-    past    the cache as it came in (a placeholder), None for first and fill
+    past    the cache as it came in (a placeholder, or a permutation of a plain one), None for first and fill
     new     [B, H, q, D] this step's keys or values, None for read
     whole   the node that attention reads and, unless kind is place or read, that the graph returns
     at      positions given to index_copy_, None where they follow from the length
@@ -73,6 +74,13 @@ def keeps_numbers(past: Node) -> bool:
 
 def is_empty(node) -> bool:
     return is_tensor(node) and 0 in shape(node) and len(shape(node)) in (1, 4)
+
+
+def is_input(node: Node) -> bool:
+    """A placeholder, or one whose axes exchange_axes put in order."""
+    while op(node) in ("permute", "unflatten"):
+        node = node.args[0]
+    return op(node) == "placeholder"
 
 
 def cache_write_of(whole: Node) -> CacheWrite | None:
@@ -125,7 +133,7 @@ def grown(whole: Node, returned: list[Node]) -> CacheWrite | None:
     if not parts or not all(isinstance(p, Node) for p in parts):
         return None
     past, new = parts[0], parts[-1]
-    from_cache = is_empty(past) or op(past) == "placeholder"
+    from_cache = is_empty(past) or is_input(past)
     if len(parts) != 2:
         if from_cache and whole in returned:
             raise NoMatch(f"the cache is a cat of {len(parts)} tensors, accepted: cat([past, new])", whole)
@@ -135,7 +143,7 @@ def grown(whole: Node, returned: list[Node]) -> CacheWrite | None:
     if whole not in returned:
         kept = [u for u in whole.users if op(u) == "getitem" and u in returned]
         if kept:
-            raise NoMatch("the cache keeps a slice of what attention reads (sliding window)", kept[0])
+            raise NoMatch(SLICED, kept[0])
         if is_packed(past):
             raise NoMatch("what attention reads is not what the cache keeps", whole)
         return None
@@ -182,12 +190,12 @@ def cache_like(graph: Graph, written_out: dict[Node, NoMatch]) -> list[tuple[Nod
     for node in graph.nodes:
         if op(node) == "cat" and len(shape(node)) == 4 and dimension(node, 1, 4) == TOKENS:
             past = tensors_of_cat(node)[0]
-            if not (is_empty(past) or op(past) == "placeholder"):
+            if not (is_empty(past) or is_input(past)):
                 continue
             if node in returned:
                 found.append((node, why_unread(node, written_out)))
             elif any(op(u) == "getitem" and u in returned for u in node.users):
-                found.append((node, NoMatch("the cache keeps a slice of what attention reads (sliding window)", node)))
+                found.append((node, NoMatch(SLICED, node)))
         elif op(node) == "index_copy_" and len(shape(node)) == 4 and argument(node, 1, "dim") in (TOKENS, -2):
             if op(node.args[0]) in ("placeholder", *ALLOCATIONS):
                 found.append((node.args[0], why_unread(node.args[0], written_out)))

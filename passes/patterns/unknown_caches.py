@@ -10,22 +10,30 @@ from torch.fx import Graph, Node
 
 from akvq_fx.passes.patterns.attention import LAYOUT_OPS, is_attention
 from akvq_fx.passes.patterns.axes import CASTS
-from akvq_fx.passes.patterns.cache_write import ALLOCATIONS, is_empty
+from akvq_fx.passes.patterns.cache_write import ALLOCATIONS, SLICED, is_empty, why_unread
 from akvq_fx.passes.patterns.nodes import NoMatch, dimension, is_returned, op, shape, tensors_of_cat, value
 from akvq_fx.passes.patterns.written_attention import PRODUCTS, SCORES
 
 WRITES = ("setitem", "index_copy_", "copy_", "scatter_", "index_put_")
 MOVES = (*LAYOUT_OPS, *CASTS, "expand", "repeat_interleave", "repeat", "index_copy_", "getattr")
-ACCEPTED = "accepted: axis 2 of [batch, heads, tokens, channels]"
+ACCEPTED = (
+    "accepted: the tokens of batch, heads, tokens, channels in any order, or of [batch, tokens, heads * channels]"
+)
 
 
-def unknown_caches(graph: Graph) -> list[tuple[Node, NoMatch]]:
-    """Each such tensor with the reason to give."""
+def unknown_caches(graph: Graph, written_out: dict[Node, NoMatch]) -> list[tuple[Node, NoMatch]]:
+    """Each such tensor with the reason to give.
+
+    written_out: why a written-out attention was not made a call, by its softmax.
+    """
     found: dict[Node, NoMatch] = {}
     for node in graph.nodes:
         if grows(node) and is_read(node):
             why = f"the cache grows along axis {dimension(node, 1, len(shape(node)))} of {len(shape(node))}, {ACCEPTED}"
-            found[node] = NoMatch(why, node)
+            found[node] = NoMatch(SLICED, node) if not is_returned(node) else NoMatch(why, node)
+            refused = why_unread(node, written_out)
+            if is_returned(node) and refused.node is not node:
+                found[node] = refused
         elif op(node) in WRITES and (cache := buffer_behind(node.args[0])) and is_read(cache):
             why = f"the cache is a tensor of {len(shape(cache))} axes that {op(node)} writes, {ACCEPTED}"
             found.setdefault(cache, NoMatch(why, node))
@@ -34,10 +42,15 @@ def unknown_caches(graph: Graph) -> list[tuple[Node, NoMatch]]:
 
 def grows(node: Node) -> bool:
     """cat([past, new]) that is returned, along any axis but the last, along which convolutions keep their state."""
-    parts = tensors_of_cat(node) if op(node) == "cat" and is_returned(node) and len(shape(node)) >= 3 else []
+    kept = is_returned(node) or any(is_slice_kept(user) for user in node.users)
+    parts = tensors_of_cat(node) if op(node) == "cat" and kept and len(shape(node)) >= 3 else []
     if not parts or dimension(node, 1, len(shape(node))) == len(shape(node)) - 1:
         return False
     return op(parts[0]) == "placeholder" or is_empty(parts[0])
+
+
+def is_slice_kept(node: Node) -> bool:
+    return op(node) == "getitem" and is_returned(node)
 
 
 def buffer_behind(view: Node) -> Node | None:
