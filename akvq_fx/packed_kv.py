@@ -21,7 +21,10 @@ from torch import Tensor
 from akvq_fx import packed_ops, packed_writes, torch_internals  # noqa: F401 - writes are handlers too
 from akvq_fx.kernels import cache as ops
 from akvq_fx.kernels.layout import CLASS_NAMES, PADDING, STATE_END, Layout
-from akvq_fx.storage import GROWING, STATIC, TOKENS, Storage
+from akvq_fx.storage import FIRST, GROWING, STATIC, TOKENS, Storage
+from akvq_fx.torch_internals import LEAST_SYMBOL
+
+DROPPED = torch.empty(1)  # memory of the tensors whose size tells dynamo a sliding window's first slot
 
 
 @contextlib.contextmanager
@@ -63,27 +66,45 @@ class PackedKV(TensorBase):
         """A tensor for tracing, with no buffers but `codes`, which gives the shapes. `view_of` makes real ones."""
         self.codes, self.layout_text, self.storage = codes, layout_text, None
         self.traced, self.means, self.text_codes, self.static, self.length = ["codes"], None, None, False, None
+        self.dropped, self.first = None, 0
 
     @classmethod
-    def view_of(cls, storage: Storage, length: int) -> PackedKV:
-        """The first `length` tokens of a storage. On the path of every decode step, so it does no more than it must."""
+    def view_of(cls, storage: Storage, length: int, first: int = 0) -> PackedKV:
+        """`length` tokens of a storage, from slot `first` on, which is 0 unless the storage slides.
+
+        On the path of every decode step, so it does no more than it must.
+        """
         layout = storage.layout
         size = (*storage.rows, length, layout.head_dim)
         self = torch.Tensor._make_wrapper_subclass(cls, size, dtype=layout.dtype, device=storage.device)
-        self.layout_text, self.storage, self.length = storage.text, storage, length
-        self.means = self.text_codes = None
+        self.layout_text, self.storage, self.length, self.first = storage.text, storage, length, first
+        self.means = self.text_codes = self.dropped = None
         self.traced, self.static = list(layout.traced), storage.end is None
         for name in self.traced:
             if storage.borrowed:  # __getattr__ finds them
                 vars(self).pop(name, None)
             else:
                 setattr(self, name, storage[name])
+        if storage.slides:
+            self.traced.append("dropped")
+            self.begin_at(first)
         if len(storage.views) > 8:
             storage.views = [ref for ref in storage.views if ref() is not None]
         storage.views.append(weakref.ref(self))
         for name, marks in (STATIC if self.static else GROWING).items():
             setattr(self, name, set(marks) if isinstance(marks, set) else marks)
         return self
+
+    @property
+    def end(self) -> int:
+        """The slot behind its last token."""
+        return self.first + self.length
+
+    def begin_at(self, first: int) -> None:
+        """Name the slot of its first token, and say so to dynamo in a tensor's size: one that it takes for a symbol."""
+        self.first, self.dropped = first, DROPPED.expand(first + LEAST_SYMBOL)
+        for name, marks in FIRST.items():
+            setattr(self.dropped, name, set(marks) if isinstance(marks, set) else marks)
 
     def __getattr__(self, name: str):
         """Reached for buffers still borrowed (Storage.expanded): to read them, as tracing does, copies them."""
@@ -93,13 +114,13 @@ class PackedKV(TensorBase):
         raise AttributeError(f"PackedKV has no attribute {name!r}")
 
     def __tensor_flatten__(self):
-        return self.traced, (self.layout_text, self.static)
+        return self.traced, (self.layout_text, self.static, self.dropped is not None)
 
     @classmethod
     def __tensor_unflatten__(cls, inner, context, outer_size, outer_stride):
         out = cls(inner["codes"], context[0], outer_size, outer_stride)
         out.traced, out.static = list(inner), context[1]
-        out.means, out.text_codes = inner.get("means"), inner.get("text_codes")
+        out.means, out.text_codes, out.dropped = (inner.get(name) for name in ("means", "text_codes", "dropped"))
         return out
 
     @property
@@ -123,7 +144,7 @@ class PackedKV(TensorBase):
     def dequantize(self) -> Tensor:
         """[B, H, T, D] as the model made it: rotation undone, quantization error included."""
         storage = self._storage()
-        return ops.dequantize(storage.held, self.shape[TOKENS], self.layout_text)
+        return ops.dequantize(storage.held, self.first + self.shape[TOKENS], self.layout_text)[:, :, self.first :]
 
     def unpack(self) -> Tensor:
         """Turn this cache back to 16 bits for good, and return its plain tensor [B, H, T, D], which later writes go to.
@@ -132,13 +153,14 @@ class PackedKV(TensorBase):
         """
         plain_layout = Layout(self.shape[-1], self.dtype, shares_classes=self.layout_of.shares_classes)
         if self.layout_of != plain_layout:
-            plain, old = self.dequantize().contiguous(), self.storage
+            plain, old = self.dequantize().contiguous(), packed_ops.at_front(self).storage
             kept = [] if plain_layout.shares_classes else [old["classes"][:, : self.length].clone()]
             buffers = [old["state"].clone(), plain, *kept]
             self.storage = Storage(plain_layout, buffers, old.end, old.prompt, old.owner)
             self.storage.views.append(weakref.ref(self))
             self.codes, self.layout_text, self.traced = plain, str(plain_layout), ["codes"]
-            self.means = self.text_codes = None
+            self.means = self.text_codes = self.dropped = None
+            self.first = 0
         return self.storage.codes[:, :, : self.shape[TOKENS]]
 
     def classes(self) -> Tensor:
@@ -147,16 +169,16 @@ class PackedKV(TensorBase):
             raise ValueError(
                 "PackedKV: values share their keys' token classes and hold none; ask the keys of their layer"
             )
-        return self._storage()["classes"][:, : self.shape[TOKENS]]
+        return self._storage()["classes"][:, self.first : self.first + self.shape[TOKENS]]
 
     def writable(self, extra: int, step: int) -> Storage:
         """The storage, ready for `extra` tokens after this view's last: a copy if a longer view is still alive."""
-        storage, length = self._storage(), self.length
+        storage, length = self._storage(), self.end
         if storage.end is None:
             return storage
         if length < storage.end:
             others = (ref() for ref in storage.views)
-            if any(view is not None and view is not self and view.shape[TOKENS] > length for view in others):
+            if any(view is not None and view is not self and view.end > length for view in others):
                 storage = storage.clone()
             if length < storage.prompt:
                 storage.begin_anew(length)
@@ -169,12 +191,12 @@ class PackedKV(TensorBase):
 
     def append(self, x: Tensor, step: int = 128) -> PackedKV:
         """A view that is q tokens longer: x [B, H, q, D] is rotated and quantized, earlier tokens stay."""
-        length = self.shape[TOKENS]
+        length = self.end
         storage = self.writable(x.shape[TOKENS], step)
         at = torch.arange(length, length + x.shape[TOKENS], device=x.device)
         ops.append(storage.buffers, storage.to_stored(x), at, None, None, self.layout_text)
         storage.end = length + x.shape[TOKENS]
-        return PackedKV.view_of(storage, storage.end)
+        return PackedKV.view_of(storage, storage.end - self.first, self.first)
 
     def __repr__(self, *, tensor_contents=None) -> str:
         return f"PackedKV(shape={list(self.shape)}, {self.layout_text}, device={self.device})"
@@ -187,7 +209,8 @@ class PackedKV(TensorBase):
         return self.clone()
 
     def __reduce_ex__(self, protocol):
-        s = self._storage()
+        self._storage()
+        s = packed_ops.at_front(self).storage
         return _rebuild, (s.buffers, self.layout_text, s.end, s.prompt, s.owner, self.shape[TOKENS])
 
     @classmethod

@@ -86,7 +86,12 @@ def resized(packed: Tensor, length) -> Tensor:
     if packed.storage is None:
         size = torch.Size((packed.shape[0], packed.shape[1], length, packed.shape[3]))
         return type(packed)(packed.codes, packed.layout_text, size)
-    return packed.view_of(packed.storage, length)
+    return packed.view_of(packed.storage, length, packed.first)
+
+
+def at_front(packed: Tensor) -> Tensor:
+    """The same tokens from slot 0 on: of a sliding window that dropped some, a copy of those that are left."""
+    return wrap(packed, tokens_of(packed)) if packed.first else packed
 
 
 def rowwise(packed: Tensor, index: Tensor) -> Tensor:
@@ -95,7 +100,7 @@ def rowwise(packed: Tensor, index: Tensor) -> Tensor:
         return type(packed)(packed.codes.index_select(0, index), packed.layout_text, size)
     storage = packed.storage.gather(index)
     storage.mark_dynamic()
-    return packed.view_of(storage, packed.shape[TOKENS])
+    return packed.view_of(storage, packed.shape[TOKENS], packed.first)
 
 
 def is_growing(packed) -> bool:
@@ -104,7 +109,10 @@ def is_growing(packed) -> bool:
 
 
 def tokens_of(packed: Tensor) -> Tokens:
-    return Tokens.of(packed.storage, packed.shape[TOKENS])
+    tokens = Tokens.of(packed.storage, packed.end)
+    if not packed.first:
+        return tokens
+    return tokens.take(torch.arange(packed.first, packed.end, device=packed.device), distinct=True)
 
 
 def wrap(packed: Tensor, tokens: Tokens) -> Tensor:
@@ -122,7 +130,7 @@ def take(packed: Tensor, positions: Iterable[int] | Tensor) -> Tensor:
 
 def repeated(packed: Tensor, count: int) -> Tensor:
     """`count` times the one row of a growing cache, copied when it is written."""
-    return packed.view_of(packed.storage.expanded(count), packed.shape[TOKENS])
+    return packed.view_of(packed.storage.expanded(count), packed.shape[TOKENS], packed.first)
 
 
 @implements([aten.detach.default, aten.alias.default, aten.lift_fresh.default, aten.contiguous.default])
@@ -135,7 +143,7 @@ def _(func, types, args, kwargs):
     packed = args[0]
     if packed.storage is None:
         return resized(packed, packed.shape[TOKENS])
-    return packed.view_of(packed.storage.clone(), packed.shape[TOKENS])
+    return packed.view_of(packed.storage.clone(), packed.shape[TOKENS], packed.first)
 
 
 @implements([aten._to_copy.default])
@@ -147,7 +155,7 @@ def _(func, types, args, kwargs):
         return packed.dequantize().to(dtype=dtype, device=device)
     moved = packed.storage.map(lambda name, b: b.to(device, non_blocking=kwargs.get("non_blocking", False), copy=True))
     moved.mark_dynamic()
-    return packed.view_of(moved, packed.shape[TOKENS])
+    return packed.view_of(moved, packed.shape[TOKENS], packed.first)
 
 
 @implements([aten.to.dtype_layout])
@@ -258,6 +266,8 @@ def _(func, types, args, kwargs):
     from_start = isinstance(begin, int) and begin == 0 and step in (None, 1)
     if dim == 0 and packed.storage is not None:
         return rowwise(packed, torch.arange(size, device=packed.device)[start:end:step])
+    if dim == TOKENS and packed.storage is None and step in (None, 1) and not from_start:
+        return resized(packed, func(plain_of(packed, str(func)), *args[1:]).shape[TOKENS])
     if dim == TOKENS and is_growing(packed) and not from_start:
         return take(packed, range(size)[start:end:step])
     if not from_start:

@@ -39,6 +39,7 @@ class Tokens:
     held      [min(W, n)] bool: whether the ring held each of the last tokens
     left      tokens to come that belong to the last token's block, a number or a tensor [] of it
     room      capacity of the storage that they came from
+    slides    it is a sliding window
     """
 
     layout: Layout
@@ -47,6 +48,7 @@ class Tokens:
     left: Tensor | int
     room: int
     owner: object
+    slides: bool = False
 
     @staticmethod
     def of(storage: Storage, length: int) -> Tokens:
@@ -79,7 +81,7 @@ class Tokens:
             parts["text_codes"] = parts["text_codes"][:, :, :used]
             if used > length:
                 parts["text_at"], parts["text_codes"] = first_used(parts["text_at"], parts["text_codes"], length)
-        return Tokens(layout, parts, held, left, storage.capacity, storage.owner)
+        return Tokens(layout, parts, held, left, storage.capacity, storage.owner, storage.slides)
 
     @property
     def count(self) -> int:
@@ -182,6 +184,7 @@ class Tokens:
         if "affine" in parts:
             b["affine"] = parts["affine"]
         storage = Storage(layout, list(b.values()), n, n, self.owner)
+        storage.slides = self.slides
         if layout.moved:
             storage.place_blocks(parts["block_of"], parts["means"], self.left)
         storage.mark_dynamic()

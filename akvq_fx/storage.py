@@ -14,6 +14,7 @@ from akvq_fx.kernels.rotate import rotate_as_stored
 ROWS, TOKENS = 0, 2  # axes of [B, H, T, D]
 # The sizes that are symbols from the first decode step on. A static cache has as many tokens as it was made for.
 GROWING, STATIC = torch_internals.dynamic_marks([ROWS, TOKENS]), torch_internals.dynamic_marks([ROWS])
+FIRST = torch_internals.dynamic_marks([0])  # of a sliding window's first slot
 
 
 def text_slots(at: Tensor, length: int) -> tuple[Tensor, Tensor]:
@@ -54,15 +55,16 @@ class Storage:
             position, as the blocks of later tokens do where tokens moved
     owner   digests of the weights that made the tokens, None if unknown
     loaded  it comes from a file or a pickle: the weights that continue it are checked by their contents
+    slides  it is a sliding window: views may begin behind the first slot (akvq_fx/sliding.py)
     borrowers  storages that read this one's memory until one of the two is written (`expanded`)
     """
 
     __slots__ = ("layout", "text", "held", "borrowed", "borrowers", "rows", "device", "end", "prompt", "owner", "views")
-    __slots__ += ("loaded", "__weakref__")
+    __slots__ += ("loaded", "slides", "__weakref__")
 
     def __init__(self, layout: Layout, buffers: list[Tensor], end: int | None, prompt: int, owner: str | None):
         self.layout, self.held, self.end, self.prompt, self.owner = layout, buffers, end, prompt, owner
-        self.borrowed, self.borrowers, self.loaded = False, [], False
+        self.borrowed, self.borrowers, self.loaded, self.slides = False, [], False, False
         self.text, self.rows, self.device = str(layout), tuple(buffers[CODES].shape[:2]), buffers[CODES].device
         self.views: list[weakref.ref] = []
 
@@ -78,7 +80,7 @@ class Storage:
         """`rows` times the one row of a growing cache, without a copy until either is written or a graph takes it."""
         held = [b.clone() if name == "state" else b.expand(rows, *b.shape[1:]) for name, b in self.named()]
         made = Storage(self.layout, held, self.end, self.prompt, self.owner)
-        made.borrowed, made.loaded = True, self.loaded
+        made.borrowed, made.loaded, made.slides = True, self.loaded, self.slides
         self.borrowers.append(weakref.ref(made))
         return made
 
@@ -111,7 +113,7 @@ class Storage:
         """A new storage with fn(name, buffer) in place of every buffer."""
         buffers = [fn(name, buffer) for name, buffer in self.named()]
         made = Storage(self.layout, buffers, self.end if end == -1 else end, self.prompt, self.owner)
-        made.loaded = self.loaded
+        made.loaded, made.slides = self.loaded, self.slides
         made.mark_dynamic()
         return made
 

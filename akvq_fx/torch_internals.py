@@ -223,6 +223,9 @@ def compile_isolated(function: Callable, backend: Callable) -> Callable:
     return torch.compile(fresh, backend=backend, **isolated)
 
 
+LEAST_SYMBOL = 2  # dynamo takes smaller sizes for constants
+
+
 def dynamic_marks(dims: list[int]) -> dict[str, Any]:
     """What torch._dynamo.maybe_mark_dynamic(x, dims) leaves on a tensor; a copy is 50 times faster."""
     probe = torch.empty((1,) * (max(dims) + 1))

@@ -56,6 +56,8 @@ def find_sites(state: GraphState) -> PassReport:
                 continue
             fix_heads(key, val)
             check_caches(attention, key, val, length, value_length)
+            if key.kept is not None and state.config.simulated:
+                raise NoMatch("a simulated recipe reads no sliding window", key.kept)
         except NoMatch as miss:
             refuse(node, miss, whole)
             continue
