@@ -15,7 +15,6 @@ from torch.fx import Node
 
 from akvq_fx.passes.patterns.attention import Attention
 from akvq_fx.passes.patterns.nodes import shape, value
-from akvq_fx.passes.patterns.site import Site
 from akvq_fx.passes.state import GraphState
 from akvq_fx.report import PassReport
 

@@ -182,11 +182,14 @@ class GraphState:
         """
         if past not in self.first_slots:
             first = first_slot(past)
-            same = lambda known: hint(known) == hint(first) and bool(known == first)
-            known = next((k for k in self.first_slots.values() if same(k)), None)
-            if known is None and isinstance(first, torch.SymInt):
-                self.dropped[past] = self.placeholder(f"{past.name}_dropped", value(past).dropped)
-            self.first_slots[past] = first if known is None else known
+            if isinstance(first, torch.SymInt):
+                same = lambda known: hint(known) == hint(first) and bool(known == first)
+                symbols = [k for k in self.first_slots.values() if isinstance(k, torch.SymInt)]
+                known = next(filter(same, symbols), None)
+                if known is None:
+                    self.dropped[past] = self.placeholder(f"{past.name}_dropped", value(past).dropped)
+                first = first if known is None else known
+            self.first_slots[past] = first
         return self.first_slots[past]
 
     def positions(self, write: CacheWrite, x: Node) -> Node:

@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from torch.fx import Graph, Node
 
 from akvq_fx.kernels.layout import Layout
-from akvq_fx.torch_internals import LEAST_SYMBOL
 from akvq_fx.passes.patterns.attention import suffix_of
 from akvq_fx.passes.patterns.nodes import (
     NoMatch,
@@ -32,6 +31,7 @@ from akvq_fx.passes.patterns.nodes import (
     through_noops,
     value,
 )
+from akvq_fx.torch_internals import LEAST_SYMBOL
 
 TOKENS = 2  # the token axis of a [B, H, T, D] cache
 ALLOCATIONS = ("zeros", "new_zeros", "zeros_like", "full", "new_full")
