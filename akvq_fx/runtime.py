@@ -203,6 +203,7 @@ def longer(packed: PackedKV, storage: Storage, kept, args) -> PackedKV:
     if kept is None:
         return PackedKV.view_of(storage, storage.end - packed.first, packed.first)
     length = kept.constant if kept.constant is not None else kept(args)
+    storage.slides = True  # its prompt may have been kept whole
     return sliding.move_to_front(PackedKV.view_of(storage, length, storage.end - length))
 
 
