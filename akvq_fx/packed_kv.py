@@ -211,7 +211,7 @@ class PackedKV(TensorBase):
     def __reduce_ex__(self, protocol):
         self._storage()
         s = packed_ops.at_front(self).storage
-        return _rebuild, (s.buffers, self.layout_text, s.end, s.prompt, s.owner, self.shape[TOKENS])
+        return _rebuild, (s.buffers, s.text, s.end, s.prompt, s.owner, self.shape[TOKENS])
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args, kwargs=None):
