@@ -247,6 +247,16 @@ def hint(size) -> int:
     return int(known) if known is not None else 2
 
 
+def as_replaced(example):
+    """A size symbol that a guard has replaced by another one as that one, anything else as it is.
+
+    Inductor defines the symbols that its inputs are. The packed tensor that had the other one is no input any more.
+    """
+    if not isinstance(example, torch.SymInt) or not example.node.expr.is_Symbol:
+        return example
+    return example.node.shape_env.create_symintnode(example.node.expr, hint=example.node.hint)
+
+
 def guards(env) -> list:
     """Expressions that a ShapeEnv (None: no symbolic sizes) relies on so far, oldest first; read in 2.11 to 2.15."""
     return [guard.expr for guard in env.guards] if env is not None else []
