@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import torch
 
-from akvq_fx.kernels.layout import BLOCK, PADDING, SLACK, STATE_END, STATE_RING, blocks_of
+from akvq_fx.kernels.layout import BLOCK, PADDING, SLACK, STATE_RING, blocks_of
 from akvq_fx.packed_ops import at_front
 from akvq_fx.storage import Storage
 
@@ -40,7 +40,6 @@ def move_to_front(packed):
 
 def shift(storage: Storage, count: int, end: int) -> None:
     """Move the tokens in slots [count, end) to the front, in place; count is a multiple of 64."""
-    layout = storage.layout
     for name, b in storage.named():
         if name in BY_SLOT:
             axis = BY_SLOT[name]
@@ -55,9 +54,8 @@ def shift(storage: Storage, count: int, end: int) -> None:
         if name in ("text_at", "pivot_at"):
             b.copy_(torch.where(b >= count, b - count, -1))
         elif name == "state":
-            b[: STATE_RING + 1] -= count
+            b[: STATE_RING + 1] -= count  # the end, and what the ring holds
             b[STATE_RING].clamp_(min=0)
-    assert STATE_END < STATE_RING and layout.as_written == layout
     storage.end = end - count
 
 

@@ -981,8 +981,16 @@ class SwitchesToSoftcap(Softcap):
         return (Attention if q.shape[2] > 1 else Softcap).attend(self, q, k, v, mask)
 
 
+class SwitchesToMiddle(Attention):
+    """The whole prompt is kept, later steps keep a slice from its middle: packed, then dequantized."""
+
+    def write(self, past, k, v, at):
+        k, v, kept = super().write(past, k, v, at)
+        return k, v, kept if past is None else (k[:, :, -4:-1], v[:, :, -4:-1])
+
+
 class SwitchesToSliding(Attention):
-    """The whole prompt is kept, later steps keep a slice: packed, then dequantized."""
+    """The whole prompt is kept, later steps keep their last tokens: packed."""
 
     def write(self, past, k, v, at):
         k, v, kept = super().write(past, k, v, at)
