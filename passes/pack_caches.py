@@ -3,7 +3,7 @@
 Before   whole = cat([past, new], 2); return whole      After   append(buffers, new, at); return the same cache, longer
          whole = cat([empty, new], 2); return whole             buffers = pack(new, at, classes, pivots); return them
 Needs    sites, vision, program   Gives    buffers, made, classes, affine, stored_uses, program
-Follows  fold_values              Leaves   what attention reads (attend_packed)
+Follows  fold_values, mask_dropped   Leaves   what attention reads (attend_packed)
 
 A prompt's own attention still reads its 16-bit tokens, which are freed after the layer. A plain cache that is not empty
 is packed whole when it first gets new tokens.
