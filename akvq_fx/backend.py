@@ -153,7 +153,8 @@ def inner_examples(state: GraphState, example_inputs: list) -> list:
             continue
         if node in state.position:
             example = example_inputs[state.position[node]]
-            examples.append(fake_plain(value(node)) if state.position[node] in state.program.unpacked else example)
+            plain = state.position[node] in state.program.unpacked
+            examples.append(fake_plain(value(node)) if plain else torch_internals.as_replaced(example))
         elif str(node.target) == "vision_tokens":
             examples.append(fake_vision(state))
         else:

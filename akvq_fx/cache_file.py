@@ -35,6 +35,7 @@ from akvq_fx.kernels.layout import (
     Layout,
     blocks_of,
 )
+from akvq_fx.packed_ops import at_front
 from akvq_fx.storage import Storage
 
 KEY = "akvq"
@@ -79,7 +80,9 @@ def save(caches: dict[str, Tensor], path, kind: type) -> None:
         place = file.inside(f"cache {name!r}")
         if not isinstance(packed, kind):
             place.refuse("its type", type(packed).__name__, "PackedKV, what a cache of a compiled model holds")
-        storage, buffers = packed._storage(), {}
+        packed._storage()
+        packed = at_front(packed)
+        storage, buffers = packed.storage, {}
         for field, buffer in zip(storage.layout.fields, storage.buffers, strict=True):
             buffer = buffer.detach().cpu().contiguous()
             address = buffer.untyped_storage().data_ptr()

@@ -25,7 +25,10 @@ from akvq_fx import packed_ops, packed_writes, torch_internals  # noqa: F401 - w
 from akvq_fx.kernels import cache as ops
 from akvq_fx.kernels.cache_axes import STANDARD, CacheAxes
 from akvq_fx.kernels.layout import CLASS_NAMES, PADDING, STATE_END, STATE_TEXT, Layout
-from akvq_fx.storage import TOKENS, Storage, marks_of
+from akvq_fx.storage import FIRST, TOKENS, Storage, marks_of
+from akvq_fx.torch_internals import LEAST_SYMBOL
+
+DROPPED = torch.empty(1)  # memory of the tensors whose size tells dynamo a sliding window's first slot
 
 
 @contextlib.contextmanager
@@ -67,27 +70,45 @@ class PackedKV(TensorBase):
         """A tensor for tracing, with no buffers but `codes`, which gives the shapes. `view_of` makes real ones."""
         self.codes, self.layout_text, self.storage, self.axes = codes, layout_text, None, STANDARD
         self.traced, self.means, self.text_codes, self.static, self.length = ["codes"], None, None, False, None
+        self.dropped, self.first = None, 0
 
     @classmethod
-    def view_of(cls, storage: Storage, length: int) -> PackedKV:
-        """The first `length` tokens of a storage. On the path of every decode step, so it does no more than it must."""
+    def view_of(cls, storage: Storage, length: int, first: int = 0) -> PackedKV:
+        """`length` tokens of a storage, from slot `first` on, which is 0 unless the storage slides.
+
+        On the path of every decode step, so it does no more than it must.
+        """
         layout = storage.layout
         size = storage.shape(length)
         self = torch.Tensor._make_wrapper_subclass(cls, size, dtype=layout.dtype, device=storage.device)
         self.layout_text, self.storage, self.length, self.axes = storage.text, storage, length, storage.axes
-        self.means = self.text_codes = None
+        self.first, self.means, self.text_codes, self.dropped = first, None, None, None
         self.traced, self.static = list(layout.traced), storage.end is None
         for name in self.traced:
             if storage.borrowed:  # __getattr__ finds them
                 vars(self).pop(name, None)
             else:
                 setattr(self, name, storage[name])
+        if storage.slides:
+            self.traced.append("dropped")
+            self.begin_at(first)
         if len(storage.views) > 8:
             storage.views = [ref for ref in storage.views if ref() is not None]
         storage.views.append(weakref.ref(self))
         for name, marks in marks_of(self.axes, self.static).items():
             setattr(self, name, set(marks) if isinstance(marks, set) else marks)
         return self
+
+    @property
+    def end(self) -> int:
+        """The slot behind its last token."""
+        return self.first + self.length
+
+    def begin_at(self, first: int) -> None:
+        """Name the slot of its first token, and say so to dynamo in a tensor's size: one that it takes for a symbol."""
+        self.first, self.dropped = first, DROPPED.expand(first + LEAST_SYMBOL)
+        for name, marks in FIRST.items():
+            setattr(self.dropped, name, set(marks) if isinstance(marks, set) else marks)
 
     def __getattr__(self, name: str):
         """Reached for buffers still borrowed (Storage.expanded): to read them, as tracing does, copies them."""
@@ -97,13 +118,13 @@ class PackedKV(TensorBase):
         raise AttributeError(f"PackedKV has no attribute {name!r}")
 
     def __tensor_flatten__(self):
-        return self.traced, (self.layout_text, self.static, str(self.axes))
+        return self.traced, (self.layout_text, self.static, str(self.axes), self.dropped is not None)
 
     @classmethod
     def __tensor_unflatten__(cls, inner, context, outer_size, outer_stride):
         out = cls(inner["codes"], context[0], outer_size, outer_stride)
         out.traced, out.static, out.axes = list(inner), context[1], CacheAxes.parse(context[2])
-        out.means, out.text_codes = inner.get("means"), inner.get("text_codes")
+        out.means, out.text_codes, out.dropped = (inner.get(name) for name in ("means", "text_codes", "dropped"))
         return out
 
     def traced_as(self, codes: Tensor, axis: int, size) -> PackedKV:
@@ -120,6 +141,7 @@ class PackedKV(TensorBase):
         heads, channels = sizes.get("h", self.codes.shape[1]), self.layout_of.head_dim
         out = type(self)(self.codes, self.layout_text, torch.Size((sizes["b"], heads, sizes["t"], channels)))
         out.traced, out.static, out.means, out.text_codes = self.traced, self.static, self.means, self.text_codes
+        out.dropped = self.dropped
         return out
 
     @property
@@ -148,7 +170,8 @@ class PackedKV(TensorBase):
     def dequantize(self) -> Tensor:
         """[B, H, T, D], or the model's axes, as the model made it: rotation undone, quantization error included."""
         storage = self._storage()
-        return storage.as_model(ops.dequantize(storage.held, self.count, self.layout_text))
+        tokens = ops.dequantize(storage.held, self.first + self.count, self.layout_text)
+        return storage.as_model(tokens[:, :, self.first :])
 
     def unpack(self) -> Tensor:
         """Turn this cache back to 16 bits for good, and return its plain tensor of the same shape, which later writes
@@ -164,13 +187,15 @@ class PackedKV(TensorBase):
             )
         plain_layout = Layout(self.layout_of.head_dim, self.dtype, shares_classes=self.layout_of.shares_classes)
         if self.layout_of != plain_layout:
-            plain, old = ops.dequantize(self._storage().held, self.count, self.layout_text).contiguous(), self.storage
+            tokens = ops.dequantize(self._storage().held, self.end, self.layout_text)[:, :, self.first :]
+            plain, old = tokens.contiguous(), packed_ops.at_front(self).storage
             kept = [] if plain_layout.shares_classes else [old["classes"][:, : self.length].clone()]
             buffers = [old["state"][: STATE_TEXT + 1].clone(), plain, *kept]
             self.storage = Storage(plain_layout, buffers, old.end, old.prompt, old.owner, old.axes)
             self.storage.views.append(weakref.ref(self))
             self.codes, self.layout_text, self.traced = plain, str(plain_layout), ["codes"]
-            self.means = self.text_codes = None
+            self.means = self.text_codes = self.dropped = None
+            self.first = 0
         return self.storage.as_model(self.storage.codes[:, :, : self.count])
 
     def classes(self) -> Tensor:
@@ -179,7 +204,7 @@ class PackedKV(TensorBase):
             raise ValueError(
                 "PackedKV: values share their keys' token classes and hold none; ask the keys of their layer"
             )
-        return self._storage()["classes"][:, : self.count]
+        return self._storage()["classes"][:, self.first : self.first + self.count]
 
     def writable(self, extra: int, step: int) -> Storage:
         """The storage, ready for `extra` tokens after this view's last: a copy if a longer view is still alive."""
@@ -190,12 +215,12 @@ class PackedKV(TensorBase):
 
     def to_be_written(self, extra: int, step: int) -> tuple[Storage, int]:
         """The storage, as `writable`, and the capacity that it needs, which it may not have yet."""
-        storage, length = self._storage(), self.length
+        storage, length = self._storage(), self.end
         if storage.end is None:
             return storage, storage.capacity
         if length < storage.end:
             others = (ref() for ref in storage.views)
-            if any(view is not None and view is not self and view.count > length for view in others):
+            if any(view is not None and view is not self and view.end > length for view in others):
                 storage = storage.clone()
             if length < storage.prompt:
                 storage.begin_anew(length)
@@ -207,12 +232,12 @@ class PackedKV(TensorBase):
 
     def append(self, x: Tensor, step: int = 128) -> PackedKV:
         """A view that is q tokens longer: x, which has q tokens, is rotated and quantized, earlier tokens stay."""
-        length, extra = self.count, x.shape[self.axes.tokens]
+        length, extra = self.end, x.shape[self.axes.tokens]
         storage = self.writable(extra, step)
         at = torch.arange(length, length + extra, device=x.device)
         ops.append(storage.buffers, storage.to_stored(x), at, None, None, self.layout_text)
         storage.end = length + extra
-        return PackedKV.view_of(storage, storage.end)
+        return PackedKV.view_of(storage, storage.end - self.first, self.first)
 
     def __repr__(self, *, tensor_contents=None) -> str:
         axes = "" if self.axes == STANDARD else f", {self.axes}"
@@ -226,8 +251,9 @@ class PackedKV(TensorBase):
         return self.clone()
 
     def __reduce_ex__(self, protocol):
-        s = self._storage()
-        return _rebuild, (s.buffers, self.layout_text, s.end, s.prompt, s.owner, self.count, str(self.axes))
+        self._storage()
+        s = packed_ops.at_front(self).storage
+        return _rebuild, (s.buffers, s.text, s.end, s.prompt, s.owner, self.count, str(self.axes))
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args, kwargs=None):

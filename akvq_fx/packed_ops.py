@@ -84,7 +84,12 @@ def resized(packed: Tensor, length) -> Tensor:
     """The same tokens, another length: a shape-only tensor while tracing, a view of the storage otherwise."""
     if packed.storage is None:
         return packed.traced_as(packed.codes, packed.axes.tokens, length)
-    return packed.view_of(packed.storage, length)
+    return packed.view_of(packed.storage, length, packed.first)
+
+
+def at_front(packed: Tensor) -> Tensor:
+    """The same tokens from slot 0 on: of a sliding window that dropped some, a copy of those that are left."""
+    return wrap(packed, tokens_of(packed)) if packed.first else packed
 
 
 def rowwise(packed: Tensor, index: Tensor) -> Tensor:
@@ -92,7 +97,7 @@ def rowwise(packed: Tensor, index: Tensor) -> Tensor:
         return packed.traced_as(packed.codes.index_select(0, index), packed.axes.rows, index.shape[0])
     storage = packed.storage.gather(index)
     storage.mark_dynamic()
-    return packed.view_of(storage, packed.count)
+    return packed.view_of(storage, packed.count, packed.first)
 
 
 def is_growing(packed) -> bool:
@@ -101,7 +106,10 @@ def is_growing(packed) -> bool:
 
 
 def tokens_of(packed: Tensor) -> Tokens:
-    return Tokens.of(packed.storage, packed.count)
+    tokens = Tokens.of(packed.storage, packed.end)
+    if not packed.first:
+        return tokens
+    return tokens.take(torch.arange(packed.first, packed.end, device=packed.device), distinct=True)
 
 
 def wrap(packed: Tensor, tokens: Tokens) -> Tensor:
@@ -119,7 +127,7 @@ def take(packed: Tensor, positions: Iterable[int] | Tensor) -> Tensor:
 
 def repeated(packed: Tensor, count: int) -> Tensor:
     """`count` times the one row of a growing cache, copied when it is written."""
-    return packed.view_of(packed.storage.expanded(count), packed.count)
+    return packed.view_of(packed.storage.expanded(count), packed.count, packed.first)
 
 
 @implements([aten.detach.default, aten.alias.default, aten.lift_fresh.default, aten.contiguous.default])
@@ -132,7 +140,7 @@ def _(func, types, args, kwargs):
     packed = args[0]
     if packed.storage is None:
         return resized(packed, packed.count)
-    return packed.view_of(packed.storage.clone(), packed.count)
+    return packed.view_of(packed.storage.clone(), packed.count, packed.first)
 
 
 @implements([aten._to_copy.default])
@@ -144,7 +152,7 @@ def _(func, types, args, kwargs):
         return packed.dequantize().to(dtype=dtype, device=device)
     moved = packed.storage.map(lambda name, b: b.to(device, non_blocking=kwargs.get("non_blocking", False), copy=True))
     moved.mark_dynamic()
-    return packed.view_of(moved, packed.count)
+    return packed.view_of(moved, packed.count, packed.first)
 
 
 @implements([aten.to.dtype_layout])
@@ -263,6 +271,8 @@ def _(func, types, args, kwargs):
     from_start = isinstance(begin, int) and begin == 0 and step in (None, 1)
     if dim == packed.axes.rows and packed.storage is not None:
         return rowwise(packed, torch.arange(size, device=packed.device)[start:end:step])
+    if tokens and packed.storage is None and step in (None, 1) and not from_start:
+        return resized(packed, func(plain_of(packed, str(func)), *args[1:]).shape[dim])
     if tokens and is_growing(packed) and not from_start:
         return take(packed, range(size)[start:end:step])
     if not from_start:

@@ -40,6 +40,7 @@ class Tokens:
     held      [min(W, n)] bool: whether the ring held each of the last tokens
     left      tokens to come that belong to the last token's block, a number or a tensor [] of it
     room      capacity of the storage that they came from
+    slides    it is a sliding window
     """
 
     layout: Layout
@@ -49,6 +50,7 @@ class Tokens:
     room: int
     owner: object
     axes: CacheAxes
+    slides: bool = False
 
     @staticmethod
     def of(storage: Storage, length: int) -> Tokens:
@@ -81,7 +83,7 @@ class Tokens:
             parts["text_codes"] = parts["text_codes"][:, :, :used]
             if used > length:
                 parts["text_at"], parts["text_codes"] = first_used(parts["text_at"], parts["text_codes"], length)
-        return Tokens(layout, parts, held, left, storage.capacity, storage.owner, storage.axes)
+        return Tokens(layout, parts, held, left, storage.capacity, storage.owner, storage.axes, storage.slides)
 
     @property
     def count(self) -> int:
@@ -184,6 +186,7 @@ class Tokens:
         if "affine" in parts:
             b["affine"] = parts["affine"]
         storage = Storage(layout, list(b.values()), n, n, self.owner, self.axes)
+        storage.slides = self.slides
         if layout.moved:
             storage.place_blocks(parts["block_of"], parts["means"], self.left)
         storage.mark_dynamic()

@@ -63,7 +63,7 @@ def _(func, types, args, kwargs):
     if target.storage is None:
         return target
     same = is_packed(source) and source.layout_text == target.layout_text and source.shape == target.shape
-    same = same and source.static == target.static and source.axes == target.axes
+    same = same and source.static == target.static and source.axes == target.axes and source.first == target.first
     if target.static and not is_packed(source):  # a full sliding window that rolls outside a graph
         target.unpack().copy_(source)
         return target

@@ -22,6 +22,7 @@ class Packed:
 
     classes    name of the node that gave the tokens' classes: outputs that share it hold the same tokens as text
     axes       in which the caller keeps the tensor
+    slides     it is a sliding window: tokens before its last ones will be dropped
     """
 
     layout: Layout
@@ -31,13 +32,15 @@ class Packed:
     owner: tuple[int, ...]
     classes: str
     axes: CacheAxes = STANDARD
+    slides: bool = False
 
 
 @dataclass
 class Appended:
-    """Graph output: the PackedKV of input `arg`, longer by the tokens appended."""
+    """Graph output: the PackedKV of input `arg`, longer by the tokens appended; its last `kept` ones, None for all."""
 
     arg: int
+    kept: Size | None = None
 
 
 @dataclass
@@ -61,6 +64,7 @@ class Program:
     inputs    per placeholder: an argument's position, or (position, number) of a PackedKV's buffer
     outputs   per original output: None for "as it comes", Packed or Appended
     appends   per PackedKV argument that grows: (position, tokens)
+    firsts    positions of PackedKV arguments whose first slot the last inputs tell, by their size
     packed    positions of all PackedKV arguments that the graph takes as buffers
     unpacked  positions of PackedKV arguments that the graph takes as plain tensors
     owners    per PackedKV argument: positions of the weights that make its layer's keys and values
@@ -73,6 +77,7 @@ class Program:
     inputs: list[int | tuple[int, int]] = field(default_factory=list)
     outputs: list[None | Packed | Appended] = field(default_factory=list)
     appends: list[tuple[int, Size]] = field(default_factory=list)
+    firsts: list[int] = field(default_factory=list)
     packed: list[int] = field(default_factory=list)
     unpacked: list[int] = field(default_factory=list)
     owners: dict[int, tuple[int, ...]] = field(default_factory=dict)

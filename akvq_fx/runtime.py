@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import torch
 
-from akvq_fx import vision_carry
+from akvq_fx import sliding, vision_carry
 from akvq_fx.cuda_graph import DecodeStep, picker
 from akvq_fx.digest import DIGESTS, compute
 from akvq_fx.folding import FOLDED
@@ -99,6 +99,7 @@ class Runtime:
             inputs.append(vision_carry.take(batch, tokens, self.device(args)))
         for position in self.bound:
             inputs += storages[position].buffers
+        inputs += [args[position].dropped for position in program.firsts]
         more = {} if self.captured is None else {"storages": [storages[position] for position in self.bound]}
         run = lambda: list(self.inner(*inputs, **more))
         with torch.no_grad() if program.inference else contextlib.nullcontext():
@@ -151,7 +152,7 @@ class Runtime:
             if tokens is not None:
                 count = tokens.constant if tokens.constant is not None else tokens(args)
                 storage, capacity = packed.to_be_written(count, self.step)
-                storage.end = packed.length + count
+                storage.end = packed.end + count
                 if capacity > storage.capacity:
                     short[position] = capacity
             if storage.held[0].is_inference() and not torch.is_inference_mode_enabled():
@@ -200,9 +201,9 @@ class Runtime:
                 i += 1
             elif type(spec) is Appended:
                 storage = storages[spec.arg]
-                view = args[spec.arg] if storage.end is None else views.get(spec.arg)
+                view = args[spec.arg] if storage.end is None else views.get((spec.arg, spec.kept))
                 if view is None:
-                    view = views[spec.arg] = PackedKV.view_of(storage, storage.end)
+                    view = views[spec.arg, spec.kept] = longer(args[spec.arg], storage, spec.kept, args)
                 out.append(view)
             else:
                 if id(spec) not in views:
@@ -216,13 +217,24 @@ class Runtime:
         return next(a.device for a in args if isinstance(a, torch.Tensor))
 
 
+def longer(packed: PackedKV, storage: Storage, kept, args) -> PackedKV:
+    """All tokens of a packed cache and those appended to it, or the last `kept` of them."""
+    if kept is None:
+        return PackedKV.view_of(storage, storage.end - packed.first, packed.first)
+    length = kept.constant if kept.constant is not None else kept(args)
+    storage.slides = True  # its prompt may have been kept whole
+    return sliding.move_to_front(PackedKV.view_of(storage, length, storage.end - length))
+
+
 def wrap(spec: Packed, buffers: list, args, owner, slots: dict[str, tuple]) -> PackedKV:
     """slots: text slots of this call by Packed.classes; they wait for the device, so are found once for all layers."""
     length, prompt = spec.length(args), spec.prompt(args)
     end = None if spec.static else length
     storage = Storage(spec.layout, [b.detach() for b in buffers], end, prompt, owner, spec.axes)
     # a static cache may be written again from its start: its slots stay positions
-    if spec.layout.text_bits and not spec.static:
+    if spec.slides:
+        storage.slides, storage.prompt = True, 0  # the text slots of a sliding window stay positions too
+    elif spec.layout.text_bits and not spec.static:
         if spec.classes not in slots:
             slots[spec.classes] = text_slots(storage["text_at"], prompt)
         storage.compact_text(prompt, slots[spec.classes])

@@ -23,6 +23,9 @@ def marks_of(axes: CacheAxes, static: bool) -> dict:
     return torch_internals.dynamic_marks([axes.rows] if static else sorted([axes.rows, axes.tokens]))
 
 
+FIRST = torch_internals.dynamic_marks([0])  # of a sliding window's first slot
+
+
 def text_slots(at: Tensor, length: int) -> tuple[Tensor, Tensor]:
     """(slots, positions) of the text tokens before position `length`, both [B, n], position -1 where a row has fewer.
 
@@ -68,12 +71,13 @@ class Storage:
             position, as the blocks of later tokens do where tokens moved
     owner   digests of the weights that made the tokens, None if unknown
     loaded  it comes from a file or a pickle: the weights that continue it are checked by their contents
+    slides  it is a sliding window: views may begin behind the first slot (akvq_fx/sliding.py)
     borrowers  storages that read this one's memory until one of the two is written (`expanded`)
     axes    how the model orders the axes of its cache tensors; buffers are [B, H, ...] whatever it is
     """
 
     __slots__ = ("layout", "text", "held", "borrowed", "borrowers", "rows", "device", "end", "prompt", "owner", "views")
-    __slots__ += ("loaded", "axes", "__weakref__")
+    __slots__ += ("loaded", "axes", "slides", "__weakref__")
 
     def __init__(
         self,
@@ -86,7 +90,7 @@ class Storage:
     ):
         self.layout, self.held, self.end, self.prompt, self.owner = layout, buffers, end, prompt, owner
         self.axes = axes
-        self.borrowed, self.borrowers, self.loaded = False, [], False
+        self.borrowed, self.borrowers, self.loaded, self.slides = False, [], False, False
         self.text, self.rows, self.device = str(layout), tuple(buffers[CODES].shape[:2]), buffers[CODES].device
         self.views: list[weakref.ref] = []
 
@@ -102,7 +106,7 @@ class Storage:
         """`rows` times the one row of a growing cache, without a copy until either is written or a graph takes it."""
         held = [b.clone() if name == "state" else b.expand(rows, *b.shape[1:]) for name, b in self.named()]
         made = Storage(self.layout, held, self.end, self.prompt, self.owner, self.axes)
-        made.borrowed, made.loaded = True, self.loaded
+        made.borrowed, made.loaded, made.slides = True, self.loaded, self.slides
         self.borrowers.append(weakref.ref(made))
         return made
 
@@ -135,7 +139,7 @@ class Storage:
         """A new storage with fn(name, buffer) in place of every buffer."""
         buffers = [fn(name, buffer) for name, buffer in self.named()]
         made = Storage(self.layout, buffers, self.end if end == -1 else end, self.prompt, self.owner, self.axes)
-        made.loaded = self.loaded
+        made.loaded, made.slides = self.loaded, self.slides
         made.mark_dynamic()
         return made
 

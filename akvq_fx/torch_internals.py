@@ -223,6 +223,9 @@ def compile_isolated(function: Callable, backend: Callable) -> Callable:
     return torch.compile(fresh, backend=backend, **isolated)
 
 
+LEAST_SYMBOL = 2  # dynamo takes smaller sizes for constants
+
+
 def dynamic_marks(dims: list[int]) -> dict[str, Any]:
     """What torch._dynamo.maybe_mark_dynamic(x, dims) leaves on a tensor; a copy is 50 times faster."""
     probe = torch.empty((1,) * (max(dims) + 1))
@@ -242,6 +245,16 @@ def hint(size) -> int:
         return size
     known = getattr(size.node, "hint", None)
     return int(known) if known is not None else 2
+
+
+def as_replaced(example):
+    """A size symbol that a guard has replaced by another one as that one, anything else as it is.
+
+    Inductor defines the symbols that its inputs are. The packed tensor that had the other one is no input any more.
+    """
+    if not isinstance(example, torch.SymInt) or not example.node.expr.is_Symbol:
+        return example
+    return example.node.shape_env.create_symintnode(example.node.expr, hint=example.node.hint)
 
 
 def guards(env) -> list:

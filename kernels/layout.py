@@ -44,6 +44,7 @@ CODE_BITS = (2, 4, 8)
 STATE_END, STATE_RING, STATE_TEXT, STATE_BLOCK = range(4)
 CODES = 1  # codes stand second in every layout's fields
 BLOCK = 64  # positions that share a mean
+SLACK = 2 * BLOCK  # tokens that a sliding window has dropped keep their slots until they are more than these
 CENTRE, GAIN, ORDER = range(3)  # rows of affine
 DTYPES = {"f16": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32, "f64": torch.float64}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}

@@ -10,6 +10,7 @@ from akvq_fx.passes.exchange_axes import exchange_axes
 from akvq_fx.passes.find_sites import find_sites
 from akvq_fx.passes.fold_values import fold_values
 from akvq_fx.passes.fuse_rotations import fuse_rotations
+from akvq_fx.passes.mask_dropped import mask_dropped
 from akvq_fx.passes.pack_caches import pack_caches
 from akvq_fx.passes.plan_layers import plan_layers
 from akvq_fx.passes.read_unmatched import read_unmatched
@@ -26,6 +27,7 @@ PIPELINE = (
     find_sites,  # only reads: which attention calls go over a cache
     plan_layers,  # bits per token class, layouts
     fold_values,  # before packing: a layout says whether its buffers are rotated
+    mask_dropped,  # before both: positions are slots from here on
     pack_caches,  # writes
     attend_packed,  # reads
     rotate_queries_keys,  # after both: by now every pack, append and attend is in the graph

@@ -21,7 +21,7 @@ from torch.fx import Node
 from akvq_fx.kernels import attend  # noqa: F401 - registers the op
 from akvq_fx.passes.patterns.arguments import place_of
 from akvq_fx.passes.patterns.attention import Attention
-from akvq_fx.passes.patterns.nodes import value
+from akvq_fx.passes.patterns.nodes import same_size, shape, value
 from akvq_fx.passes.patterns.site import Site
 from akvq_fx.passes.state import GraphState, Original, is_single_token
 from akvq_fx.report import PassReport
@@ -35,7 +35,7 @@ def attend_packed(state: GraphState) -> PassReport:
     for site in state.sites:
         if site.packed:
             key, val = state.buffers[site.key.past], state.buffers[site.value.past]
-        elif state.config.prefill == "quantized" and not site.key_layout.lossless:
+        elif state.config.prefill == "quantized" and not site.key_layout.lossless and keeps_all(site):
             key, val = state.made[site.key.whole], state.made[site.value.whole]
         else:
             report.miss(site, "a prompt attends to its own 16-bit tokens", site.attention.node)
@@ -46,6 +46,12 @@ def attend_packed(state: GraphState) -> PassReport:
         if call in state.graph.nodes:
             put_back(state, call, original)
     return report
+
+
+def keeps_all(site: Site) -> bool:
+    """The prompt's cache holds every token that its attention reads, and no others: no sliding window cuts it."""
+    total = shape(site.key.whole)[2]
+    return same_size(shape(site.key.returned)[2], total) and same_size(site.length, total) or site.key.static
 
 
 def rewrite(state: GraphState, site: Site, key, val) -> None:

@@ -19,14 +19,14 @@ from akvq_fx.report import PassReport
 def clean_up(state: GraphState) -> PassReport:
     report = PassReport("clean_up")
     program = state.program
-    writes = {w.whole: (w, site) for site in reversed(state.sites) for w in (site.key, site.value)}
+    writes = {w.returned: (w, site) for site in reversed(state.sites) for w in (site.key, site.value)}
     results, made = [], {}
     for node in outputs(state.graph):
-        if isinstance(node, Node) and node in state.made:
-            write, site = writes[node]
+        write, site = writes.get(node, (None, None)) if isinstance(node, Node) else (None, None)
+        if write is not None and write.whole in state.made:
             if node not in made:
                 made[node] = state.packed_output(write, site)
-                results.extend(state.made[node].nodes)
+                results.extend(state.made[write.whole].nodes)
             program.outputs.append(made[node])
             report.match(node.name)
         elif isinstance(node, Node) and node in state.appended:
@@ -46,9 +46,13 @@ def clean_up(state: GraphState) -> PassReport:
             if node.users:
                 raise AssertionError(f"akvq: {node.name} is still read by {list(node.users)}")
             state.graph.erase_node(node)
+    for past, node in state.dropped.items():
+        program.firsts.append(state.position[past])
+        [n for n in state.graph.nodes if n.op == "placeholder"][-1].append(node)  # behind all others
     bound = {n: (state.position[past], i) for past, b in state.buffers.items() for i, n in enumerate(b.nodes)}
+    told = set(state.dropped.values())
     for node in state.graph.nodes:
-        if node.op == "placeholder" and str(node.target) != "vision_tokens":
+        if node.op == "placeholder" and str(node.target) != "vision_tokens" and node not in told:
             program.inputs.append(state.position[node] if node in state.position else bound[node])
     if program.inference:
         drop_grad_modes(state)

@@ -57,6 +57,8 @@ def find_sites(state: GraphState) -> PassReport:
             fix_heads(key, val)
             original = state.originals.get(node)
             check_caches(attention, key, val, length, value_length, dying=original.dying if original else ())
+            if key.kept is not None and state.config.simulated:
+                raise NoMatch("a simulated recipe reads no sliding window", key.kept)
         except NoMatch as miss:
             refuse(node, miss, whole)
             continue

@@ -3,7 +3,7 @@
 Before   whole = cat([past, new], 2); return whole      After   append(buffers, new, at); return the same cache, longer
          whole = cat([empty, new], 2); return whole             buffers = pack(new, at, classes, pivots); return them
 Needs    sites, vision, program   Gives    buffers, made, classes, affine, stored_uses, program
-Follows  fold_values              Leaves   what attention reads (attend_packed)
+Follows  fold_values, mask_dropped   Leaves   what attention reads (attend_packed)
 
 A prompt's own attention still reads its 16-bit tokens, which are freed after the layer. A plain cache that is not empty
 is packed whole when it first gets new tokens.
@@ -19,7 +19,7 @@ from torch.fx import Node
 from akvq_fx.kernels import cache, salience  # noqa: F401 - registers the ops
 from akvq_fx.passes.patterns.arguments import place_of
 from akvq_fx.passes.patterns.cache_write import CacheWrite
-from akvq_fx.passes.patterns.nodes import shape
+from akvq_fx.passes.patterns.nodes import same_size, shape, value
 from akvq_fx.passes.patterns.site import Site
 from akvq_fx.passes.patterns.tokens import covers, residual_of
 from akvq_fx.passes.state import Buffers, GraphState, is_single_token
@@ -56,12 +56,28 @@ def begin(state: GraphState, site: Site, write: CacheWrite, layout) -> None:
     classes = token_classes(state, site, x, valid)
     pivots = pivot_tokens(state, site, x, valid) if layout.pivots else None
     affine = affine_map(state, site, x, valid) if "affine" in layout.fields else None
+    if write.kept is not None and not same_size(shape(write.kept)[2], shape(x)[2]):
+        x, at, classes, pivots = last_tokens(state, x, classes, pivots, shape(write.kept)[2])
     capacity = state.capacity(write)
     packed = state.call(akvq.pack.default, x, at, classes, pivots, affine, capacity, str(layout))
     nodes = [state.call(operator.getitem, packed, i) for i in range(len(layout.fields))]
     state.made[write.whole] = Buffers(layout, nodes)
     state.stored_uses[write.whole] = [(packed, PACKED)]
     state.classes[write.whole], state.affine[write.whole] = classes, affine
+
+
+def last_tokens(state: GraphState, x: Node, classes: Node, pivots: Node | None, count) -> tuple:
+    """(x, at, classes, pivots) of the last `count` tokens of a prompt, all that its sliding window keeps."""
+    total = shape(x)[2]
+    start, device = total - count, value(x).device
+    part = lambda node, dim: state.call(torch.narrow, node, dim, state.size_node(start), state.size_node(count))
+    key = ("last", str(count), str(total), device)
+    at = state.share(key, lambda: state.call(torch.arange, state.size_node(count), device=device, dtype=torch.int64))
+    classes = state.share((*key, classes), lambda: part(classes, 1))
+    if pivots is not None:
+        place = lambda: state.call(torch.clamp_min, state.call(torch.sub, pivots, state.size_node(start)), -1)
+        pivots = state.share((*key, pivots), place)
+    return part(x, 2), at, classes, pivots
 
 
 def extend(state: GraphState, site: Site, write: CacheWrite) -> None:
@@ -143,5 +159,5 @@ def pivot_tokens(state: GraphState, site: Site, x: Node, valid: Node | None) -> 
 
 pack_caches.needs = ("sites", "vision", "program")
 pack_caches.gives = ("buffers", "made", "classes", "affine", "stored_uses", "program")
-pack_caches.follows = ("fold_values",)
+pack_caches.follows = ("fold_values", "mask_dropped")
 pack_caches.required = "attention would read codes that nobody wrote; without find_sites nothing is packed"

@@ -11,9 +11,10 @@ overwrites in a way that codes cannot take goes back to 16 bits, since no token 
 from __future__ import annotations
 
 import torch
+from torch.fx import Node
 
 from akvq_fx.kernels.cache_axes import STANDARD
-from akvq_fx.passes.patterns.cache_write import is_mutation, is_packed, keeps_numbers
+from akvq_fx.passes.patterns.cache_write import is_mutation, is_packed, keeps_numbers, kept_of
 from akvq_fx.passes.patterns.nodes import dimension, op, outputs, shape, tensors_of_cat, value
 from akvq_fx.passes.patterns.projection import weight_behind
 from akvq_fx.passes.patterns.site import layer_of
@@ -34,7 +35,8 @@ def read_unmatched(state: GraphState) -> PassReport:
         grown = [u for u in past.users if is_growth(u, past)]
         for whole in grown:
             replace_shape_reads(state, whole)
-            readers = [u for u in whole.users if op(u) != "output" and reaches_output(u)]
+            kept = [n for n in outputs(state.graph) if isinstance(n, Node) and kept_of(whole, [n]) is not None]
+            readers = [u for u in whole.users if op(u) != "output" and is_read(u, kept)]
             matched = past in state.buffers
             if not matched:
                 append(state, past, whole)
@@ -42,7 +44,7 @@ def read_unmatched(state: GraphState) -> PassReport:
                 copy = read_before(state, past, whole) if matched else read_after(state, past, whole)
                 whole.replace_all_uses_with(copy, delete_user_cb=lambda u, live=readers: u in live)
                 report_copy(state, report, past, tensors_of_cat(whole)[1], readers[0])
-            returned(state, whole, past)
+            returned(state, past, whole, *kept)
         replace_shape_reads(state, past)
         read_rest(state, past, report)
     return report
@@ -74,7 +76,8 @@ def append(state: GraphState, past, whole) -> None:
     new = tensors_of_cat(whole)[1]
     with state.before(whole):
         # not the shared positions, which may come later in the graph
-        first, end = (state.size_node(n) for n in (shape(whole)[2] - shape(new)[2], shape(whole)[2]))
+        total = shape(whole)[2] + state.first_slot(past)
+        first, end = (state.size_node(n) for n in (total - shape(new)[2], total))
         at = state.call(torch.arange, first, end, device=value(new).device, dtype=torch.int64)
         node = state.call(
             akvq.append.default, buffers.nodes, stored(state, buffers, new), at, None, None, str(buffers.layout)
@@ -105,15 +108,19 @@ def read_before(state: GraphState, past, whole):
 
 
 def dequantized(state: GraphState, past, length, like):
-    buffers = state.bind(past)
-    node = state.call(akvq.dequantize.default, buffers.nodes, state.size_node(length), str(buffers.layout))
+    buffers, first = state.bind(past), state.first_slot(past)
+    node = state.call(akvq.dequantize.default, buffers.nodes, state.size_node(first + length), str(buffers.layout))
+    if not (isinstance(first, int) and first == 0):
+        node = state.call(torch.narrow, node, 2, state.size_node(first), state.size_node(length))
     node.meta["example_value"] = like
     return node
 
 
-def returned(state: GraphState, whole, past) -> None:
-    """The graph returns the same cache, longer."""
+def returned(state: GraphState, past, whole, *kept) -> None:
+    """The graph returns the same cache, longer; `kept` of it, its last tokens."""
     state.appended[whole] = Appended(state.position[past])
+    for node in kept:
+        state.appended[node] = Appended(state.position[past], state.size(shape(node)[2]))
 
 
 def read_rest(state: GraphState, past, report: PassReport) -> None:
@@ -173,6 +180,15 @@ def unpack(state: GraphState, past, write, report: PassReport) -> None:
         raise AssertionError(f"akvq: {past.name} is both packed and overwritten by {op(write)}")
     state.program.unpacked.append(state.position[past])
     report.miss(past.name, f"overwritten by {op(write)}: back to 16 bits", write)
+
+
+def is_read(node, kept: list) -> bool:
+    """Numbers of the result depend on this node, not counting what the graph returns as the cache."""
+    if node in kept:
+        return any(op(user) != "output" and is_read(user, kept) for user in node.users)
+    if kept and all(user in kept for user in node.users) and node.users:  # x[:, :, -n:].contiguous()
+        return any(is_read(user, kept) for user in node.users)
+    return reaches_output(node)
 
 
 def reaches_output(node) -> bool:

@@ -20,13 +20,14 @@ from torch.utils._sympy.reference import PythonReferenceAnalysis
 
 from akvq_fx.config import AKVQConfig
 from akvq_fx.kernels.cache_axes import STANDARD, CacheAxes, Step
-from akvq_fx.kernels.layout import Layout
+from akvq_fx.kernels.layout import SLACK, Layout
 from akvq_fx.passes.patterns.attention import layout_only
-from akvq_fx.passes.patterns.cache_write import CacheWrite
+from akvq_fx.passes.patterns.cache_write import CacheWrite, first_slot
 from akvq_fx.passes.patterns.nodes import NoMatch, shape, value
 from akvq_fx.passes.patterns.site import Site
 from akvq_fx.program import Appended, Packed, Program, Size, Split
 from akvq_fx.report import Capture
+from akvq_fx.torch_internals import hint
 
 
 @dataclass
@@ -101,6 +102,8 @@ class GraphState:
         self.buffers: dict[Node, Buffers] = {}  # PackedKV placeholder -> its buffers
         self.made: dict[Node, Buffers] = {}  # the whole of a first/fill/converted cache -> new buffers
         self.shared: dict = {}  # nodes used by several sites: positions, masks of valid tokens, token classes
+        self.first_slots: dict[Node, object] = {}  # PackedKV placeholder -> slot of its first token
+        self.dropped: dict[Node, Node] = {}  # some of them -> placeholder of the tensor whose size tells this slot
         self.vision: Node | None = None
         self.classes: dict[Node, Node] = {}  # whole -> its tokens' classes
         self.affine: dict[Node, Node | None] = {}  # whole -> its affine buffer, where keys are centred or balanced
@@ -186,13 +189,22 @@ class GraphState:
         while following.op == "placeholder":
             following = following.next
         with self.graph.inserting_before(following):
+            told = {value(node).shape[0].node.expr: node for node in self.dropped.values()}
             for symbol in expr.free_symbols:
-                i, dim = self.sources()[symbol]
-                node = self.placeholders[i]
+                i, dim = (None, 0) if symbol in told else self.sources()[symbol]
+                node = told[symbol] if symbol in told else self.placeholders[i]
                 if dim is not None:
                     node = self.graph.call_function(torch.ops.aten.sym_size.int, (node, dim))
                 environment[symbol] = torch.fx.Proxy(node, tracer)
             return sympy_interp(NodeAnalysis, environment, expr).node
+
+    def placeholder(self, name: str, example) -> Node:
+        """A new input of the graph, behind all others."""
+        last = [n for n in self.graph.nodes if n.op == "placeholder"][-1]
+        with self.graph.inserting_after(last):
+            node = self.graph.placeholder(name)
+        node.meta["example_value"] = example
+        return node
 
     def bind(self, placeholder: Node) -> Buffers:
         """Placeholders for the buffers of a PackedKV input, added after the existing ones in field order."""
@@ -203,24 +215,39 @@ class GraphState:
         B, H = packed.shape[:2]
         text = packed.text_codes.shape[2] if layout.text_bits else 0
         blocks = packed.means.shape[2] if layout.moved else None
-        last = [n for n in self.graph.nodes if n.op == "placeholder"][-1]
         nodes = []
         for name in layout.fields:
-            with self.graph.inserting_after(last):
-                node = self.graph.placeholder(f"{placeholder.name}_{name}")
             size, dtype = layout.buffer(name, B, H, packed.codes.shape[2], text, blocks)
             with packed.codes.fake_mode if hasattr(packed.codes, "fake_mode") else contextlib.nullcontext():
-                node.meta["example_value"] = torch.empty(size, dtype=dtype, device=packed.device)
-            nodes.append(node)
-            last = node
+                example = torch.empty(size, dtype=dtype, device=packed.device)
+            nodes.append(self.placeholder(f"{placeholder.name}_{name}", example))
         self.buffers[placeholder] = Buffers(layout, nodes)
         return self.buffers[placeholder]
+
+    def first_slot(self, past: Node):
+        """The slot of a packed cache's first token, a number or a symbol.
+
+        One symbol for all caches that agree when this is compiled, so that they share positions and masks: a guard.
+        """
+        if past not in self.first_slots:
+            first = first_slot(past)
+            if isinstance(first, torch.SymInt):
+                same = lambda known: hint(known) == hint(first) and bool(known == first)
+                symbols = [k for k in self.first_slots.values() if isinstance(k, torch.SymInt)]
+                known = next(filter(same, symbols), None)
+                if known is None:
+                    self.dropped[past] = self.placeholder(f"{past.name}_dropped", value(past).dropped)
+                first = first if known is None else known
+            self.first_slots[past] = first
+        return self.first_slots[past]
 
     def positions(self, write: CacheWrite, x: Node) -> Node:
         """[q] int64: given by a static cache, else the q positions that follow the past."""
         if write.at is not None:
             return write.at
         total, count = shape(write.whole)[2], shape(x)[2]
+        if write.packed:
+            total = total + self.first_slot(write.past)
         device = value(x).device
         if write.kind == "grow" and write.packed:
             key = ("at", str(total), str(count), device)
@@ -234,11 +261,11 @@ class GraphState:
 
     def packed_output(self, write: CacheWrite, site: Site) -> Packed:
         """What the runtime needs to wrap the new buffers of a write."""
-        length, tokens = shape(write.whole)[2], shape(write.new)[2]
+        length, tokens = shape(write.returned)[2], shape(write.new)[2]
         prompt = self.size(tokens if write.static else length)
         layout, classes = self.made[write.whole].layout, self.classes[write.whole].name
-        axes = self.kept_axes.get(write.whole, STANDARD)
-        return Packed(layout, self.size(length), prompt, write.static, self.owner(site), classes, axes)
+        axes, slides = self.kept_axes.get(write.whole, STANDARD), write.kept is not None
+        return Packed(layout, self.size(length), prompt, write.static, self.owner(site), classes, axes, slides)
 
     def owner(self, site: Site) -> tuple[int, ...]:
         """Positions of the weights that make a site's keys and values; () where they come from somewhere else."""
@@ -247,9 +274,11 @@ class GraphState:
 
     def capacity(self, write: CacheWrite):
         """Capacity of a new packed cache, as a graph argument: a static buffer's, else T rounded up to a step."""
-        length = shape(write.whole)[2]
+        length = shape(write.returned)[2]
         if write.static:
             return self.size_node(length)
+        if write.kept is not None:
+            length = length + SLACK
         step = self.config.capacity_step
         return self.size_node((length + step) // step * step)
 

@@ -899,15 +899,92 @@ class TransposedWeight(Attention):
         return q, k, self.split_heads(x @ self.v_proj.weight.T, self.kv_heads)
 
 
-# left at 16 bits
+# sliding windows: attention sees a token and the reach - 1 before it
 
 
-class SlidingSlice(Attention):
-    """The cache keeps a slice of what attention reads: left alone."""
+class WindowMask(Attention):
+    """All tokens are kept, and those outside of the window are masked: packed."""
+
+    reach = 4
+
+    def mask(self, at, total, padding, past, dtype):
+        column = torch.arange(total, device=at.device) + at[-1] + 1 - total
+        mask = (column[None] <= at[:, None]) & (column[None] > at[:, None] - self.reach)
+        return mask[None, None] if padding is None else mask[None, None] & padding[:, None, None, -total:]
+
+
+class SlidingSlice(WindowMask):
+    """x[:, :, -n:] of what attention reads is kept, as DynamicSlidingWindowLayer of transformers does: packed."""
+
+    def mask(self, at, total, padding, past, dtype):
+        if at.shape[0] == 1 and padding is None:
+            return None
+        return super().mask(at, total, padding, past, dtype)
 
     def write(self, past, k, v, at):
         k, v, _ = super().write(past, k, v, at)
-        return k, v, (k[:, :, -4:], v[:, :, -4:])
+        return k, v, (self.last(k), self.last(v))
+
+    def last(self, x):
+        return x[:, :, -self.reach + 1 :, :]
+
+
+class SlidingDirect(SlidingSlice):
+    """The prompt's tokens go into the slice as they are: packed."""
+
+    def write(self, past, k, v, at):
+        if past is None:
+            return k, v, (self.last(k), self.last(v))
+        return super().write(past, k, v, at)
+
+
+class SlidingNarrow(SlidingSlice):
+    """torch.narrow, and a copy of it: packed."""
+
+    def last(self, x):
+        count = min(x.shape[2], self.reach - 1)
+        return torch.narrow(x, 2, x.shape[2] - count, count).contiguous()
+
+
+class SlidingStart(SlidingSlice):
+    """A slice from a position that is counted from the front: packed."""
+
+    def last(self, x):
+        return x[..., max(0, x.shape[2] - self.reach + 1) :, :]
+
+
+class SlidingReadsLast(SlidingSlice):
+    """Attention reads the last tokens, and these are kept: packed."""
+
+    def mask(self, at, total, padding, past, dtype):
+        if at.shape[0] == 1:
+            return None
+        return super().mask(at, total, padding, past, dtype)[..., -self.reach :]
+
+    def write(self, past, k, v, at):
+        k, v, _ = Attention.write(self, past, k, v, at)
+        k, v = k[:, :, -self.reach :], v[:, :, -self.reach :]
+        return k, v, (k, v)
+
+
+class SlidingOneColumn(SlidingSlice):
+    """A step's mask is broadcast along the tokens: packed."""
+
+    def mask(self, at, total, padding, past, dtype):
+        if at.shape[0] == 1:
+            return torch.zeros(1, 1, 1, 1, dtype=dtype)
+        return super().mask(at, total, padding, past, dtype)
+
+
+# left at 16 bits
+
+
+class MiddleSlice(Attention):
+    """The cache keeps neither all nor the last tokens of what attention reads: left alone."""
+
+    def write(self, past, k, v, at):
+        k, v, _ = super().write(past, k, v, at)
+        return k, v, (k[:, :, -4:-1], v[:, :, -4:-1])
 
     def mask(self, at, total, padding, past, dtype):
         return None if past is None else torch.ones(at.shape[0], past[0].shape[2] + at.shape[0], dtype=torch.bool)
@@ -1025,8 +1102,16 @@ class SwitchesToSoftcap(Softcap):
         return (Attention if q.shape[2] > 1 else Softcap).attend(self, q, k, v, mask)
 
 
+class SwitchesToMiddle(Attention):
+    """The whole prompt is kept, later steps keep a slice from its middle: packed, then dequantized."""
+
+    def write(self, past, k, v, at):
+        k, v, kept = super().write(past, k, v, at)
+        return k, v, kept if past is None else (k[:, :, -4:-1], v[:, :, -4:-1])
+
+
 class SwitchesToSliding(Attention):
-    """The whole prompt is kept, later steps keep a slice: packed, then dequantized."""
+    """The whole prompt is kept, later steps keep their last tokens: packed."""
 
     def write(self, past, k, v, at):
         k, v, kept = super().write(past, k, v, at)

@@ -85,11 +85,18 @@ MUST_FIRE = {  # spelling: RoPE, q:kv heads, forms of the prompt's and the step'
     models.Dim8: ("rope half", "4:2", GROWING),
     models.Dim24: ("rope half", "4:2", GROWING),
     models.Dim80: ("rope half", "4:2", GROWING),
+    models.WindowMask: ("rope half", "4:2", GROWING),
+    models.SlidingSlice: ("rope half", "4:2", GROWING),
+    models.SlidingDirect: ("rope half", "4:2", GROWING),
+    models.SlidingNarrow: ("rope half", "4:2", GROWING),
+    models.SlidingStart: ("rope half", "4:2", GROWING),
+    models.SlidingReadsLast: ("rope half", "4:2", GROWING),
+    models.SlidingOneColumn: ("rope half", "4:2", GROWING),
 }
 
 UNREAD = "no scaled_dot_product_attention reads this cache directly"
 MUST_NOT_FIRE = {
-    models.SlidingSlice: "sliding window",
+    models.MiddleSlice: "the cache keeps a slice of what attention reads, accepted: all of it, or its last tokens",
     models.WeightsUsed: "its attention weights are used by mean too, so they are computed",
     models.WeakMask: "masked scores are set to -50.0, accepted: a number up to -10000",
     models.WrittenDropout: "attention dropout is on (p=0.5)",

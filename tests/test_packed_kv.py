@@ -258,7 +258,7 @@ def body_of(x: PackedKV) -> torch.Tensor:
     """What the codes of a cache say in the stored space, whatever ring and pivots hold."""
     layout = dataclasses.replace(x.layout_of, window=0, pivots=0)
     b = ops.named(x.storage.held, x.layout_of)
-    return ops.read([b[name] for name in layout.fields], x.shape[2], layout)
+    return ops.read([b[name] for name in layout.fields], x.end, layout)[:, :, x.first :]
 
 
 def due_of(x: PackedKV, stored, classes) -> torch.Tensor:

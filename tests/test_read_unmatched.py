@@ -37,9 +37,15 @@ def test_two_bits_reach_the_unmatched_reader():
 
 
 def test_a_slice_of_a_packed_cache_is_plain():
-    seen = evidence(Decoder(models.SwitchesToSliding), LOSSLESS, steps=1)
+    seen = evidence(Decoder(models.SwitchesToMiddle), LOSSLESS, steps=1)
     assert seen.error <= 1e-6
-    assert [type(t) for t in seen.cache[0]] == [torch.Tensor] * 2 and seen.cache[0][0].shape[2] == 4
+    assert [type(t) for t in seen.cache[0]] == [torch.Tensor] * 2 and seen.cache[0][0].shape[2] == 3
+
+
+def test_the_last_tokens_of_a_packed_cache_are_packed():
+    seen = evidence(Decoder(models.SwitchesToSliding), LOSSLESS, steps=3)
+    assert seen.error <= 1e-6
+    assert [type(t) for t in seen.cache[0]] == [PackedKV] * 2 and seen.cache[0][0].shape[2] == 4
 
 
 def test_rolled_static_cache_goes_back_to_16_bits():

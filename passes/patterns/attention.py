@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import sys
 from dataclasses import dataclass
 
+import torch
 from torch.fx import Node
 
 from akvq_fx.passes.patterns.nodes import (
@@ -94,6 +96,40 @@ def prefix_of(node: Node) -> tuple[Node, object]:
     return node, shape(node)[2] if len(shape(node)) == 4 else None
 
 
+def suffix_of(node: Node) -> tuple[Node, object]:
+    """(x, n) where node is the last n tokens of x [B, H, T, D]; (node, its length) for anything else.
+
+    Spellings: x[:, :, -n:], x[..., start:, :], x.narrow(2, T - n, n). A slice without an end is one wherever it starts.
+    """
+    length = shape(node)[2] if len(shape(node)) == 4 else None
+    source = node.args[0] if isinstance(node, Node) and node.args else None
+    if length is None or len(shape(source)) != 4:
+        return node, length
+    if op(node) == "narrow" and dimension(node, 1, 4) == 2:
+        start = value(argument(node, 2, "start"))
+        negative = isinstance(start, int) and start < 0
+        if not isinstance(start, torch.Tensor) and same_size(-start if negative else shape(source)[2] - start, length):
+            return source, length
+    elif op(node) == "getitem" and (part := token_slice(node.args[1])) is not None:
+        end = value(part.stop)
+        if part.step in (None, 1) and (end is None or same_size(end, shape(source)[2]) or end == sys.maxsize):
+            return source, length
+    return node, length
+
+
+def token_slice(index) -> slice | None:
+    """The slice along axis 2 of an index that takes all of the other axes of a 4-d tensor."""
+    index = index if isinstance(index, tuple) else (index,)
+    if any(i is not Ellipsis and not isinstance(i, slice) for i in index):
+        return None
+    if Ellipsis in index:
+        at = index.index(Ellipsis)
+        index = (*index[:at], *[slice(None)] * (5 - len(index)), *index[at + 1 :])
+    index = (*index, *[slice(None)] * (4 - len(index)))
+    rest = (*index[:2], *index[3:])
+    return index[2] if len(index) == 4 and all(i == slice(None) for i in rest) else None
+
+
 def is_new_axis(node, axis: int) -> bool:
     """x.unsqueeze(axis) or x[:, :, None, ...] of a 4-d x."""
     if op(node) == "unsqueeze":
@@ -126,4 +162,4 @@ def layout_only(node: Node) -> bool:
     return same_cast or op(node) in LAYOUT_OPS
 
 
-__all__ = ["Attention", "attention_of", "is_attention", "layout_only", "prefix_of", "ungrouped"]
+__all__ = ["Attention", "attention_of", "is_attention", "layout_only", "prefix_of", "suffix_of", "ungrouped"]

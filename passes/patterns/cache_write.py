@@ -6,6 +6,8 @@ fill    zeros, zeros.index_copy_(2, at, new), zeros returned   the prompt of a s
 place   past.index_copy_(2, at, new)                static cache or registered buffer
 read    past, neither written nor returned          cross-attention over a cache that is already full
 
+A sliding window is grow or first where the graph returns whole[:, :, -n:] in place of whole.
+
 Names play no part. A plain placeholder that is only read is not evidence of a cache: vision towers look the same.
 """
 
@@ -16,6 +18,7 @@ from dataclasses import dataclass
 from torch.fx import Graph, Node
 
 from akvq_fx.kernels.layout import Layout
+from akvq_fx.passes.patterns.attention import suffix_of
 from akvq_fx.passes.patterns.nodes import (
     NoMatch,
     argument,
@@ -25,13 +28,16 @@ from akvq_fx.passes.patterns.nodes import (
     outputs,
     shape,
     tensors_of_cat,
+    through_noops,
     value,
 )
+from akvq_fx.torch_internals import LEAST_SYMBOL
 
 TOKENS = 2  # the token axis of a [B, H, T, D] cache
 ALLOCATIONS = ("zeros", "new_zeros", "zeros_like", "full", "new_full")
 SLICED = "the cache keeps a slice of what attention reads (sliding window)"
 UNKNOWN_FORM = "no product of queries and keys was seen before its softmax"
+OTHER_SLICE = "the cache keeps a slice of what attention reads, accepted: all of it, or its last tokens x[:, :, -n:]"
 STATIC_PLAIN = (
     "16-bit buffers that the caller owns are written in place and cannot be exchanged from inside a graph; "
     "compile the prompt's forward too (model.compile), or use a growing cache"
@@ -45,9 +51,10 @@ class CacheWrite:
     kind    one of the forms above
     past    the cache as it came in (a placeholder, or a permutation of a plain one), None for first and fill
     new     [B, H, q, D] this step's keys or values, None for read
-    whole   the node that attention reads and, unless kind is place or read, that the graph returns
+    whole   the node that attention reads and, unless kind is place or read or kept is given, that the graph returns
     at      positions given to index_copy_, None where they follow from the length
     packed  the past is a PackedKV already
+    kept    the last tokens of whole, which the graph returns in its place (a sliding window), None where it keeps all
     """
 
     kind: str
@@ -56,6 +63,12 @@ class CacheWrite:
     whole: Node
     at: Node | None = None
     packed: bool = False
+    kept: Node | None = None
+
+    @property
+    def returned(self) -> Node:
+        """What the graph returns, unless kind is place or read."""
+        return self.whole if self.kept is None else self.kept
 
     @property
     def static(self) -> bool:
@@ -67,9 +80,26 @@ def is_packed(node) -> bool:
     return op(node) == "placeholder" and type(value(node)).__name__ == "PackedKV"
 
 
+def first_slot(past: Node | None):
+    """The slot of a packed cache's first token, a number or a symbol: a sliding window drops tokens before it."""
+    dropped = getattr(value(past), "dropped", None)
+    return 0 if dropped is None else dropped.shape[0] - LEAST_SYMBOL
+
+
 def keeps_numbers(past: Node) -> bool:
     """The packed cache holds numbers, not codes, so that all it does to new tokens is round them to its dtype."""
     return Layout.parse(value(past).layout_text).plain
+
+
+def kept_of(whole: Node, returned: list[Node]) -> Node | None:
+    """The last tokens of `whole` that the graph returns; None where it returns `whole` itself, or no such slice."""
+    if whole in returned:
+        return None
+    for node in returned:
+        source = through_noops(node)
+        if source is not whole and suffix_of(source)[0] is whole and value(node).dtype == value(whole).dtype:
+            return node
+    return None
 
 
 def is_empty(node) -> bool:
@@ -121,7 +151,15 @@ def cache_write_of(whole: Node) -> CacheWrite | None:
                 f"the cache is written by {op(other[0])}, accepted: cat, index_copy_ or x[:, :, at] = new", other[0]
             )
         return CacheWrite("first", None, whole, whole)
+    if op(whole) != "placeholder" and (kept := kept_of(whole, returned)) is not None:
+        return CacheWrite("first", None, whole, whole, kept=kept)
     return None
+
+
+def is_cache_cat(node) -> bool:
+    """cat([past, new], 2), where past is empty or came in."""
+    parts = tensors_of_cat(node) if op(node) == "cat" and len(shape(node)) == 4 else []
+    return bool(parts) and dimension(node, 1, 4) == TOKENS and (is_empty(parts[0]) or is_input(parts[0]))
 
 
 def grown(whole: Node, returned: list[Node]) -> CacheWrite | None:
@@ -132,30 +170,31 @@ def grown(whole: Node, returned: list[Node]) -> CacheWrite | None:
     parts = tensors_of_cat(whole)
     if not parts or not all(isinstance(p, Node) for p in parts):
         return None
-    past, new = parts[0], parts[-1]
+    past, new, kept = parts[0], parts[-1], kept_of(whole, returned)
+    is_kept = whole in returned or kept is not None
     from_cache = is_empty(past) or is_input(past)
     if len(parts) != 2:
-        if from_cache and whole in returned:
+        if from_cache and is_kept:
             raise NoMatch(f"the cache is a cat of {len(parts)} tensors, accepted: cat([past, new])", whole)
         return None
     if not from_cache or len(shape(new)) != 4:
-        return CacheWrite("first", None, whole, whole) if whole in returned else None
-    if whole not in returned:
-        kept = [u for u in whole.users if op(u) == "getitem" and u in returned]
-        if kept:
-            raise NoMatch(SLICED, kept[0])
+        return CacheWrite("first", None, whole, whole, kept=kept) if is_kept else None
+    if not is_kept:
+        slices = [u for u in whole.users if op(u) == "getitem" and u in returned]
+        if slices:
+            raise NoMatch(OTHER_SLICE, slices[0])
         if is_packed(past):
             raise NoMatch("what attention reads is not what the cache keeps", whole)
         return None
     if is_empty(past):
-        return CacheWrite("first", None, new, whole)
+        return CacheWrite("first", None, new, whole, kept=kept)
     if is_packed(past) and keeps_numbers(past) and value(whole).dtype != value(past).dtype:
         raise NoMatch(
             f"the cache holds {value(past).dtype} and this step brings {value(new).dtype}: in lossless mode it becomes "
             f"a plain {value(whole).dtype} tensor, as without packing",
             whole,
         )
-    return CacheWrite("grow", past, new, whole, packed=is_packed(past))
+    return CacheWrite("grow", past, new, whole, packed=is_packed(past), kept=kept)
 
 
 def placed(whole: Node, copies: list[Node]) -> CacheWrite:
@@ -188,14 +227,11 @@ def cache_like(graph: Graph, written_out: dict[Node, NoMatch]) -> list[tuple[Nod
     found = []
     returned = {n for n in outputs(graph) if isinstance(n, Node)}
     for node in graph.nodes:
-        if op(node) == "cat" and len(shape(node)) == 4 and dimension(node, 1, 4) == TOKENS:
-            past = tensors_of_cat(node)[0]
-            if not (is_empty(past) or is_input(past)):
-                continue
-            if node in returned:
+        if is_cache_cat(node):
+            if node in returned or kept_of(node, list(returned)) is not None:
                 found.append((node, why_unread(node, written_out)))
             elif any(op(u) == "getitem" and u in returned for u in node.users):
-                found.append((node, NoMatch(SLICED, node)))
+                found.append((node, NoMatch(OTHER_SLICE, node)))
         elif op(node) == "index_copy_" and len(shape(node)) == 4 and argument(node, 1, "dim") in (TOKENS, -2):
             if op(node.args[0]) in ("placeholder", *ALLOCATIONS):
                 found.append((node.args[0], why_unread(node.args[0], written_out)))

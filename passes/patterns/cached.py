@@ -6,8 +6,8 @@ from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import guard_or_false
 
 from akvq_fx.kernels.layout import DTYPE_NAMES
-from akvq_fx.passes.patterns.attention import prefix_of, ungrouped
-from akvq_fx.passes.patterns.cache_write import ALLOCATIONS, STATIC_PLAIN, CacheWrite
+from akvq_fx.passes.patterns.attention import prefix_of, suffix_of, ungrouped
+from akvq_fx.passes.patterns.cache_write import ALLOCATIONS, STATIC_PLAIN, CacheWrite, first_slot, is_cache_cat
 from akvq_fx.passes.patterns.nodes import NoMatch, op, same_size, shape, value
 
 FILL_USERS = (  # ops that may use a static cache that this graph allocates
@@ -17,8 +17,12 @@ FILL_USERS = (  # ops that may use a static cache that this graph allocates
 
 
 def read_from(argument: Node) -> tuple[Node, object]:
-    """The cache behind an attention argument, and how many of its tokens attention sees."""
+    """The cache behind an attention argument, and how many of its tokens attention sees: the first ones of a static
+    cache, the last ones of a growing one."""
     node = ungrouped(argument)
+    last, length = suffix_of(node)
+    if last is not node and is_cache_cat(last):
+        return last, length
     cut, length = prefix_of(node)
     static = op(cut) in ("placeholder", *ALLOCATIONS)
     return (ungrouped(cut), length) if static else (node, shape(node)[2] if len(shape(node)) == 4 else None)
@@ -52,6 +56,11 @@ def check_caches(attention, key: CacheWrite | None, val: CacheWrite | None, leng
         others = [u for u in write.whole.users if u is not attention.node and u not in dying]
         if write.kind == "fill" and not all(op(u) in FILL_USERS for u in others):
             raise NoMatch("the static cache is used by another op too", write.whole)
+    kept = [shape(write.returned)[2] for write in (key, val)]
+    if (key.kept is None) != (val.kept is None) or all(isinstance(n, int) for n in kept) and kept[0] != kept[1]:
+        raise NoMatch("the cache keeps another number of keys than of values", attention.node)
+    if key.packed and not guard_or_false(first_slot(key.past) == first_slot(val.past)):
+        raise NoMatch("keys and values lie in different slots of their buffers", attention.node)
     heads, kv_heads = shape(attention.query)[1], shape(key.whole)[1]
     if heads % kv_heads or shape(val.whole)[1] != kv_heads:
         raise NoMatch(f"{heads} query heads do not divide into {kv_heads} KV heads", attention.node)
