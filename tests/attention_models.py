@@ -1095,11 +1095,15 @@ class ChunkedValues(Attention):
         return super().attend(q, k, torch.cat((second, first), dim=1), mask)
 
 
-class SwitchesToSoftcap(Softcap):
-    """The prompt is read by scaled_dot_product_attention, later tokens through tanh: packed, then dequantized."""
+class SwitchesToSine(WrittenOut):
+    """The prompt is read by scaled_dot_product_attention, later tokens by their scores' sine: packed, then
+    dequantized."""
+
+    def hide(self, scores, mask):
+        return super().hide(scores.sin(), mask)
 
     def attend(self, q, k, v, mask):
-        return (Attention if q.shape[2] > 1 else Softcap).attend(self, q, k, v, mask)
+        return (Attention if q.shape[2] > 1 else WrittenOut).attend(self, q, k, v, mask)
 
 
 class SwitchesToMiddle(Attention):
@@ -1133,7 +1137,7 @@ class ReferenceWindow(Attention):
         return k, v, (*past[:2], *(x[:, :, -3:] for x in late))
 
 
-class StaticSwitchesToSoftcap(SwitchesToSoftcap, StaticIndexCopy):
+class StaticSwitchesToSine(SwitchesToSine, StaticIndexCopy):
     """The same over a static cache."""
 
 

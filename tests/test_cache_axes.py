@@ -321,15 +321,15 @@ def test_a_cache_that_is_only_read():
     torch.testing.assert_close(got_next, want_next, rtol=0, atol=1e-6)
 
 
-class TokensFirstSoftcap(models.TokensFirst, models.SwitchesToSoftcap):
-    """The prompt is packed as [B, T, H, D], steps read it through a softcap: dequantized for them."""
+class TokensFirstSine(models.TokensFirst, models.SwitchesToSine):
+    """The prompt is packed as [B, T, H, D], steps read it through a sine: dequantized for them."""
 
 
-class FlatSoftcap(models.FlatHeads, models.SwitchesToSoftcap):
+class FlatSine(models.FlatHeads, models.SwitchesToSine):
     """The same of [B, T, H * D]."""
 
 
-@pytest.mark.parametrize("spelling", [TokensFirstSoftcap, FlatSoftcap], ids=name)
+@pytest.mark.parametrize("spelling", [TokensFirstSine, FlatSine], ids=name)
 def test_a_packed_cache_that_is_read_in_another_way(spelling):
     seen = evidence(Decoder(spelling), LOSSLESS)
     assert seen.error <= 1e-6 and [len(capture.state.sites) for capture in seen.captures] == [1, 0]
@@ -449,7 +449,7 @@ class HeadsInRows(models.Attention):
 ALONE = {
     KeepsSlice: "the cache keeps a slice of what attention reads (sliding window)",
     TokensFirstDim12: "the head dim of the keys is 12, accepted: a multiple of 8",
-    TokensFirstCapped: "its scores go through tanh (softcap)",
+    TokensFirstCapped: "[batch, heads, tokens, channels], which is accepted without softcap and sinks",
     HeadsInRows: "the cache grows along axis 1 of 3, accepted: ",
 }
 

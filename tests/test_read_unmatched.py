@@ -18,7 +18,7 @@ def ops(capture) -> list[str]:
 
 @pytest.mark.parametrize("options", [LOSSLESS, ROTATED, {**ROTATED, "value_rotation": "online"}, TWO_BITS], ids=str)
 @pytest.mark.parametrize(
-    "spelling", [models.SwitchesToSoftcap, models.StaticSwitchesToSoftcap], ids=lambda c: c.__name__
+    "spelling", [models.SwitchesToSine, models.StaticSwitchesToSine], ids=lambda c: c.__name__
 )
 def test_written_out_attention_reads_a_copy(spelling, options):
     seen = evidence(Decoder(spelling), options)
@@ -32,7 +32,7 @@ def test_written_out_attention_reads_a_copy(spelling, options):
 
 
 def test_two_bits_reach_the_unmatched_reader():
-    seen = evidence(Decoder(models.SwitchesToSoftcap), {**TWO_BITS, "window": 1, "pivots": 1}, prompt=16)
+    seen = evidence(Decoder(models.SwitchesToSine), {**TWO_BITS, "window": 1, "pivots": 1}, prompt=16)
     assert seen.error > 1e-4, "16-bit numbers reached a reader of a 2-bit cache"
 
 
@@ -197,5 +197,5 @@ def test_grows_without_a_reader():
 
 
 def test_report_names_the_dequantized_layer():
-    seen = evidence(Decoder(models.SwitchesToSoftcap), LOSSLESS, steps=1)
+    seen = evidence(Decoder(models.SwitchesToSine), LOSSLESS, steps=1)
     assert any(row.status == "dequantized" for _, row in akvq_fx.report(seen.model).rows)

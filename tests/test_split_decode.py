@@ -269,7 +269,7 @@ def test_a_mask_filled_in_place():
         (Counting, "writes in place what add uses on the other side of the cut"),
         (PositionsInPlace, "writes in place what .* uses on the other side of the cut"),
         (
-            models.SwitchesToSoftcap,
+            models.SwitchesToSine,
             r"dequantize.* reads the cache, and the size of its result depends on the number of tokens",
         ),
     ],
