@@ -29,6 +29,7 @@ PACKED_ONLY = ("body_bits", "text_bits", "psa_text_key_bits", "body_clip", "text
 CLIPS = {2: 0.8, 4: 1.0, 8: 1.0, 16: 1.0}  # range clipping by bits: paper section IV-A; no clipping above 2 bits
 CAPTURED_MODE = "reduce-overhead"  # decode steps in CUDA graphs; Inductor's own graphs are never asked for
 INNERS = ("inductor", "aot_eager", "eager")
+ALWAYS = "always"
 CHOICES = {
     "body_bits": (2, 4, 8, 16),
     "text_bits": (2, 4, 8, 16),
@@ -57,7 +58,7 @@ class AKVQConfig:
     pivots          tokens kept at 16 bits in PSA layers; pivot_mode "topk" fills all slots by max |h|, "massive" only
                     with tokens above massive_floor and massive_ratio times the median
     center_blocks   codes of keys are differences from the mean of their block of 64 tokens, so that centres do not go
-                    stale
+                    stale; not in layers that keep text at more bits, but with "always"
     uneven_keys     of a head's channels the quarter that moves scores most gets 4 bits, the last quarter none (needs
                     2 bits and rotate); not in layers that keep text at more bits
     symmetric_values
@@ -92,7 +93,7 @@ class AKVQConfig:
     psa_text_key_bits: int | None = None
     tsa_layers: tuple[int, ...] | str | None = None
     center_keys: bool | None = None
-    center_blocks: bool | None = None
+    center_blocks: bool | str | None = None
     balance_keys: bool | None = None
     uneven_keys: bool | None = None
     symmetric_values: bool | None = None
@@ -124,9 +125,11 @@ class AKVQConfig:
         for name in ("massive_floor", "massive_ratio"):
             if not _is_number(getattr(self, name)) or getattr(self, name) < 0:
                 self._refuse(name, "a number >= 0")
-        for name in ("center_keys", "center_blocks", "balance_keys", "uneven_keys", "symmetric_values", "rotate"):
+        for name in ("center_keys", "balance_keys", "uneven_keys", "symmetric_values", "rotate"):
             if getattr(self, name) not in (None, True, False):
                 self._refuse(name, "True, False or None")
+        if self.center_blocks not in (None, True, False, ALWAYS):
+            self._refuse("center_blocks", f"True, False, {ALWAYS!r} or None")
         for name, bits in (("body_clip", self.body_bits), ("text_clip", self.text_bits)):
             clip = getattr(self, name)
             if clip is None:

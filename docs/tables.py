@@ -54,7 +54,8 @@ OPTIONS = {
     ),
     "center_keys": ("subtract each head's mean key, which softmax does not notice", OURS),
     "center_blocks": (
-        "codes of keys are differences from the mean of their block of 64 tokens, so that centres do not go stale; see "
+        "codes of keys are differences from the mean of their block of 64 tokens, so that centres do not go stale; not "
+        'in layers that keep text at more bits (prompts with images), but with `"always"`; see '
         "[recipes.md](recipes.md#means-of-blocks)",
         OURS,
     ),
@@ -115,7 +116,8 @@ ACCEPTED = {
     **dict.fromkeys(("window", "pivots"), "an integer >= 0"),
     **dict.fromkeys(("body_clip", "text_clip"), "a number in (0, 1]"),
     **dict.fromkeys(("massive_floor", "massive_ratio"), "a number >= 0"),
-    **dict.fromkeys(("rotate", "center_keys", "center_blocks", "balance_keys"), "`True`, `False`"),
+    **dict.fromkeys(("rotate", "center_keys", "balance_keys"), "`True`, `False`"),
+    "center_blocks": '`True`, `False`, `"always"`',
     **dict.fromkeys(("uneven_keys", "symmetric_values"), "`True`, `False`"),
     **dict.fromkeys(("cuda_graphs", "share_layers", "compile_uncached"), "`True`, `False`"),
     "kept_share": "a number in [0, 1]",
@@ -124,10 +126,10 @@ ACCEPTED = {
 
 # recipe: what it does
 RECIPE_WORDS = {
-    "akvq": "AKVQ-VL with centred and balanced keys, blocks of which have means of their own, 4-bit keys of text in "
-    "every layer and half the window; in prompts without images a key's channels have 4, 2 and 0 bits by their part in "
-    "scores, and values no minimum",
-    "akvq-even": "the same without means of blocks, and without what it does in prompts without images",
+    "akvq": "AKVQ-VL with centred and balanced keys, 4-bit keys of text in every layer and half the window; in prompts "
+    "without images a key's channels have 4, 2 and 0 bits by their part in scores, blocks of keys have means of their "
+    "own, and values no minimum",
+    "akvq-even": "the same without what it does in prompts without images",
     "akvq-vl": "the paper's choices: text first in early layers, pivots in late ones, Walsh-Hadamard, 2 bits, folded "
     "values; its prompts are exact",
     "rtn2": "round to nearest per token, groups of 128; the baseline of every paper here",

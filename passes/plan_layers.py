@@ -18,7 +18,7 @@ import dataclasses
 import torch
 from torch.fx import Node
 
-from akvq_fx.config import AKVQConfig
+from akvq_fx.config import ALWAYS, AKVQConfig
 from akvq_fx.kernels.layout import Layout
 from akvq_fx.passes.patterns.nodes import op, shape, value
 from akvq_fx.passes.patterns.tokens import covers, starts_a_call, vision_masks
@@ -91,7 +91,7 @@ def layout_of(config: AKVQConfig, half: str, head_dim: int, dtype: torch.dtype, 
         group=config.group,
         symmetric=symmetric,
         uneven=symmetric and half == "keys",
-        blocks=config.center_blocks and half == "keys",
+        blocks=half == "keys" and (config.center_blocks == ALWAYS or bool(config.center_blocks) and not overlay),
         body_clip=1.0 if symmetric else config.body_clip,
         text_clip=config.text_clip,
     )

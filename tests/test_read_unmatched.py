@@ -17,9 +17,7 @@ def ops(capture) -> list[str]:
 
 
 @pytest.mark.parametrize("options", [LOSSLESS, ROTATED, {**ROTATED, "value_rotation": "online"}, TWO_BITS], ids=str)
-@pytest.mark.parametrize(
-    "spelling", [models.SwitchesToSine, models.StaticSwitchesToSine], ids=lambda c: c.__name__
-)
+@pytest.mark.parametrize("spelling", [models.SwitchesToSine, models.StaticSwitchesToSine], ids=lambda c: c.__name__)
 def test_written_out_attention_reads_a_copy(spelling, options):
     seen = evidence(Decoder(spelling), options)
     prompt, step = seen.captures

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from akvq_fx import AKVQConfig
+from akvq_fx.config import ALWAYS
 from akvq_fx.recipes import RECIPES
 
 Settings = Mapping[str, Mapping[str, Any] | None]
@@ -16,10 +17,11 @@ WORDS = {
     "balance_keys": "balancing",
     "psa_text_key_bits": "keys of text at 4 bits in every layer",
 }
-WORDS |= {"window": "half the window", "center_blocks": "means of blocks"}
+WORDS |= {"window": "half the window"}
 NEEDS_VISION = "psa_text_key_bits"
 # what layers do not do that keep text among images at more bits
 WITHOUT_VISION = {
+    "center_blocks": "means of blocks",
     "uneven_keys": "unequal bits of channels",
     "symmetric_values": "values without minima",
 }
@@ -106,8 +108,8 @@ def settings_of(part: str, vision: bool) -> Settings:
     if part == "ablation":
         return {"none": None, **ablation(True)} if vision else ablation(False)
     if part == "pages":
-        one_centre = {f"{DEFAULT}, center_blocks=False": {"recipe": DEFAULT, "center_blocks": False}}
-        return {name: {"recipe": name} for name in (DEFAULT, PAPER, "kivi", "rtn4")} | one_centre
+        blocks = {f"{DEFAULT}, center_blocks={ALWAYS}": {"recipe": DEFAULT, "center_blocks": ALWAYS}}
+        return {name: {"recipe": name} for name in (DEFAULT, PAPER, "kivi", "rtn4")} | blocks
     if part == "grown":
         return {name: {"recipe": name} for name in (DEFAULT, EVEN, "kivi", "rtn4")}
     if part in ("context", "copying", "short"):
