@@ -151,6 +151,21 @@ def test_channels_are_uneven_where_text_has_no_bits_of_its_own(text_key_bits):
         assert bool(key.text_bits) == overlay and key.body_clip == (0.8 if overlay else 1.0)
 
 
+@pytest.mark.parametrize("blocks", (True, False, "always"))
+def test_blocks_have_means_where_text_has_no_bits_of_its_own_or_always(blocks):
+    config = AKVQConfig(center_blocks=blocks)
+    of = lambda tsa, vision: layout_of(config, "keys", 64, torch.bfloat16, tsa, vision)
+    assert of(False, False).blocks == bool(blocks)
+    for keys in (of(True, True), of(False, True)):
+        assert keys.text_bits == 4 and not keys.uneven and keys.blocks == (blocks == "always")
+    assert not layout_of(config, "values", 64, torch.bfloat16, True, True).blocks
+
+
+def test_center_blocks_has_no_other_values():
+    with pytest.raises(ValueError, match="center_blocks.*accepted: True, False, 'always' or None"):
+        AKVQConfig(center_blocks="images")
+
+
 def test_lossless_needs_no_policy():
     (capture,) = captured(VisionDecoder("masked_scatter"), *[scene()[0], None, *scene()[1:]], options=models.LOSSLESS)
     assert policies(capture) == ["lossless"] * 3
