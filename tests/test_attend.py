@@ -158,23 +158,33 @@ def test_equals_torch_on_the_dequantized_cache(drawn):
 softcaps = st.sampled_from((0.3, 2.0, 50.0))  # scores of these cases are a few in size
 
 
-@given(calls(), softcaps)
-@few
-def test_caps_scores(drawn, softcap):
+def assert_capped(call, drawn, softcap) -> None:
+    """call: as this file's."""
     q, key, value, *rest = drawn
     due = capped_oracle(q, key.expected(), value.expected(), *rest, softcap)
     mask, scale, is_causal = rest
     assert_close("out", due, call(q, key, value, mask=mask, scale=scale, is_causal=is_causal, softcap=softcap))
 
 
-@given(calls(), seeds)
-@few
-def test_sinks_take_their_share(drawn, seed):
+def assert_sunk(call, drawn, seed) -> None:
+    """The same with a sink of each head."""
     q, key, value, *rest = drawn
     sinks = 2 * randn(q.shape[1], seed=seed, dtype=q.dtype)
     due = sunk_oracle(q, key.expected(), value.expected(), *rest, sinks)
     mask, scale, is_causal = rest
     assert_close("out", due, call(q, key, value, mask=mask, scale=scale, is_causal=is_causal, sinks=sinks))
+
+
+@given(calls(), softcaps)
+@few
+def test_caps_scores(drawn, softcap):
+    assert_capped(call, drawn, softcap)
+
+
+@given(calls(), seeds)
+@few
+def test_sinks_take_their_share(drawn, seed):
+    assert_sunk(call, drawn, seed)
 
 
 def test_refuses_sinks_of_other_heads():

@@ -36,9 +36,10 @@ from tests.kernel_cases import (
     skip_without_a_compiler,
 )
 from tests.test_attend import (
+    assert_capped,
     assert_chunk,
+    assert_sunk,
     calls,
-    capped_oracle,
     chunk_calls,
     oracle,
     restored_calls,
@@ -126,20 +127,13 @@ def test_equals_torch_on_the_dequantized_cache(drawn):
 @given(packed_calls, softcaps)
 @few
 def test_caps_scores(drawn, softcap):
-    q, key, value, *rest = drawn
-    due = capped_oracle(q, key.expected(), value.expected(), *rest, softcap)
-    mask, scale, is_causal = rest
-    assert_close("out", due, call(q, key, value, mask=mask, scale=scale, is_causal=is_causal, softcap=softcap))
+    assert_capped(call, drawn, softcap)
 
 
 @given(packed_calls, seeds)
 @few
 def test_sinks_take_their_share(drawn, seed):
-    q, key, value, *rest = drawn
-    sinks = 2 * randn(q.shape[1], seed=seed, dtype=q.dtype)
-    due = sunk_oracle(q, key.expected(), value.expected(), *rest, sinks)
-    mask, scale, is_causal = rest
-    assert_close("out", due, call(q, key, value, mask=mask, scale=scale, is_causal=is_causal, sinks=sinks))
+    assert_sunk(call, drawn, seed)
 
 
 def test_sinks_count_once_where_threads_share_a_head():
