@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import torch
 
-from akvq_fx.kernels.layout import BLOCK, PADDING, SLACK, STATE_RING, blocks_of
+from akvq_fx.kernels.layout import BLOCK, SLACK, STATE_RING, blocks_of, unwritten
 from akvq_fx.packed_ops import at_front
-from akvq_fx.storage import Storage
+from akvq_fx.storage import Storage, axis_of
 
-BY_SLOT = {"codes": 2, "range": 2, "text_codes": 2, "classes": 1, "text_at": 1}  # buffers: the axis of slots
-FREE = {"classes": PADDING, "text_at": -1}  # what stands in their free slots; in those of the others, anything
+TELLS = ("classes", "text_at")  # whose free slots say that they are free; those of the others hold anything
 
 
 def move_to_front(packed):
@@ -41,14 +40,14 @@ def move_to_front(packed):
 def shift(storage: Storage, count: int, end: int) -> None:
     """Move the tokens in slots [count, end) to the front, in place; count is a multiple of 64."""
     for name, b in storage.named():
-        if name in BY_SLOT:
-            axis = BY_SLOT[name]
-            b.narrow(axis, 0, end - count).copy_(b.narrow(axis, count, end - count).clone())
-            if name in FREE:
-                b.narrow(axis, end - count, b.shape[axis] - end + count).fill_(FREE[name])
-        elif name == "means":
+        axis = axis_of(name)
+        if name == "means":
             first, last = count // BLOCK, blocks_of(end)
             b[:, :, : last - first].copy_(b[:, :, first:last].clone())
+        elif axis is not None:
+            b.narrow(axis, 0, end - count).copy_(b.narrow(axis, count, end - count).clone())
+            if name in TELLS:
+                b.narrow(axis, end - count, b.shape[axis] - end + count).fill_(unwritten(name))
         elif name == "ring":
             b.copy_(b.roll(-count, 2))
         if name in ("text_at", "pivot_at"):
@@ -65,8 +64,8 @@ def shrink(storage: Storage, length: int) -> None:
     if storage.capacity < 2 * needed:
         return
     for name in storage.layout.fields:
-        if name in BY_SLOT:
-            storage[name] = storage[name].narrow(BY_SLOT[name], 0, needed).clone()
-        elif name == "means":
-            storage[name] = storage[name][:, :, : blocks_of(needed)].clone()
+        axis = axis_of(name)
+        if axis is not None:
+            size = blocks_of(needed) if name == "means" else needed
+            storage[name] = storage[name].narrow(axis, 0, size).clone()
     storage.mark_dynamic()

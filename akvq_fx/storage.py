@@ -243,7 +243,7 @@ class Storage:
         self.held, self.borrowed = buffers, False
         self.mark_dynamic()
         for view in (ref() for ref in self.views):
-            for name in () if view is None else view.traced:
+            for name in () if view is None else self.layout.traced:
                 setattr(view, name, self[name])
 
     def mark_dynamic(self) -> None:

@@ -218,6 +218,12 @@ def test_a_captured_step_is_replayed_over_the_whole_window(recorder):  # noqa: F
     assert_close("logits", expected, logits)
     (step,) = [graph for graph in akvq_fx.report(model).graphs if graph.kind == "decode"]
     assert step.capture.captured == 1 and step.capture.replayed == STEPS - 1
+    del logits, _  # the next cache moves into its buffers, with the views that a window's storage has
+    logits, cache = decode(captured, ids, cuts)
+    assert_close("later logits", expected, logits)
+    (step,) = [graph for graph in akvq_fx.report(model).graphs if graph.kind == "decode"]
+    assert step.capture.captured == 1 and step.capture.reused == 1
+    assert all(x.codes is x.storage["codes"] for pair in cache for x in pair)
 
 
 # models of transformers, as users run them
