@@ -279,6 +279,18 @@ def nvrtc() -> tuple[Callable, Callable] | str:
     return utils._nvrtc_compile, utils._cuda_load_module
 
 
+def compile_cache_folder() -> str | None:
+    """Where Inductor keeps compiled code for later processes; None where the user wants none kept, or where it is not
+    known; 2.11 to 2.15."""
+    try:
+        from torch._inductor import config
+        from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+        return None if config.force_disable_caches else cache_dir()
+    except (ImportError, AttributeError, OSError):
+        return None
+
+
 def users_of_memory(x: torch.Tensor) -> int:
     """How many tensors, x and views of it among them, share the memory of x; a large number where PyTorch tells not."""
     count = getattr(torch._C, "_storage_Use_Count", None)

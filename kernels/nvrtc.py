@@ -1,7 +1,7 @@
 """CUDA C++ kernels without a toolkit: NVRTC, which comes with PyTorch's CUDA builds, compiles them.
 
 Sources are the .cu files beside the modules that launch them, and the headers (.cuh) that these include; what varies is
-a macro. A kernel takes one struct by value.
+a macro. A kernel takes one struct by value. binaries.py keeps what was compiled for later processes.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from akvq_fx import torch_internals
+from akvq_fx.kernels import binaries
 from akvq_fx.kernels.choose import Unavailable
 
 COMPUTE_CAPABILITY = (8, 0)  # bf16 conversions and mma.m16n8k16 (PTX ISA)
@@ -79,7 +80,10 @@ def compiled(
     options = ["--std=c++17", *(f"-D{name}={number}" for name, number in macros)]
     try:
         with torch.cuda.device(index):
-            binary, _ = compile_text(text, names[0], nvcc_options=options)
+            binary = binaries.kept(
+                lambda: compile_text(text, names[0], nvcc_options=options)[0],
+                *(text, names, options, torch.cuda.get_device_capability(index), torch.version.cuda, torch.__version__),
+            )
             kernels = load(binary, list(names))
             if shared:
                 # The limit holds for `shared` and the arrays that the kernel declares together, but PyTorch asks the

@@ -16,6 +16,7 @@ once, in one of the two.
 from __future__ import annotations
 
 import math
+from collections import Counter
 
 import torch
 from torch.fx import Graph, GraphModule, Node
@@ -316,11 +317,11 @@ class Cut:
         Copies of them may stand in for them where nothing else of the graph has the same memory.
         """
         changed = set().union(*(memory(self.values[target]) for n in second for target in written(n)))
+        users = Counter(part for n in {*self.placeholders, *results} for part in memory(self.values[n]))
         found = []
         for node in held:
             mine, size = memory(self.values[node]), list(shape_of(self.values[node]))
-            others = [n for n in (*self.placeholders, *results) if n is not node]
-            alone = not any(mine & memory(self.values[n]) for n in others if self.values[n] is not None)
+            alone = all(users[part] == 1 for part in mine)
             small = all(isinstance(n, int) for n in size) and math.prod(size) <= SMALL
             weight = isinstance(self.state.weights.get(self.state.position.get(node, -1)), torch.nn.Parameter)
             if changed & mine and alone and small and not weight and node not in self.buffers:

@@ -7,6 +7,7 @@ import logging
 import pytest
 import torch
 
+from akvq_fx import torch_internals
 from akvq_fx.kernels import append_cuda, attend_cuda, nvrtc
 from akvq_fx.kernels import cache as cache_ops
 from akvq_fx.kernels.attend import AttendCall
@@ -46,6 +47,8 @@ def nvidia(monkeypatch):
     _log_refusal.cache_clear()  # each reason is logged once a process
     monkeypatch.setattr(attend_cuda, "_multiprocessors", lambda index: 132)
     monkeypatch.setattr(torch.cuda, "device", lambda index: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+    monkeypatch.setattr(torch_internals, "compile_cache_folder", lambda: None)  # nothing is kept of what is faked here
 
 
 @every_kernel
