@@ -1,7 +1,7 @@
 """Compiled CUDA kernels on disk, beside what Inductor keeps there: a later process need not compile them again.
 
-A file is named by a digest of all that its contents depend on, and begins with a digest of these. It is written under
-another name first, so processes may write it at once, and one that is killed leaves none that is broken.
+A file is named by a digest of all that its contents depend on, and begins with a digest of its contents. It is moved
+into place whole, as cpp.py's libraries are, so processes may write it at once and none that is killed leaves a half.
 """
 
 from __future__ import annotations
@@ -38,21 +38,18 @@ def kept(compile_one: Callable[[], bytes], *depends_on: object) -> bytes:
 def read(path: Path) -> bytes | None:
     """The contents of a file that is there and whole, else None."""
     try:
-        text = path.read_bytes()
+        whole = path.read_bytes()
     except OSError:
         return None
-    return text[DIGEST:] if hashlib.sha256(text[DIGEST:]).digest() == text[:DIGEST] else None
+    digest, contents = whole[:DIGEST], whole[DIGEST:]
+    return contents if hashlib.sha256(contents).digest() == digest else None
 
 
 def write(path: Path, contents: bytes) -> None:
     """The file as a whole, or nothing."""
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent)
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(hashlib.sha256(contents).digest() + contents)
-            os.replace(name, path)
-        except OSError:
-            os.unlink(name)
-            raise
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            made = Path(folder, path.name)
+            made.write_bytes(hashlib.sha256(contents).digest() + contents)
+            os.replace(made, path)
