@@ -16,6 +16,7 @@ DEFAULTS = {
     "psa_text_key_bits": 2,  # section III-B: of pivot-salient layers only pivots and recent tokens are salient
     "center_blocks": False,
     "uneven_keys": False,
+    "share_pairs": False,
     "symmetric_values": False,
     "group": 128,  # section IV-A
     "window": 128,  # section IV-A
@@ -25,7 +26,8 @@ DEFAULTS = {
 }
 # options of the packed path; a simulated recipe takes none of them, since it has its own numbers
 PACKED_ONLY = ("body_bits", "text_bits", "psa_text_key_bits", "body_clip", "text_clip", "group", "window", "pivots",
-               "center_keys", "center_blocks", "balance_keys", "uneven_keys", "symmetric_values", "rotate")  # fmt: skip
+               "center_keys", "center_blocks", "balance_keys", "uneven_keys", "share_pairs", "symmetric_values",
+               "rotate")  # fmt: skip
 CLIPS = {2: 0.8, 4: 1.0, 8: 1.0, 16: 1.0}  # range clipping by bits: paper section IV-A; no clipping above 2 bits
 CAPTURED_MODE = "reduce-overhead"  # decode steps in CUDA graphs; Inductor's own graphs are never asked for
 INNERS = ("inductor", "aot_eager", "eager")
@@ -61,6 +63,8 @@ class AKVQConfig:
                     stale; not in layers that keep text at more bits, but with "always"
     uneven_keys     of a head's channels the quarter that moves scores most gets 4 bits, the last quarter none (needs
                     2 bits and rotate); not in layers that keep text at more bits
+    share_pairs     with uneven_keys: the two channels that a rotary embedding turns into each other are ranked and
+                    balanced by statistics in common, the more the shorter the prompt
     symmetric_values
                     values have a scale alone, without a minimum; not in layers that keep text at more bits
     group           channels that share a scale; a head dim that is no multiple of it is one group
@@ -73,9 +77,9 @@ class AKVQConfig:
     kept_share      share of the device's memory that CUDA graphs may keep of caches, so that later generations capture
                     nothing (akvq_fx/kept_buffers.py)
     share_layers    layers of a graph that are alike are compiled once (akvq_fx/regions.py)
-    compile_uncached
-                    graphs without a cache (vision towers, projectors) go to the inner compiler too, else they run as
-                    they are
+    compile_uncached, compile_prompts
+                    graphs without a cache (vision towers, projectors), and graphs of prompts, go to the inner compiler
+                    too, else they run as they are
     inner, mode     the compiler of the rewritten graph, and its torch.compile mode (Inductor only)
     """
 
@@ -96,6 +100,7 @@ class AKVQConfig:
     center_blocks: bool | str | None = None
     balance_keys: bool | None = None
     uneven_keys: bool | None = None
+    share_pairs: bool | None = None
     symmetric_values: bool | None = None
     rotate: bool | None = None
     value_rotation: str | None = None
@@ -105,6 +110,7 @@ class AKVQConfig:
     kept_share: float = 0.05
     share_layers: bool = True
     compile_uncached: bool = False
+    compile_prompts: bool = False
     inner: str = "inductor"
     mode: str | None = None
 
@@ -125,7 +131,7 @@ class AKVQConfig:
         for name in ("massive_floor", "massive_ratio"):
             if not _is_number(getattr(self, name)) or getattr(self, name) < 0:
                 self._refuse(name, "a number >= 0")
-        for name in ("center_keys", "balance_keys", "uneven_keys", "symmetric_values", "rotate"):
+        for name in ("center_keys", "balance_keys", "uneven_keys", "share_pairs", "symmetric_values", "rotate"):
             if getattr(self, name) not in (None, True, False):
                 self._refuse(name, "True, False or None")
         if self.center_blocks not in (None, True, False, ALWAYS):
@@ -140,7 +146,7 @@ class AKVQConfig:
             if isinstance(self.tsa_layers, (str, bytes)) or not all(_is_int(i) and i >= 0 for i in self.tsa_layers):
                 self._refuse("tsa_layers", 'a sequence of layer numbers >= 0, or "auto"')
             object.__setattr__(self, "tsa_layers", tuple(sorted(set(self.tsa_layers))))
-        for name in ("cuda_graphs", "share_layers", "compile_uncached"):
+        for name in ("cuda_graphs", "share_layers", "compile_uncached", "compile_prompts"):
             if getattr(self, name) not in (True, False):
                 self._refuse(name, "True or False")
         if not _is_number(self.kept_share) or not 0 <= self.kept_share <= 1:
@@ -151,6 +157,8 @@ class AKVQConfig:
             self._refuse("center_blocks", "False where body_bits is 16")
         if self.uneven_keys and not (self.rotate and self.body_bits == 2):
             self._refuse("uneven_keys", "False where body_bits is not 2 or rotate is False")
+        if self.share_pairs and not self.uneven_keys:
+            self._refuse("share_pairs", "False where uneven_keys is False")
         if self.symmetric_values and self.body_bits not in (2, 4):
             self._refuse("symmetric_values", f"False with body_bits={self.body_bits}, or body_bits of 2 or 4")
         if self.mode is not None and self.inner != "inductor":
@@ -180,6 +188,8 @@ class AKVQConfig:
             chosen |= {"center_keys": False, "center_blocks": False, "balance_keys": False, "rotate": False}
         if bits != 2 or self.rotate is False:  # where the user's choice leaves no room for the recipe's
             chosen["uneven_keys"] = False
+        if not (chosen["uneven_keys"] if self.uneven_keys is None else self.uneven_keys):
+            chosen["share_pairs"] = False
         if bits not in (2, 4):
             chosen["symmetric_values"] = False
         chosen.setdefault("rotate", True)

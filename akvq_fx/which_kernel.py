@@ -72,17 +72,24 @@ def answers(calls: list[Call]) -> list[KernelAnswer]:
 
 
 def answers_to(call: Call) -> list[KernelAnswer]:
+    return [found for found, _ in answers_with(call)]
+
+
+def answers_with(call: Call) -> list[tuple[KernelAnswer, dict | list]]:
+    """Each answer with what was asked about: fake tensors and layouts, by the names that `refusal` has or in order."""
     B, Hq, H, q, D = call.sizes
     keys, values = map(Layout.parse, call.layouts)
     with FakeTensorMode():
         empty = lambda *size: torch.empty(size, dtype=call.dtype, device=call.device)
         query, new = empty(B, Hq, q, D), empty(B, H, q, D)
         if call.op in ("pack", "append"):
-            return [answer(call, {"x": new, "layout": layout}) for layout in (keys, values)]
-        if call.op == "attend":
-            return [answer(call, [attend_call(call, query, new, keys, values)])]
-        tensors = {"rotate_queries": [query], "find_pivots": [empty(B, q, call.width)], "key_affine": [new, query]}
-        return [answer(call, tensors.get(call.op, [new]))]
+            asked = [{"x": new, "layout": layout} for layout in (keys, values)]
+        elif call.op == "attend":
+            asked = [[attend_call(call, query, new, keys, values)]]
+        else:
+            tensors = {"rotate_queries": [query], "find_pivots": [empty(B, q, call.width)], "key_affine": [new, query]}
+            asked = [tensors.get(call.op, [new])]
+        return [(answer(call, given), given) for given in asked]
 
 
 def attend_call(call: Call, query, new, keys: Layout, values: Layout) -> attend.AttendCall:
@@ -118,7 +125,7 @@ def answer(call: Call, given: dict | list) -> KernelAnswer:
     """given: arguments of the implementations' `refusal` by name, or in order."""
     passed_over = []
     for name in FASTER[call.op].get(call.device.type, ()):
-        module = choose._module(name)
+        module = choose.module_of(name)
         if isinstance(module, str):
             reason = module
         elif isinstance(given, list):

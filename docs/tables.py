@@ -65,6 +65,11 @@ OPTIONS = {
         "keep text at more bits; see [recipes.md](recipes.md#prompts-without-images)",
         OURS,
     ),
+    "share_pairs": (
+        "with `uneven_keys`: the two channels that a rotary embedding turns into each other are ranked and balanced by "
+        "statistics in common, the more the shorter the prompt; see [recipes.md](recipes.md#prompts-without-images)",
+        OURS,
+    ),
     "symmetric_values": ("values have a scale and no minimum; not in layers whose text has more bits", OURS),
     "body_clip": (
         "factor by which the range of a group is shrunk before it is quantized; with more than 2 bits, 1",
@@ -99,6 +104,10 @@ OPTIONS = {
         "they are",
         OURS,
     ),
+    "compile_prompts": (
+        "graphs of prompts go to the inner compiler too; else they run as they are, with their caches packed",
+        OURS,
+    ),
     "inner": ("compiler of the rewritten graph", ""),
     "mode": (
         "Inductor's mode. `mode=` of `torch.compile` is this option. "
@@ -118,8 +127,8 @@ ACCEPTED = {
     **dict.fromkeys(("massive_floor", "massive_ratio"), "a number >= 0"),
     **dict.fromkeys(("rotate", "center_keys", "balance_keys"), "`True`, `False`"),
     "center_blocks": '`True`, `False`, `"always"`',
-    **dict.fromkeys(("uneven_keys", "symmetric_values"), "`True`, `False`"),
-    **dict.fromkeys(("cuda_graphs", "share_layers", "compile_uncached"), "`True`, `False`"),
+    **dict.fromkeys(("uneven_keys", "share_pairs", "symmetric_values"), "`True`, `False`"),
+    **dict.fromkeys(("cuda_graphs", "share_layers", "compile_uncached", "compile_prompts"), "`True`, `False`"),
     "kept_share": "a number in [0, 1]",
     "mode": 'a mode of Inductor, with `inner="inductor"`',
 }

@@ -131,13 +131,31 @@ def launch(
         pivots = pivots.to(torch.int32).contiguous()
         params.chosen, params.chosen_count = pivots.data_ptr(), pivots.shape[1]
         parts += -(-layout.pivots // PACK_ROWS)
-    apart = fast and layout.text_bits > 0  # the codes of text tokens are left to a launch of their own
-    launches = [("pack" if fast else "append", B * H * parts, macros(layout, form, fast, text_only=apart))]
-    if apart:
-        launches.append(("append", B * H * -(-q // params.share), macros(layout, form, False, text_only=True)))
+    workers = (B * H * parts, B * H * -(-q // params.share))  # the second's are of the text tokens' launch
+    launches = [
+        (name, count, given) for count, (name, given) in zip(workers, kernels_of(layout, form, fast), strict=False)
+    ]
     run(launches, params, x.device)
     if keep and not fast:
         keep_pivots(b, x, at, classes, pivots, affine, layout, rotate)
+
+
+def kernels_of(layout: Layout, form: int, fast: bool) -> list[tuple[str, tuple]]:
+    """(kernel, macros) of each launch; where `packs`, the codes of text tokens are left to a launch of their own."""
+    apart = fast and layout.text_bits > 0
+    launches = [("pack" if fast else "append", macros(layout, form, fast, text_only=apart))]
+    return launches + [("append", macros(layout, form, False, text_only=True))] * apart
+
+
+def compile_ahead(x: Tensor, layout: Layout) -> None:
+    """Compile what writes x, which may be fake, to a cache of this layout, and rotates it if the layout is rotated.
+
+    Another kernel serves a prompt whose rows do not begin at whole 16 bytes.
+    """
+    apart = layout.blocks and x.shape[2] > 1  # rotated by launches of their own
+    form = 0 if apart else 2 if layout.affine else int(layout.rotated)
+    for name, given in kernels_of(layout, form, may_pack(layout, x.shape[2]) and x.itemsize == 2):
+        nvrtc.binary(x.device.index or 0, "append_cuda", (name,), given)
 
 
 def run(launches: list[tuple[str, int, tuple]], params: Params, device: torch.device) -> None:
@@ -150,10 +168,15 @@ def run(launches: list[tuple[str, int, tuple]], params: Params, device: torch.de
 
 def packs(x: Tensor, layout: Layout) -> bool:
     """The tokens are a prompt that the kernel `pack` takes: 2 bits, one range a token, rows of whole 16 bytes."""
+    if not may_pack(layout, x.shape[2]):
+        return False
+    return x.itemsize == 2 and x.data_ptr() % 16 == 0 and all(step % 8 == 0 for step in x.stride()[:3])
+
+
+def may_pack(layout: Layout, tokens: int) -> bool:
     simple = layout.body_bits == 2 and layout.groups == 1 and layout.head_dim in PACKED_DIMS
     simple = simple and not (layout.uneven or layout.blocks)  # differences from means are no 16-bit numbers
-    aligned = x.itemsize == 2 and x.data_ptr() % 16 == 0 and all(step % 8 == 0 for step in x.stride()[:3])
-    return simple and aligned and x.shape[2] >= PACKED_TOKENS
+    return simple and tokens >= PACKED_TOKENS
 
 
 def macros(layout: Layout, form: int, fast: bool, text_only: bool = False) -> tuple:

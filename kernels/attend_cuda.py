@@ -48,6 +48,7 @@ STAGES = 4  # tiles in shared memory, all but one of them on their way
 BLOCKS = 3  # on one multiprocessor: bounds the registers
 WORTH = 0.82  # share of the best utilization that is enough, as more parts cost more sums; measured on an H100
 SPLITS_MAX = 96  # a multiple of 32: a lane of the last step takes every 32nd
+KERNELS = ("attend", "combine")
 MASKS = {torch.bool: 1, torch.float16: 2, torch.bfloat16: 3, torch.float32: 4}
 
 
@@ -137,8 +138,7 @@ def attend(call: AttendCall, splits: int | None = None) -> Tensor:
     q = q.contiguous()
     out = torch.empty_like(q)
     rows = Hq // heads * queries
-    columns = 1 if rows <= 4 else 2
-    tiles = 2 if rows > 8 and layout.head_dim <= 128 else 1
+    columns, tiles = _columns_and_tiles(rows, layout.head_dim)
     blocks = (B * heads, -(-rows // (4 * columns * tiles)))
     multiprocessors = _multiprocessors(q.device.index)
     if splits is None:
@@ -161,7 +161,9 @@ def attend(call: AttendCall, splits: int | None = None) -> Tensor:
         params.block_of = k["block_of"].data_ptr()
     if fresh is not None:
         params.fresh_at, params.fresh_count = fresh[2].data_ptr(), fresh[2].shape[0]
-    form = 0 if mask is None else _describe(mask, params)
+    if mask is not None:
+        _describe(mask, params)
+    form = _form_of(mask, rows, queries)
     if splits > 1:
         parts = torch.empty(B * heads * rows * splits, layout.head_dim + 2, dtype=torch.float32, device=q.device)
         params.part_o = parts.data_ptr()
@@ -214,15 +216,41 @@ def _cache(buffers: dict[str, Tensor], layout: Layout, fresh, which: int) -> _Ca
     return c
 
 
-def _describe(mask: Tensor, params: _Params) -> int:
-    """Pointer, kind and strides of a mask that broadcasts to [B, Hq, q, T] -> MASK of the kernel that reads it."""
+def _describe(mask: Tensor, params: _Params) -> None:
+    """Put in the pointer, kind and strides of a mask that broadcasts to [B, Hq, q, T]."""
+    params.mask, params.mask_kind = mask.data_ptr(), MASKS[mask.dtype]
+    params.mask_b, params.mask_h, params.mask_q, params.mask_t = _steps(mask)
+
+
+def _steps(mask: Tensor) -> list[int]:
+    """Strides of a mask over [B, Hq, q, T], 0 where it is the same for all."""
     shape = (1,) * (4 - mask.dim()) + tuple(mask.shape)
     strides = (0,) * (4 - mask.dim()) + mask.stride()
-    steps = [0 if size == 1 else stride for size, stride in zip(shape, strides, strict=True)]
-    params.mask, params.mask_kind = mask.data_ptr(), MASKS[mask.dtype]
-    params.mask_b, params.mask_h, params.mask_q, params.mask_t = steps
-    same_heads = steps[1] == 0 or params.rows == params.queries
-    return 1 if mask.dtype == torch.bool and same_heads and (steps[2] == 0 or params.queries == 1) else 2
+    return [0 if size == 1 else stride for size, stride in zip(shape, strides, strict=True)]
+
+
+def _form_of(mask: Tensor | None, rows: int, queries: int) -> int:
+    """MASK of the kernel that reads it, for `rows` of queries to a KV head."""
+    if mask is None:
+        return 0
+    _, heads, asked, _ = _steps(mask)
+    same = (heads == 0 or rows == queries) and (asked == 0 or queries == 1)
+    return 1 if mask.dtype == torch.bool and same else 2
+
+
+def _columns_and_tiles(rows: int, head_dim: int) -> tuple[int, int]:
+    """CC and NT of the kernel for so many rows of queries to a KV head."""
+    return 1 if rows <= 4 else 2, 2 if rows > 8 and head_dim <= 128 else 1
+
+
+def compile_ahead(call: AttendCall) -> None:
+    """Compile what `attend` will launch; the call's tensors may be fake."""
+    keys, values = _shape_of(call.key_layout), _shape_of(call.value_layout)
+    queries = call.q.shape[2]
+    rows = call.q.shape[1] // call.key[CODES].shape[1] * queries
+    columns, tiles = _columns_and_tiles(rows, keys.head_dim)
+    given = macros(keys, values, tiles, columns, _form_of(call.mask, rows, queries))
+    nvrtc.binary(call.q.device.index or 0, "attend_cuda", KERNELS, tuple(given.items()))
 
 
 @functools.cache
@@ -236,7 +264,7 @@ def _compiled(index: int, keys: Layout, values: Layout, tiles: int, columns: int
     stage, outputs = STAGES * stage_bytes(keys, values), 4 * columns * tiles * keys.head_dim * 4
     shared = WARPS * max(stage, outputs)  # rings of tiles, then outputs
     given = tuple(macros(keys, values, tiles, columns, form).items())
-    return {**nvrtc.compiled(index, "attend_cuda", ("attend", "combine"), given, shared), "shared": shared}
+    return {**nvrtc.compiled(index, "attend_cuda", KERNELS, given, shared), "shared": shared}
 
 
 def stage_bytes(keys: Layout, values: Layout) -> int:

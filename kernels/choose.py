@@ -26,7 +26,7 @@ def choose(op: str, names: tuple[str, ...], *about) -> Callable | None:
 def dispatch(run: Callable, op: str, names: tuple[str, ...], *about):
     """run(kernel) with the first kernel that neither refuses nor raises Unavailable; with None where there is none."""
     for name in names:
-        module = _module(name)
+        module = module_of(name)
         reason = module if isinstance(module, str) else module.refusal(*about)
         if not reason:
             try:
@@ -38,7 +38,7 @@ def dispatch(run: Callable, op: str, names: tuple[str, ...], *about):
 
 
 @functools.cache
-def _module(name: str):
+def module_of(name: str):
     """The module, or why it cannot be had."""
     try:
         return importlib.import_module(f"akvq_fx.kernels.{name}")

@@ -9,7 +9,9 @@ from __future__ import annotations
 import ctypes
 import functools
 import re
+import threading
 from collections.abc import Iterator
+from concurrent.futures import Future
 from pathlib import Path
 
 import torch
@@ -23,6 +25,9 @@ REASON_LENGTH = 500  # characters of a compiler's message that a reason keeps
 SHARED_LIMIT = 48 << 10  # bytes of shared memory that a block may have without asking the driver
 INCLUDE = re.compile(r'#include "(.+)"')
 
+Macros = tuple[tuple[str, object], ...]
+_binaries: dict[tuple[int, str, tuple[str, ...], Macros], Future] = {}
+_lock = threading.Lock()
 _failed: dict[tuple[int, str], str] = {}  # (device index, source) -> why it could not be compiled or loaded
 
 
@@ -62,10 +67,36 @@ def _lines(name: str, seen: set[str]) -> Iterator[str]:
             yield ""
 
 
+def binary(index: int, source: str, names: tuple[str, ...], macros: Macros) -> bytes:
+    """What the compiler makes of a source for one device, once a process: a thread that asks later waits for the first.
+
+    Raises what the compiler raises.
+    """
+    key = index, source, names, macros
+    with _lock:
+        mine = key not in _binaries
+        future = _binaries.setdefault(key, Future())
+    if mine:
+        try:
+            future.set_result(_binary(*key))
+        except BaseException as error:
+            future.set_exception(error)
+    return future.result()
+
+
+def _binary(index: int, source: str, names: tuple[str, ...], macros: Macros) -> bytes:
+    compile_text, _ = torch_internals.nvrtc()
+    text = text_of(source)
+    options = ["--std=c++17", *(f"-D{name}={number}" for name, number in macros)]
+    with torch.cuda.device(index):
+        return binaries.kept(
+            lambda: compile_text(text, names[0], nvcc_options=options)[0],
+            *(text, names, options, torch.cuda.get_device_capability(index), torch.version.cuda, torch.__version__),
+        )
+
+
 @functools.cache
-def compiled(
-    index: int, source: str, names: tuple[str, ...], macros: tuple[tuple[str, object], ...], shared: int = 0
-) -> dict:
+def compiled(index: int, source: str, names: tuple[str, ...], macros: Macros, shared: int = 0) -> dict:
     """Functions of kernels/<source>.cu by name, for one device; the first may be given `shared` bytes of shared memory.
 
     Raises Unavailable where the compiler is not there or cannot compile them, or the driver cannot load them (one
@@ -75,16 +106,10 @@ def compiled(
     found = torch_internals.nvrtc()
     if isinstance(found, str):
         raise Unavailable(found)
-    compile_text, load = found
-    text = text_of(source)
-    options = ["--std=c++17", *(f"-D{name}={number}" for name, number in macros)]
     try:
+        made = binary(index, source, names, macros)
         with torch.cuda.device(index):
-            binary = binaries.kept(
-                lambda: compile_text(text, names[0], nvcc_options=options)[0],
-                *(text, names, options, torch.cuda.get_device_capability(index), torch.version.cuda, torch.__version__),
-            )
-            kernels = load(binary, list(names))
+            kernels = found[1](made, list(names))
             if shared:
                 # The limit holds for `shared` and the arrays that the kernel declares together, but PyTorch asks the
                 # driver only where `shared` alone reaches it. So we ask for no less than the limit.

@@ -12,6 +12,9 @@ key_affine(k [B, H, T, D], q [B, Hq, Tq, D], valid [B, T], centre, balance) -> [
     constant part and the mismatch of its channels away before two bits have to hold them. With alpha, SmoothQuant's
     gains instead (arXiv 2211.10438): s = max|K|^alpha / max|Q|^(1 - alpha), c = 0. With blocks=True, std K is about the
     mean of each block (kernels/blocks.py), which is what codes have to hold there.
+    distance, rotary: a rotary embedding turns the first `rotary` channels in pairs `distance` apart (rotary / 2 or 1).
+    Later in the text the two will have changed places, which a short prompt cannot show: of n tokens, the squares of
+    both go PAIR_TOKENS / (n + PAIR_TOKENS) of the way to their mean. 0, 0: every channel by itself.
 """
 
 from __future__ import annotations
@@ -29,6 +32,7 @@ from akvq_fx.kernels.quantizer import FP16_MAX
 
 FASTER = {"cuda": ("salience_triton",)}  # before the reference, by device
 STD_FLOOR = 1e-4  # a channel that never varies must not get an infinite gain
+PAIR_TOKENS = 64  # docs/recipes.md has what was measured; of 1,024 tokens 6 % remain
 GAIN_RANGE = 64.0  # s stays within 64 times of its geometric mean, so that rotated keys fit 16-bit floats
 
 
@@ -76,26 +80,45 @@ def _(h, valid, count, mode, floor, ratio):
 
 
 def key_affine_reference(
-    k: Tensor, q: Tensor, valid: Tensor | None, centre: bool, balance: bool, order: bool = False
+    k: Tensor,
+    q: Tensor,
+    valid: Tensor | None,
+    centre: bool,
+    balance: bool,
+    order: bool = False,
+    distance: int = 0,
+    rotary: int = 0,
 ) -> Tensor:
     B, H, T, D = k.shape
     k, q = k.detach().float(), q.detach().float()
     weight = torch.ones(B, T, device=k.device) if valid is None else valid.float()
-    weight = weight / weight.sum(-1, keepdim=True).clamp_min(1)
-    weight = weight[:, None, :, None]
+    count = weight.sum(-1, keepdim=True).clamp_min(1)
+    weight = (weight / count)[:, None, :, None]
     finite = lambda x: torch.nan_to_num(x, 0.0, 0.0, 0.0)  # one broken token must not spoil the prompt's statistics
     mean = (finite(k) * weight).sum(2)  # [B, H, D]
     c = mean if centre else torch.zeros_like(mean)
     if not balance and not order:
         return as_stored(c, torch.ones_like(mean))
-    deviation = (finite(k - mean[:, :, None]).square() * weight).sum(2).sqrt()
+    variance = (finite(k - mean[:, :, None]).square() * weight).sum(2)
     squares = finite(q).square()  # [B, Hq, Tq, D]
     squares = (squares * weight).sum(2) if q.shape[2] == T else squares.mean(2)
-    rms = squares.unflatten(1, (H, -1)).mean(2).sqrt()
+    squares = squares.unflatten(1, (H, -1)).mean(2)
+    if distance:
+        variance, squares = (shared_in_pairs(x, count, distance, rotary) for x in (variance, squares))
+    deviation, rms = variance.sqrt(), squares.sqrt()
     rows = as_stored(c, gains(deviation, rms) if balance else torch.ones_like(mean))
     if not order:
         return rows
     return torch.cat([rows, uneven.channel_order(deviation * rms)[:, None].half()], 1)
+
+
+def shared_in_pairs(squares: Tensor, count: Tensor, distance: int, rotary: int) -> Tensor:
+    """Squares [B, H, D] of n = count [B, 1] tokens, nearer to the mean of a pair's two the fewer they are."""
+    channel = torch.arange(squares.shape[-1], device=squares.device)
+    other = torch.where(channel // distance % 2 == 0, channel + distance, channel - distance)
+    other = squares[..., torch.where(channel < rotary, other, channel)]
+    weight = PAIR_TOKENS / (count[:, None] + PAIR_TOKENS)
+    return squares + weight * 0.5 * (other - squares)
 
 
 def smooth_affine(k: Tensor, q: Tensor, valid: Tensor | None, alpha: float) -> Tensor:
@@ -131,20 +154,27 @@ def key_affine(
     alpha: float | None = None,
     order: bool = False,
     blocks: bool = False,
+    distance: int = 0,
+    rotary: int = 0,
 ) -> Tensor:
+    if distance and (rotary % (2 * distance) or not 0 < rotary <= k.shape[3]):
+        raise ValueError(
+            f"akvq::key_affine: pairs are {distance} apart in {rotary} channels of {k.shape[3]}, accepted: channels "
+            "that are a multiple of twice the distance, and no more than a head has"
+        )
     if alpha is not None:
         return smooth_affine(k, q, valid, alpha)
     kernel = choose("key_affine", FASTER.get(k.device.type, ()), k, q) or key_affine_reference
     if not blocks or not (balance or order):
-        return kernel(k, q, valid, centre, balance, order)
-    rows = kernel(means_of_blocks.differences(k, valid), q, valid, False, balance, order)
+        return kernel(k, q, valid, centre, balance, order, distance, rotary)
+    rows = kernel(means_of_blocks.differences(k, valid), q, valid, False, balance, order, distance, rotary)
     if centre:
         rows[:, CENTRE] = kernel(k, q, valid, True, False, False)[:, CENTRE]
     return rows
 
 
 @key_affine.register_fake
-def _(k, q, valid, centre, balance, alpha=None, order=False, blocks=False):
+def _(k, q, valid, centre, balance, alpha=None, order=False, blocks=False, distance=0, rotary=0):
     B, H, _, D = k.shape
     return k.new_empty((B, 3 if order else 2, H, D), dtype=torch.float16)
 

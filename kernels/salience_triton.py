@@ -30,7 +30,7 @@ from torch import Tensor
 from akvq_fx.kernels import uneven
 from akvq_fx.kernels.layout import ORDER
 from akvq_fx.kernels.quantizer import FP16_MAX
-from akvq_fx.kernels.salience import GAIN_RANGE, STD_FLOOR, select_pivots
+from akvq_fx.kernels.salience import GAIN_RANGE, PAIR_TOKENS, STD_FLOOR, select_pivots
 
 MAX_WIDTH = 16384  # numbers of a token that a program's registers hold
 MAX_DIM = 1024  # channels of a head: tiles of 16 tokens
@@ -47,6 +47,7 @@ INTEGERS = {torch.float16: torch.int16, torch.bfloat16: torch.int16, torch.float
 INFINITY_BITS = {torch.float16: 0x7C00, torch.bfloat16: 0x7F80, torch.float32: 0x7F800000}
 FLOOR = tl.constexpr(STD_FLOOR)
 LOG_RANGE = tl.constexpr(math.log(GAIN_RANGE))
+PAIRED = tl.constexpr(float(PAIR_TOKENS))
 MOST = tl.constexpr(FP16_MAX)
 LARGEST_INT = tl.constexpr(0x7FFFFFFF)
 
@@ -233,23 +234,11 @@ def chunk_sums(x: Tensor, valid: Tensor | None, squares: bool) -> Tensor:
 
 
 @triton.jit
-def map_kernel(
-    parts, squares, valid, out, weights, heads, tokens, chunks, rows, sharing, asked, valid_b, valid_t,
-    D: tl.constexpr, DP: tl.constexpr, PARTS: tl.constexpr, COUNTED: tl.constexpr,
-    SAME: tl.constexpr, CENTRE: tl.constexpr, BALANCE: tl.constexpr, ROWS: tl.constexpr,
+def joined(
+    parts, squares, lead, chunks, rows, channel, real, D: tl.constexpr, DP: tl.constexpr, PARTS: tl.constexpr
 ):  # fmt: skip
-    """A key head's c, s to out [B, ROWS, heads, D], from chunk_sums of its keys and of its `sharing` query heads.
-
-    The squares are `rows` rows [D], one query head's after another's, each head's over `asked` tokens or, where SAME,
-    over the keys' valid ones. Without BALANCE s = 1, without CENTRE c = 0. weights [B, heads, D], or None, take lambda
-    of kernels/uneven.py; squares may be None where neither asks for them.
-    """
-    lead = tl.program_id(0).to(tl.int64)
-    batch = lead // heads
-    channel = tl.arange(0, DP)
-    real = channel < D
+    """(n, mean, M2 of a key head, sum of squares of its queries) of the channels, from chunk_sums of both."""
     number = tl.arange(0, PARTS)
-
     finite, middle, spread = tl.zeros([DP], tl.float32), tl.zeros([DP], tl.float32), tl.zeros([DP], tl.float32)
     for start in range(0, chunks, PARTS):
         live = (start + number < chunks)[:, None] & real[None, :]
@@ -260,6 +249,39 @@ def map_kernel(
         away = mean - centre[None, :]
         further = tl.sum(tl.load(where + 2 * D, mask=live, other=0) + away * (n * away), 0)
         finite, middle, spread = join_moments(finite, middle, spread, more, centre, further)
+    square = tl.zeros([DP], tl.float32)
+    if squares is not None:
+        for start in range(0, rows, PARTS):
+            live = (start + number < rows)[:, None] & real[None, :]
+            where = squares + ((lead * rows + start + number) * D)[:, None] + channel[None, :]
+            square += tl.sum(tl.load(where, mask=live, other=0), 0)
+    return finite, middle, spread, square
+
+
+@triton.jit
+def variance_of(finite, middle, spread, count):
+    """(mean, variance) over `count` tokens: what is not finite counts as 0 in the mean, and not at all in the other."""
+    mean = middle * tl.div_rn(finite, count)
+    miss = middle - mean
+    return mean, (spread + miss * (finite * miss)) / count
+
+
+@triton.jit
+def map_kernel(
+    parts, squares, valid, out, weights, heads, tokens, chunks, rows, sharing, asked, valid_b, valid_t, rotary,
+    D: tl.constexpr, DP: tl.constexpr, PARTS: tl.constexpr, COUNTED: tl.constexpr,
+    SAME: tl.constexpr, CENTRE: tl.constexpr, BALANCE: tl.constexpr, ROWS: tl.constexpr, DISTANCE: tl.constexpr,
+):  # fmt: skip
+    """A key head's c, s to out [B, ROWS, heads, D], from chunk_sums of its keys and of its `sharing` query heads.
+
+    The squares are `rows` rows [D], one query head's after another's, each head's over `asked` tokens or, where SAME,
+    over the keys' valid ones. Without BALANCE s = 1, without CENTRE c = 0. weights [B, heads, D], or None, take lambda
+    of kernels/uneven.py; squares may be None where neither asks for them. DISTANCE, rotary: pairs of channels, or 0.
+    """
+    lead = tl.program_id(0).to(tl.int64)
+    batch = lead // heads
+    channel = tl.arange(0, DP)
+    real = channel < D
 
     count = tokens + lead * 0
     if valid is not None:
@@ -270,19 +292,22 @@ def map_kernel(
             seen += (tl.load(where, mask=token < tokens, other=0) != 0).to(tl.int32)
         count = tl.sum(seen, 0).to(tl.int64)
     count = tl.maximum(count, 1).to(tl.float32)
-    # a number that is not finite counts as 0 in the mean, and not at all in the deviation
-    mean = middle * tl.div_rn(finite, count)
 
+    finite, middle, spread, square = joined(parts, squares, lead, chunks, rows, channel, real, D, DP, PARTS)
+    mean, variance = variance_of(finite, middle, spread, count)
     s = tl.full([DP], 1.0, tl.float32)
     if squares is not None:
-        query_rms = tl.zeros([DP], tl.float32)
-        for start in range(0, rows, PARTS):
-            live = (start + number < rows)[:, None] & real[None, :]
-            where = squares + ((lead * rows + start + number) * D)[:, None] + channel[None, :]
-            query_rms += tl.sum(tl.load(where, mask=live, other=0), 0)
-        query_rms = tl.sqrt(query_rms / ((count if SAME else asked) * sharing))
-        miss = middle - mean
-        deviation = tl.sqrt((spread + miss * (finite * miss)) / count)
+        asks = (count if SAME else asked) * sharing
+        square = square / asks
+        if DISTANCE:
+            other = tl.where(channel // DISTANCE % 2 == 0, channel + DISTANCE, channel - DISTANCE)
+            other = tl.where(channel < rotary, other, channel)
+            finite, middle, spread, further = joined(parts, squares, lead, chunks, rows, other, real, D, DP, PARTS)
+            weight = 0.5 * (PAIRED / (count + PAIRED))
+            variance += weight * (variance_of(finite, middle, spread, count)[1] - variance)
+            square += weight * (further / asks - square)
+        query_rms = tl.sqrt(square)
+        deviation = tl.sqrt(variance)
         if weights is not None:
             tl.store(weights + lead * D + channel, deviation * query_rms, mask=real)
         if BALANCE:
@@ -301,7 +326,16 @@ def map_kernel(
     tl.store(where + heads * D, s.to(tl.float16), mask=real)
 
 
-def key_affine(k: Tensor, q: Tensor, valid: Tensor | None, centre: bool, balance: bool, order: bool = False) -> Tensor:
+def key_affine(
+    k: Tensor,
+    q: Tensor,
+    valid: Tensor | None,
+    centre: bool,
+    balance: bool,
+    order: bool = False,
+    distance: int = 0,
+    rotary: int = 0,
+) -> Tensor:
     reason = refusal(k, q)
     if reason:
         raise ValueError(f"akvq::key_affine: {reason}")
@@ -325,9 +359,9 @@ def key_affine(k: Tensor, q: Tensor, valid: Tensor | None, centre: bool, balance
         map_kernel[(B * H,)](
             parts, squares, valid, out, weights,
             H, T, parts.shape[2], sharing * squares.shape[2] if asks else 0, sharing,
-            q.shape[2], *((0, 0) if valid is None else valid.stride()),
+            q.shape[2], *((0, 0) if valid is None else valid.stride()), rotary,
             D=D, DP=wide, PARTS=JOIN_NUMBERS // wide, COUNTED=COUNT_TILE, SAME=same, CENTRE=centre,
-            BALANCE=balance, ROWS=rows,
+            BALANCE=balance, ROWS=rows, DISTANCE=distance,
         )  # fmt: skip
     if order:
         out[:, ORDER] = uneven.channel_order(weights)

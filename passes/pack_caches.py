@@ -112,6 +112,8 @@ def affine_map(state: GraphState, site: Site, x: Node, valid: Node | None) -> No
     last = () if simulation is None else (simulation.alpha,)
     if site.key_layout.uneven or site.key_layout.blocks:
         last = (None, site.key_layout.uneven, site.key_layout.blocks)
+    if site.key_layout.uneven and config.share_pairs:
+        last += site.pairs
     choice = (config.center_keys, config.balance_keys, *last)
     return state.call(akvq.key_affine.default, x, site.attention.query, valid, *choice)
 

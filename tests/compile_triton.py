@@ -76,7 +76,8 @@ def main() -> None:
         nothing = (None, None, None, False, None, None, None)
         attend_triton.attend(AttendCall(q, key, value, *nothing, keys, values), 2)
         rotate_triton.rotate(x)
-        salience_triton.key_affine(x, q, None, True, True, keys.uneven)
+        pairs = (keys.head_dim // 2, keys.head_dim) if keys.uneven else (0, 0)
+        salience_triton.key_affine(x, q, None, True, True, keys.uneven, *pairs)
     attend_triton.attend(AttendCall(q, key, value, *nothing, keys, values, softcap=30.0, sinks=torch.zeros(4)), 2)
     salience_triton.find_pivots(torch.zeros(1, 8, 64, dtype=torch.float16), None, 3, "massive", 100.0, 1000.0)
 

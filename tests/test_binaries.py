@@ -94,7 +94,13 @@ def test_kernels_are_loaded_from_what_an_earlier_process_compiled(folder, monkey
     monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     monkeypatch.setattr(nvrtc, "_driver", lambda: None)
-    compile_anew = nvrtc.compiled.__wrapped__  # as a process that remembers nothing does
+
+    def compile_anew(*form):
+        """As a process that remembers nothing does."""
+        nvrtc._binaries.clear()
+        return nvrtc.compiled.__wrapped__(*form)
+
+    monkeypatch.setattr(nvrtc, "_binaries", {})
     for macros in ((("A", 1),), (("A", 1),), (("A", 2),)):
         assert compile_anew(0, "append_cuda", ("append",), macros) == {"append": "function"}
     assert len(compiled) == 2 and loaded[0] == loaded[1] != loaded[2]

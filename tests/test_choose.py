@@ -11,7 +11,7 @@ from akvq_fx import torch_internals
 from akvq_fx.kernels import append_cuda, attend_cuda, nvrtc
 from akvq_fx.kernels import cache as cache_ops
 from akvq_fx.kernels.attend import AttendCall
-from akvq_fx.kernels.choose import _log_refusal, _module
+from akvq_fx.kernels.choose import _log_refusal, module_of
 from akvq_fx.kernels.layout import Layout
 from akvq_fx.kernels.supports import ANY, Supports, words
 from tests.kernel_cases import assert_caches_same, assert_close, bf16, case_of, randn
@@ -44,6 +44,7 @@ def nvidia(monkeypatch):
     """Make the choice of a kernel believe in a GPU that CUDA C++ runs on."""
     monkeypatch.setattr(nvrtc, "device_refusal", lambda index: "")
     monkeypatch.setattr(nvrtc, "_failed", {})
+    monkeypatch.setattr(nvrtc, "_binaries", {})
     _log_refusal.cache_clear()  # each reason is logged once a process
     monkeypatch.setattr(attend_cuda, "_multiprocessors", lambda index: 132)
     monkeypatch.setattr(torch.cuda, "device", lambda index: contextlib.nullcontext())
@@ -53,7 +54,7 @@ def nvidia(monkeypatch):
 
 @every_kernel
 def test_a_field_that_a_kernel_does_not_know_is_refused(name, nvidia):
-    kernel, known = _module(name), {f.name: getattr(LAYOUT, f.name) for f in dataclasses.fields(LAYOUT)}
+    kernel, known = module_of(name), {f.name: getattr(LAYOUT, f.name) for f in dataclasses.fields(LAYOUT)}
     assert kernel.refusal(*about(name, LAYOUT)) == ""
     assert "the layout has zero_points, of which the kernel knows nothing" in kernel.refusal(
         *about(name, Wider(**known))
@@ -62,7 +63,7 @@ def test_a_field_that_a_kernel_does_not_know_is_refused(name, nvidia):
 
 @every_kernel
 def test_a_kernel_names_every_field_and_nothing_else(name):
-    accepted, fields = set(_module(name).SUPPORTS.accepted), {f.name for f in dataclasses.fields(Layout)}
+    accepted, fields = set(module_of(name).SUPPORTS.accepted), {f.name for f in dataclasses.fields(Layout)}
     assert fields <= accepted
     assert all(hasattr(LAYOUT, name) for name in accepted)
 

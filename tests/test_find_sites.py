@@ -113,6 +113,13 @@ MUST_NOT_FIRE = {
 name = lambda x: x.__name__ if isinstance(x, type) else ""
 
 
+def pairs_due(rope, head_dim):
+    """Which channels are turned together; of a partial form, half of the head is turned."""
+    turned = head_dim // 2 if "partial" in rope else head_dim
+    form = rope.removesuffix(", key norm").removesuffix(", partial")
+    return {"rope half": (turned // 2, turned), "no rope": (0, 0)}.get(form, (1, turned))
+
+
 @pytest.mark.parametrize("spelling", MUST_FIRE, ids=name)
 def test_fires_once_in_both_graphs(spelling):
     rope, groups, kinds = MUST_FIRE[spelling]
@@ -123,6 +130,7 @@ def test_fires_once_in_both_graphs(spelling):
         (site,) = capture.state.sites
         assert (site.key.kind, site.value.kind, site.rope, site.groups) == (kind, kind, rope, groups)
         assert site.head_dim == spelling.dim
+        assert site.pairs == pairs_due(rope, spelling.dim)
         assert (site.layer, site.label) == (0, "layers.0.attention")
         assert len(capture.report("find_sites").matched) == 1
     assert [row.status for row in akvq_fx.report(seen.model).packed] == ["prompt", "packed"]

@@ -44,6 +44,50 @@ def test_key_affine_registration(valid, dtype):
         torch.library.opcheck(key_affine, (k, q, valid, centre, balance))
 
 
+@pytest.mark.parametrize("distance, rotary", [(8, 16), (1, 16), (4, 8)])
+def test_pairs_share_their_statistics_the_more_the_fewer_the_tokens(distance, rotary):
+    """A channel and the one it is turned into: alike after a short prompt, each by itself after a long one."""
+    scale = 2 ** randn(16, seed=3)
+    k, q = randn(1, 1, 8192, 16) * scale, randn(1, 2, 8192, 16, seed=1) / scale
+    pairs = torch.arange(rotary).unflatten(0, (-1, 2, distance)).transpose(1, 2).flatten(0, 1)  # [n, 2]
+    shared = (None, False, False, distance, rotary)
+
+    def apart(tokens, *args):
+        gain = key_affine(k[:, :, :tokens], q[:, :, :tokens], None, True, True, *args)[0, 1, 0][pairs]
+        return (gain[:, 0] / gain[:, 1]).float().log().abs()
+
+    alone = apart(64)
+    assert (apart(64, *shared) < 0.8 * alone)[alone > 0.1].all()
+    torch.testing.assert_close(apart(8192, *shared), apart(8192), rtol=0.1, atol=0.02)
+
+
+def test_pairs_by_hand():
+    """Two tokens: variances and squares go 64 / 66 of the way to their mean; the last two channels stay."""
+    k = torch.tensor([[3.0, 0.5, 1.0, 2.0], [-3.0, -0.5, -1.0, -2.0]])[None, None]
+    q = torch.tensor([[1.0, 4.0, 1.0, 1.0]]).expand(2, 4)[None, None]
+    mean = lambda a, b: a + 64 / 66 * 0.5 * (b - a)
+    variance = torch.tensor([mean(9.0, 0.25), mean(0.25, 9.0), 1.0, 4.0])
+    squares = torch.tensor([mean(1.0, 16.0), mean(16.0, 1.0), 1.0, 1.0])
+    gain = (variance / squares) ** 0.25
+    due = gain / gain.log().mean().exp()
+    found = key_affine(k, q, None, True, True, None, False, False, 1, 2)
+    torch.testing.assert_close(found[0, 1, 0].float(), due, rtol=2e-3, atol=1e-4)
+    for distance, rotary in ((1, 6), (2, 2), (4, 4)):
+        with pytest.raises(ValueError, match="akvq::key_affine: pairs are .* apart in .* accepted: channels that are"):
+            key_affine(k, q, None, True, True, None, False, False, distance, rotary)
+
+
+def test_pairs_of_padded_rows_are_those_of_the_row_alone():
+    k, q, valid = randn(2, 2, 30, 16), randn(2, 4, 30, 16, seed=1), left_padding(30, 30, 12)
+    how = (True, True, None, True, True, 8, 16)
+    torch.library.opcheck(key_affine, (k, q, valid, *how))
+    k[1, :, :18] = torch.nan
+    assert_same("row", key_affine(k[:1], q[:1], None, *how), key_affine(k, q, valid, *how)[:1])
+    alone = k[1:, :, 18:], q[1:, :, 18:]
+    one_centre = (True, True, None, True, False, 8, 16)  # blocks lie elsewhere in the row alone
+    assert_close("row", key_affine(*alone, None, *one_centre), key_affine(k, q, valid, *one_centre)[1:])
+
+
 @every_dtype
 @pytest.mark.parametrize("requires_grad", (False, True), ids=("inference", "training"))
 def test_mark_vision_registration(dtype, requires_grad):

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from akvq_fx.kernels import salience_triton
-from akvq_fx.kernels.salience import GAIN_RANGE, find_pivots_reference, key_affine_reference
+from akvq_fx.kernels.salience import GAIN_RANGE, find_pivots_reference, key_affine_reference, shared_in_pairs
 from tests.kernel_cases import FEWER, assert_close, assert_same, bf16, f16, f32, randn, seeds
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -119,26 +119,30 @@ def test_map_is_the_reference_s(centre, balance, dtype):
     check_affine(k, randn(2, 6, 9, 24, dtype=dtype), None, centre, balance)
 
 
-def check_order(k, q, valid, centre=True, balance=True):
+def check_order(k, q, valid, centre=True, balance=True, distance=0, rotary=0):
     """Channels may change places with those whose lambda is as large but for a rounding."""
-    affine = salience_triton.key_affine(*to_device(k, q, valid), centre, balance, True).cpu()
-    due = key_affine_reference(k, q, valid, centre, balance, True)
+    affine = salience_triton.key_affine(*to_device(k, q, valid), centre, balance, True, distance, rotary).cpu()
+    due = key_affine_reference(k, q, valid, centre, balance, True, distance, rotary)
     assert (affine.shape, affine.dtype) == (due.shape, f16)
     assert_close("map", due[:, :2], affine[:, :2])
-    weight = lambda_of(k, q, valid)
+    weight = lambda_of(k, q, valid, distance, rotary)
     order, due = affine[:, 2].long(), due[:, 2].long()
     assert_same("channels", torch.arange(k.shape[3]).expand(order.shape), order.sort(-1).values)
     torch.testing.assert_close(weight.gather(-1, order), weight.gather(-1, due), rtol=1e-4, atol=1e-6)
 
 
-def lambda_of(k, q, valid):
+def lambda_of(k, q, valid, distance=0, rotary=0):
     """[B, H, D] in float64, of finite numbers: std(key) * rms(query)."""
     weight = torch.ones(k.shape[0], k.shape[2]) if valid is None else valid.double()
-    weight = (weight / weight.sum(-1, keepdim=True))[:, None, :, None]
+    count = weight.sum(-1, keepdim=True)
+    weight = (weight / count)[:, None, :, None]
     k, q = k.double(), q.double()
-    deviation = ((k - (k * weight).sum(2, keepdim=True)).square() * weight).sum(2).sqrt()
+    variance = ((k - (k * weight).sum(2, keepdim=True)).square() * weight).sum(2)
     squares = (q.square() * weight).sum(2) if q.shape[2] == k.shape[2] else q.square().mean(2)
-    return deviation * squares.unflatten(1, (k.shape[1], -1)).mean(2).sqrt()
+    squares = squares.unflatten(1, (k.shape[1], -1)).mean(2)
+    if distance:
+        variance, squares = (shared_in_pairs(x, count, distance, rotary) for x in (variance, squares))
+    return variance.sqrt() * squares.sqrt()
 
 
 @every_dtype
@@ -147,8 +151,9 @@ def test_order_of_channels_is_the_reference_s(centre, balance, asked, dtype):
     for head_dim in (24, 64):
         k = (randn(2, 2, 90, head_dim) * 2 ** randn(head_dim, seed=1) + 3).to(dtype)
         q = (randn(2, 6, asked, head_dim, seed=2) * 2 ** randn(head_dim, seed=3)).to(dtype)
-        check_order(k, q, None, centre, balance)
-        check_order(k, q, left_padding(2, 90, 30), centre, balance)
+        for pairs in ((0, 0), (head_dim // 2, head_dim), (1, head_dim), (4, 8)):
+            check_order(k, q, None, centre, balance, *pairs)
+            check_order(k, q, left_padding(2, 90, 30), centre, balance, *pairs)
 
 
 def test_channels_that_never_vary_come_last():

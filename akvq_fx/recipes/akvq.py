@@ -9,6 +9,6 @@ from akvq_fx.recipes.recipe import Recipe
 
 # 128 recent tokens take more than half the bits of a 640-token cache; docs/fidelity.md measures no loss with 64
 EVEN = {"center_keys": True, "balance_keys": True, "psa_text_key_bits": 4, "window": 64}
-OPTIONS = {**EVEN, "center_blocks": True, "uneven_keys": True, "symmetric_values": True}
+OPTIONS = {**EVEN, "center_blocks": True, "uneven_keys": True, "share_pairs": True, "symmetric_values": True}
 AKVQ = Recipe("akvq", "arXiv 2501.15021, and docs/recipes.md", OPTIONS)
 AKVQ_EVEN = Recipe("akvq-even", "arXiv 2501.15021, and docs/recipes.md", EVEN)

@@ -194,8 +194,9 @@ def merge(rows: list[dict], new: Sequence[dict]) -> None:
 
 
 def text_suites(args, part: Part, model: LanguageModel, texts: Sequence[Text]) -> Iterator[tuple[TextTasks, str]]:
-    prefixes, count = (args.prefix or part.prefixes), (args.count or part.count)
+    prefixes = args.prefix or part.prefixes
     for prefix in prefixes:
+        count = args.count or (part.total - prefix if part.total else part.count)
         calls = f" in calls of {part.step}" if part.step else ""
         what = f"{count} of them copied from {part.copied:,} before its end" if part.copied else f"{count} read over it"
         measured = f", the last {part.last} measured" if part.last else ""

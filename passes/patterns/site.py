@@ -26,6 +26,7 @@ class Site:
     layer: int
     label: str
     rope: str = "none"
+    pairs: tuple[int, int] = (0, 0)  # distance of the channels that it turns into each other, and how many it turns
     key_layout: Layout | None = None
     value_layout: Layout | None = None
     policy: str = ""
