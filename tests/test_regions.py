@@ -16,7 +16,7 @@ from tests.attention_models import WIDTH, Attention, Decoder, StaticIndexCopy, V
 from tests.test_calibrate import images
 from tests.test_cuda_graph import Rerun
 
-SMALL = {"window": 4, "pivots": 2, "tsa_layers": (), "capacity_step": 4}
+SMALL = {"window": 4, "pivots": 2, "tsa_layers": (), "capacity_step": 4, "compile_prompts": True}
 LOSSLESS = {**SMALL, "body_bits": 16}
 
 
@@ -457,7 +457,28 @@ def test_captured_steps_are_replayed(inner, monkeypatch):
     assert (capture.captured, capture.replayed) == (1, 7), capture
 
 
-# graphs without a cache
+# graphs that run once a prompt
+
+
+@pytest.mark.parametrize("spelling", [Attention, StaticIndexCopy])
+def test_prompts_run_as_they_are_and_steps_are_compiled(inner, spelling):
+    build = functools.partial(Decoder, spelling, layers=3)
+    whole = rolled(build(), {**SMALL, "share_layers": False})
+    seen, model = len(inner.graphs), build()
+    assert_equal(rolled(model, {**SMALL, "compile_prompts": False}), whole)
+    assert len(inner.graphs) - seen == 3, "of a step: first layer, one of the others, head"
+    assert [graph.kind for graph in akvq_fx.report(model).graphs] == ["prefill", "decode"]
+    assert regions_of(model)[0] is None and regions_of(model)[1].count == 4
+
+
+def test_a_plain_cache_that_is_packed_later_is_compiled(inner):
+    """Its graph reads tokens that the prompt did not pack: it may be a step like any other."""
+    model = Decoder(layers=3)
+    with torch.no_grad():
+        logits, cache = model(token_ids(2, 9))
+        torch.compile(model, backend="akvq", options={**SMALL, "compile_prompts": False})(token_ids(2, 1), cache)
+    assert [graph.kind for graph in akvq_fx.report(model).graphs] == ["decode"]
+    assert len(inner.graphs) == 3
 
 
 @pytest.mark.parametrize("asked", [False, True])
