@@ -64,8 +64,9 @@ def plain_of(packed: Tensor, op: str) -> Tensor:
 def unsupported_write(func) -> NotImplementedError:
     return NotImplementedError(
         f"akvq: {func} would write into a packed cache, which keeps codes, not elements; accepted writes are cat on "
-        "the token axis, index_copy_ on the token axis of a static cache, zero_, and copy_ from a PackedKV of the same "
-        "layout. Use cache.dequantize() for a plain copy."
+        "the token axis, index_copy_ on the token axis of a static cache, index_copy_ of rows from a PackedKV of the "
+        "same layout and length to a growing one, zero_, and copy_ from a PackedKV of the same layout. Use "
+        "cache.dequantize() for a plain copy."
     )
 
 
@@ -199,7 +200,7 @@ def alike(tensors: list[Tensor], same: str) -> bool:
             return False
         if same == "rows" and "affine" in first.storage.layout.fields:
             mine, other = first.storage["affine"], t.storage["affine"]
-            if mine is not other and not torch.equal(mine, other):
+            if mine.data_ptr() != other.data_ptr() and not torch.equal(mine, other):
                 return False
     return True
 

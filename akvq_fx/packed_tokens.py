@@ -184,7 +184,7 @@ class Tokens:
         b["state"][STATE_RING] -= self.held.flip(0).int().cumprod(0).sum()
         b["state"][STATE_TEXT] = width - n if layout.text_bits else 0
         if "affine" in parts:
-            b["affine"] = parts["affine"]
+            b["affine"] = parts["affine"].detach()  # a tensor of its own, so that its memory's users can be counted
         storage = Storage(layout, list(b.values()), n, n, self.owner, self.axes)
         storage.slides = self.slides
         if layout.moved:

@@ -1,4 +1,5 @@
-"""What writes into a PackedKV outside a graph: tokens at positions of a static cache, a copy of another cache, zeros.
+"""What writes into a PackedKV outside a graph: tokens at positions of a static cache, rows or all of another cache,
+zeros.
 
 While a graph is traced, nothing is written: only the shape matters. akvq_fx/packed_ops.py has the other handlers, says
 how they answer, and refuses all other writes.
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from akvq_fx.kernels import cache as ops
 from akvq_fx.packed_ops import implements, implements_function, is_packed, unsupported_write
+from akvq_fx.packed_rows import replace_rows
 
 aten = torch.ops.aten
 
@@ -30,13 +32,18 @@ def write_at(packed, at: Tensor, x: Tensor):
 @implements([aten.index_copy_.default])
 def _(func, types, args, kwargs):
     packed, dim, at, x = args
+    if is_packed(packed) and is_packed(x) and dim % packed.dim() == packed.axes.rows:
+        return replace_rows(packed, at, x)
     return write_at(packed, at, x) if dim % packed.dim() == packed.axes.tokens else NotImplemented
 
 
 @implements([aten.index_put_.default])
 def _(func, types, args, kwargs):
     packed, indices, x = args[:3]
-    tokens = packed.axes.tokens
+    tokens, rows = packed.axes.tokens, packed.axes.rows
+    if is_packed(x) and [at for at, index in enumerate(indices) if index is not None] == [rows]:
+        index = indices[rows].nonzero().flatten() if indices[rows].dtype == torch.bool else indices[rows]
+        return replace_rows(packed, torch.where(index < 0, index + packed.shape[rows], index), x)
     if len(indices) != tokens + 1 or any(index is not None for index in indices[:tokens]):
         return NotImplemented
     return write_at(packed, indices[tokens], x)
