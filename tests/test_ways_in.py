@@ -264,7 +264,7 @@ def test_after_an_interrupted_compilation_the_next_call_compiles(monkeypatch):
     """Ctrl-C while the rewritten graph of the prompt, then that of the decode step, is compiled."""
     model, ids = llama(), token_ids(1, 12) + 10
     due = model.generate(ids, max_new_tokens=4)
-    model.compile(backend="akvq", options={**LOSSLESS, "inner": "eager"})
+    model.compile(backend="akvq", options={**LOSSLESS, "inner": "eager", "compile_prompts": True})
     whole, calls = backend.compile_inner, []
 
     def interrupted_twice(*given):
