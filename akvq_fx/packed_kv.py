@@ -191,12 +191,17 @@ class PackedKV(TensorBase):
             plain, old = tokens.contiguous(), packed_ops.at_front(self).storage
             kept = [] if plain_layout.shares_classes else [old["classes"][:, : self.length].clone()]
             buffers = [old["state"][: STATE_TEXT + 1].clone(), plain, *kept]
-            self.storage = Storage(plain_layout, buffers, old.end, old.prompt, old.owner, old.axes)
-            self.storage.views.append(weakref.ref(self))
-            self.codes, self.layout_text, self.traced = plain, str(plain_layout), ["codes"]
-            self.means = self.text_codes = self.dropped = None
-            self.first = 0
+            self.hold(Storage(plain_layout, buffers, old.end, old.prompt, old.owner, old.axes))
         return self.storage.as_model(self.storage.codes[:, :, : self.count])
+
+    def hold(self, storage: Storage) -> None:
+        """Be the view of another storage, which holds the same tokens from slot 0 on."""
+        self.storage, self.layout_text, self.traced = storage, storage.text, list(storage.layout.traced)
+        self.means = self.text_codes = self.dropped = None
+        self.first = 0
+        for name in self.traced:
+            setattr(self, name, storage[name])
+        storage.views.append(weakref.ref(self))
 
     def classes(self) -> Tensor:
         """[B, T] uint8, indices into kernels.layout.CLASS_NAMES. Raises ValueError for values, which have none."""

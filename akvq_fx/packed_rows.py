@@ -11,8 +11,6 @@ Called between steps; it may wait for the device.
 
 from __future__ import annotations
 
-import weakref
-
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -38,7 +36,7 @@ def replace_rows(pool, rows: Tensor, given):
     rows, new = rows.to(pool.device), tokens_of(given).with_whole_ring()
     pool.storage.release_borrowers()
     if new.layout.moved and not pool.storage.layout.moved:
-        go_on_in(pool, tokens_of(pool).numbered().stored())
+        pool.hold(tokens_of(pool).numbered().stored())
     storage = pool.storage
     if storage.layout.moved:
         new = new.numbered()
@@ -53,14 +51,6 @@ def replace_rows(pool, rows: Tensor, given):
     storage.prompt, storage.loaded = new.count, storage.loaded or given.storage.loaded
     storage.move_to(storage.held)  # views learn of buffers that were enlarged
     return pool
-
-
-def go_on_in(packed, storage: Storage) -> None:
-    """Have the tensor hold another storage of the same tokens."""
-    packed.storage, packed.layout_text, packed.traced = storage, storage.text, list(storage.layout.traced)
-    for name in packed.traced:
-        setattr(packed, name, storage[name])
-    storage.views.append(weakref.ref(packed))
 
 
 def put_tokens(storage: Storage, rows: Tensor, new: Tokens) -> None:
@@ -86,7 +76,7 @@ def put_recent(storage: Storage, rows: Tensor, new: Tokens, held: Tensor) -> Non
 def put_text(storage: Storage, rows: Tensor, new: Tokens) -> None:
     """Text slots before the ones of tokens to come are anyone's; there are more of them where the new rows need it."""
     at, codes, n = new.parts["text_at"], new.parts["text_codes"], new.count
-    used = max(n, storage.prompt) + storage["text_at"].shape[1] - storage.capacity
+    used = storage.used_text_slots(n)
     more = max(0, at.shape[1] - used)
     if more:
         whole = storage["text_codes"]

@@ -76,8 +76,7 @@ class Tokens:
         if layout.pivots:
             parts["pivot_at"] = torch.where(parts["pivot_at"] < length, parts["pivot_at"], -1)
         if layout.text_bits:
-            # a token after the prompt has slot position + (slots - capacity)
-            used = max(length, storage.prompt) + parts["text_at"].shape[1] - storage.capacity
+            used = storage.used_text_slots(length)
             at = parts["text_at"][:, :used]
             parts["text_at"] = torch.where(at < length, at, -1)
             parts["text_codes"] = parts["text_codes"][:, :, :used]

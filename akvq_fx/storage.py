@@ -166,6 +166,10 @@ class Storage:
         self.prompt = length
         self.mark_dynamic()
 
+    def used_text_slots(self, length: int) -> int:
+        """Text slots of the first `length` tokens: those of the prompt, then one for each position."""
+        return max(length, self.prompt) + self["text_at"].shape[1] - self.capacity
+
     def begin_anew(self, length: int) -> None:
         """Have tokens to come follow on position `length`, below `prompt`: after a crop among the prompt's tokens."""
         if self.layout.moved:

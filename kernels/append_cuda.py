@@ -174,6 +174,7 @@ def packs(x: Tensor, layout: Layout) -> bool:
 
 
 def may_pack(layout: Layout, tokens: int) -> bool:
+    """So far as it goes by the layout and the number of tokens."""
     simple = layout.body_bits == 2 and layout.groups == 1 and layout.head_dim in PACKED_DIMS
     simple = simple and not (layout.uneven or layout.blocks)  # differences from means are no 16-bit numbers
     return simple and tokens >= PACKED_TOKENS

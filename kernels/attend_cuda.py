@@ -161,9 +161,11 @@ def attend(call: AttendCall, splits: int | None = None) -> Tensor:
         params.block_of = k["block_of"].data_ptr()
     if fresh is not None:
         params.fresh_at, params.fresh_count = fresh[2].data_ptr(), fresh[2].shape[0]
+    steps = None if mask is None else _steps(mask)
     if mask is not None:
-        _describe(mask, params)
-    form = _form_of(mask, rows, queries)
+        params.mask, params.mask_kind = mask.data_ptr(), MASKS[mask.dtype]
+        params.mask_b, params.mask_h, params.mask_q, params.mask_t = steps
+    form = _form_of(mask, steps, rows, queries)
     if splits > 1:
         parts = torch.empty(B * heads * rows * splits, layout.head_dim + 2, dtype=torch.float32, device=q.device)
         params.part_o = parts.data_ptr()
@@ -216,24 +218,18 @@ def _cache(buffers: dict[str, Tensor], layout: Layout, fresh, which: int) -> _Ca
     return c
 
 
-def _describe(mask: Tensor, params: _Params) -> None:
-    """Put in the pointer, kind and strides of a mask that broadcasts to [B, Hq, q, T]."""
-    params.mask, params.mask_kind = mask.data_ptr(), MASKS[mask.dtype]
-    params.mask_b, params.mask_h, params.mask_q, params.mask_t = _steps(mask)
-
-
 def _steps(mask: Tensor) -> list[int]:
-    """Strides of a mask over [B, Hq, q, T], 0 where it is the same for all."""
+    """Strides of a mask that broadcasts to [B, Hq, q, T], 0 where it is the same for all."""
     shape = (1,) * (4 - mask.dim()) + tuple(mask.shape)
     strides = (0,) * (4 - mask.dim()) + mask.stride()
     return [0 if size == 1 else stride for size, stride in zip(shape, strides, strict=True)]
 
 
-def _form_of(mask: Tensor | None, rows: int, queries: int) -> int:
-    """MASK of the kernel that reads it, for `rows` of queries to a KV head."""
+def _form_of(mask: Tensor | None, steps: list[int] | None, rows: int, queries: int) -> int:
+    """MASK of the kernel that reads a mask of these _steps, for `rows` of queries to a KV head."""
     if mask is None:
         return 0
-    _, heads, asked, _ = _steps(mask)
+    _, heads, asked, _ = steps
     same = (heads == 0 or rows == queries) and (asked == 0 or queries == 1)
     return 1 if mask.dtype == torch.bool and same else 2
 
@@ -249,7 +245,8 @@ def compile_ahead(call: AttendCall) -> None:
     queries = call.q.shape[2]
     rows = call.q.shape[1] // call.key[CODES].shape[1] * queries
     columns, tiles = _columns_and_tiles(rows, keys.head_dim)
-    given = macros(keys, values, tiles, columns, _form_of(call.mask, rows, queries))
+    steps = None if call.mask is None else _steps(call.mask)
+    given = macros(keys, values, tiles, columns, _form_of(call.mask, steps, rows, queries))
     nvrtc.binary(call.q.device.index or 0, "attend_cuda", KERNELS, tuple(given.items()))
 
 

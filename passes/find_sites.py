@@ -18,7 +18,7 @@ from akvq_fx.passes.patterns.cache_write import CacheWrite, cache_like, cache_wr
 from akvq_fx.passes.patterns.cached import check_caches, fix_heads, read_from
 from akvq_fx.passes.patterns.nodes import NoMatch, op
 from akvq_fx.passes.patterns.projection import weight_behind, weight_of, weights_behind
-from akvq_fx.passes.patterns.rope import pairs_of, rope_of
+from akvq_fx.passes.patterns.rope import rope_of
 from akvq_fx.passes.patterns.site import Site, layer_of
 from akvq_fx.passes.patterns.tokens import residual_of
 from akvq_fx.passes.patterns.unknown_caches import unknown_caches
@@ -69,7 +69,6 @@ def find_sites(state: GraphState) -> PassReport:
         layer, label = layer_of(weights[0], len(state.sites))
         rope = rope_of(key.new) if key.new is not None else "read only"
         site = Site(attention, key, val, length, layer, label, rope)
-        site.pairs = pairs_of(key.new, rope) if key.new is not None else (0, 0)
         if key.kind != "read":
             site.weights, site.owner = weights, are_weights(state, owner_of(attention, key, val))
         state.sites.append(site)

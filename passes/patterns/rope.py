@@ -31,7 +31,7 @@ def rope_of(key: Node) -> str:
     chain = chain_of(key)
     names = {op(n) for n in chain}
     rotated = "mul" in names and bool({"neg", "sub"} & names) and bool({"cat", "stack"} & names)
-    half_cat = [n for n in chain if op(n) == "cat" and dimension(n, 1, max(len(shape(n)), 1)) == len(shape(n)) - 1]
+    half_cat = [n for n in chain if joins_channels(n)]
     if "view_as_complex" in names:
         form = "rope complex"
     elif not rotated:
@@ -66,15 +66,20 @@ def pairs_of(key: Node, form: str) -> tuple[int, int]:
     if len(turned) != 1:
         return 0, 0
     (turned,) = turned
-    first = {shape(tensors_of_cat(n)[0])[-1] for n in chain if op(n) == "cat" and is_partial(n)}
+    first = {shape(tensors_of_cat(n)[0])[-1] for n in chain if joins_channels(n) and is_partial(n)}
     if not isinstance(turned, int) or turned % 2 or first - {turned} or turned != head and not first:
         return 0, 0
     return (turned // 2 if form.startswith("rope half") else 1), turned
 
 
+def joins_channels(node: Node) -> bool:
+    """cat(..., -1)"""
+    return op(node) == "cat" and dimension(node, 1, max(len(shape(node)), 1)) == len(shape(node)) - 1
+
+
 def is_halves(node: Node) -> bool:
     """cat of two halves along the last axis: cat([-x2, x1], -1), or the two turned halves themselves."""
-    if op(node) != "cat" or dimension(node, 1, len(shape(node))) != len(shape(node)) - 1 or is_partial(node):
+    if not joins_channels(node) or is_partial(node):
         return False
     parts = tensors_of_cat(node)
     return len(parts) == 2 and shape(parts[0])[-1] == shape(parts[1])[-1]

@@ -11,6 +11,7 @@ from akvq_fx.kernels.layout import Layout
 from akvq_fx.passes.patterns.attention import Attention
 from akvq_fx.passes.patterns.cache_write import CacheWrite
 from akvq_fx.passes.patterns.nodes import shape
+from akvq_fx.passes.patterns.rope import pairs_of
 
 LAYER = re.compile(r"modules_(\d+)_")  # dynamo's name of an element of a ModuleList
 
@@ -26,7 +27,6 @@ class Site:
     layer: int
     label: str
     rope: str = "none"
-    pairs: tuple[int, int] = (0, 0)  # distance of the channels that it turns into each other, and how many it turns
     key_layout: Layout | None = None
     value_layout: Layout | None = None
     policy: str = ""
@@ -39,6 +39,11 @@ class Site:
     @property
     def head_dim(self) -> int:
         return shape(self.key.whole)[3]
+
+    @property
+    def pairs(self) -> tuple[int, int]:
+        """Distance of the channels that the rotary embedding turns into each other, and how many it turns."""
+        return (0, 0) if self.key.new is None else pairs_of(self.key.new, self.rope)
 
     @property
     def packed(self) -> bool:
