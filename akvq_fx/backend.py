@@ -57,6 +57,8 @@ def akvq(gm: GraphModule, example_inputs: list, *, mode: str | None = None, opti
 
 def compile_graph(gm: GraphModule, example_inputs: list, config: AKVQConfig):
     """One graph, rewritten where it holds a cache, ready to be called."""
+    if config.inner == "inductor":
+        ahead.begin_inductor()
     state = rewrite(gm, example_inputs, config)
     record = records.add(state, example_inputs)
     ahead.begin(record.report.kernels)
@@ -64,7 +66,7 @@ def compile_graph(gm: GraphModule, example_inputs: list, config: AKVQConfig):
     changed = state.sites or program.packed or program.unpacked or program.vision
     kind, inner = record.report.kind, state.gm if changed else gm
     # what runs once a prompt, a vision tower say, is done before the inner compiler would be
-    compiled = config.compile_uncached if kind == "no cache" else config.compile_prompts or not begins_caches(state)
+    compiled = config.compile_uncached if kind == "no cache" else config.compile_prompts or not state.begins_caches
     if not changed:
         if compiled:
             what = "a graph without a cache" if kind == "no cache" else "a graph whose cache stays at 16 bits"
@@ -79,11 +81,6 @@ def compile_graph(gm: GraphModule, example_inputs: list, config: AKVQConfig):
     runtime.on_weights = record.add_weights
     runtime.writes = any(map(written, state.graph.nodes))
     return runtime
-
-
-def begins_caches(state: GraphState) -> bool:
-    """A prompt: every packed cache of the graph starts in it."""
-    return bool(state.sites) and all(site.key.kind in ("first", "fill") for site in state.sites)
 
 
 akvq.dynamo_gave_up = gave_up.warn_and_keep

@@ -104,6 +104,15 @@ def inductor(gm: torch.fx.GraphModule, example_inputs: list, mode: str | None) -
         ) from error
 
 
+def identify_inductor() -> tuple[Callable, ...]:
+    """What Inductor finds out once a process and keeps: digests of its own files, seconds of reading; () where it does
+    it otherwise."""
+    from torch._inductor import codecache
+
+    keys = getattr(codecache, "torch_key", None), getattr(getattr(codecache, "CacheBase", None), "get_system", None)
+    return tuple(key for key in keys if key is not None)
+
+
 def aot_eager(gm: torch.fx.GraphModule, example_inputs: list) -> Callable:
     """A graph through AOTAutograd and no further."""
     from torch._dynamo.backends.debugging import aot_eager

@@ -8,6 +8,7 @@ kernels/cache_triton.py, whose checks of a call and order of steps serve this ke
 from __future__ import annotations
 
 import ctypes
+import functools
 
 import torch
 from torch import Tensor
@@ -74,8 +75,7 @@ def pack(x, at, classes, pivots, affine, capacity: int, layout: Layout, rotate: 
         return cache_triton.pack(x, at, classes, pivots, affine, capacity, layout, rotate, launch)
     B, H, *_ = x.shape
     cache = []
-    for name in layout.fields:
-        shape, dtype = layout.buffer(name, B, H, capacity, capacity)
+    for name, shape, dtype in layout.sizes(B, H, capacity, capacity):
         cache.append(torch.empty(shape, dtype=dtype, device=x.device))
         if name.startswith("text_"):
             cache[-1].fill_(-1 if name == "text_at" else 0)
@@ -140,6 +140,7 @@ def launch(
         keep_pivots(b, x, at, classes, pivots, affine, layout, rotate)
 
 
+@functools.cache
 def kernels_of(layout: Layout, form: int, fast: bool) -> list[tuple[str, tuple]]:
     """(kernel, macros) of each launch; where `packs`, the codes of text tokens are left to a launch of their own."""
     apart = fast and layout.text_bits > 0

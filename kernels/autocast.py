@@ -14,7 +14,7 @@ from torch import Tensor
 from torch._C import DispatchKey, DispatchKeySet, _ExcludeDispatchKeyGuard
 
 from akvq_fx.kernels import attend, cache, rotate, salience  # noqa: F401 - the ops are defined
-from akvq_fx.kernels.in_place import LIBRARY
+from akvq_fx.kernels.register import LIBRARY
 
 KEYS = {"cpu": DispatchKey.AutocastCPU, "cuda": DispatchKey.AutocastCUDA}
 AS_IS = ("pack", "append", "restart", "dequantize", "rotate", "rotate_keys", "rotate_queries")

@@ -20,7 +20,6 @@ from torch import Tensor
 
 from akvq_fx.kernels import blocks, quantizer, uneven
 from akvq_fx.kernels.choose import dispatch
-from akvq_fx.kernels.in_place import in_place
 from akvq_fx.kernels.layout import (
     PADDING,
     PIVOT,
@@ -32,6 +31,7 @@ from akvq_fx.kernels.layout import (
     pack_bits,
     unpack_bits,
 )
+from akvq_fx.kernels.register import in_place, without_gradient
 from akvq_fx.kernels.rotate import restore, rotate_as_stored
 from akvq_fx.kernels.simulate import simulated
 
@@ -245,7 +245,7 @@ def read_text(b: dict[str, Tensor], layout: Layout) -> Tensor:
     return with_means(out, b, at, layout) if layout.blocks else out
 
 
-@torch.library.custom_op("akvq::pack", mutates_args=())
+@without_gradient
 def pack(
     x: Tensor,
     at: Tensor,
@@ -268,7 +268,7 @@ def pack(
     return dispatch(run, "pack", FASTER.get(x.device.type, ()), x, parsed)
 
 
-@pack.register_fake
+@torch.library.register_fake("akvq::pack")
 def _(x, at, classes, pivots, affine, capacity, layout, rotate=False):
     parsed = Layout.parse(layout)
     B, H = x.shape[:2]

@@ -215,12 +215,16 @@ class Layout:
         }
         return table[name]
 
+    @functools.cache  # noqa: B019 - layouts are few, and kept by `parse` as well
+    def sizes(self, batch: int, heads: int, capacity: int, text_capacity: int) -> tuple[tuple, ...]:
+        """Name, shape and dtype of every buffer."""
+        return tuple((name, *self.buffer(name, batch, heads, capacity, text_capacity)) for name in self.fields)
+
     def allocate(self, batch, heads, capacity, text_capacity=0, device=None) -> list[Tensor]:
         """Empty buffers: an unwritten slot reads as zero, a free overlay slot has position -1, the ring is empty, and
         positions are in the blocks that they are in where no token moved."""
         out = []
-        for name in self.fields:
-            shape, dtype = self.buffer(name, batch, heads, capacity, text_capacity)
+        for name, shape, dtype in self.sizes(batch, heads, capacity, text_capacity):
             out.append(torch.full(shape, unwritten(name), dtype=dtype, device=device))
             if name == "block_of":
                 out[-1].copy_(torch.arange(capacity, device=device) // BLOCK)

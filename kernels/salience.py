@@ -29,6 +29,7 @@ from akvq_fx.kernels import uneven
 from akvq_fx.kernels.choose import choose
 from akvq_fx.kernels.layout import CENTRE, PADDING, TEXT, VISION
 from akvq_fx.kernels.quantizer import FP16_MAX
+from akvq_fx.kernels.register import without_gradient
 
 FASTER = {"cuda": ("salience_triton",)}  # before the reference, by device
 STD_FLOOR = 1e-4  # a channel that never varies must not get an infinite gain
@@ -68,13 +69,13 @@ def select_pivots(peak: Tensor, median: Tensor | None, valid: Tensor, count: int
     return torch.nn.functional.pad(index, (0, count - take), value=-1)
 
 
-@torch.library.custom_op("akvq::find_pivots", mutates_args=())
+@without_gradient
 def find_pivots(h: Tensor, valid: Tensor | None, count: int, mode: str, floor: float, ratio: float) -> Tensor:
     kernel = choose("find_pivots", FASTER.get(h.device.type, ()), h)
     return (kernel or find_pivots_reference)(h, valid, count, mode, floor, ratio)
 
 
-@find_pivots.register_fake
+@torch.library.register_fake("akvq::find_pivots")
 def _(h, valid, count, mode, floor, ratio):
     return h.new_empty((h.shape[0], count), dtype=torch.int32)
 
@@ -144,7 +145,7 @@ def gains(deviation: Tensor, rms: Tensor) -> Tensor:
     return log.clamp(-math.log(GAIN_RANGE), math.log(GAIN_RANGE)).exp()
 
 
-@torch.library.custom_op("akvq::key_affine", mutates_args=())
+@without_gradient
 def key_affine(
     k: Tensor,
     q: Tensor,
@@ -173,7 +174,7 @@ def key_affine(
     return rows
 
 
-@key_affine.register_fake
+@torch.library.register_fake("akvq::key_affine")
 def _(k, q, valid, centre, balance, alpha=None, order=False, blocks=False, distance=0, rotary=0):
     B, H, _, D = k.shape
     return k.new_empty((B, 3 if order else 2, H, D), dtype=torch.float16)
@@ -200,7 +201,7 @@ def _(ctx, grad):
     return grad, None
 
 
-@torch.library.custom_op("akvq::valid_tokens", mutates_args=())
+@without_gradient
 def valid_tokens(mask: Tensor, batch: int, tokens: int | None = None) -> Tensor:
     """Attention mask, bool or additive float, as SDPA broadcasts it to [batch, heads, queries, T] -> [batch, T] bool.
 
@@ -217,13 +218,13 @@ def valid_tokens(mask: Tensor, batch: int, tokens: int | None = None) -> Tensor:
     return seen.expand(batch, seen.shape[1] if tokens is None else tokens).contiguous()
 
 
-@valid_tokens.register_fake
+@torch.library.register_fake("akvq::valid_tokens")
 def _(mask, batch, tokens=None):
     last = mask.shape[-1] if mask.dim() else 1
     return mask.new_empty((batch, last if tokens is None else tokens), dtype=torch.bool)
 
 
-@torch.library.custom_op("akvq::token_classes", mutates_args=())
+@without_gradient
 def token_classes(x: Tensor, valid: Tensor | None, vision: Tensor | None) -> Tensor:
     """Classes [B, q] uint8 of x [B, H, q, D]: VISION where vision [B, q], PADDING where not valid, else TEXT."""
     classes = torch.full((x.shape[0], x.shape[2]), TEXT, dtype=torch.uint8, device=x.device)
@@ -234,6 +235,6 @@ def token_classes(x: Tensor, valid: Tensor | None, vision: Tensor | None) -> Ten
     return classes
 
 
-@token_classes.register_fake
+@torch.library.register_fake("akvq::token_classes")
 def _(x, valid, vision):
     return x.new_empty((x.shape[0], x.shape[2]), dtype=torch.uint8)

@@ -13,6 +13,7 @@ from akvq_fx.passes.fuse_rotations import fuse_rotations
 from akvq_fx.passes.mask_dropped import mask_dropped
 from akvq_fx.passes.pack_caches import pack_caches
 from akvq_fx.passes.plan_layers import plan_layers
+from akvq_fx.passes.prefer_causal import prefer_causal
 from akvq_fx.passes.read_unmatched import read_unmatched
 from akvq_fx.passes.rewrite_attention import rewrite_attention
 from akvq_fx.passes.rotate_queries_keys import rotate_queries_keys
@@ -30,6 +31,7 @@ PIPELINE = (
     mask_dropped,  # before both: positions are slots from here on
     pack_caches,  # writes
     attend_packed,  # reads
+    prefer_causal,  # after it: what is left is prompts
     rotate_queries_keys,  # after both: by now every pack, append and attend is in the graph
     rotate_values,
     read_unmatched,  # packed caches whose reader was not matched above

@@ -7,6 +7,7 @@ Fields that passes fill are facts: each pass names those that it reads in its `n
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import operator
 from collections.abc import Callable
@@ -95,6 +96,7 @@ class GraphState:
         self.capture: Capture | None = None  # why there is no split, then what became of it; None in other modes
         self.reports: list = []
         self.placeholders = [n for n in self.graph.nodes if n.op == "placeholder"]
+        self.last_input = self.placeholders[-1] if self.placeholders else None  # placeholders that passes add follow it
         # dynamo's nodes without readers are there for their effect (in-place writes, vmap levels, grad modes) and stay;
         # a view that nobody reads has none
         self.effects = {n for n in self.graph.nodes if not n.users and not layout_only(n)}
@@ -112,6 +114,16 @@ class GraphState:
         # whole -> arguments (node, position) that take its new tokens as stored, so rotated
         self.stored_uses: dict[Node, list[tuple[Node, int]]] = {}
         self.query_uses: list[tuple[Site, Node]] = []  # attend nodes, whose queries must be rotated as the keys are
+
+    @property
+    def begins_caches(self) -> bool:
+        """A prompt: every packed cache of the graph starts in it."""
+        return bool(self.sites) and all(site.key.kind in ("first", "fill") for site in self.sites)
+
+    @property
+    def runs_as_it_is(self) -> bool:
+        """No compiler gets the graph: Python calls its nodes, which may be any function."""
+        return self.config.inner == "eager" or self.begins_caches and not self.config.compile_prompts
 
     @contextlib.contextmanager
     def before(self, node: Node):
@@ -153,6 +165,7 @@ class GraphState:
         axes = self.kept_axes.get(placeholder)
         return shape(placeholder) if axes is None else axes.shape(*shape(placeholder))
 
+    @functools.cached_property
     def sources(self) -> dict[sympy.Symbol, tuple[int, int | None]]:
         """Where the value of each size symbol can be read: an integer argument, else a tensor argument's size."""
         found: dict = {}
@@ -167,7 +180,7 @@ class GraphState:
         return found
 
     def size(self, number) -> Size:
-        return Size(number, self.sources())
+        return Size(number, self.sources)
 
     def size_node(self, number):
         """A number as a graph argument: itself, or nodes that compute it from the graph's inputs."""
@@ -191,7 +204,7 @@ class GraphState:
         with self.graph.inserting_before(following):
             told = {value(node).shape[0].node.expr: node for node in self.dropped.values()}
             for symbol in expr.free_symbols:
-                i, dim = (None, 0) if symbol in told else self.sources()[symbol]
+                i, dim = (None, 0) if symbol in told else self.sources[symbol]
                 node = told[symbol] if symbol in told else self.placeholders[i]
                 if dim is not None:
                     node = self.graph.call_function(torch.ops.aten.sym_size.int, (node, dim))
@@ -200,9 +213,8 @@ class GraphState:
 
     def placeholder(self, name: str, example) -> Node:
         """A new input of the graph, behind all others."""
-        last = [n for n in self.graph.nodes if n.op == "placeholder"][-1]
-        with self.graph.inserting_after(last):
-            node = self.graph.placeholder(name)
+        with self.graph.inserting_after(self.last_input):
+            node = self.last_input = self.graph.placeholder(name)
         node.meta["example_value"] = example
         return node
 

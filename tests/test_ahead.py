@@ -127,7 +127,7 @@ def test_a_compiler_that_fails_is_met_by_whoever_launches(compiler, monkeypatch,
     monkeypatch.setattr(nvrtc, "_binary", fails)
     with caplog.at_level("INFO", "akvq_fx.ahead"):
         wait([call("append", 1)])
-    assert "a kernel was not compiled ahead: no room for registers" in caplog.text
+    assert "not done ahead: no room for registers" in caplog.text
     macros = append_cuda.macros(VALUES, 1, False)
     with pytest.raises(Unavailable, match="could not be compiled or loaded: no room for registers"):
         nvrtc.compiled.__wrapped__(0, "append_cuda", ("append",), macros)
@@ -150,3 +150,17 @@ def test_the_backend_begins_with_every_graph_that_it_rewrites(monkeypatch):
     with torch.no_grad():
         torch.compile(Model(), backend="akvq", options={"inner": "eager"})(torch.zeros(1, 7, 16))
     assert len(begun) == 1
+
+
+@pytest.mark.parametrize("inner, times", [("eager", 0), ("inductor", 1)])
+def test_inductor_reads_its_files_ahead_once_and_only_where_it_is_used(inner, times, monkeypatch):
+    read = []
+    monkeypatch.setattr(torch_internals, "identify_inductor", lambda: (lambda: read.append(1),))
+    ahead.begin_inductor.cache_clear()
+    compiled = torch.compile(torch.nn.ReLU(), backend="akvq", options={"inner": inner})
+    for size in (2, 3):
+        assert compiled(torch.ones(size, requires_grad=True)).sum() == size
+    if times:
+        ahead.begin_inductor().join()
+    assert len(read) == times
+    ahead.begin_inductor.cache_clear()

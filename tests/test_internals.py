@@ -55,6 +55,12 @@ def test_inner_compilers_take_a_graph(compile_graph):
     assert found
 
 
+def test_inductor_finds_out_about_itself_once():
+    found = torch_internals.identify_inductor()
+    assert len(found) == 2
+    assert all(key() is key() for key in found)
+
+
 def test_dynamo_says_what_it_compiles():
     """The names of dynamo's own frame, and that the hook runs before its limits are checked."""
     seen, frames = [], []
