@@ -118,7 +118,7 @@ class PackedKV(TensorBase):
         raise AttributeError(f"PackedKV has no attribute {name!r}")
 
     def __tensor_flatten__(self):
-        return self.traced, (self.layout_text, self.static, str(self.axes), self.dropped is not None)
+        return self.traced, (self.layout_text, self.static, self.axes.text, self.dropped is not None)
 
     @classmethod
     def __tensor_unflatten__(cls, inner, context, outer_size, outer_stride):
@@ -232,8 +232,8 @@ class PackedKV(TensorBase):
             storage.end = length
         if storage.borrowers:
             storage.release_borrowers()
-        needed = length + extra
-        return storage, -(-needed // step) * step if needed > storage.capacity else storage.capacity
+        needed, capacity = length + extra, storage.capacity
+        return storage, -(-needed // step) * step if needed > capacity else capacity
 
     def append(self, x: Tensor, step: int = 128) -> PackedKV:
         """A view that is q tokens longer: x, which has q tokens, is rotated and quantized, earlier tokens stay."""

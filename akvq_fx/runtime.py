@@ -142,6 +142,7 @@ class Runtime:
     def writable_storages(self, args, owners) -> dict[int, Storage]:
         """Storages of the PackedKV arguments, ready to be written."""
         storages, growth, short = {}, self.growth, {}
+        plain_mode = not torch.is_inference_mode_enabled()
         for position in self.program.packed:
             packed = args[position]
             storage = packed.storage or packed._storage()
@@ -155,7 +156,7 @@ class Runtime:
                 storage.end = packed.end + count
                 if capacity > storage.capacity:
                     short[position] = capacity
-            if storage.held[0].is_inference() and not torch.is_inference_mode_enabled():
+            if plain_mode and storage.held[0].is_inference():
                 storage.held = [buffer.clone() for buffer in storage.buffers]  # torch forbids to write to the old ones
                 storage.mark_dynamic()
             storages[position] = storage

@@ -129,7 +129,7 @@ class Storage:
 
     @property
     def capacity(self) -> int:
-        return self.codes.shape[2]
+        return self.held[CODES].shape[2]  # as large where it is borrowed
 
     @property
     def codes(self) -> Tensor:
