@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import re
 from collections import deque
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -70,7 +71,7 @@ class Request:
         return {
             name
             for name, x in self.kwargs.items()
-            if not (isinstance(x, SHARED) or name in OF_TOKENS or TOKEN_TYPES.search(name))
+            if not (isinstance(x, SHARED) or name in OF_TOKENS or TOKEN_TYPES.search(name) or is_empty(x))
         }
 
     def run_piece(self, forward) -> None:
@@ -127,6 +128,11 @@ class Request:
         """Add a token; whether it was the last one."""
         self.ids = torch.cat([self.ids, torch.tensor([[token]])], 1)
         return bool(self.criteria(self.ids, None).all())
+
+
+def is_empty(x) -> bool:
+    """Of features by kind of input: whether there are none."""
+    return isinstance(x, Mapping) and all(value is None for value in x.values())
 
 
 def of_a_step(module, cache_name: str, inputs: dict[str, Any]) -> dict[str, Any]:
