@@ -27,7 +27,13 @@ OF_TOKENS = ("attention_mask", "position_ids")
 OF_VISION = re.compile("image|video|pixel|grid|audio|spatial")  # read with a prompt's images, not after them
 VISION_TOKENS = re.compile("(image|video|audio)_token_(id|index)$")  # of a config: the ids that features replace
 SHARED = (type(None), bool, int, float, str, torch.dtype)  # inputs of a step that are the same for all rows
-ANSWERS = {"num_beams": 1, "num_return_sequences": 1}  # of a generation config: what Slots does one way only
+MODES = ("greedy_search", "sample")  # of generate, which choose one token a step for one sequence
+INSTEAD = {  # options of generate that rows have no use for, and what to do
+    "streamer": "step() hands tokens out",
+    "tokenizer": "for stop strings give stopping_criteria=[StopStringCriteria(tokenizer, stop_strings)]",
+    "assistant_model": "a step decodes one token of each row",
+    "custom_generate": "Slots is one",
+}
 
 
 class Request:
@@ -172,16 +178,16 @@ def new_cache(given):
 def prepared(model, inputs: dict[str, Any], options: dict[str, Any], seed: int | None) -> Request:
     """What generate makes of one request's inputs and options, before it would run the model."""
     module = getattr(model, "_orig_mod", model)
-    if options.get("streamer") is not None:
-        raise ValueError("akvq: Slots hands tokens out by step(); leave streamer out")
+    for name in INSTEAD.keys() & options.keys():
+        raise ValueError(f"akvq: leave {name} out: {INSTEAD[name]}")
 
     def custom(self, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs):
-        for name, one in ANSWERS.items():
-            if getattr(generation_config, name) not in (None, one):
-                raise ValueError(
-                    f"akvq: {name}={getattr(generation_config, name)}, but a row of Slots is one sequence; insert the "
-                    "request several times, with other seeds"
-                )
+        mode = str(generation_config.get_generation_mode().value)
+        if mode not in MODES or generation_config.num_return_sequences not in (None, 1):
+            raise ValueError(
+                f"akvq: a row of Slots is one sequence, but these options are of {mode}, "
+                f"num_return_sequences={generation_config.num_return_sequences}; accepted: greedy and sampled tokens"
+            )
         if self.config.is_encoder_decoder:
             raise NotImplementedError(f"akvq: {type(self).__name__} is an encoder and decoder; Slots needs a decoder")
         rows = len(input_ids)

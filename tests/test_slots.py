@@ -102,11 +102,12 @@ def test_rows_of_codes(bits, monkeypatch):
 
 
 def test_as_users_call_it():
-    """All defaults, Inductor too, by torch.compile, in the fewest rows that are many."""
+    """All defaults, Inductor too, by torch.compile, in the fewest rows that are many. All tokens are recent ones, which
+    keep 16 bits."""
     model, _ = zoo.ZOO["llama"](batch=1)
     requests = [(of_text(torch.arange(20, 20 + n)[None]), {"max_new_tokens": 6}, 0) for n in (9, 21, 5)]
+    due = [alone(model, request) for request in requests]
     compiled = torch.compile(model, backend="akvq")
-    due = [alone(compiled, request) for request in requests]
     assert together(akvq_fx.Slots(compiled, 2), requests, seed=0) == due
     assert akvq_fx.report(compiled).packed
 
@@ -175,9 +176,9 @@ def test_a_request_that_fails_in_a_step_harms_nobody(others):
 def test_a_step_that_fails_has_changed_nothing(compiled):
     model, _ = zoo.ZOO["llama"](batch=1)
     requests = [(of_text(torch.arange(20, 20 + n)[None]), {"max_new_tokens": 9}, 0) for n in (9, 21)]
+    due = [alone(model, request) for request in requests]
     if compiled:
         model.compile(backend="akvq", options={**SMALL, "window": 64})
-    due = [alone(model, request) for request in requests]
     broken = []
 
     def forward(**kwargs):
@@ -218,10 +219,12 @@ def test_what_a_row_cannot_be_is_refused(others):
     two = {name: x.repeat(2, 1) for name, x in text.items()}
     for given, how, error, match in (
         (two, {}, ValueError, "inputs have 2 rows, and a request of Slots is one"),
-        (text, {"num_beams": 2}, ValueError, "num_beams=2, but a row of Slots is one sequence"),
+        (text, {"num_beams": 2}, ValueError, "a row of Slots is one sequence, but these options are of beam_search"),
+        (text, {"num_return_sequences": 2, "do_sample": True}, ValueError, "num_return_sequences=2; accepted"),
         (text, {"use_cache": False}, NotImplementedError, "rows cannot be replaced in this model's cache, NoneType"),
         (text, {"cache_implementation": "static"}, NotImplementedError, "StaticCache"),
-        (text, {"streamer": object()}, ValueError, "leave streamer out"),
+        (text, {"streamer": object()}, ValueError, "leave streamer out: step"),
+        (text, {"stop_strings": "a", "tokenizer": object()}, ValueError, "leave tokenizer out: .*StopStringCriteria"),
         (text, {"no_such_option": 1}, ValueError, "no_such_option"),
     ):
         with pytest.raises(error, match=match):
