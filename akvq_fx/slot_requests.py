@@ -147,6 +147,8 @@ def of_a_step(module, cache_name: str, inputs: dict[str, Any]) -> dict[str, Any]
     for name, x in inputs.items():
         if name in ("input_ids", "attention_mask", "inputs_embeds", cache_name):
             continue
+        if TOKEN_TYPES.search(name) and isinstance(x, Tensor):
+            x = x[..., -1:]  # older versions hand on the whole prompt's
         joins = x.shape[-2:] == (1, 1) if isinstance(x, Tensor) else isinstance(x, SHARED)
         if joins:
             kept[name] = x

@@ -76,7 +76,7 @@ class Rows:
         for name, x in request.inputs.items():
             if isinstance(x, Tensor):
                 self.inputs[name][..., row, :] = x[..., 0, :]
-        request.cache = None
+        request.cache = request.logits = None
         return row
 
     def put_cache(self, request: Request, row: int) -> None:
