@@ -28,7 +28,8 @@ class Handle:
     error    what a request of its own raised in a step, which did not stop the others; else None
     """
 
-    def __init__(self):
+    def __init__(self, slots: Slots):
+        self.slots = slots
         self.tokens: list[int] = []
         self.state = "prompt"
         self.error: Exception | None = None
@@ -90,7 +91,7 @@ class Slots:
                 raise RuntimeError(
                     f"akvq: all {self.rows} rows are taken; call step() until a request has ended, or remove one"
                 )
-            request, handle = prepared(self.model, dict(inputs), options, seed), Handle()
+            request, handle = prepared(self.model, dict(inputs), options, seed), Handle(self)
             if self.chunk is not None:
                 request.cut(self.chunk)
                 self._prompts.append(handle)
@@ -110,7 +111,7 @@ class Slots:
 
         Returns the new tokens of each request that has any: one, or two after its prompt. Where a request itself
         fails (its prompt, a logits processor of its own), its handle has the error and the others go on; it is in the
-        result with no tokens. Where the model raises in a step of all, the exception comes through; nothing has
+        result with no new tokens. Where the model raises in a step of all, the exception comes through; nothing has
         changed then, and step() may be called again.
         """
         with self._lock:
@@ -125,14 +126,13 @@ class Slots:
         """End a request now; tokens that step() has not returned are in `handle.tokens`. One that ended by itself may
         be removed too. Raises ValueError for one that was removed before, or that was inserted elsewhere."""
         with self._lock:
+            if getattr(handle, "slots", None) is not self or handle.state == "removed":
+                why = "was removed before" if getattr(handle, "slots", None) is self else "is not of these slots"
+                raise ValueError(f"akvq: {handle!r} {why}; accepted: what insert() of these slots returned")
             if handle in self._requests:
                 self._leave(handle, "removed")
                 self._news.pop(handle, None)
-            elif isinstance(handle, Handle) and handle.state in ("ended", "failed"):
-                handle.state = "removed"
-            else:
-                why = "was removed before" if getattr(handle, "state", "") == "removed" else "is not of these slots"
-                raise ValueError(f"akvq: {handle!r} {why}; accepted: what insert() of these slots returned")
+            handle.state = "removed"
 
     def _alone(self, handle: Handle, work: Callable[[Handle], Any]) -> None:
         """Do what concerns one request only; its failure ends it and nobody else."""
