@@ -7,6 +7,7 @@ model.generate(...)                      # the cache object, generate and the mo
 akvq_fx.report(model)                    # what was packed, and why not where it was not
 akvq_fx.cache_stats(output)              # tokens by class, bytes, bits per number
 akvq_fx.calibrate(model, inputs)         # where its attention goes; decides tsa_layers="auto"
+akvq_fx.Slots(model, rows=8)             # requests that come and go while others decode
 """
 
 from importlib import import_module as _import_module
