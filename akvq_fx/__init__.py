@@ -7,6 +7,7 @@ model.generate(...)                      # the cache object, generate and the mo
 akvq_fx.report(model)                    # what was packed, and why not where it was not
 akvq_fx.cache_stats(output)              # tokens by class, bytes, bits per number
 akvq_fx.calibrate(model, inputs)         # where its attention goes; decides tsa_layers="auto"
+akvq_fx.Slots(model, rows=8)             # requests that come and go while others decode
 """
 
 from importlib import import_module as _import_module
@@ -31,12 +32,14 @@ if TYPE_CHECKING:
     from akvq_fx.kept_buffers import free_kept_buffers
     from akvq_fx.packed_kv import PackedKV
     from akvq_fx.policy import load_policy
+    from akvq_fx.slots import Slots
     from akvq_fx.stats import cache_stats
 
 # Imported when first asked for: they bring torch._dynamo, torchao or sympy, which takes seconds. None may have the name
 # of a module of akvq_fx, which Python would put in its place.
 _LATER = {
     "PackedKV": "akvq_fx.packed_kv",
+    "Slots": "akvq_fx.slots",
     "akvq": "akvq_fx.backend",
     "cache_stats": "akvq_fx.stats",
     "calibrate": "akvq_fx.analysis.calibrate",
@@ -67,6 +70,7 @@ __all__ = [
     "AKVQConfig",
     "PackedKV",
     "Report",
+    "Slots",
     "akvq",
     "cache_stats",
     "calibrate",

@@ -187,16 +187,21 @@ def _(func, types, args, kwargs):
     return first
 
 
+def kind_of(packed: Tensor) -> tuple:
+    """What caches must have in common for their codes to be joined: layout, weights, heads, axes and device."""
+    storage = packed.storage
+    return storage.layout.as_written, storage.owner, storage.rows[1], packed.axes, packed.device
+
+
 def alike(tensors: list[Tensor], same: str) -> bool:
     """Whether the codes can be joined. same: what must agree besides layout, weights, heads, axes and device: "rows"
     (the batch and the affine map) or "length"."""
     first = tensors[0]
-    kind = lambda t: (t.storage.layout.as_written, t.storage.owner, t.storage.rows[1], t.axes)
     for t in tensors[1:]:
-        if kind(t) != kind(first):
+        if kind_of(t) != kind_of(first):
             return False
         dim = first.axes.tokens if same == "length" else first.axes.rows
-        if t.device != first.device or t.shape[dim] != first.shape[dim]:
+        if t.shape[dim] != first.shape[dim]:
             return False
         if same == "rows" and "affine" in first.storage.layout.fields:
             mine, other = first.storage["affine"], t.storage["affine"]
