@@ -83,6 +83,8 @@ def refusal(state: GraphState) -> str:
     """Why no part of the graph can be replayed; "" where the cut decides."""
     if state.program.unpacked:
         return "a static cache goes back to 16 bits in this graph"
+    if state.exchanges:
+        return "static buffers are packed behind this graph, which runs once for them"
     if state.made:
         return "a cache is made in this graph, which runs once for it"
     if not state.buffers:

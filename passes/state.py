@@ -88,6 +88,7 @@ class GraphState:
         self.written_out: dict[Node, NoMatch] = {}  # softmax -> why attention around it was not made a call
         self.originals: dict[Node, Original] = {}  # call -> what it stands for
         self.sites: list[Site] = []
+        self.exchanges: list[Site] = []  # over buffers of the caller's, which the runtime packs behind the graph
         self.refused: list[tuple[str, int, str, Node]] = []  # label, layer, reason, node
         self.dequantized: list[tuple[str, int, str, Node]] = []  # the same for packed caches read through a copy
         self.program = Program()
