@@ -42,7 +42,7 @@ def refusal(buffer: Tensor) -> str:
 
 
 def exchange(buffer: Tensor, packed: Tensor) -> None:
-    """Have the object `buffer` be the packed tensor. Raises RuntimeError, and changes nothing, where PyTorch refuses."""
+    """Have the object `buffer` be the packed tensor. Raises RuntimeError where PyTorch refuses, and changes nothing."""
     before = dict(vars(buffer))
     torch_internals.exchange_inside(buffer, packed)
     buffer.was = before
@@ -58,7 +58,7 @@ def leave(buffer: Tensor, why: str) -> None:
 def turn_back(buffer: Tensor, plain: Tensor | None = None) -> None:
     """Have an exchanged buffer be a plain tensor again: this one, by default its tokens as codes have them."""
     if plain is None:
-        plain = buffer.dequantize().contiguous()
+        plain = buffer.dequantize().clone()  # in memory of its own, no view
         plain[:, :, int(buffer.storage["state"][STATE_END]) :] = 0
     attributes = buffer.was
     torch_internals.exchange_inside(buffer, plain)

@@ -1,4 +1,4 @@
-"""Pack what static buffers of the caller's hold, after a graph that wrote to them as they were (passes/exchange_buffers).
+"""Pack what static buffers of the caller's hold, behind a graph that wrote to them as they were (exchange_buffers).
 
 How many tokens there are, and which of them are padding, is on the device: this waits for it, once for a prompt.
 """

@@ -29,10 +29,12 @@ ALIASES = (torch.Tensor.detach, torch.detach)  # what they give is a view of the
 
 def only_adds_axes(index) -> bool:
     """x[index] has all elements of x, as where heads are repeated: it is read, and nobody writes to it."""
-    return all(
-        i is None or i is Ellipsis or isinstance(i, slice) and i == slice(None)
-        for i in (index if isinstance(index, tuple) else (index,))
-    )
+    parts = index if isinstance(index, tuple) else (index,)
+    return all(part is None or part is Ellipsis or is_all(part) for part in parts)
+
+
+def is_all(part) -> bool:
+    return isinstance(part, slice) and part == slice(None)
 
 
 def implements(targets: list) -> Callable:

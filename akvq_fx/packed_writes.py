@@ -12,7 +12,14 @@ from torch import Tensor
 
 from akvq_fx import exchange
 from akvq_fx.kernels import cache as ops
-from akvq_fx.packed_ops import implements, implements_function, is_packed, require_own_tracing, unsupported_write
+from akvq_fx.packed_ops import (
+    implements,
+    implements_function,
+    is_all,
+    is_packed,
+    require_own_tracing,
+    unsupported_write,
+)
 from akvq_fx.packed_rows import replace_rows
 
 aten = torch.ops.aten
@@ -103,10 +110,10 @@ def _(func, types, args, kwargs):
     torch.Tensor.add_, torch.Tensor.sub_, torch.Tensor.mul_, torch.Tensor.div_,
 ])  # fmt: skip
 def _(func, types, args, kwargs):
-    if is_packed(args[0]) and not torch.compiler.is_compiling():
-        exchange.before_write(args[0], func.__name__, positions(args[0], func.__name__, args[1:], kwargs))
-    if func is torch.Tensor.__setitem__ and is_packed(args[0]) and not torch.compiler.is_compiling():
-        if any(not isinstance(i, Tensor | list) and i is not Ellipsis and not is_all(i) for i in parts_of(args[1])):
+    if not torch.compiler.is_compiling():
+        if is_packed(args[0]):
+            exchange.before_write(args[0], func.__name__, positions(args[0], func.__name__, args[1:], kwargs))
+        if func is torch.Tensor.__setitem__ and is_packed(args[0]) and not all(map(is_index, parts_of(args[1]))):
             raise unsupported_write(f"x[{args[1]}] = ...")  # aten would write into a temporary and lose it
     with torch._C.DisableTorchFunctionSubclass():
         return func(*args, **kwargs)
@@ -116,8 +123,8 @@ def parts_of(index) -> tuple:
     return index if isinstance(index, tuple) else (index,)
 
 
-def is_all(part) -> bool:
-    return isinstance(part, slice) and part == slice(None)
+def is_index(part) -> bool:
+    return isinstance(part, Tensor | list) or part is Ellipsis or is_all(part)
 
 
 def positions(packed, how: str, args: tuple, kwargs: dict) -> Tensor | None:

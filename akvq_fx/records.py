@@ -47,10 +47,14 @@ class Record:
                 remember(refs, [args[position]])
 
     def leave(self, number: int, why: str) -> None:
-        """The buffers of the first rows' layers, which were to be packed behind the graph, stay as they are."""
+        """Buffers that were to be packed behind the graph, those of the row of this number, stay as they are."""
         row = self.report.rows[number]
         why = f"a static buffer of the caller's stays as it is: {why}"
-        self.report.rows[number] = left_alone(row.layer, row.label, "16-bit", "16", "as they are", why, "")
+        left = left_alone(row.layer, row.label, "16-bit", "16", "as they are", why, "")
+        if left not in self.report.rows:
+            self.report.rows.append(left)
+            self.keys.append(self.keys[number])
+            self.key_weights.append(self.key_weights[number])
 
     @property
     def alive(self) -> bool:

@@ -304,7 +304,7 @@ def is_view(x: torch.Tensor) -> bool:
 
 
 def held_elsewhere(x: torch.Tensor) -> str:
-    """Why what is inside of the object x cannot be exchanged: C++ code holds it, or PyTorch has no way; "" if it can."""
+    """Why what is inside of the object x cannot be exchanged: C++ code holds it, PyTorch has no way; "" if it can."""
     if not hasattr(torch._C, "_swap_tensor_impl") or not hasattr(x, "_use_count"):
         return f"PyTorch {torch.__version__} cannot exchange what is inside of a tensor"
     return "" if x._use_count() == 1 else "C++ code of PyTorch's or an extension's holds it"

@@ -55,8 +55,8 @@ def canonicalize(state: GraphState) -> PassReport:
 def writes_cache(node: Node) -> bool:
     """node is x[...] = new or x.scatter_(...) for a 4-d x that is a PackedKV or allocated in this graph.
 
-    In other tensors a position may be negative, which index_copy_ does not take (sliding windows write at -1). Buffers of
-    the caller's are written as the model does it (exchange_buffers).
+    In other tensors a position may be negative, which index_copy_ does not take (sliding windows write at -1).
+    Buffers of the caller's are written as the model does it (exchange_buffers).
     """
     target = node.args[0] if op(node) in WRITES else None
     return len(shape(target)) == 4 and (is_packed(target) or op(target) in ALLOCATIONS)

@@ -75,9 +75,7 @@ def check(state: GraphState, site: Site, taken: dict[Node, Site]) -> None:
         if why:
             raise NoMatch(f"a static buffer of the caller's stays as it is: {why}", buffer)
     if (source := made_by(site.key.at, OWN_ORDER)) is not None:
-        raise NoMatch(
-            f"positions in a static buffer are computed by {op(source)}: they may not follow the tokens", source
-        )
+        raise NoMatch(f"positions in a static buffer come of {op(source)}: they may not follow the tokens", source)
 
 
 def made_by(node: Node, ops: tuple[str, ...], reach: int = 30) -> Node | None:
@@ -93,7 +91,7 @@ def made_by(node: Node, ops: tuple[str, ...], reach: int = 30) -> Node | None:
 
 
 def exchange_of(state: GraphState, site: Site, results: dict[Node, int]) -> Exchange:
-    """How the runtime packs a site's buffers. results: place of each of `kept_for` among what the graph returns more."""
+    """How the runtime packs a site's buffers. results: places of `kept_for` among what the graph returns more."""
     at, query, mask = kept_for(site)
     return Exchange(
         key=state.position[site.key.whole],

@@ -137,7 +137,8 @@ def vision_tokens(state: GraphState) -> Node | None:
 def prompt_sized(state: GraphState, site) -> bool:
     """Whether the vision mask covers just the tokens that this site caches.
 
-    Caller's buffers may hold tokens of before. A carried mask ("take") is only asked for by graphs of several layers: one layer's graph may be shared among layers.
+    A carried mask ("take") is only asked for by graphs of several layers: one layer's graph may be shared among layers.
+    Buffers of the caller's may hold tokens of before.
     """
     if state.program.vision == "take":
         return site.key.kind in ("first", "fill")

@@ -135,8 +135,8 @@ def test_buffers_of_a_module(dtype):
             assert torch.equal(got, want), seed
             assert all(isinstance(x, PackedKV) for x in model.buffers())
             assert before() is model.layers[0].attention.k_cache  # whoever holds it has the packed one
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
-    assert not akvq_fx.report(model).refused
+    report = akvq_fx.report(model)
+    assert len(report.graphs) == 2 and not report.refused, report
 
 
 def test_few_bits_and_statistics_of_each_prompt():
@@ -189,9 +189,9 @@ def test_uncompiled_writes_are_seen():
             torch.testing.assert_close(got, want, msg=lambda text, name=name: f"{name}: {text}")
             assert torch.equal(step(token, where), plain.decode_one_token(token, where)), name
         at += 2
-        assert torch.equal(*(x.dequantize() if isinstance(x, PackedKV) else x for x in (
-            model.layers[0].attention.k_cache, plain.layers[0].attention.k_cache
-        ))), name  # fmt: skip
+        got, want = (m.layers[0].attention.k_cache for m in (model, plain))
+        got = got.dequantize() if isinstance(got, PackedKV) else got
+        assert torch.equal(got[:, :, :at], want[:, :, :at]), name
         for buffer in model.buffers():
             if hasattr(buffer, STAYS):
                 delattr(buffer, STAYS)  # so that the next one begins packed
@@ -254,7 +254,7 @@ class Wrapped(Buffers):
 
 
 def test_positions_of_a_ring_stay():
-    stays(OwnDecoder(Wrapped), "computed by")
+    stays(OwnDecoder(Wrapped), "come of")
 
 
 def test_slots_behind_the_end_stay():
