@@ -118,12 +118,20 @@ def at_front(packed: Tensor) -> Tensor:
     return wrap(packed, tokens_of(packed)) if packed.first else packed
 
 
+def copy_of(packed: Tensor, storage) -> Tensor:
+    """The same number of tokens of another storage; what is made of a buffer of the caller's is one too."""
+    made = packed.view_of(storage, packed.count, packed.first)
+    if packed.was is not None:
+        made.was = {}
+    return made
+
+
 def rowwise(packed: Tensor, index: Tensor) -> Tensor:
     if packed.storage is None:
         return packed.traced_as(packed.codes.index_select(0, index), packed.axes.rows, index.shape[0])
     storage = packed.storage.gather(index)
     storage.mark_dynamic()
-    return packed.view_of(storage, packed.count, packed.first)
+    return copy_of(packed, storage)
 
 
 def is_growing(packed) -> bool:
@@ -166,7 +174,7 @@ def _(func, types, args, kwargs):
     packed = args[0]
     if packed.storage is None:
         return resized(packed, packed.count)
-    return packed.view_of(packed.storage.clone(), packed.count, packed.first)
+    return copy_of(packed, packed.storage.clone())
 
 
 @implements([aten._to_copy.default])
@@ -178,7 +186,7 @@ def _(func, types, args, kwargs):
         return packed.dequantize().to(dtype=dtype, device=device)
     moved = packed.storage.map(lambda name, b: b.to(device, non_blocking=kwargs.get("non_blocking", False), copy=True))
     moved.mark_dynamic()
-    return packed.view_of(moved, packed.count, packed.first)
+    return copy_of(packed, moved)
 
 
 @implements([aten.to.dtype_layout])

@@ -1,16 +1,19 @@
 """Static buffers that an uncompiled prompt filled: packed in place behind the first compiled step, plain again where
 uncompiled code starts them anew or does what codes cannot take."""
 
+import copy
 import weakref
 
 import pytest
 import torch
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import CompileConfig, StaticCache
 
 import akvq_fx
 from akvq_fx import PackedKV
 from akvq_fx.exchange import STAYS
+from akvq_fx.kernels.layout import PADDING
 from akvq_fx.transformers_names import cache_argument, cache_of
 from tests import attention_models as models
 from tests.attention_models import Decoder
@@ -22,7 +25,7 @@ PROMPTS = {1: 9, 2: 12, 3: 21}  # seed -> tokens
 
 
 def compile_config(**options) -> CompileConfig:
-    config = CompileConfig(backend="akvq", mode=None, options=options or None)
+    config = CompileConfig(backend="akvq", **({"mode": None, "options": options} if options else {}))
     config._compile_all_devices = True  # transformers compiles on GPUs only, unless told so
     return config
 
@@ -128,6 +131,7 @@ def rollout(model, step, rows, seed, dtype=torch.int64, steps=5):
 def test_buffers_of_a_module(dtype):
     model, plain = OwnDecoder(Buffers, layers=2), OwnDecoder(Buffers, layers=2)
     step = torch.compile(model.decode_one_token, backend="akvq", options=LOSSLESS)
+    memory = StorageWeakRef(model.layers[0].attention.k_cache.untyped_storage())
     with torch.no_grad():
         for seed in (1, 3, 2):
             before = weakref.ref(model.layers[0].attention.k_cache)
@@ -135,6 +139,7 @@ def test_buffers_of_a_module(dtype):
             assert torch.equal(got, want), seed
             assert all(isinstance(x, PackedKV) for x in model.buffers())
             assert before() is model.layers[0].attention.k_cache  # whoever holds it has the packed one
+    assert memory.expired()
     report = akvq_fx.report(model)
     assert len(report.graphs) == 2 and not report.refused, report
 
@@ -285,3 +290,26 @@ def test_another_backend_s_graph_is_refused():
     other = torch.compile(model.prefill, backend="aot_eager")
     with pytest.raises(Exception, match="another backend compiles"):
         other(prompt(2, 1, models.VOCABULARY), torch.arange(PROMPTS[1]))
+
+
+@torch.no_grad()
+def test_copies_of_a_packed_buffer_are_buffers_too():
+    model, _, step = packed_buffers()
+    twin = copy.deepcopy(model)
+    plain = OwnDecoder(Buffers)
+    other = torch.compile(twin.decode_one_token, backend="akvq", options=LOSSLESS)
+    assert torch.equal(rollout(twin, other, 2, 3), rollout(plain, plain.decode_one_token, 2, 3))
+    assert all(isinstance(x, PackedKV) for x in (*twin.buffers(), *model.buffers()))
+    assert twin.layers[0].attention.k_cache.storage is not model.layers[0].attention.k_cache.storage
+
+
+def test_a_prompt_with_images_and_padding():
+    model, inputs = ZOO["llava"]()
+    given = {**inputs, "cache_implementation": "static", "max_new_tokens": 6, "return_dict_in_generate": True}
+    expected = ZOO["llava"]()[0].generate(**given, disable_compile=True).sequences
+    out = model.generate(**given, compile_config=compile_config(**LOSSLESS))
+    assert torch.equal(out.sequences, expected) and all(is_packed(cache_of(out)))
+    keys = cache_of(out).layers[0].keys
+    count = inputs["attention_mask"].shape[1]
+    padded = keys.storage["classes"][:, :count] == PADDING
+    assert torch.equal(padded, inputs["attention_mask"] == 0) and padded.any()
