@@ -144,6 +144,27 @@ def test_buffers_of_a_module(dtype):
     assert len(report.graphs) == 2 and not report.refused, report
 
 
+def test_inference_mode_and_gradients():
+    """Buffers made in inference mode, then steps with gradients on over a prompt without."""
+    plain = OwnDecoder(Buffers)
+    with torch.inference_mode():
+        model = OwnDecoder(Buffers)
+        step = torch.compile(model.decode_one_token, backend="akvq", options=LOSSLESS)
+        for seed in (1, 3):
+            assert torch.equal(rollout(model, step, 2, seed), rollout(plain, plain.decode_one_token, 2, seed))
+            assert all(isinstance(x, PackedKV) for x in model.buffers())
+    model, plain = OwnDecoder(Buffers), OwnDecoder(Buffers)
+    step = torch.compile(model.decode_one_token, backend="akvq", options=LOSSLESS)
+    ids = prompt(2, 1, models.VOCABULARY)
+    with torch.no_grad():
+        token, want = (m.prefill(ids, torch.arange(ids.shape[1]))[:, -1:].argmax(-1) for m in (model, plain))
+    for at in range(ids.shape[1], ids.shape[1] + 3):
+        token = step(token, torch.tensor([at]))
+        with torch.no_grad():
+            want = plain.decode_one_token(want, torch.tensor([at]))
+        assert torch.equal(token, want) and all(isinstance(x, PackedKV) for x in model.buffers())
+
+
 def test_few_bits_and_statistics_of_each_prompt():
     """Two bits, all recent at 16: codes of the first prompt's map would be another model."""
     model, plain = OwnDecoder(Buffers), OwnDecoder(Buffers)
