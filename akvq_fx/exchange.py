@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 
 from akvq_fx import torch_internals
-from akvq_fx.kernels.layout import STATE_END
 
 OVERWRITE = ("zero_", "fill_", "copy_")
 STAYS = "akvq_stays_plain"  # attribute of a buffer: why it is not packed again
@@ -59,7 +58,7 @@ def turn_back(buffer: Tensor, plain: Tensor | None = None) -> None:
     """Have an exchanged buffer be a plain tensor again: this one, by default its tokens as codes have them."""
     if plain is None:
         plain = buffer.dequantize().clone()  # in memory of its own, no view
-        plain[:, :, int(buffer.storage["state"][STATE_END]) :] = 0
+        plain[:, :, buffer.storage.written() :] = 0
     attributes = buffer.was
     torch_internals.exchange_inside(buffer, plain)
     vars(buffer).clear()
@@ -81,16 +80,41 @@ def before_write(buffer: Tensor, how: str, at: Tensor | None = None) -> None:
     elif at is None:
         stay_plain(buffer, f"{how} writes to it outside of a graph that akvq_fx compiled")
     elif int(at[0]) == 0:
-        turn_back(buffer, empty() if len(at) >= int(buffer.storage["state"][STATE_END]) else None)
+        turn_back(buffer, empty() if len(at) >= buffer.storage.written() else None)
 
 
-def before_view(buffer: Tensor, how: str) -> None:
-    """The same before it is given a view, which a packed tensor cannot give: a write to it would be lost."""
-    if getattr(buffer, "was", None) is not None:
-        stay_plain(buffer, f"{how} asks for a view of it outside of a graph that akvq_fx compiled")
+def before_view(args: tuple, function) -> None:
+    """The same before function(*args) makes a view, which a packed tensor cannot give: a write to it would be lost.
+
+    What detach gives is a view of the codes; where only axes are added, as for heads to be repeated, it is to be read.
+    """
+    buffer = args[0]
+    reads = function is Tensor.__getitem__ and only_adds_axes(args[1]) or function in (Tensor.detach, torch.detach)
+    if getattr(buffer, "was", None) is not None and not reads:
+        stay_plain(buffer, f"{function.__name__} asks for a view of it outside of a graph that akvq_fx compiled")
 
 
 def stay_plain(buffer: Tensor, why: str) -> None:
     turn_back(buffer)
     leave(buffer, why)
     warnings.warn(f"akvq: a static buffer of shape {list(buffer.shape)} goes back to 16 bits: {why}", stacklevel=5)
+
+
+def only_adds_axes(index) -> bool:
+    """x[index] has all elements of x, as where heads are repeated: it is read, and nobody writes to it."""
+    parts = index if isinstance(index, tuple) else (index,)
+    return all(part is None or part is Ellipsis or is_all(part) for part in parts)
+
+
+def is_all(part) -> bool:
+    return isinstance(part, slice) and part == slice(None)
+
+
+def require_own_tracing(packed: Tensor) -> None:
+    """Raises RuntimeError where another backend's AOTAutograd traces a cache, whose codes it does not see."""
+    if torch_internals.is_functional(packed.codes):
+        raise RuntimeError(
+            "akvq: a packed cache goes through a graph that another backend compiles, which would read and write "
+            'something else; compile that function with backend="akvq" too, leave it uncompiled, or call '
+            "cache.dequantize() before it"
+        )

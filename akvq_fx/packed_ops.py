@@ -15,26 +15,13 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from akvq_fx import exchange, torch_internals
+from akvq_fx import exchange
 from akvq_fx.packed_tokens import Tokens, concat_rows, concat_tokens
 
 aten = torch.ops.aten
 _warned: set[str] = set()
 _handlers: list[tuple[list, Callable]] = []  # aten ops, and what answers them
 _function_handlers: list[tuple[list, Callable]] = []  # the same for functions of torch as Python calls them
-
-
-ALIASES = (torch.Tensor.detach, torch.detach)  # what they give is a view of the codes
-
-
-def only_adds_axes(index) -> bool:
-    """x[index] has all elements of x, as where heads are repeated: it is read, and nobody writes to it."""
-    parts = index if isinstance(index, tuple) else (index,)
-    return all(part is None or part is Ellipsis or is_all(part) for part in parts)
-
-
-def is_all(part) -> bool:
-    return isinstance(part, slice) and part == slice(None)
 
 
 def implements(targets: list) -> Callable:
@@ -62,7 +49,7 @@ def is_packed(x) -> bool:
 
 def plain_of(packed: Tensor, op: str) -> Tensor:
     if packed.storage is None:  # tracing: only the shape matters
-        require_own_tracing(packed)
+        exchange.require_own_tracing(packed)
         return torch.empty(packed.shape, dtype=packed.dtype, device=packed.device)
     if op not in _warned:
         _warned.add(op)
@@ -74,16 +61,6 @@ def plain_of(packed: Tensor, op: str) -> Tensor:
             stacklevel=4,
         )
     return packed.dequantize()
-
-
-def require_own_tracing(packed: Tensor) -> None:
-    """Raises RuntimeError where another backend's AOTAutograd traces a cache, whose codes it does not see."""
-    if torch_internals.is_functional(packed.codes):
-        raise RuntimeError(
-            "akvq: a packed cache goes through a graph that another backend compiles, which would read and write "
-            'something else; compile that function with backend="akvq" too, leave it uncompiled, or call '
-            "cache.dequantize() before it"
-        )
 
 
 def unsupported_write(func) -> NotImplementedError:
@@ -407,8 +384,7 @@ def _(func, types, args, kwargs):
     with torch._C.DisableTorchFunctionSubclass():
         if torch.compiler.is_compiling():
             return func(*args, **kwargs)
-        if func not in ALIASES and not (func is torch.Tensor.__getitem__ and only_adds_axes(args[1])):
-            exchange.before_view(args[0], func.__name__)
+        exchange.before_view(args, func)
         with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)):
             return func(*args, **kwargs)
 

@@ -12,14 +12,7 @@ from torch import Tensor
 
 from akvq_fx import exchange
 from akvq_fx.kernels import cache as ops
-from akvq_fx.packed_ops import (
-    implements,
-    implements_function,
-    is_all,
-    is_packed,
-    require_own_tracing,
-    unsupported_write,
-)
+from akvq_fx.packed_ops import implements, implements_function, is_packed, unsupported_write
 from akvq_fx.packed_rows import replace_rows
 
 aten = torch.ops.aten
@@ -30,7 +23,7 @@ def write_at(packed, at: Tensor, x: Tensor):
     nothing."""
     storage = packed.storage
     if storage is None:
-        require_own_tracing(packed)
+        exchange.require_own_tracing(packed)
         return packed
     if storage.end is not None:
         return NotImplemented  # a growing cache takes cat; a write before its end would break ring and text slots
@@ -124,7 +117,7 @@ def parts_of(index) -> tuple:
 
 
 def is_index(part) -> bool:
-    return isinstance(part, Tensor | list) or part is Ellipsis or is_all(part)
+    return isinstance(part, Tensor | list) or part is Ellipsis or exchange.is_all(part)
 
 
 def positions(packed, how: str, args: tuple, kwargs: dict) -> Tensor | None:
@@ -135,7 +128,7 @@ def positions(packed, how: str, args: tuple, kwargs: dict) -> Tensor | None:
         at = at if dim % packed.dim() == tokens else None
     elif how == "__setitem__":
         parts = parts_of(args[0])
-        whole = len(parts) > tokens and all(map(is_all, (*parts[:tokens], *parts[tokens + 1 :])))
+        whole = len(parts) > tokens and all(map(exchange.is_all, (*parts[:tokens], *parts[tokens + 1 :])))
         at = (
             parts[tokens] if whole and isinstance(parts[tokens], Tensor) and parts[tokens].dtype != torch.bool else None
         )
