@@ -63,7 +63,7 @@ def compile_graph(gm: GraphModule, example_inputs: list, config: AKVQConfig):
     record = records.add(state, example_inputs)
     ahead.begin(record.report.kernels)
     program = state.program
-    changed = state.sites or program.packed or program.unpacked or program.vision
+    changed = state.sites or state.exchanges or program.packed or program.unpacked or program.vision
     kind, inner = record.report.kind, state.gm if changed else gm
     # what runs once a prompt, a vision tower say, is done before the inner compiler would be
     compiled = config.compile_uncached if kind == "no cache" else config.compile_prompts or not state.begins_caches
@@ -75,10 +75,11 @@ def compile_graph(gm: GraphModule, example_inputs: list, config: AKVQConfig):
         return Passthrough(inner) if starts_a_call(gm.graph) else inner
     if compiled:
         gradients = torch.no_grad() if program.inference else contextlib.nullcontext()
-        with gradients, shown_while_compiling(f"a graph of {len(state.sites)} attention layers", config):
+        count = len(state.sites) + len(state.exchanges)
+        with gradients, shown_while_compiling(f"a graph of {count} attention layers", config):
             inner, record.report.regions = compile_rewritten(state, inner_examples(state, example_inputs))
     runtime = Runtime(program, inner, config.capacity_step, starts_a_call(gm.graph))
-    runtime.on_weights = record.add_weights
+    runtime.on_weights, runtime.on_left = record.add_weights, record.leave
     runtime.writes = any(map(written, state.graph.nodes))
     return runtime
 

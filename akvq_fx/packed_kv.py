@@ -58,6 +58,7 @@ class PackedKV(TensorBase):
 
     tensor_data_names = ["codes"]
     tensor_attribute_names = ["layout_text"]
+    was = None  # attributes of the caller's plain tensor that this object was (akvq_fx/exchange.py)
 
     def __new__(cls, codes: Tensor, layout_text: str, size=None, stride=None):
         layout = Layout.parse(layout_text)

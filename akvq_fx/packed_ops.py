@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
+from akvq_fx import exchange
 from akvq_fx.packed_tokens import Tokens, concat_rows, concat_tokens
 
 aten = torch.ops.aten
@@ -48,6 +49,7 @@ def is_packed(x) -> bool:
 
 def plain_of(packed: Tensor, op: str) -> Tensor:
     if packed.storage is None:  # tracing: only the shape matters
+        exchange.require_own_tracing(packed)
         return torch.empty(packed.shape, dtype=packed.dtype, device=packed.device)
     if op not in _warned:
         _warned.add(op)
@@ -93,12 +95,20 @@ def at_front(packed: Tensor) -> Tensor:
     return wrap(packed, tokens_of(packed)) if packed.first else packed
 
 
+def copy_of(packed: Tensor, storage) -> Tensor:
+    """The same number of tokens of another storage; what is made of a buffer of the caller's is one too."""
+    made = packed.view_of(storage, packed.count, packed.first)
+    if packed.was is not None:
+        made.was = {}
+    return made
+
+
 def rowwise(packed: Tensor, index: Tensor) -> Tensor:
     if packed.storage is None:
         return packed.traced_as(packed.codes.index_select(0, index), packed.axes.rows, index.shape[0])
     storage = packed.storage.gather(index)
     storage.mark_dynamic()
-    return packed.view_of(storage, packed.count, packed.first)
+    return copy_of(packed, storage)
 
 
 def is_growing(packed) -> bool:
@@ -141,7 +151,7 @@ def _(func, types, args, kwargs):
     packed = args[0]
     if packed.storage is None:
         return resized(packed, packed.count)
-    return packed.view_of(packed.storage.clone(), packed.count, packed.first)
+    return copy_of(packed, packed.storage.clone())
 
 
 @implements([aten._to_copy.default])
@@ -153,7 +163,7 @@ def _(func, types, args, kwargs):
         return packed.dequantize().to(dtype=dtype, device=device)
     moved = packed.storage.map(lambda name, b: b.to(device, non_blocking=kwargs.get("non_blocking", False), copy=True))
     moved.mark_dynamic()
-    return packed.view_of(moved, packed.count, packed.first)
+    return copy_of(packed, moved)
 
 
 @implements([aten.to.dtype_layout])
@@ -379,6 +389,7 @@ def _(func, types, args, kwargs):
     with torch._C.DisableTorchFunctionSubclass():
         if torch.compiler.is_compiling():
             return func(*args, **kwargs)
+        exchange.before_view(args, func)
         with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)):
             return func(*args, **kwargs)
 

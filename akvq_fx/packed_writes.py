@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from akvq_fx import exchange
 from akvq_fx.kernels import cache as ops
 from akvq_fx.packed_ops import implements, implements_function, is_packed, unsupported_write
 from akvq_fx.packed_rows import replace_rows
@@ -22,6 +23,7 @@ def write_at(packed, at: Tensor, x: Tensor):
     nothing."""
     storage = packed.storage
     if storage is None:
+        exchange.require_own_tracing(packed)
         return packed
     if storage.end is not None:
         return NotImplemented  # a growing cache takes cat; a write before its end would break ring and text slots
@@ -94,12 +96,44 @@ def _(func, types, args, kwargs):
     return args[0]
 
 
-@implements_function([torch.Tensor.__setitem__])
+@implements_function([
+    torch.Tensor.__setitem__, torch.Tensor.index_copy_, torch.Tensor.scatter_, torch.Tensor.zero_, torch.Tensor.fill_,
+    torch.Tensor.copy_, torch.Tensor.index_put_, torch.Tensor.index_fill_, torch.Tensor.masked_fill_,
+    torch.Tensor.masked_scatter_, torch.Tensor.index_add_, torch.Tensor.scatter_add_, torch.Tensor.put_,
+    torch.Tensor.add_, torch.Tensor.sub_, torch.Tensor.mul_, torch.Tensor.div_,
+])  # fmt: skip
 def _(func, types, args, kwargs):
-    packed, index, _ = args
-    if is_packed(packed) and not torch.compiler.is_compiling():
-        parts = index if isinstance(index, tuple) else (index,)
-        if any(not isinstance(i, Tensor | list) and i is not Ellipsis and i != slice(None) for i in parts):
-            raise unsupported_write(f"x[{index}] = ...")  # aten would write into a temporary and lose it
+    if not torch.compiler.is_compiling():
+        if is_packed(args[0]):
+            exchange.before_write(args[0], func.__name__, positions(args[0], func.__name__, args[1:], kwargs))
+        if func is torch.Tensor.__setitem__ and is_packed(args[0]) and not all(map(is_index, parts_of(args[1]))):
+            raise unsupported_write(f"x[{args[1]}] = ...")  # aten would write into a temporary and lose it
     with torch._C.DisableTorchFunctionSubclass():
         return func(*args, **kwargs)
+
+
+def parts_of(index) -> tuple:
+    return index if isinstance(index, tuple) else (index,)
+
+
+def is_index(part) -> bool:
+    return isinstance(part, Tensor | list) or part is Ellipsis or exchange.is_all(part)
+
+
+def positions(packed, how: str, args: tuple, kwargs: dict) -> Tensor | None:
+    """[q] positions of the tokens that a call writes in all rows, heads and channels; None where it does not say."""
+    tokens, at = packed.axes.tokens, None
+    if how == "index_copy_":
+        dim, at = (*args, *kwargs.values())[:2]
+        at = at if dim % packed.dim() == tokens else None
+    elif how == "__setitem__":
+        parts = parts_of(args[0])
+        whole = len(parts) > tokens and all(map(exchange.is_all, (*parts[:tokens], *parts[tokens + 1 :])))
+        at = (
+            parts[tokens] if whole and isinstance(parts[tokens], Tensor) and parts[tokens].dtype != torch.bool else None
+        )
+    elif how == "scatter_" and len(args) > 1 and args[0] % packed.dim() == tokens:
+        index = args[1]
+        same = not any(index.shape[i] > 1 and index.stride(i) for i in range(index.dim()) if i != tokens)
+        at = index[tuple(slice(None) if i == tokens else 0 for i in range(index.dim()))] if same else None
+    return at if at is not None and at.dim() == 1 and len(at) else None

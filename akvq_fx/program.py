@@ -44,6 +44,32 @@ class Appended:
 
 
 @dataclass
+class Exchange:
+    """Two plain static buffers of the caller's that are packed in place after the graph has run (akvq_fx/exchange.py).
+
+    key, value       positions of the arguments
+    at, query, mask  this step's positions, queries and attention mask, by their place among the graph's last results;
+                     no mask: None
+    length           tokens that attention sees
+    affine           arguments of akvq::key_affine behind its tensors, None where keys have no affine map
+    pivots           arguments of akvq::find_pivots behind its tensors, which choose the first real token
+    owner            positions of the weights that make keys and values
+    """
+
+    key: int
+    value: int
+    key_layout: Layout
+    value_layout: Layout
+    at: int
+    query: int
+    mask: int | None
+    length: Size
+    affine: tuple | None
+    pivots: tuple
+    owner: tuple[int, ...]
+
+
+@dataclass
 class Fold:
     """Weights, by position, that the graph takes as folded copies (akvq_fx/folding.py).
 
@@ -69,6 +95,7 @@ class Program:
     unpacked  positions of PackedKV arguments that the graph takes as plain tensors
     owners    per PackedKV argument: positions of the weights that make its layer's keys and values
     folds     weights that the graph takes as folded copies
+    exchanges plain buffers that are packed behind the graph, which returns `extra` results more for them
     vision    "make": the last output is the vision mask of this call; "take": the last input is that mask, [batch,
               tokens] of vision_size
     step      a decode step: every cache takes one new token
@@ -82,6 +109,8 @@ class Program:
     unpacked: list[int] = field(default_factory=list)
     owners: dict[int, tuple[int, ...]] = field(default_factory=dict)
     folds: list[Fold] = field(default_factory=list)
+    exchanges: list[Exchange] = field(default_factory=list)
+    extra: int = 0
     vision: str | None = None
     vision_size: tuple[Size, Size] | None = None
     step: bool = False
@@ -89,7 +118,9 @@ class Program:
     @property
     def inference(self) -> bool:
         """Nothing that the graph gives has a gradient: it writes codes or reads them."""
-        return bool(self.packed or self.unpacked or any(output is not None for output in self.outputs))
+        return bool(
+            self.packed or self.unpacked or self.exchanges or any(output is not None for output in self.outputs)
+        )
 
 
 @dataclass

@@ -46,6 +46,16 @@ class Record:
             if position is not None:
                 remember(refs, [args[position]])
 
+    def leave(self, number: int, why: str) -> None:
+        """Buffers that were to be packed behind the graph, those of the row of this number, stay as they are."""
+        row = self.report.rows[number]
+        why = f"a static buffer of the caller's stays as it is: {why}"
+        left = left_alone(row.layer, row.label, "16-bit", "16", "as they are", why, "")
+        if left not in self.report.rows:
+            self.report.rows.append(left)
+            self.keys.append(self.keys[number])
+            self.key_weights.append(self.key_weights[number])
+
     @property
     def alive(self) -> bool:
         return any(ref() is not None for ref in (*self.weights, *self.modules))
@@ -86,7 +96,7 @@ _lock = threading.Lock()
 
 
 def add(state: GraphState, example_inputs: list) -> Record:
-    weights = [state.position.get(site.weights[0]) for site in state.sites]
+    weights = [state.position.get(site.weights[0]) for site in (*state.exchanges, *state.sites)]
     keys = weights + [None] * (len(state.refused) + len(state.dequantized))
     seen, report = torch_internals.compiling(), graph_report(state)
     if seen is not None:
@@ -136,9 +146,9 @@ def layers_packed(code) -> int:
 
 
 def graph_report(state: GraphState) -> GraphReport:
+    rows = [row_of(site, state) for site in (*state.exchanges, *state.sites)]
     decode = state.program.packed or any(s.key.kind == "grow" for s in state.sites) or continues_a_cache(state.graph)
-    kind = "decode" if decode else "prefill" if state.sites or state.refused else "no cache"
-    rows = [row_of(site, state) for site in state.sites]
+    kind = "decode" if decode else "prefill" if rows or state.refused else "no cache"
     for label, layer, reason, node in state.refused:
         rows.append(left_alone(layer, label, "16-bit", "16", "as they are", reason, node))
     for label, layer, reason, node in state.dequantized:
@@ -176,7 +186,7 @@ def continues_a_cache(graph: torch.fx.Graph) -> bool:
             if kept and filled(past) and dim and isinstance(new, Node) and len(shape(new)) == 4:
                 return True
         elif op(node) in ("index_copy_", "setitem", "copy_") and node.args and filled(node.args[0]):
-            new = argument(node, 2 if op(node) != "copy_" else 1, "source")
+            new = argument(node, {"index_copy_": 3, "setitem": 2, "copy_": 1}[op(node)], "source")
             if isinstance(new, Node) and len(shape(new)) == 4 and shape(new)[2] == 1:
                 return True
     return False
@@ -191,7 +201,7 @@ def filled(node) -> bool:
 
 def row_of(site: Site, state: GraphState) -> SiteRow:
     layout = site.key_layout
-    status = "packed" if site.packed or state.config.prefill == "quantized" else "prompt"
+    status = "packed" if site.packed or state.config.prefill == "quantized" and not site.in_buffers else "prompt"
     why = f": {site.value_reason}" if site.value_rotation == "online" and site.value_reason else ""
     values = site.value_rotation + why
     return SiteRow(site.layer, site.label, status, site.rope, layout.head_dim, site.groups, site.policy,

@@ -18,6 +18,7 @@ from akvq_fx.cuda_graph import DecodeStep, picker
 from akvq_fx.digest import DIGESTS, compute
 from akvq_fx.folding import FOLDED
 from akvq_fx.kept_buffers import with_room
+from akvq_fx.pack_buffers import pack_buffers
 from akvq_fx.packed_kv import PackedKV, Storage
 from akvq_fx.program import Appended, Packed, Program
 from akvq_fx.storage import text_slots
@@ -64,6 +65,7 @@ class Runtime:
         self.program, self.inner, self.step, self.starts_call = program, inner, step, starts_call
         self.growth = dict(program.appends)
         made = [output.owner for output in program.outputs if isinstance(output, Packed)]
+        made += [pair.owner for pair in program.exchanges]
         self.makes_caches = bool(made)
         self.groups = {*program.owners.values(), *made}
         self.watched = sorted({i for group in self.groups for i in group})
@@ -106,9 +108,15 @@ class Runtime:
             results = run() if self.writes else with_room(run)
         if program.vision == "make":
             vision_carry.put(results.pop().detach())
+        extra = results[len(results) - program.extra :]
+        del results[len(results) - program.extra :]
         if program.inference and torch.is_grad_enabled():
             results = refuse_backward(results, args)
-        return self.wrap_outputs(given, storages, results, owners)
+        outputs = self.wrap_outputs(given, storages, results, owners)
+        if program.exchanges:
+            for number, why in pack_buffers(program.exchanges, args, extra, owners):
+                self.on_left(number, why)
+        return outputs
 
     def owners_of(self, args, anew: bool) -> dict[tuple[int, ...], str | None]:
         """Digests of what makes each cache's tokens; `anew`: read again, since `.data` changes leave no mark."""
@@ -128,6 +136,7 @@ class Runtime:
         return owners
 
     writes = True  # the graph writes some tensor in place, so a call that failed is not repeated
+    on_left = None  # the report's callback: gets the number of an exchange whose buffers stay plain, and why
     on_weights = None  # the report's callback: gets the arguments when the graph first runs with other weights
 
     def fold(self, args: list) -> None:

@@ -10,7 +10,18 @@ from torch import Tensor
 
 from akvq_fx import torch_internals
 from akvq_fx.kernels.cache_axes import STANDARD, CacheAxes, moved
-from akvq_fx.kernels.layout import BLOCK, CODES, GAIN, ORDER, STATE_BLOCK, STATE_TEXT, Layout, blocks_of, unwritten
+from akvq_fx.kernels.layout import (
+    BLOCK,
+    CODES,
+    GAIN,
+    ORDER,
+    STATE_BLOCK,
+    STATE_END,
+    STATE_TEXT,
+    Layout,
+    blocks_of,
+    unwritten,
+)
 from akvq_fx.kernels.rotate import rotate_as_stored
 
 ROWS, TOKENS = 0, 2  # axes of [B, H, T, D]
@@ -165,6 +176,10 @@ class Storage:
         self["state"][STATE_TEXT] = order.shape[1] - length
         self.prompt = length
         self.mark_dynamic()
+
+    def written(self) -> int:
+        """Slots up to the last token that was written, of a static cache too; waits for the device."""
+        return int(self["state"][STATE_END])
 
     def used_text_slots(self, length: int) -> int:
         """Text slots of the first `length` tokens: those of the prompt, then one for each position."""

@@ -307,6 +307,39 @@ def users_of_memory(x: torch.Tensor) -> int:
     return count(x.untyped_storage()._cdata) - 1 if count is not None else 1 << 30
 
 
+def is_view(x: torch.Tensor) -> bool:
+    """Whether autograd knows x as a view; of inference tensors it keeps no record."""
+    return x._is_view()
+
+
+def held_elsewhere(x: torch.Tensor) -> str:
+    """Why what is inside of the object x cannot be exchanged: C++ code holds it, PyTorch has no way; "" if it can."""
+    if not hasattr(torch._C, "_swap_tensor_impl") or not hasattr(x, "_use_count"):
+        return f"PyTorch {torch.__version__} cannot exchange what is inside of a tensor"
+    return "" if x._use_count() == 1 else "C++ code of PyTorch's or an extension's holds it"
+
+
+def exchange_inside(one: torch.Tensor, other: torch.Tensor) -> None:
+    """Exchange what two tensor objects are handles of, their classes and their attributes. torch.utils.swap_tensors
+    does the same and refuses tensors with weak references, which every guard of dynamo has.
+
+    Raises RuntimeError, and changes nothing, where PyTorch refuses.
+    """
+    torch._C._swap_tensor_impl(one, other)
+    one.__class__, other.__class__ = other.__class__, one.__class__
+    attributes, others = dict(vars(one)), dict(vars(other))
+    for x, new in ((one, others), (other, attributes)):
+        vars(x).clear()
+        vars(x).update(new)
+
+
+def is_functional(x: torch.Tensor) -> bool:
+    """AOTAutograd is tracing x."""
+    from torch._subclasses.functional_tensor import FunctionalTensor
+
+    return isinstance(x, FunctionalTensor)
+
+
 def copy_all(targets: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
     """Copy each source into its target, of the same size; on a GPU in a few launches."""
     groups: dict[tuple, tuple[list, list]] = {}

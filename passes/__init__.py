@@ -7,6 +7,7 @@ from akvq_fx.passes.attend_packed import attend_packed
 from akvq_fx.passes.canonicalize import canonicalize
 from akvq_fx.passes.clean_up import clean_up
 from akvq_fx.passes.exchange_axes import exchange_axes
+from akvq_fx.passes.exchange_buffers import exchange_buffers
 from akvq_fx.passes.find_sites import find_sites
 from akvq_fx.passes.fold_values import fold_values
 from akvq_fx.passes.fuse_rotations import fuse_rotations
@@ -27,6 +28,7 @@ PIPELINE = (
     rewrite_attention,  # attention that a model writes out becomes a call
     find_sites,  # only reads: which attention calls go over a cache
     plan_layers,  # bits per token class, layouts
+    exchange_buffers,  # sites over buffers of the caller's leave the list: their graph stays as it is
     fold_values,  # before packing: a layout says whether its buffers are rotated
     mask_dropped,  # before both: positions are slots from here on
     pack_caches,  # writes

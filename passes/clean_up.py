@@ -1,7 +1,7 @@
 """Return the packed buffers, drop what nothing reads any more, and check the graph.
 
 Before   return (logits, cat_k, cat_v)       After   return (logits, buffers..., )
-Needs    sites, buffers, made, classes, vision, appended, program, kept_axes   Gives    program
+Needs    sites, exchanges, buffers, made, classes, vision, appended, program, kept_axes   Gives    program
 Follows  read_unmatched   Leaves   a linted graph of plain tensors, and state.program
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch.fx import Node
 
+from akvq_fx.passes.exchange_buffers import exchange_of, kept_for
 from akvq_fx.passes.patterns.cache_write import is_packed
 from akvq_fx.passes.patterns.nodes import outputs, value
 from akvq_fx.passes.state import GraphState, is_single_token
@@ -35,7 +36,11 @@ def clean_up(state: GraphState) -> PassReport:
         else:
             program.outputs.append(None)
             results.append(in_own_axes(state, node))
-    if state.vision is not None and not state.sites and program.vision is None:
+    extra = list(dict.fromkeys(n for site in state.exchanges for n in kept_for(site) if n is not None))
+    places = {node: place for place, node in enumerate(extra)}
+    program.exchanges, program.extra = [exchange_of(state, site, places) for site in state.exchanges], len(extra)
+    results.extend(extra)
+    if state.vision is not None and not state.sites and not state.exchanges and program.vision is None:
         program.vision = "make"
         results.append(state.vision)
     state.graph.output_node().args = (tuple(results),)
@@ -80,7 +85,7 @@ def drop_grad_modes(state: GraphState) -> None:
             state.graph.erase_node(node)
 
 
-clean_up.needs = ("sites", "buffers", "made", "classes", "vision", "appended", "program", "kept_axes")
+clean_up.needs = ("sites", "exchanges", "buffers", "made", "classes", "vision", "appended", "program", "kept_axes")
 clean_up.gives = ("program",)
 clean_up.follows = ("read_unmatched",)
 clean_up.required = "the graph would still take packed tensors where the runtime passes buffers"

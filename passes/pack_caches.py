@@ -20,14 +20,13 @@ from akvq_fx.kernels import cache, salience  # noqa: F401 - registers the ops
 from akvq_fx.passes.patterns.arguments import place_of
 from akvq_fx.passes.patterns.cache_write import CacheWrite
 from akvq_fx.passes.patterns.nodes import same_size, shape, value
-from akvq_fx.passes.patterns.site import Site
-from akvq_fx.passes.patterns.tokens import covers, residual_of
+from akvq_fx.passes.patterns.site import Site, affine_choice
+from akvq_fx.passes.patterns.tokens import FIRST_TOKEN, covers, residual_of
 from akvq_fx.passes.state import Buffers, GraphState, is_single_token
 from akvq_fx.report import PassReport
 
 akvq = torch.ops.akvq
 PACKED, APPENDED = (place_of(target, "x") for target in (akvq.pack.default, akvq.append.default))
-NEVER_MASSIVE = 3.0e38  # a floor that no activation reaches: only the first real token is kept
 
 
 def pack_caches(state: GraphState) -> PassReport:
@@ -108,13 +107,7 @@ def append(state: GraphState, site: Site, write: CacheWrite, buffers: Buffers) -
 
 def affine_map(state: GraphState, site: Site, x: Node, valid: Node | None) -> Node:
     """[B, rows, H, D]: centre, gains and order of the keys' channels, from this prompt's own keys and queries."""
-    config, simulation = state.config, site.key_layout.simulation
-    last = () if simulation is None else (simulation.alpha,)
-    if site.key_layout.uneven or site.key_layout.blocks:
-        last = (None, site.key_layout.uneven, site.key_layout.blocks)
-    if site.key_layout.uneven and config.share_pairs:
-        last += site.pairs
-    choice = (config.center_keys, config.balance_keys, *last)
+    choice = affine_choice(site, state.config)
     return state.call(akvq.key_affine.default, x, site.attention.query, valid, *choice)
 
 
@@ -154,7 +147,7 @@ def pivot_tokens(state: GraphState, site: Site, x: Node, valid: Node | None) -> 
 
     def make():
         flat = state.call(torch.select, x, 1, 0)
-        return state.call(akvq.find_pivots.default, flat, valid, config.pivots, "massive", NEVER_MASSIVE, 0.0)
+        return state.call(akvq.find_pivots.default, flat, valid, config.pivots, *FIRST_TOKEN)
 
     return state.share(("pivots", "first", valid, str(shape(x)[2])), make)
 

@@ -138,10 +138,11 @@ def prompt_sized(state: GraphState, site) -> bool:
     """Whether the vision mask covers just the tokens that this site caches.
 
     A carried mask ("take") is only asked for by graphs of several layers: one layer's graph may be shared among layers.
+    Buffers of the caller's may hold tokens of before.
     """
     if state.program.vision == "take":
         return site.key.kind in ("first", "fill")
-    new = site.key.new if site.key.kind != "grow" else None
+    new = site.key.new if site.key.kind != "grow" and not site.in_buffers else None
     return new is not None and covers(state.vision, shape(new)[0], shape(new)[2])
 
 

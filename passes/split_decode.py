@@ -2,7 +2,7 @@
 
 Before   mask = f(T), at = arange(T, T + q), append(.., at), attend(q, key, value, T + q, mask), ...
 After    prologue: mask = f(T)     body: append(.., positions[i]), attend(q, key, value, None, padded mask), ...
-Needs    sites, buffers, made, program   Gives    split, capture
+Needs    sites, exchanges, buffers, made, program   Gives    split, capture
 Follows  clean_up                        Leaves   the graph as it was, and state.split; only where steps are captured
 
 A CUDA graph has fixed shapes and no arguments, but the number T of tokens in a growing cache changes in every step.
@@ -83,6 +83,8 @@ def refusal(state: GraphState) -> str:
     """Why no part of the graph can be replayed; "" where the cut decides."""
     if state.program.unpacked:
         return "a static cache goes back to 16 bits in this graph"
+    if state.exchanges:
+        return "static buffers are packed behind this graph, which runs once for them"
     if state.made:
         return "a cache is made in this graph, which runs once for it"
     if not state.buffers:
@@ -407,6 +409,6 @@ class Cut:
         return list(found.values())
 
 
-split_decode.needs = ("sites", "buffers", "made", "program")
+split_decode.needs = ("sites", "exchanges", "buffers", "made", "program")
 split_decode.gives = ("split", "capture")
 split_decode.follows = ("clean_up",)

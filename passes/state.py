@@ -89,6 +89,7 @@ class GraphState:
         self.written_out: dict[Node, NoMatch] = {}  # softmax -> why attention around it was not made a call
         self.originals: dict[Node, Original] = {}  # call -> what it stands for
         self.sites: list[Site] = []
+        self.exchanges: list[Site] = []  # over buffers of the caller's, which the runtime packs behind the graph
         self.refused: list[tuple[str, int, str, Node]] = []  # label, layer, reason, node
         self.dequantized: list[tuple[str, int, str, Node]] = []  # the same for packed caches read through a copy
         self.program = Program()
@@ -117,8 +118,9 @@ class GraphState:
 
     @property
     def begins_caches(self) -> bool:
-        """A prompt: every packed cache of the graph starts in it."""
-        return bool(self.sites) and all(site.key.kind in ("first", "fill") for site in self.sites)
+        """It runs once for a cache: a prompt, or what packs buffers of the caller's."""
+        made = all(site.key.kind in ("first", "fill") for site in self.sites)
+        return bool(self.sites or self.exchanges) and made
 
     @property
     def runs_as_it_is(self) -> bool:

@@ -6,7 +6,6 @@ import warnings
 
 import pytest
 import torch
-from transformers import CompileConfig
 
 import akvq_fx
 from akvq_fx import PackedKV
@@ -144,19 +143,6 @@ def test_compiled_module_without_generate():
     assert not hasattr(compiled, "generate")
     with pytest.raises(AttributeError):
         compiled.generate()
-
-
-def test_compile_config_static_cache_is_left_alone():
-    """transformers prefills eagerly and compiles decode: the buffers are its own, and the report says what to do."""
-    torch._dynamo.reset()
-    model, inputs = ZOO["llama"]()
-    expected = run(model, inputs, cache_implementation="static").sequences
-    config = CompileConfig(backend="akvq", options=SMALL, mode=None, fullgraph=False)
-    config._compile_all_devices = True
-    out = run(model, inputs, cache_implementation="static", compile_config=config)
-    assert torch.equal(out.sequences, expected)
-    report = akvq_fx.report(model)
-    assert len(report.refused) == 1 and "compile the prompt's forward too" in str(report)
 
 
 def decode_after_eager_prompt(model, step, inputs):

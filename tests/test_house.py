@@ -22,7 +22,7 @@ ROOT = Path(__file__).parent.parent
 # each may import itself and what stands before it
 LAYERS = ("recipes", "config", "kernels", "program", "passes.patterns", "passes", "akvq_fx")
 # modules of akvq_fx that import only PyTorch and config
-BASE = ("config", "report", "torch_internals", "transformers_names")
+BASE = ("config", "exchange", "report", "torch_internals", "transformers_names")
 FAMILIES = (
     *(
         "llava",

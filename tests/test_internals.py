@@ -2,6 +2,7 @@
 
 import types
 import warnings
+import weakref
 from unittest import mock
 
 import pytest
@@ -188,6 +189,29 @@ def test_tensors_that_share_memory_are_counted(monkeypatch):
     assert users(x) == 1 == users(torch.ones(0))
     monkeypatch.delattr(torch._C, "_storage_Use_Count")
     assert users(x) > 1, "what cannot be known counts as used"
+
+
+def test_what_is_inside_of_a_tensor_can_be_exchanged(monkeypatch):
+    class Other(torch.Tensor):
+        pass
+
+    one, other = torch.zeros(2), torch.ones(3).as_subclass(Other)
+    one.mark = "one"
+    reference = weakref.ref(one)
+    assert torch_internals.held_elsewhere(one) == ""
+    torch_internals.exchange_inside(one, other)
+    assert reference() is one and type(one) is Other and one.shape == (3,) and not hasattr(one, "mark")
+    assert type(other) is torch.Tensor and torch.equal(other, torch.zeros(2)) and other.mark == "one"
+    assert torch_internals.is_view(other[:1]) and not torch_internals.is_view(other)
+    monkeypatch.delattr(torch._C, "_swap_tensor_impl")
+    assert "cannot exchange" in torch_internals.held_elsewhere(one)
+
+
+def test_aot_autograd_s_tracing_is_known():
+    functional = torch._subclasses.functional_tensor
+    with functional.FunctionalTensorMode():
+        x = functional.FunctionalTensor.to_functional(torch.ones(2))
+    assert torch_internals.is_functional(x) and not torch_internals.is_functional(torch.ones(2))
 
 
 def test_many_tensors_are_copied_at_once():

@@ -3,7 +3,8 @@
 grow    cat([past, new], 2), returned               growing cache, or a tuple of tensors
 first   cat([empty, new], 2) or new itself, returned  the prompt of a growing cache
 fill    zeros, zeros.index_copy_(2, at, new), zeros returned   the prompt of a static cache, allocated in the graph
-place   past.index_copy_(2, at, new)                static cache or registered buffer
+place   past.index_copy_(2, at, new)                static cache or registered buffer; where it is no PackedKV, also
+        past[:, :, at] = new                        (exchange_buffers)
 read    past, neither written nor returned          cross-attention over a cache that is already full
 
 A sliding window is grow or first where the graph returns whole[:, :, -n:] in place of whole.
@@ -19,6 +20,7 @@ from torch.fx import Graph, Node
 
 from akvq_fx.kernels.layout import Layout
 from akvq_fx.passes.patterns.attention import suffix_of
+from akvq_fx.passes.patterns.indexed_write import WRITES, token_index, written
 from akvq_fx.passes.patterns.nodes import (
     NoMatch,
     argument,
@@ -38,10 +40,6 @@ ALLOCATIONS = ("zeros", "new_zeros", "zeros_like", "full", "new_full")
 SLICED = "the cache keeps a slice of what attention reads (sliding window)"
 UNKNOWN_FORM = "no product of queries and keys was seen before its softmax"
 OTHER_SLICE = "the cache keeps a slice of what attention reads, accepted: all of it, or its last tokens x[:, :, -n:]"
-STATIC_PLAIN = (
-    "16-bit buffers that the caller owns are written in place and cannot be exchanged from inside a graph; "
-    "compile the prompt's forward too (model.compile), or use a growing cache"
-)
 
 
 @dataclass
@@ -130,8 +128,8 @@ def cache_write_of(whole: Node) -> CacheWrite | None:
         if copies:
             return placed(whole, copies)
         if other := [u for u in whole.users if is_mutation(u, whole)]:
-            if op(other[0]) == "setitem" and not is_packed(whole):
-                raise NoMatch(STATIC_PLAIN, whole)
+            if op(other[0]) in WRITES and not is_packed(whole):
+                return placed(whole, other)
             raise NoMatch(
                 f"the cache is written by {op(other[0])}, accepted: cat, index_copy_ or x[:, :, at] = new", other[0]
             )
@@ -198,11 +196,14 @@ def grown(whole: Node, returned: list[Node]) -> CacheWrite | None:
 
 
 def placed(whole: Node, copies: list[Node]) -> CacheWrite:
-    """past.index_copy_(2, at, new)."""
+    """past.index_copy_(2, at, new), or another spelling of it that canonicalize leaves as it is."""
     if len(copies) > 1:
         raise NoMatch("the cache is written twice in one step", copies[1])
     copy = copies[0]
-    dim, at, new = (argument(copy, i, name) for i, name in ((1, "dim"), (2, "index"), (3, "source")))
+    if op(copy) in WRITES:
+        dim, at, new = TOKENS, token_index(copy), written(copy)
+    else:
+        dim, at, new = (argument(copy, i, name) for i, name in ((1, "dim"), (2, "index"), (3, "source")))
     if not isinstance(dim, int) or dim % 4 != TOKENS or len(shape(new)) != 4:
         raise NoMatch("index_copy_ does not go along the token axis", copy)
     if other := [u for u in whole.users if is_mutation(u, whole) and u is not copy]:

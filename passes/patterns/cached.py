@@ -7,7 +7,7 @@ from torch.fx.experimental.symbolic_shapes import guard_or_false
 
 from akvq_fx.kernels.layout import DTYPE_NAMES
 from akvq_fx.passes.patterns.attention import prefix_of, suffix_of, ungrouped
-from akvq_fx.passes.patterns.cache_write import ALLOCATIONS, STATIC_PLAIN, CacheWrite, first_slot, is_cache_cat
+from akvq_fx.passes.patterns.cache_write import ALLOCATIONS, CacheWrite, first_slot, is_cache_cat
 from akvq_fx.passes.patterns.nodes import NoMatch, op, same_size, shape, value
 
 FILL_USERS = (  # ops that may use a static cache that this graph allocates
@@ -47,8 +47,6 @@ def check_caches(attention, key: CacheWrite | None, val: CacheWrite | None, leng
         raise NoMatch(f"keys and values are cached differently ({key.kind} and {val.kind})", attention.node)
     for name, write in (("keys", key), ("values", val)):
         size = shape(write.whole)
-        if write.kind == "place" and not write.packed:
-            raise NoMatch(STATIC_PLAIN, write.whole)
         if not isinstance(size[3], int) or size[3] % 8:
             raise NoMatch(f"the head dim of the {name} is {size[3]}, accepted: a multiple of 8", write.whole)
         if value(write.whole).dtype not in DTYPE_NAMES:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from torch.fx import Node
 
+from akvq_fx.config import AKVQConfig
 from akvq_fx.kernels.layout import Layout
 from akvq_fx.passes.patterns.attention import Attention
 from akvq_fx.passes.patterns.cache_write import CacheWrite
@@ -50,12 +51,28 @@ class Site:
         return self.key.packed and self.value.packed
 
     @property
+    def in_buffers(self) -> bool:
+        """Its cache is the caller's plain static buffers, which are packed behind the graph."""
+        return self.key.kind == "place" and not self.packed
+
+    @property
     def groups(self) -> str:
         """Query heads : KV heads."""
         return f"{shape(self.attention.query)[1]}:{shape(self.key.whole)[1]}"
 
     def __str__(self) -> str:
         return f"{self.label} ({self.attention.node.name})"
+
+
+def affine_choice(site: Site, config: AKVQConfig) -> tuple:
+    """Arguments of akvq::key_affine behind its tensors."""
+    layout, simulation = site.key_layout, site.key_layout.simulation
+    last = () if simulation is None else (simulation.alpha,)
+    if layout.uneven or layout.blocks:
+        last = (None, layout.uneven, layout.blocks)
+    if layout.uneven and config.share_pairs:
+        last += site.pairs
+    return config.center_keys, config.balance_keys, *last
 
 
 def layer_of(weight: Node | None, position: int) -> tuple[int, str]:

@@ -8,6 +8,8 @@ from akvq_fx.passes.patterns.attention import Attention
 from akvq_fx.passes.patterns.nodes import ancestors, is_tensor, op, same_size, shape, value
 from akvq_fx.passes.patterns.projection import weight_of
 
+# mode, floor and ratio of akvq::find_pivots: no activation reaches the floor, so only the first real token is kept
+FIRST_TOKEN = ("massive", 3.0e38, 0.0)
 ADDS = ("add", "add_", "iadd")
 
 
