@@ -29,11 +29,20 @@ Mark = tuple[int, int]
 
 
 def parts(weight: Tensor) -> list[Tensor]:
-    """The dense tensors that a weight consists of: itself, or those inside a wrapper (quantized, sharded)."""
+    """The dense tensors that a weight consists of: itself, or those inside a wrapper (quantized, sharded).
+
+    Of a weight that several processes share (a DTensor) it is this process's part.
+    """
     if not hasattr(weight, "__tensor_flatten__"):
         return [weight.detach()]
     names, _ = weight.__tensor_flatten__()
-    return [part for name in names for part in parts(getattr(weight, name))]
+    inside = [getattr(weight, name) for name in names]  # a DTensor's device mesh is among them
+    return [part for x in inside if isinstance(x, Tensor) for part in parts(x)]
+
+
+def is_shared(x) -> bool:
+    """A DTensor: several processes have it together, each a part of it or a copy."""
+    return type(x).__name__ == "DTensor"  # PyTorch may be built without torch.distributed
 
 
 def mark(weight: Tensor) -> Mark:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from akvq_fx.digest import mark
+from akvq_fx.digest import mark, parts
 from akvq_fx.kernels.rotate import matrix
 
 
@@ -55,12 +55,13 @@ class Folded:
         h = matrix(self.rows.shape[1], device=source.device)
         rows, columns = self.rows.to(source.device), self.columns.to(source.device)
         made = source.detach().clone()
+        (part,) = parts(made)  # all of it, or what this process has of it
         if i == 0:
-            made[rows] = torch.einsum("ij,hjf->hif", h, made[rows].double()).to(made.dtype)
+            part[rows] = torch.einsum("ij,hjf->hif", h, part[rows].double()).to(part.dtype)
         elif i == 1:
-            made[rows] = (made[rows].double() @ h).to(made.dtype)
+            part[rows] = (part[rows].double() @ h).to(part.dtype)
         else:
-            made[:, columns] = (made[:, columns].double() @ h).to(made.dtype)
+            part[:, columns] = (part[:, columns].double() @ h).to(part.dtype)
         return made
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.fx import Node
 from torch.fx.node import map_arg
 
+from akvq_fx.digest import is_shared, parts
 from akvq_fx.passes.patterns.attention import layout_only
 from akvq_fx.passes.patterns.nodes import NoMatch, is_tensor, op, shape, value
 from akvq_fx.passes.patterns.projection import Chain, chain_from_linear, chain_to_linear
@@ -63,9 +64,10 @@ def fold_of(state: GraphState, site: Site) -> Fold:
     parameters = [source.weight, target.weight, *([source.bias] if source.bias is not None else [])]
     for leaf in parameters:
         tensor = weights.get(state.position[leaf])
-        if type(tensor) not in (Tensor, torch.nn.Parameter) or not tensor.is_floating_point() or not tensor.is_leaf:
+        dense = type(tensor) in (Tensor, torch.nn.Parameter) or is_shared(tensor)
+        if not dense or not tensor.is_floating_point() or not tensor.is_leaf:
             raise NoMatch("a projection's weight is no dense floating-point parameter", leaf)
-        same = [p for p, other in weights.items() if other.untyped_storage()._cdata == tensor.untyped_storage()._cdata]
+        same = [p for p, other in weights.items() if storage_of(other) == storage_of(tensor)]
         if len(same) > 1:
             raise NoMatch("a projection's weight is shared with another parameter", leaf)
     rows, columns = row_map(source, site), column_map(target, site)
@@ -73,6 +75,11 @@ def fold_of(state: GraphState, site: Site) -> Fold:
     at = state.position
     bias = at[source.bias] if source.bias is not None else None
     return Fold(at[source.weight], bias, at[target.weight], rows, columns)
+
+
+def storage_of(weight: Tensor) -> int:
+    """Identifies its memory, of a weight that processes share the memory of this process's part."""
+    return (parts(weight)[0] if is_shared(weight) else weight).untyped_storage()._cdata
 
 
 def only_attended(source: Chain, site: Site, rows: Tensor) -> None:

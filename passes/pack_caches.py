@@ -16,6 +16,7 @@ import operator
 import torch
 from torch.fx import Node
 
+from akvq_fx.digest import is_shared
 from akvq_fx.kernels import cache, salience  # noqa: F401 - registers the ops
 from akvq_fx.passes.patterns.arguments import place_of
 from akvq_fx.passes.patterns.cache_write import CacheWrite
@@ -143,7 +144,9 @@ def pivot_tokens(state: GraphState, site: Site, x: Node, valid: Node | None) -> 
         key = ("pivots", residual, valid)
         args = (config.pivots, config.pivot_mode, float(config.massive_floor), float(config.massive_ratio))
         return state.share(key, lambda: state.call(akvq.find_pivots.default, residual, valid, *args))
-    site.notes.append("no residual stream in this graph: the pivot is the first real token")
+    shared = residual is not None and is_shared(value(residual))
+    why = "the residual stream is a DTensor" if shared else "no residual stream in this graph"
+    site.notes.append(f"{why}: the pivot is the first real token")
 
     def make():
         flat = state.call(torch.select, x, 1, 0)

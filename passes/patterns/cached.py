@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import guard_or_false
 
+from akvq_fx.digest import is_shared
 from akvq_fx.kernels.layout import DTYPE_NAMES
 from akvq_fx.passes.patterns.attention import prefix_of, suffix_of, ungrouped
 from akvq_fx.passes.patterns.cache_write import ALLOCATIONS, CacheWrite, first_slot, is_cache_cat
@@ -40,9 +41,13 @@ def check_caches(attention, key: CacheWrite | None, val: CacheWrite | None, leng
 
     dying   nodes that are about to be replaced, so that their uses of the caches do not count
     """
+    cached = [("keys", key and key.whole), ("values", val and val.whole)]
     if key is None or val is None:
         what, which = ("keys", attention.key) if key is None else ("values", attention.value)
         raise NoMatch(f"the {what} reach attention through {op(ungrouped(which))}, not straight from the cache", which)
+    for what, node in (("query", attention.query), ("mask", attention.mask), *cached):
+        if is_shared(value(node)):
+            raise NoMatch(f"the {what} of this attention: a DTensor, accepted: what this process has of it", node)
     if key.kind != val.kind or key.packed != val.packed:
         raise NoMatch(f"keys and values are cached differently ({key.kind} and {val.kind})", attention.node)
     for name, write in (("keys", key), ("values", val)):

@@ -23,12 +23,13 @@ class Chain:
 
 
 def weight_of(node: Node) -> Node | None:
-    """The 2-d parameter placeholder that a linear-like op multiplies by, perhaps transposed; None for other ops."""
+    """The 2-d parameter placeholder that a linear-like op multiplies by, perhaps transposed, or this process's part
+    of it; None for other ops."""
     position = WEIGHT_ARGUMENT.get(op(node))
     if position is None or len(node.args) <= position:
         return None
     leaf = node.args[position]
-    while op(leaf) in ("getattr", "t", "transpose", "to"):
+    while op(leaf) in ("getattr", "t", "transpose", "to", "to_local"):
         leaf = leaf.args[0]
     return leaf if op(leaf) in ("placeholder", "get_attr") and len(shape(leaf)) == 2 else None
 
@@ -91,10 +92,15 @@ def dense_linear(node: Node, where: str) -> tuple[Node, Node, Node | None]:
     """(linear, weight, bias) where both are parameters that nothing else in the graph uses."""
     if op(node) != "linear":
         raise NoMatch(f"{where} {op(node)}", node)
-    weight, bias = node.args[1], argument(node, 2, "bias")
+    weight, bias = sharded(node.args[1]), sharded(argument(node, 2, "bias"))
     for name, leaf in (("weight", weight), ("bias", bias)):
         if leaf is not None and op(leaf) != "placeholder":
             raise NoMatch(f"{where} a linear whose {name} is computed in the graph", node)
         if leaf is not None and len(leaf.users) > 1:
             raise NoMatch(f"{where} a linear whose {name} is used elsewhere too", leaf)
     return node, weight, bias
+
+
+def sharded(leaf):
+    """The parameter that several processes share, whose part here is what the node is; other nodes as they are."""
+    return leaf.args[0] if op(leaf) == "to_local" and len(leaf.users) == 1 else leaf

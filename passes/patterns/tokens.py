@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch.fx import Graph, Node
 
+from akvq_fx.digest import is_shared
 from akvq_fx.passes.patterns.attention import Attention
 from akvq_fx.passes.patterns.nodes import ancestors, is_tensor, op, same_size, shape, value
 from akvq_fx.passes.patterns.projection import weight_of
@@ -67,5 +68,5 @@ def residual_of(attention: Attention, key: Node) -> Node | None:
 
 
 def covers(node: Node, batch, count) -> bool:
-    """node is [batch, count, ...]."""
-    return same_size(shape(node)[0], batch) and same_size(shape(node)[1], count)
+    """node is a plain tensor [batch, count, ...]."""
+    return not is_shared(value(node)) and same_size(shape(node)[0], batch) and same_size(shape(node)[1], count)
