@@ -33,7 +33,7 @@ class CacheAxes:
 
     def __post_init__(self):
         if sorted("".join(self.groups)) != sorted(LETTERS) or any(len(g) > 1 and g != "hd" for g in self.groups):
-            raise ValueError(f"akvq: the axes of a cache are {self.text}, accepted: b, h, t and d in any order, or (h d)")
+            raise ValueError(f"akvq: the axes of a cache are {self}, accepted: b, h, t and d in any order, or (h d)")
 
     def __str__(self) -> str:
         return self.text
