@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from torch.fx import Graph, Node
 
 from akvq_fx.kernels.layout import Layout
-from akvq_fx.passes.patterns.attention import suffix_of
+from akvq_fx.passes.patterns.attention import LAYOUT_OPS, suffix_of
 from akvq_fx.passes.patterns.nodes import (
     NoMatch,
     argument,
@@ -129,8 +129,8 @@ def cache_write_of(whole: Node) -> CacheWrite | None:
     if op(whole) == "placeholder":
         if copies:
             return placed(whole, copies)
-        if other := [u for u in whole.users if is_mutation(u, whole)]:
-            if op(other[0]) == "setitem" and not is_packed(whole):
+        if other := [u for u, _ in written_views(whole)]:
+            if not is_packed(whole):
                 raise NoMatch(STATIC_PLAIN, whole)
             raise NoMatch(
                 f"the cache is written by {op(other[0])}, accepted: cat, index_copy_ or x[:, :, at] = new", other[0]
@@ -146,7 +146,7 @@ def cache_write_of(whole: Node) -> CacheWrite | None:
     if op(whole) in ("index_copy_",) and is_tensor(whole.args[0]):
         return cache_write_of(whole.args[0])
     if whole in returned:
-        if other := [u for u in whole.users if is_mutation(u, whole)]:
+        if other := [u for u, _ in written_views(whole)]:
             raise NoMatch(
                 f"the cache is written by {op(other[0])}, accepted: cat, index_copy_ or x[:, :, at] = new", other[0]
             )
@@ -205,7 +205,7 @@ def placed(whole: Node, copies: list[Node]) -> CacheWrite:
     dim, at, new = (argument(copy, i, name) for i, name in ((1, "dim"), (2, "index"), (3, "source")))
     if not isinstance(dim, int) or dim % 4 != TOKENS or len(shape(new)) != 4:
         raise NoMatch("index_copy_ does not go along the token axis", copy)
-    if other := [u for u in whole.users if is_mutation(u, whole) and u is not copy]:
+    if other := [u for u, _ in written_views(whole) if u is not copy]:
         raise NoMatch(f"the cache is also written by {op(other[0])}", other[0])
     return CacheWrite("place", whole, new, whole, at, packed=is_packed(whole))
 
@@ -214,6 +214,16 @@ def is_mutation(user: Node, cache: Node) -> bool:
     name = op(user)
     in_place = name == "setitem" or (name.endswith("_") and not name.endswith("__"))
     return in_place and bool(user.args) and user.args[0] is cache
+
+
+def written_views(cache: Node) -> list[tuple[Node, Node]]:
+    """Each op that writes into the tensor or into a view of it, and what it writes into."""
+    found, queue = [], [cache]
+    while queue:
+        node = queue.pop()
+        found += [(user, node) for user in node.users if is_mutation(user, node)]
+        queue += [user for user in node.users if op(user) in LAYOUT_OPS and op(user) != "clone"]
+    return found
 
 
 def cache_like(graph: Graph, written_out: dict[Node, NoMatch]) -> list[tuple[Node, NoMatch]]:
