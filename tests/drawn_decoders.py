@@ -165,7 +165,7 @@ class Choice:
     window: str = "none"
     rope: str = "half"
     padded: bool = False
-    attend: str = "sdpa"  # "sdpa", "sdpa gqa", "sdpa 3-d", "written", "direct"
+    attend: str = "sdpa"  # "sdpa", "sdpa gqa", "sdpa 3-d", "sdpa 5-d", "written", "direct"
     mask: str = "causal"  # of KINDS, or "causal": is_causal in the prompt, none in a step
     shape: str = "[B, 1, q, T]"
     group: str = "expand"
@@ -199,7 +199,9 @@ def drawn(pick) -> Choice:
     c["axes"] = pick("axes", ("bhtd", "bhtd", *AXES))
     joined = [name for name in TOGETHER if c["axes"] != "bhdt" or name not in ("fused", "split")]
     c["together"] = pick("together", ("apart",) * 5 + tuple(joined))
-    c["attend"] = pick("attend", ("sdpa", "sdpa", "sdpa gqa", "sdpa 3-d", "written", "written", "direct"))
+    c["attend"] = pick(
+        "attend", ("sdpa", "sdpa", "sdpa gqa", "sdpa 3-d", "sdpa 5-d") + ("written",) * 3 + ("direct",) * 2
+    )
     if pick("static", (False, False, True)):
         c["owner"] = pick("owner", ("prompt",) * 6 + OWNERS)
         c["write"] = pick("write", tuple(PUTS) if c["owner"] == "prompt" else IN_PLACE)
@@ -280,6 +282,12 @@ class Layer(nn.Module):
             causal = True
         if c.attend == "sdpa gqa":
             return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=True)
+        if c.attend == "sdpa 5-d":
+            mask = mask[..., None, :, :] if mask is not None and mask.dim() > 2 else mask
+            if mask is not None and mask.dim() > 3 and mask.shape[-4] == HEADS:
+                mask = mask.squeeze(-3).unflatten(-3, (KV, -1))
+            k, v = (x[:, :, None].expand(-1, -1, HEADS // KV, -1, -1) for x in (k, v))
+            return F.scaled_dot_product_attention(q.unflatten(1, (KV, -1)), k, v, mask, is_causal=causal).flatten(1, 2)
         k, v = group(k), group(v)
         if c.attend == "sdpa 3-d":
             if mask is not None:
@@ -421,7 +429,8 @@ class Drawn(nn.Module):
             past = self.allocated(at_batch(new[0], c)) if past is None else past
             kept = [PUTS[c.write](x, y, at, start, self.axis) for x, y in zip(past, new, strict=True)]
             return kept, kept
-        if past is None and c.write == "cat from empty":
+        prompt = past is None
+        if prompt and c.write == "cat from empty":
             past = [x.narrow(self.axis, 0, 0) for x in new]
         if past is not None:
             cat = torch.concat if c.write == "concat" else torch.cat
@@ -429,7 +438,7 @@ class Drawn(nn.Module):
             new = [cat(pair(x, y), dim=self.axis) for x, y in zip(past, new, strict=True)]
         if c.window in ("slice", "read slice"):
             last = lambda x, n: x[(*[slice(None)] * self.axis, slice(-n, None))]
-            if c.window == "read slice" and past is not None:
+            if c.window == "read slice" and not prompt:
                 new = [last(x, REACH) for x in new]
                 return new, new
             return new, [last(x, REACH - 1) for x in new]
@@ -520,32 +529,46 @@ def rolled(model: Drawn, run, batch: int, prompt: int, sizes: tuple, pad: int):
     return logits, tensors(cache)
 
 
-def play(choice: Choice, batches=(1, 3), sizes=(1, 1, 1), options=None, prompt: int = 5) -> SimpleNamespace:
-    """What one drawn decoder did: error (nan where shapes differ), packed, reasons [str], of all its batches."""
+def play(
+    choice: Choice, batches=(1, 3), sizes=(1, 1, 1), options=None, prompt: int = 5, compare: bool = True
+) -> SimpleNamespace:
+    """What one drawn decoder did, in lossless mode unless options say otherwise.
+
+    error    the largest difference of logits and of the caches from the uncompiled model's, of all batches; nan where
+             shapes differ, 0.0 without `compare`
+    packed   of each tensor of the caches at the end
+    reasons  of what the report says is not packed
+    """
     torch._dynamo.reset()
-    model = Drawn(choice)
-    twin = Drawn(choice)
-    backend = lambda gm, inputs: akvq(gm, inputs, options={"body_bits": 16, "inner": "eager"} | (options or {}))
+    model, twin, graphs = Drawn(choice), Drawn(choice), []
+
+    def backend(gm, inputs):
+        graphs.append(gm)
+        return akvq(gm, inputs, options={"body_bits": 16, "inner": "eager"} | (options or {}))
+
     run = torch.compile(model, backend=backend)
-    error, packed = 0.0, []
+    pad, error, packed = 2 * choice.padded, 0.0, []
     for batch in (3,) if choice.owner == "module" else batches:
-        want, plain = rolled(twin, twin, batch, prompt, sizes, 2 * choice.padded)
-        got, cache = rolled(model, run, batch, prompt, sizes, 2 * choice.padded)
-        pairs = [*zip(got, want, strict=True), *zip(cache, plain, strict=True)]
-        for a, b in pairs:
-            a = a.dequantize() if isinstance(a, PackedKV) and hasattr(a, "dequantize") else a
-            same = a.shape == b.shape
-            worst = (a - b).abs().max().item() if same else float("nan")
-            error = max(error, worst) if worst == worst and error == error else float("nan")
+        got, cache = rolled(model, run, batch, prompt, sizes, pad)
         packed += [isinstance(x, PackedKV) for x in cache]
+        if compare:
+            want, plain = rolled(twin, twin, batch, prompt, sizes, pad)
+            error = max([error, *map(difference, (*got, *cache), (*want, *plain))], key=lambda x: (x != x, x))
     report = akvq_fx.report(model)
+    reasons = [row.reason for row in report.refused]
     return SimpleNamespace(
         error=error,
         packed=packed,
         report=report,
+        reasons=reasons,
+        logits=got,
+        graphs=len(graphs),
         rows=len(report.packed),
-        reasons=[row.reason for row in report.refused],
     )
+
+
+def difference(a: Tensor, b: Tensor) -> float:
+    return (a - b).abs().max().item() if a.shape == b.shape else float("nan")
 
 
 __all__ = ["Choice", "Drawn", "drawn", "play"]

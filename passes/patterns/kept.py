@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from torch.fx import Node
 
 from akvq_fx.kernels.cache_axes import STANDARD, CacheAxes
-from akvq_fx.passes.patterns.axes import Axes, Axis, after, before, flat, new_axes
+from akvq_fx.passes.patterns.attention import LAYOUT_OPS
+from akvq_fx.passes.patterns.axes import Axes, Axis, after, before, flat, is_reshape, new_axes
 from akvq_fx.passes.patterns.cache_write import ALLOCATIONS, is_mutation, is_packed
 from akvq_fx.passes.patterns.nodes import NoMatch, dimension, is_returned, op, shape, tensors_of_cat, value
 
@@ -121,11 +122,22 @@ def kept_behind(path: Path, roles: Roles) -> Kept | None:
     for node, axes in path:
         if writes := [user for user in node.users if is_mutation(user, node)]:
             return filled(node, roles.axes_of(axes), writes)
+        if is_slice_of_cache(node):
+            return None
         returned, kept = returned_of(node, axes, roles)
         order = roles.axes_of(axes)
         if kept is not None and order is not None:
             return None if kept == STANDARD else Kept(kept, returned, node, None, node, order)
     return None
+
+
+def is_slice_of_cache(node: Node) -> bool:
+    """Some tokens of a cache, which every step would take for new ones."""
+    if op(node) not in ("getitem", "narrow") or is_reshape(node):
+        return False
+    while op(node) in LAYOUT_OPS:
+        node = node.args[0]
+    return op(node) in ("cat", "placeholder")
 
 
 def filled(buffer: Node, order: CacheAxes | None, writes: list[Node]) -> Kept | None:
