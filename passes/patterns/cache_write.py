@@ -35,6 +35,7 @@ from akvq_fx.torch_internals import LEAST_SYMBOL
 
 TOKENS = 2  # the token axis of a [B, H, T, D] cache
 ALLOCATIONS = ("zeros", "new_zeros", "zeros_like", "full", "new_full")
+REPLACED = ("where", "index_copy", "index_put", "scatter", "masked_scatter", "slice_scatter", "index_fill")
 SLICED = "the cache keeps a slice of what attention reads (sliding window)"
 UNKNOWN_FORM = "no product of queries and keys was seen before its softmax"
 OTHER_SLICE = "the cache keeps a slice of what attention reads, accepted: all of it, or its last tokens x[:, :, -n:]"
@@ -106,6 +107,22 @@ def is_empty(node) -> bool:
     return is_tensor(node) and 0 in shape(node) and len(shape(node)) in (1, 4)
 
 
+def is_buffer(node: Node) -> bool:
+    """It could hold keys or values: it came in, or is allocated here."""
+    known = op(node) in ("placeholder", *ALLOCATIONS) and len(shape(node)) >= 3
+    return known and value(node).is_floating_point()
+
+
+def is_made_anew(node: Node) -> bool:
+    """where(here, new, old) and the like of a whole buffer: to store the result would quantize its tokens again, and
+    to write it in place would change what the caller still has."""
+    return op(node) in REPLACED and any(map(is_buffer, node.all_input_nodes))
+
+
+def made_anew(node: Node) -> NoMatch:
+    return NoMatch(f"the cache is made anew by {op(node)}, accepted: cat([past, new]), or a write in place", node)
+
+
 def is_input(node: Node) -> bool:
     """A placeholder, or one whose axes exchange_axes put in order."""
     while op(node) in ("permute", "unflatten"):
@@ -125,7 +142,7 @@ def cache_write_of(whole: Node) -> CacheWrite | None:
         return None
     if op(whole) == "cat" and dimension(whole, 1, 4) == TOKENS:
         return grown(whole, returned)
-    copies = [u for u in whole.users if op(u) in ("index_copy_", "index_copy") and u.args[0] is whole]
+    copies = [u for u in whole.users if op(u) == "index_copy_" and u.args[0] is whole]
     if op(whole) == "placeholder":
         if copies:
             return placed(whole, copies)
@@ -143,9 +160,11 @@ def cache_write_of(whole: Node) -> CacheWrite | None:
             )
         copy = placed(whole, copies)
         return CacheWrite("fill", None, copy.new, whole, copy.at)
-    if op(whole) in ("index_copy_",) and is_tensor(whole.args[0]):
+    if op(whole) == "index_copy_" and is_tensor(whole.args[0]):
         return cache_write_of(whole.args[0])
     if whole in returned:
+        if is_made_anew(whole):
+            raise made_anew(whole)
         if other := [u for u, _ in written_views(whole)]:
             raise NoMatch(
                 f"the cache is written by {op(other[0])}, accepted: cat, index_copy_ or x[:, :, at] = new", other[0]

@@ -18,7 +18,7 @@ from torch.fx import Node
 from akvq_fx.kernels.cache_axes import STANDARD, CacheAxes
 from akvq_fx.passes.patterns.attention import LAYOUT_OPS
 from akvq_fx.passes.patterns.axes import Axes, Axis, after, before, flat, is_reshape, new_axes
-from akvq_fx.passes.patterns.cache_write import ALLOCATIONS, is_mutation, is_packed
+from akvq_fx.passes.patterns.cache_write import ALLOCATIONS, is_made_anew, is_mutation, is_packed
 from akvq_fx.passes.patterns.nodes import NoMatch, dimension, is_returned, op, shape, tensors_of_cat, value
 
 Path = list[tuple[Node, Axes]]
@@ -122,7 +122,7 @@ def kept_behind(path: Path, roles: Roles) -> Kept | None:
     for node, axes in path:
         if writes := [user for user in node.users if is_mutation(user, node)]:
             return filled(node, roles.axes_of(axes), writes)
-        if is_slice_of_cache(node):
+        if is_slice_of_cache(node) or is_made_anew(node):
             return None
         returned, kept = returned_of(node, axes, roles)
         order = roles.axes_of(axes)

@@ -11,13 +11,20 @@ from torch.fx import Graph, Node
 
 from akvq_fx.passes.patterns.attention import LAYOUT_OPS, is_attention
 from akvq_fx.passes.patterns.axes import CASTS
-from akvq_fx.passes.patterns.cache_write import ALLOCATIONS, SLICED, STATIC_PLAIN, is_empty, why_unread
-from akvq_fx.passes.patterns.nodes import NoMatch, dimension, is_returned, op, same_size, shape, tensors_of_cat, value
+from akvq_fx.passes.patterns.cache_write import (
+    SLICED,
+    STATIC_PLAIN,
+    is_buffer,
+    is_empty,
+    is_made_anew,
+    made_anew,
+    why_unread,
+)
+from akvq_fx.passes.patterns.nodes import NoMatch, dimension, is_returned, op, same_size, shape, tensors_of_cat
 from akvq_fx.passes.patterns.written_attention import PRODUCTS, SCORES
 
 WRITES = ("setitem", "index_copy_", "copy_", "scatter_", "index_put_")
-REPLACED = ("where", "index_copy", "index_put", "scatter", "masked_scatter", "slice_scatter")
-MOVES = (*LAYOUT_OPS, *CASTS, "expand", "repeat_interleave", "repeat", "index_copy_", "getattr")
+MOVES = (*LAYOUT_OPS, *CASTS, "expand", "repeat_interleave", "repeat", "getattr", *WRITES)
 PARTS = "keys and values, or several layers, are parts of one tensor, accepted: a tensor for each"
 ACCEPTED = (
     "accepted: the tokens of batch, heads, tokens, channels in any order, or of [batch, tokens, heads * channels]"
@@ -35,9 +42,8 @@ def unknown_caches(graph: Graph, written_out: dict[Node, NoMatch]) -> list[tuple
             found[node] = NoMatch(PARTS, node) if how == "part" else why_not_grown(node, written_out)
         elif op(node) == "stack" and is_returned(node) and is_read_of(node):
             found[node] = NoMatch(PARTS, node)
-        elif op(node) in REPLACED and is_returned(node) and read_as(node) and any(map(is_buffer, node.all_input_nodes)):
-            why = f"the cache is made anew by {op(node)}, accepted: cat([past, new]), or a write in place"
-            found[node] = NoMatch(why, node)
+        elif is_made_anew(node) and is_returned(node) and read_as(node):
+            found[node] = made_anew(node)
         elif op(node) in WRITES and (cache := buffer_behind(node.args[0])) and (how := read_as(cache)):
             found.setdefault(cache, why_not_written(cache, node, how))
     return list(found.items())
@@ -77,12 +83,6 @@ def grows(node: Node) -> bool:
 
 def is_slice_kept(node: Node) -> bool:
     return op(node) == "getitem" and is_returned(node)
-
-
-def is_buffer(node: Node) -> bool:
-    """It could hold keys or values: it came in, or is allocated here."""
-    known = op(node) in ("placeholder", *ALLOCATIONS) and len(shape(node)) >= 3
-    return known and value(node).is_floating_point()
 
 
 def buffer_behind(view: Node) -> Node | None:
