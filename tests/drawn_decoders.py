@@ -178,6 +178,8 @@ class Choice:
     dropout: str = "none"
     softcap: str = ""
     sinks: str = ""
+    prefix: bool = False  # attention reads a static cache up to its last token
+    sizes: tuple = (1, 1)  # tokens of each step after the prompt
     position: str = "tensor"  # "tensor", "int": what the model is told of where it is; "length": of the cache
 
     def __str__(self):
@@ -206,6 +208,7 @@ def drawn(pick) -> Choice:
         c["owner"] = pick("owner", ("prompt",) * 6 + OWNERS)
         c["write"] = pick("write", tuple(PUTS) if c["owner"] == "prompt" else IN_PLACE)
         c["position"] = "int" if c["write"] in BY_NUMBER else pick("position", ("tensor", "int"))
+        c["prefix"] = c["position"] == "int" and pick("prefix", (False, True))
         c["window"] = pick("window", ("none", "none", "mask"))
         if c["owner"] == "module":
             c["container"] = "tuples"
@@ -213,6 +216,8 @@ def drawn(pick) -> Choice:
         c["write"] = pick("write", GROWTH)
         c["window"] = pick("window", ("none", "none", "none", *WINDOWS))
         c["position"] = pick("position", ("tensor", "int") + ("length",) * ("slice" not in c["window"]))
+    if c["window"] != "read slice" and c["write"] != "where":
+        c["sizes"] = pick("sizes", ((1, 1), (1, 1), (2, 1), (1, 3)))
     c["padded"] = "slice" not in c["window"] and pick("padded", (False, False, True))
     c["shape"] = pick("shape", tuple(SHAPES) if not c["padded"] else ("[B, 1, q, T]", "[B, H, q, T]"))
     if c["attend"] in ("written", "direct"):
@@ -428,6 +433,8 @@ class Drawn(nn.Module):
         if c.static:
             past = self.allocated(at_batch(new[0], c)) if past is None else past
             kept = [PUTS[c.write](x, y, at, start, self.axis) for x, y in zip(past, new, strict=True)]
+            if c.prefix:
+                return [x[(*[slice(None)] * self.axis, slice(0, start + len(at)))] for x in kept], kept
             return kept, kept
         prompt = past is None
         if prompt and c.write == "cat from empty":
@@ -509,7 +516,7 @@ def cache_for(model: Drawn, batch: int):
 
 
 @torch.no_grad()
-def rolled(model: Drawn, run, batch: int, prompt: int, sizes: tuple, pad: int):
+def rolled(model: Drawn, run, batch: int, prompt: int, sizes, pad: int):
     """Logits of the prompt and of later parts of these sizes, and the cache at the end."""
     ids = torch.randint(0, VOCABULARY, (batch, prompt + sum(sizes)), generator=torch.Generator().manual_seed(batch))
     padding = torch.ones(batch, SLOTS, dtype=torch.bool)
@@ -530,7 +537,7 @@ def rolled(model: Drawn, run, batch: int, prompt: int, sizes: tuple, pad: int):
 
 
 def play(
-    choice: Choice, batches=(1, 3), sizes=(1, 1, 1), options=None, prompt: int = 5, compare: bool = True
+    choice: Choice, batches=(1, 3), sizes=None, options=None, prompt: int = 5, compare: bool = True
 ) -> SimpleNamespace:
     """What one drawn decoder did, in lossless mode unless options say otherwise.
 
@@ -547,6 +554,7 @@ def play(
         return akvq(gm, inputs, options={"body_bits": 16, "inner": "eager"} | (options or {}))
 
     run = torch.compile(model, backend=backend)
+    sizes = choice.sizes if sizes is None else sizes
     pad, error, packed = 2 * choice.padded, 0.0, []
     for batch in (3,) if choice.owner == "module" else batches:
         got, cache = rolled(model, run, batch, prompt, sizes, pad)

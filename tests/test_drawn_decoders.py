@@ -46,7 +46,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("name", PACKED)
 def test_packed(name):
-    seen = play(PACKED[name], batches=(2,), sizes=(1, 1))
+    seen = play(PACKED[name], batches=(2,))
     assert seen.error <= TOLERANCE and all(seen.packed), seen.report
     assert not seen.reasons and seen.graphs == 2
 
@@ -54,7 +54,7 @@ def test_packed(name):
 @pytest.mark.parametrize("name", REFUSED)
 def test_refused(name):
     choice, reason = REFUSED[name]
-    seen = play(choice, batches=(3,), sizes=(1, 1))
+    seen = play(choice, batches=(3,))
     assert seen.error == 0 and not any(seen.packed)
     assert any(reason in row for row in seen.reasons), seen.reasons
 
@@ -85,7 +85,7 @@ kinds = collections.Counter()
 @given(st.data())
 def test_any_decoder_is_packed_or_refused_with_a_reason(data):
     choice = drawn(lambda name, options: data.draw(st.sampled_from(options), label=name))
-    seen = play(choice, sizes=(1, 1))
+    seen = play(choice)
     assert seen.error <= TOLERANCE, (str(choice), seen.error, seen.reasons)
     packed = bool(seen.packed) and all(seen.packed)
     assert packed or seen.reasons, f"{choice}: neither packed nor refused"
