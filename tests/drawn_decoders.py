@@ -29,7 +29,7 @@ from tests.written_spellings import (
     SOFTMAX,
 )
 
-VOCABULARY, WIDTH, SLOTS, LAYERS, REACH = 48, 32, 16, 2, 4
+VOCABULARY, WIDTH, SLOTS, REACH = 48, 32, 16, 4
 
 # how keys and values [B, H, T, D] become what the cache holds, and back
 
@@ -339,13 +339,13 @@ class Layer(nn.Module):
 class Drawn(nn.Module):
     """(tokens [B, q], cache, at, start, padding [B, slots]) -> (logits, cache)."""
 
-    def __init__(self, choice: Choice, seed: int = 0):
+    def __init__(self, choice: Choice, layers: int = 2, seed: int = 0):
         super().__init__()
         self.choice = choice
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             self.embed, self.head = nn.Embedding(VOCABULARY, WIDTH), nn.Linear(WIDTH, VOCABULARY)
-            self.layers = nn.ModuleList(Layer(choice) for _ in range(LAYERS))
+            self.layers = nn.ModuleList(Layer(choice) for _ in range(layers))
         if choice.owner == "module":
             for i, x in enumerate(self.buffers_of(3)):
                 self.register_buffer(f"cache_{i}", x, persistent=False)
@@ -370,7 +370,7 @@ class Drawn(nn.Module):
     def buffers_of(self, batch: int) -> list[Tensor]:
         """Zeros of a static cache, one layer after the other."""
         new = torch.zeros(batch, KV, SLOTS, DIM)
-        return [torch.zeros(x.shape) for _ in range(LAYERS) for x in self.pack(new, new)]
+        return [torch.zeros(x.shape) for _ in range(len(self.layers)) for x in self.pack(new, new)]
 
     def allocated(self, batch: int) -> list[Tensor]:
         shape = {
@@ -393,10 +393,10 @@ class Drawn(nn.Module):
         how = self.choice.container
         if self.choice.owner == "module":
             flat = [x for name, x in self.named_buffers()]
-            count = len(flat) // LAYERS
-            return [flat[i * count : (i + 1) * count] for i in range(LAYERS)]
+            count = len(flat) // len(self.layers)
+            return [flat[i * count : (i + 1) * count] for i in range(len(self.layers))]
         if cache is None:
-            return [None] * LAYERS
+            return [None] * len(self.layers)
         if how == "tuples":
             return [list(layer) for layer in cache]
         if how == "dicts":
@@ -404,9 +404,9 @@ class Drawn(nn.Module):
         if how == "dataclasses":
             return [[x.keys, x.values] if isinstance(x, Pair) else [x.both] for x in cache]
         if how == "flat list":
-            count = len(cache) // LAYERS
-            return [cache[i * count : (i + 1) * count] for i in range(LAYERS)]
-        return [[x[i] for x in cache] for i in range(LAYERS)]
+            count = len(cache) // len(self.layers)
+            return [cache[i * count : (i + 1) * count] for i in range(len(self.layers))]
+        return [[x[i] for x in cache] for i in range(len(self.layers))]
 
     def contained(self, layers: list[list[Tensor]]):
         how = self.choice.container
@@ -469,7 +469,7 @@ class Drawn(nn.Module):
         c = self.choice
         if cache is None and self.one_buffer and c.owner == "prompt":
             one = self.allocated(tokens.shape[0])
-            cache = [torch.zeros(LAYERS, *x.shape) for x in one]
+            cache = [torch.zeros(len(self.layers), *x.shape) for x in one]
         x, layers, kept = self.embed(tokens), self.per_layer(cache), []
         past = layers[0][0] if layers[0] is not None else None
         if c.position == "length":
@@ -511,8 +511,8 @@ def cache_for(model: Drawn, batch: int):
     if c.owner != "caller":
         return None
     flat = model.buffers_of(batch)
-    count = len(flat) // LAYERS
-    return model.contained([flat[i * count : (i + 1) * count] for i in range(LAYERS)])
+    count = len(flat) // len(model.layers)
+    return model.contained([flat[i * count : (i + 1) * count] for i in range(len(model.layers))])
 
 
 @torch.no_grad()
@@ -537,7 +537,7 @@ def rolled(model: Drawn, run, batch: int, prompt: int, sizes, pad: int):
 
 
 def play(
-    choice: Choice, batches=(1, 3), sizes=None, options=None, prompt: int = 5, compare: bool = True
+    choice: Choice, batches=(1, 3), sizes=None, options=None, prompt: int = 5, compare: bool = True, layers: int = 2
 ) -> SimpleNamespace:
     """What one drawn decoder did, in lossless mode unless options say otherwise.
 
@@ -547,7 +547,7 @@ def play(
     reasons  of what the report says is not packed
     """
     torch._dynamo.reset()
-    model, twin, graphs = Drawn(choice), Drawn(choice), []
+    model, twin, graphs = Drawn(choice, layers), Drawn(choice, layers), []
 
     def backend(gm, inputs):
         graphs.append(gm)
@@ -576,6 +576,7 @@ def play(
 
 
 def difference(a: Tensor, b: Tensor) -> float:
+    a = a.dequantize() if isinstance(a, PackedKV) else a
     return (a - b).abs().max().item() if a.shape == b.shape else float("nan")
 
 
