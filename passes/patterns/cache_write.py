@@ -148,7 +148,8 @@ def cache_write_of(whole: Node) -> CacheWrite | None:
             return placed(whole, copies)
         if other := [u for u, _ in written_views(whole)]:
             if not is_packed(whole):
-                raise NoMatch(STATIC_PLAIN, whole)
+                how = "" if op(other[0]) == "setitem" else f"the cache is written by {op(other[0])}, and "
+                raise NoMatch(how + STATIC_PLAIN, whole)
             raise NoMatch(
                 f"the cache is written by {op(other[0])}, accepted: cat, index_copy_ or x[:, :, at] = new", other[0]
             )

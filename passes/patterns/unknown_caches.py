@@ -14,6 +14,7 @@ from akvq_fx.passes.patterns.axes import CASTS, is_reshape
 from akvq_fx.passes.patterns.cache_write import (
     SLICED,
     STATIC_PLAIN,
+    TOKENS,
     is_buffer,
     is_empty,
     is_made_anew,
@@ -54,7 +55,7 @@ def why_not_grown(cache: Node, written_out: dict[Node, NoMatch]) -> NoMatch:
     if not is_returned(cache):
         return NoMatch(SLICED, cache)
     refused = why_unread(cache, written_out)
-    if refused.node is not cache:
+    if refused.node is not cache or (len(shape(cache)) == 4 and dimension(cache, 1, 4) == TOKENS):
         return refused
     return NoMatch(
         f"the cache grows along axis {dimension(cache, 1, len(shape(cache)))} of {len(shape(cache))}, {ACCEPTED}", cache
