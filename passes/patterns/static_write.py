@@ -75,8 +75,8 @@ def written_cache(node: Node) -> Node | None:
     if op(node) not in FORMS:
         return None
     target = node.args[0]
-    if op(node) == "copy_" and op(target) in ("getitem", "narrow"):
-        target = target.args[0]
+    if op(node) == "copy_":
+        target = target.args[0] if op(target) in ("getitem", "narrow") else None  # all of a buffer is another matter
     if len(shape(target)) not in (3, 4):
         return None
     kept = op(target) in ALLOCATIONS and (len(shape(target)) == 4 or is_kept(target))

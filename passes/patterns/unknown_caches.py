@@ -70,7 +70,7 @@ def why_not_written(cache: Node, write: Node, how: str) -> NoMatch:
     if op(write) != "index_copy_":  # canonicalize has left it
         try:
             static_write(write)
-        except (NoMatch, KeyError) as miss:
+        except (NoMatch, KeyError, IndexError) as miss:
             return miss if isinstance(miss, NoMatch) else NoMatch(f"the cache is written by {op(write)}", write)
     if cut := next((user for user in cache.users if op(user) == "getitem" and not is_reshape(user)), None):
         return NoMatch("attention reads a slice of a static cache, accepted: x[:, :, :n] of [B, H, T, D], or all", cut)
