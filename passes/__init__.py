@@ -4,6 +4,7 @@ if not __name__.startswith("akvq_fx."):
     raise ImportError(f"import akvq_fx.passes, not {__name__}: its ops would register twice")
 
 from akvq_fx.passes.attend_packed import attend_packed
+from akvq_fx.passes.batch_axes import batch_axes
 from akvq_fx.passes.canonicalize import canonicalize
 from akvq_fx.passes.clean_up import clean_up
 from akvq_fx.passes.exchange_axes import exchange_axes
@@ -24,6 +25,7 @@ from akvq_fx.passes.split_decode import split_decode
 DISABLE = "TORCH_AKVQ_DISABLE"  # environment variable: passes that do not run, to find the one that changes an answer
 PIPELINE = (
     canonicalize,  # one spelling, so that patterns stay few
+    batch_axes,  # calls of three or five axes too
     exchange_axes,  # caches of other axes become [B, H, T, D] inside the graph
     rewrite_attention,  # attention that a model writes out becomes a call
     find_sites,  # only reads: which attention calls go over a cache

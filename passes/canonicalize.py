@@ -1,7 +1,6 @@
 """Give the few ops that patterns look for one spelling.
 
-Before   x[:, :, at] = new                          After   x.index_copy_(2, at, new)
-         x.scatter_(2, at expanded to new's size, new)      the same
+Before   x[:, :, at] = new, in any spelling         After   x.index_copy_(2, at, new), whose result nothing reads
          torch._C._nn.scaled_dot_product_attention          the same node, every argument by name
 Needs    none                                       Gives    none
 Follows  none                                       Leaves   numbers and shapes as they were
@@ -12,14 +11,15 @@ else is left alone and reported.
 
 from __future__ import annotations
 
+import operator
+
 import torch
 import torch.nn.functional as F
 from torch.fx import Node
 
 from akvq_fx.passes.patterns.attention import ARGUMENTS, is_attention
-from akvq_fx.passes.patterns.cache_write import ALLOCATIONS, is_packed
-from akvq_fx.passes.patterns.indexed_write import WRITES, token_index, written
 from akvq_fx.passes.patterns.nodes import NoMatch, argument, op, shape, value
+from akvq_fx.passes.patterns.static_write import StaticWrite, static_write, written_cache
 from akvq_fx.passes.state import GraphState
 from akvq_fx.report import PassReport
 
@@ -31,35 +31,55 @@ def canonicalize(state: GraphState) -> PassReport:
             node.kwargs = {k: v for i, k in enumerate(ARGUMENTS) if (v := argument(node, i, k)) is not None}
             node.args, node.target, node.op = (), F.scaled_dot_product_attention, "call_function"
             report.match(node.name)
-        elif writes_cache(node):
+        elif written_cache(node) is not None:
             try:
-                at = token_index(node)
+                write = static_write(node)
             except NoMatch as miss:
                 report.miss(node.name, miss.reason, miss.node)
                 continue
-            with state.before(node):
-                target, new = node.args[0], written(node)
-                if value(at).dtype != torch.int64:  # the only one that index_copy_ takes
-                    seen, at = value(at), state.graph.call_method("to", (at, torch.int64))
-                    with seen.fake_mode:
-                        at.meta["example_value"] = seen.to(torch.int64)
-                copy = state.graph.call_method("index_copy_", (target, 2, at, new))
-                copy.meta = {**node.meta, "example_value": value(target)}
-            state.effects.add(copy)  # it has no readers either
-            node.replace_all_uses_with(copy)
-            state.graph.erase_node(node)
-            report.match(copy.name)
+            report.match(index_copy(state, node, write).name)
+        elif op(node) == "index_copy_":  # its result is the tensor that it writes into
+            node.replace_all_uses_with(node.args[0])
+            state.effects.add(node)
     return report
 
 
-def writes_cache(node: Node) -> bool:
-    """node is x[...] = new or x.scatter_(...) for a 4-d x that is a PackedKV or allocated in this graph.
+def index_copy(state: GraphState, node: Node, write: StaticWrite) -> Node:
+    """The write of a node as index_copy_, in its place."""
+    cache, new, place = write.cache, write.new, write.place
+    with state.before(node):
+        if place.one:
+            new = state.moved(new, [("unsqueeze", place.axis)], value(new))
+        at = place.at
+        if at is None:
+            at = positions_from(state, place.start, shape(new)[place.axis], cache)
+        elif place.one:
+            at = state.moved(at, [("reshape", 1)], value(at))
+        if value(at).dtype != torch.int64:  # the only one that index_copy_ takes
+            at = state.moved(at, [("to", torch.int64)], value(at))
+        copy = state.graph.call_method("index_copy_", (cache, place.axis, at, new))
+        copy.meta = {**node.meta, "example_value": value(cache)}
+    state.effects.add(copy)  # it has no readers either
+    node.replace_all_uses_with(cache if op(node) != "copy_" else node.args[0])
+    state.effects.discard(node)
+    view = node.args[0]
+    state.graph.erase_node(node)
+    if view is not cache:
+        state.forget(view)
+    return copy
 
-    In other tensors a position may be negative, which index_copy_ does not take (sliding windows write at -1).
-    Buffers of the caller's are written as the model does it (exchange_buffers).
-    """
-    target = node.args[0] if op(node) in WRITES else None
-    return len(shape(target)) == 4 and (is_packed(target) or op(target) in ALLOCATIONS)
+
+def positions_from(state: GraphState, start, count, cache: Node) -> Node:
+    """[count] int64 from `start` on; one node for all writes of as many tokens there."""
+
+    def make():
+        end = state.graph.call_function(operator.add, (start, state.size_node(count)))
+        end.meta["example_value"] = value(start) + count
+        at = state.call(torch.arange, start, end, device=value(cache).device, dtype=torch.int64)
+        at.meta["example_value"] = state.fake(value(cache), (count,), torch.int64)
+        return at
+
+    return state.share(("written at", start, str(count)), make)
 
 
 canonicalize.needs = ()

@@ -3,7 +3,7 @@
 Before   whole = cat([past, k], 1); sdpa(q, whole.transpose(1, 2), ...); return whole
 After    whole = cat([past, k.transpose(1, 2)], 2); sdpa(q, whole, ...); return whole
 Needs    none                        Gives    kept_axes, unexchanged
-Follows  canonicalize                Leaves   graphs with no such cache as they were, numbers as they were
+Follows  canonicalize, batch_axes    Leaves   graphs with no such cache as they were, numbers as they were
 
 A cache that came in packed says what its axes are. One that did not is told by how attention reads it
 (patterns/kept.py), and exchanged only where it can be packed. What the caller sees keeps its axes: clean_up has the
@@ -19,8 +19,8 @@ import torch
 from torch.fx import Node
 
 from akvq_fx.kernels.cache_axes import STANDARD, CacheAxes
-from akvq_fx.passes.patterns.attention import LAYOUT_OPS, attention_of, is_attention
-from akvq_fx.passes.patterns.cache_write import CacheWrite, cache_write_of, is_mutation, is_packed
+from akvq_fx.passes.patterns.attention import attention_of, is_attention
+from akvq_fx.passes.patterns.cache_write import CacheWrite, cache_write_of, is_packed, written_views
 from akvq_fx.passes.patterns.cached import check_caches, fix_heads, read_from
 from akvq_fx.passes.patterns.kept import Kept, Path, Roles, axes_as, kept_behind, moved_to, path_of, way_back
 from akvq_fx.passes.patterns.nodes import (
@@ -50,9 +50,10 @@ class Exchanged:
 def exchange_axes(state: GraphState) -> PassReport:
     report = PassReport("exchange_axes")
     for past in [n for n in state.placeholders if is_packed(n) and value(n).axes != STANDARD]:
-        if is_written(past):
+        writes = token_writes(past)
+        if writes is None:
             continue  # in the model's axes the cache goes back to 16 bits (read_unmatched)
-        bring_in(state, past)
+        bring_in(state, past, writes)
         report.match(past.name)
     for node in [n for n in state.graph.nodes if is_attention(n)]:
         try:
@@ -63,19 +64,20 @@ def exchange_axes(state: GraphState) -> PassReport:
     return report
 
 
-def is_written(cache: Node) -> bool:
-    """The graph writes into the tensor, or into a view of it."""
-    queue = [cache]
-    while queue:
-        node = queue.pop()
-        if any(is_mutation(user, node) for user in node.users):
-            return True
-        queue += [user for user in node.users if op(user) in LAYOUT_OPS]
-    return False
+def token_writes(past: Node) -> list[Node] | None:
+    """Writes of tokens into a packed cache, before all that reads it; None where it is written in another way."""
+    axes, written = value(past).axes, written_views(past)
+    along = lambda node: op(node) == "index_copy_" and dimension(node, 1, axes.rank) == axes.tokens
+    if not all(view is past and along(node) for node, view in written):
+        return None
+    writes = [node for node, _ in written]
+    order = {n: i for i, n in enumerate(past.graph.nodes)}
+    last = max((order[node] for node in writes), default=0)
+    return None if any(order[u] < last for u in past.users if is_tensor(u) and u not in writes) else writes
 
 
-def bring_in(state: GraphState, past: Node) -> None:
-    """A packed cache: the placeholder stands for [B, H, T, D], growths are along axis 2, others read it as it was."""
+def bring_in(state: GraphState, past: Node, writes: list[Node]) -> None:
+    """A packed cache: the placeholder stands for [B, H, T, D], tokens come along axis 2, others read it as it was."""
     packed = value(past)
     axes, standard = packed.axes, packed.in_standard_axes()
     heads, channels = int(standard.shape[1]), standard.shape[3]  # int() of a symbol adds a guard
@@ -98,9 +100,16 @@ def bring_in(state: GraphState, past: Node) -> None:
             new = in_order(state, tensors_of_cat(cat)[1], order, heads, channels)
             size = shape(past)[axes.rows], heads, shape(cat)[order.tokens], channels
             grown.append((joined(state, past, new, size, value(cat).dtype), cat, groups))
+    readers = [u for u in readers if u not in writes]
     after_inputs = next(n for n in state.graph.nodes if n.op != "placeholder")
+    for write in writes:
+        with state.before(write):
+            new = in_order(state, write.args[3], axes, heads, channels)
+        write.args = (past, 2, write.args[2], new)
+        write.meta["example_value"] = standard
+        after_inputs = write.next
     with state.before(after_inputs):
-        back = state.moved(past, axes.from_standard(), plain(packed, standard.shape))
+        back = state.moved(past, axes.from_standard(), state.fake(packed, standard.shape))
     for user in readers:
         if op(user) != "output" and user not in [whole for whole, _, _ in grown]:
             user.replace_input_with(past, back)
@@ -186,6 +195,8 @@ def built(state: GraphState, kept: Kept, heads: int | None, channels: int | None
     """Nodes for a cache as [B, H, T, D], which nothing reads yet. Raises NoMatch where heads are no plain number."""
     if heads is None or channels is None:
         raise NoMatch("its heads or channels are no fixed number", kept.whole)
+    if kept.copy is not None:
+        return filled(state, kept, heads, channels)
     if kept.past is None:
         with state.before(kept.new.next):
             whole = state.moved(kept.new, kept.new_axes.to_standard(heads, channels), value(kept.new))
@@ -199,6 +210,21 @@ def built(state: GraphState, kept: Kept, heads: int | None, channels: int | None
     return Exchanged(whole, CacheWrite("grow", past, new, whole), kept)
 
 
+def filled(state: GraphState, kept: Kept, heads: int, channels: int) -> Exchanged:
+    """Another buffer in place of one that the graph allocates, and the same write into it."""
+    sizes = dict(zip(kept.axes.groups, shape(kept.whole), strict=True)) | {"h": heads, "d": channels}
+    size = tuple(sizes[letter] for letter in "bhtd")
+    at = kept.copy.args[2]
+    with state.before(kept.copy):
+        new = in_order(state, kept.copy.args[3], kept.axes, heads, channels)
+        seen = state.fake(value(kept.whole), size)
+        whole = state.call(torch.zeros, tuple(map(state.size_node, size)), dtype=seen.dtype, device=seen.device)
+        whole.meta["example_value"] = seen
+        copy = state.graph.call_method("index_copy_", (whole, 2, at, new))
+        copy.meta["example_value"] = seen
+    return Exchanged(whole, CacheWrite("fill", None, new, whole, at), kept)
+
+
 def in_order(state: GraphState, node: Node, order: CacheAxes, heads: int, channels: int) -> Node:
     """A tensor of these axes as [B, H, T, D]: what it was made of where that has them, else moves of it."""
     groups, roles = axes_as(node, order, heads, channels)
@@ -210,14 +236,8 @@ def in_order(state: GraphState, node: Node, order: CacheAxes, heads: int, channe
 
 def joined(state: GraphState, past: Node, new: Node, size: tuple, dtype: torch.dtype) -> Node:
     whole = state.call(torch.cat, [past, new], 2)
-    whole.meta["example_value"] = plain(value(new), size, dtype)
+    whole.meta["example_value"] = state.fake(value(new), size, dtype)
     return whole
-
-
-def plain(like, size: tuple, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """A fake tensor of this size."""
-    with getattr(like, "codes", like).fake_mode:
-        return torch.empty(size, dtype=like.dtype if dtype is None else dtype, device=like.device)
 
 
 def grouped(state: GraphState, whole: Node, heads) -> Node:
@@ -225,7 +245,9 @@ def grouped(state: GraphState, whole: Node, heads) -> Node:
     own = shape(whole)[1]
     if same_size(own, heads):
         return whole
-    return state.moved(whole, [("repeat_interleave", int(heads) // int(own), 1)], plain(value(whole), shape(whole)))
+    return state.moved(
+        whole, [("repeat_interleave", int(heads) // int(own), 1)], state.fake(value(whole), shape(whole))
+    )
 
 
 def check(state: GraphState, node: Node, found: dict[str, Exchanged | None]) -> None:
@@ -247,11 +269,16 @@ def committed(state: GraphState, half: Exchanged) -> dict[Node, CacheAxes]:
     kept = half.kept
     state.graph.output_node().replace_input_with(kept.returned, half.whole)
     state.exchanged[kept.whole] = half.whole, kept.new_axes
+    if kept.copy is not None:
+        state.effects.update(user for user in half.whole.users if op(user) == "index_copy_")
+        if set(kept.whole.users) == {kept.copy}:
+            state.effects.discard(kept.copy)
+            state.graph.erase_node(kept.copy)
     state.forget(kept.returned)
     return {half.whole: kept.axes}
 
 
 exchange_axes.needs = ()
 exchange_axes.gives = ("kept_axes", "unexchanged")
-exchange_axes.follows = ("canonicalize",)
+exchange_axes.follows = ("canonicalize", "batch_axes")
 exchange_axes.required = "packed caches that keep their model's own axes would be read in other ones"

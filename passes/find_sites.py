@@ -74,8 +74,9 @@ def find_sites(state: GraphState) -> PassReport:
         state.sites.append(site)
         report.match(site)
     others = unknown_caches(state.graph, state.written_out)
-    for whole, miss in (*state.unexchanged.items(), *cache_like(state.graph, state.written_out), *others):
+    for whole, miss in (*state.unexchanged.items(), *others, *cache_like(state.graph, state.written_out)):
         if whole not in writes and whole not in refused:
+            refused[whole] = None
             refuse(whole, miss, whole, from_cache=True)
     return report
 

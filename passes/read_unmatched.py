@@ -14,7 +14,7 @@ import torch
 from torch.fx import Node
 
 from akvq_fx.kernels.cache_axes import STANDARD
-from akvq_fx.passes.patterns.cache_write import is_mutation, is_packed, keeps_numbers, kept_of
+from akvq_fx.passes.patterns.cache_write import is_packed, keeps_numbers, kept_of, written_views
 from akvq_fx.passes.patterns.nodes import dimension, op, outputs, shape, tensors_of_cat, value
 from akvq_fx.passes.patterns.projection import weight_behind
 from akvq_fx.passes.patterns.site import layer_of
@@ -127,7 +127,7 @@ def read_rest(state: GraphState, past, report: PassReport) -> None:
     """Handle other readers of the packed placeholder: static and read-only caches without a matched attention."""
     users = [u for u in past.users if op(u) != "output" and not is_growth(u, past)]
     writes = [u for u in users if op(u) == "index_copy_" and u.args[0] is past]
-    overwrites = [u for u in users if is_mutation(u, past) and u not in writes]
+    overwrites = [u for u, _ in written_views(past) if u not in writes]
     if overwrites:
         unpack(state, past, overwrites[0], report)
         return

@@ -144,6 +144,11 @@ class GraphState:
             node.meta["example_value"] = seen
         return node
 
+    def fake(self, like, size: tuple, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """A fake tensor of this size, beside `like`, which may be packed."""
+        with getattr(like, "codes", like).fake_mode:
+            return torch.empty(size, dtype=like.dtype if dtype is None else dtype, device=like.device)
+
     def forget(self, *nodes: Node) -> None:
         """Erase nodes that nothing reads, and what was there for them alone."""
         queue, gone = list(nodes), set()

@@ -204,8 +204,8 @@ def test_an_error_names_its_pass(monkeypatch):
     def explode(state):
         raise ValueError("boom")
 
-    monkeypatch.setattr("akvq_fx.backend.PIPELINE", (*PIPELINE[:2], explode))
-    with pytest.raises(Exception, match=r"boom \(akvq pass explode, after canonicalize, exchange_axes\)"):
+    monkeypatch.setattr("akvq_fx.backend.PIPELINE", (*PIPELINE[:3], explode))
+    with pytest.raises(Exception, match=r"boom \(akvq pass explode, after canonicalize, batch_axes, exchange_axes\)"):
         captured(Decoder(), token_ids(2, 6))
 
 

@@ -3,8 +3,8 @@
 grow    cat([past, new], 2), returned               growing cache, or a tuple of tensors
 first   cat([empty, new], 2) or new itself, returned  the prompt of a growing cache
 fill    zeros, zeros.index_copy_(2, at, new), zeros returned   the prompt of a static cache, allocated in the graph
-place   past.index_copy_(2, at, new)                static cache or registered buffer; where it is no PackedKV, also
-        past[:, :, at] = new                        (exchange_buffers)
+place   past.index_copy_(2, at, new)                static cache or registered buffer; where it is no PackedKV, in any
+                                                    spelling of static_write.py (exchange_buffers)
 read    past, neither written nor returned          cross-attention over a cache that is already full
 
 A sliding window is grow or first where the graph returns whole[:, :, -n:] in place of whole.
@@ -19,12 +19,13 @@ from dataclasses import dataclass
 from torch.fx import Graph, Node
 
 from akvq_fx.kernels.layout import Layout
-from akvq_fx.passes.patterns.attention import suffix_of
-from akvq_fx.passes.patterns.indexed_write import WRITES, token_index, written
+from akvq_fx.passes.patterns.attention import LAYOUT_OPS, suffix_of
 from akvq_fx.passes.patterns.nodes import (
+    ALLOCATIONS,
     NoMatch,
     argument,
     dimension,
+    is_packed,
     is_tensor,
     op,
     outputs,
@@ -33,12 +34,17 @@ from akvq_fx.passes.patterns.nodes import (
     through_noops,
     value,
 )
+from akvq_fx.passes.patterns.static_write import FORMS, static_write
 from akvq_fx.torch_internals import LEAST_SYMBOL
 
 TOKENS = 2  # the token axis of a [B, H, T, D] cache
-ALLOCATIONS = ("zeros", "new_zeros", "zeros_like", "full", "new_full")
+REPLACED = ("where", "index_copy", "index_put", "scatter", "masked_scatter", "slice_scatter", "index_fill")
 SLICED = "the cache keeps a slice of what attention reads (sliding window)"
 UNKNOWN_FORM = "no product of queries and keys was seen before its softmax"
+STATIC_PLAIN = (
+    "16-bit buffers that the caller owns are packed only as [B, H, T, D], written at positions that a tensor gives; "
+    "compile the prompt's forward too (model.compile), or use a growing cache"
+)
 OTHER_SLICE = "the cache keeps a slice of what attention reads, accepted: all of it, or its last tokens x[:, :, -n:]"
 
 
@@ -73,11 +79,6 @@ class CacheWrite:
         return self.kind in ("fill", "place")
 
 
-def is_packed(node) -> bool:
-    """The node is a placeholder that dynamo saw as a PackedKV."""
-    return op(node) == "placeholder" and type(value(node)).__name__ == "PackedKV"
-
-
 def first_slot(past: Node | None):
     """The slot of a packed cache's first token, a number or a symbol: a sliding window drops tokens before it."""
     dropped = getattr(value(past), "dropped", None)
@@ -104,6 +105,22 @@ def is_empty(node) -> bool:
     return is_tensor(node) and 0 in shape(node) and len(shape(node)) in (1, 4)
 
 
+def is_buffer(node: Node) -> bool:
+    """It could hold keys or values: it came in, or is allocated here."""
+    known = op(node) in ("placeholder", *ALLOCATIONS) and len(shape(node)) >= 3
+    return known and value(node).is_floating_point()
+
+
+def is_made_anew(node: Node) -> bool:
+    """where(here, new, old) and the like of a whole buffer: to store the result would quantize its tokens again, and
+    to write it in place would change what the caller still has."""
+    return op(node) in REPLACED and any(map(is_buffer, node.all_input_nodes))
+
+
+def made_anew(node: Node) -> NoMatch:
+    return NoMatch(f"the cache is made anew by {op(node)}, accepted: cat([past, new]), or a write in place", node)
+
+
 def is_input(node: Node) -> bool:
     """A placeholder, or one whose axes exchange_axes put in order."""
     while op(node) in ("permute", "unflatten"):
@@ -123,12 +140,12 @@ def cache_write_of(whole: Node) -> CacheWrite | None:
         return None
     if op(whole) == "cat" and dimension(whole, 1, 4) == TOKENS:
         return grown(whole, returned)
-    copies = [u for u in whole.users if op(u) in ("index_copy_", "index_copy") and u.args[0] is whole]
+    copies = [u for u in whole.users if op(u) == "index_copy_" and u.args[0] is whole]
     if op(whole) == "placeholder":
         if copies:
             return placed(whole, copies)
-        if other := [u for u in whole.users if is_mutation(u, whole)]:
-            if op(other[0]) in WRITES and not is_packed(whole):
+        if other := [u for u, _ in written_views(whole)]:
+            if op(other[0]) in FORMS and not is_packed(whole):
                 return placed(whole, other)
             raise NoMatch(
                 f"the cache is written by {op(other[0])}, accepted: cat, index_copy_ or x[:, :, at] = new", other[0]
@@ -141,10 +158,12 @@ def cache_write_of(whole: Node) -> CacheWrite | None:
             )
         copy = placed(whole, copies)
         return CacheWrite("fill", None, copy.new, whole, copy.at)
-    if op(whole) in ("index_copy_",) and is_tensor(whole.args[0]):
+    if op(whole) == "index_copy_" and is_tensor(whole.args[0]):
         return cache_write_of(whole.args[0])
     if whole in returned:
-        if other := [u for u in whole.users if is_mutation(u, whole)]:
+        if is_made_anew(whole):
+            raise made_anew(whole)
+        if other := [u for u, _ in written_views(whole)]:
             raise NoMatch(
                 f"the cache is written by {op(other[0])}, accepted: cat, index_copy_ or x[:, :, at] = new", other[0]
             )
@@ -200,13 +219,16 @@ def placed(whole: Node, copies: list[Node]) -> CacheWrite:
     if len(copies) > 1:
         raise NoMatch("the cache is written twice in one step", copies[1])
     copy = copies[0]
-    if op(copy) in WRITES:
-        dim, at, new = TOKENS, token_index(copy), written(copy)
+    if op(copy) in FORMS:
+        write = static_write(copy)
+        dim, at, new = write.place.axis, write.place.at, write.new
+        if at is None or write.place.one:
+            raise NoMatch(STATIC_PLAIN, whole)
     else:
         dim, at, new = (argument(copy, i, name) for i, name in ((1, "dim"), (2, "index"), (3, "source")))
     if not isinstance(dim, int) or dim % 4 != TOKENS or len(shape(new)) != 4:
         raise NoMatch("index_copy_ does not go along the token axis", copy)
-    if other := [u for u in whole.users if is_mutation(u, whole) and u is not copy]:
+    if other := [u for u, _ in written_views(whole) if u is not copy]:
         raise NoMatch(f"the cache is also written by {op(other[0])}", other[0])
     return CacheWrite("place", whole, new, whole, at, packed=is_packed(whole))
 
@@ -215,6 +237,16 @@ def is_mutation(user: Node, cache: Node) -> bool:
     name = op(user)
     in_place = name == "setitem" or (name.endswith("_") and not name.endswith("__"))
     return in_place and bool(user.args) and user.args[0] is cache
+
+
+def written_views(cache: Node) -> list[tuple[Node, Node]]:
+    """Each op that writes into the tensor or into a view of it, and what it writes into."""
+    found, queue = [], [cache]
+    while queue:
+        node = queue.pop()
+        found += [(user, node) for user in node.users if is_mutation(user, node)]
+        queue += [user for user in node.users if op(user) in LAYOUT_OPS and op(user) != "clone"]
+    return found
 
 
 def cache_like(graph: Graph, written_out: dict[Node, NoMatch]) -> list[tuple[Node, NoMatch]]:

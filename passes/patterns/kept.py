@@ -1,6 +1,7 @@
 """Caches that a model keeps in other axes than [B, H, T, D], told by how attention reads them.
 
 first    k [B, T, H, D] returned, k.transpose(1, 2) read
+fill     zeros [B, T, H, D] returned, zeros.index_copy_(1, at, k), zeros.transpose(1, 2) read
 grow     cat([past, k], 1) returned, its transpose read; or past.transpose(1, 2) grows, and its transpose is returned
 
 Everything between is followed by what it does to axes (patterns/axes.py), so spellings do not matter, and no axis is
@@ -15,8 +16,9 @@ from dataclasses import dataclass
 from torch.fx import Node
 
 from akvq_fx.kernels.cache_axes import STANDARD, CacheAxes
-from akvq_fx.passes.patterns.axes import Axes, Axis, after, before, flat, new_axes
-from akvq_fx.passes.patterns.cache_write import is_packed
+from akvq_fx.passes.patterns.attention import LAYOUT_OPS
+from akvq_fx.passes.patterns.axes import Axes, Axis, after, before, flat, is_reshape, new_axes
+from akvq_fx.passes.patterns.cache_write import ALLOCATIONS, is_made_anew, is_mutation, is_packed
 from akvq_fx.passes.patterns.nodes import NoMatch, dimension, is_returned, op, shape, tensors_of_cat, value
 
 Path = list[tuple[Node, Axes]]
@@ -62,6 +64,7 @@ class Kept:
     whole     what attention reads it from
     past      the placeholder of the tokens so far; None where there are none, or they are part of `new`
     new       the tokens to cache, whose axes are `new_axes`
+    copy      the index_copy_ of `new` into `whole`, a buffer that is allocated here; None where the cache grows
     """
 
     axes: CacheAxes
@@ -70,6 +73,7 @@ class Kept:
     past: Node | None
     new: Node
     new_axes: CacheAxes
+    copy: Node | None = None
 
 
 def path_of(argument: Node) -> tuple[Path, Roles] | None:
@@ -116,11 +120,33 @@ def kept_behind(path: Path, roles: Roles) -> Kept | None:
     if order is not None and op(node) == "cat" and dimension(node, 1, len(shape(node))) == order.tokens:
         return grown(node, axes, order, roles)
     for node, axes in path:
+        if writes := [user for user in node.users if is_mutation(user, node)]:
+            return filled(node, roles.axes_of(axes), writes)
+        if is_slice_of_cache(node) or is_made_anew(node):
+            return None
         returned, kept = returned_of(node, axes, roles)
         order = roles.axes_of(axes)
         if kept is not None and order is not None:
             return None if kept == STANDARD else Kept(kept, returned, node, None, node, order)
     return None
+
+
+def is_slice_of_cache(node: Node) -> bool:
+    """Some tokens of a cache, which every step would take for new ones."""
+    if op(node) not in ("getitem", "narrow") or is_reshape(node):
+        return False
+    while op(node) in LAYOUT_OPS:
+        node = node.args[0]
+    return op(node) in ("cat", "placeholder")
+
+
+def filled(buffer: Node, order: CacheAxes | None, writes: list[Node]) -> Kept | None:
+    """A buffer that this graph allocates, returns, and writes once along its tokens."""
+    (copy, *others) = writes
+    known = order not in (None, STANDARD) and op(buffer) in ALLOCATIONS and is_returned(buffer)
+    if not known or others or op(copy) != "index_copy_" or dimension(copy, 1, order.rank) != order.tokens:
+        return None
+    return Kept(order, buffer, buffer, None, copy.args[3], order, copy)
 
 
 def grown(cat: Node, axes: Axes, order: CacheAxes, roles: Roles) -> Kept | None:

@@ -16,6 +16,7 @@ class NoMatch(Exception):
         self.reason, self.node = reason, node
 
 
+ALLOCATIONS = ("zeros", "new_zeros", "zeros_like", "full", "new_full")
 SPELLINGS = {"concat": "cat", "concatenate": "cat", "permute": "permute", "swapaxes": "transpose", "type_as": "to"}
 
 
@@ -36,6 +37,11 @@ def value(node):
 
 def is_tensor(node) -> bool:
     return isinstance(value(node), torch.Tensor)
+
+
+def is_packed(node) -> bool:
+    """The node is a placeholder that dynamo saw as a PackedKV."""
+    return op(node) == "placeholder" and type(value(node)).__name__ == "PackedKV"
 
 
 def shape(node) -> tuple:
