@@ -22,7 +22,7 @@ from akvq_fx.passes.patterns.cache_write import (
     why_unread,
 )
 from akvq_fx.passes.patterns.nodes import NoMatch, dimension, is_returned, op, same_size, shape, tensors_of_cat
-from akvq_fx.passes.patterns.static_write import static_write
+from akvq_fx.passes.patterns.static_write import static_write, written_cache
 from akvq_fx.passes.patterns.written_attention import PRODUCTS, SCORES
 
 WRITES = ("setitem", "index_copy_", "copy_", "scatter_", "index_put_")
@@ -67,11 +67,11 @@ def why_not_written(cache: Node, write: Node, how: str) -> NoMatch:
         return NoMatch(PARTS, write)
     if op(cache) == "placeholder":
         return NoMatch(STATIC_PLAIN, write)
-    if op(write) != "index_copy_":  # canonicalize has left it
+    if written_cache(write) is not None:  # canonicalize has left it
         try:
             static_write(write)
-        except (NoMatch, KeyError, IndexError) as miss:
-            return miss if isinstance(miss, NoMatch) else NoMatch(f"the cache is written by {op(write)}", write)
+        except NoMatch as miss:
+            return miss
     if cut := next((user for user in cache.users if op(user) == "getitem" and not is_reshape(user)), None):
         return NoMatch("attention reads a slice of a static cache, accepted: x[:, :, :n] of [B, H, T, D], or all", cut)
     return NoMatch(f"the cache is a tensor of {len(shape(cache))} axes that {op(write)} writes, {ACCEPTED}", write)
