@@ -40,11 +40,6 @@ def parts(weight: Tensor) -> list[Tensor]:
     return [part for x in inside if isinstance(x, Tensor) for part in parts(x)]
 
 
-def is_shared(x) -> bool:
-    """A DTensor: several processes have it together, each a part of it or a copy."""
-    return type(x).__name__ == "DTensor"  # PyTorch may be built without torch.distributed
-
-
 def mark(weight: Tensor) -> Mark:
     """Changes when a weight is written to in place or gets other memory; misses writes through `.data`."""
     inner = weight

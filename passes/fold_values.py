@@ -19,9 +19,8 @@ from torch import Tensor
 from torch.fx import Node
 from torch.fx.node import map_arg
 
-from akvq_fx.digest import is_shared, parts
 from akvq_fx.passes.patterns.attention import layout_only
-from akvq_fx.passes.patterns.nodes import NoMatch, is_tensor, op, shape, value
+from akvq_fx.passes.patterns.nodes import NoMatch, is_shared, is_tensor, op, shape, value
 from akvq_fx.passes.patterns.projection import Chain, chain_from_linear, chain_to_linear
 from akvq_fx.passes.patterns.site import Site
 from akvq_fx.passes.state import GraphState
@@ -79,7 +78,7 @@ def fold_of(state: GraphState, site: Site) -> Fold:
 
 def storage_of(weight: Tensor) -> int:
     """Identifies its memory, of a weight that processes share the memory of this process's part."""
-    return (parts(weight)[0] if is_shared(weight) else weight).untyped_storage()._cdata
+    return (weight.to_local() if is_shared(weight) else weight).untyped_storage()._cdata
 
 
 def only_attended(source: Chain, site: Site, rows: Tensor) -> None:

@@ -16,11 +16,10 @@ import operator
 import torch
 from torch.fx import Node
 
-from akvq_fx.digest import is_shared
 from akvq_fx.kernels import cache, salience  # noqa: F401 - registers the ops
 from akvq_fx.passes.patterns.arguments import place_of
 from akvq_fx.passes.patterns.cache_write import CacheWrite
-from akvq_fx.passes.patterns.nodes import same_size, shape, value
+from akvq_fx.passes.patterns.nodes import is_shared, same_size, shape, value
 from akvq_fx.passes.patterns.site import Site, affine_choice
 from akvq_fx.passes.patterns.tokens import FIRST_TOKEN, covers, residual_of
 from akvq_fx.passes.state import Buffers, GraphState, is_single_token

@@ -26,7 +26,7 @@ from akvq_fx.config import CAPTURED_MODE
 from akvq_fx.kernels import attend, cache  # noqa: F401 - registers the ops
 from akvq_fx.kernels.layout import CODES
 from akvq_fx.passes.patterns.arguments import argument_of, place_of
-from akvq_fx.passes.patterns.nodes import NoMatch, op, outputs, shape, value
+from akvq_fx.passes.patterns.nodes import NoMatch, is_shared, op, outputs, shape, value
 from akvq_fx.passes.patterns.values import (
     expression,
     is_number,
@@ -257,6 +257,8 @@ class Cut:
         home = self.values[next(iter(self.buffers))].device
         for node in second:
             for n in (node, *self.inputs(node)):
+                if is_shared(self.values[n]):
+                    raise NoMatch("a CUDA graph takes plain tensors: this is a DTensor, which processes share", n)
                 away = [str(tensor.device) for tensor in tensors_in(self.values[n]) if tensor.device != home]
                 if away:
                     raise NoMatch(f"a CUDA graph lives on one device: the cache is on {home}, this is on {away[0]}", n)

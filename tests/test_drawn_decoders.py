@@ -30,7 +30,7 @@ PACKED = {
     "five axes, a mask of heads": Choice(attend="sdpa 5-d", mask="alibi", shape="[B, H, q, T]"),
 }
 SLICE = "attention reads a slice of a static cache"
-OWNED = "16-bit buffers that the caller owns are written in place"
+OWNED = "16-bit buffers that the caller owns are packed only as [B, H, T, D]"
 PARTS = "keys and values, or several layers, are parts of one tensor"
 REFUSED = {
     "the caller's buffers": (Choice(axes="bthd", write="index_copy_", owner="caller"), OWNED),

@@ -106,7 +106,6 @@ MUST_NOT_FIRE = {
     models.IntegerCache: UNREAD,
     models.TiledRepeat: UNREAD,
     models.StaticScatterApart: "the cache is written by scatter_",
-    models.Buffers: "16-bit buffers that the caller owns are written in place",
     models.ChunkedValues: "the values reach attention through cat, not straight from the cache",
 }
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import guard_or_false
 
-from akvq_fx.digest import is_shared
 from akvq_fx.kernels.layout import DTYPE_NAMES
 from akvq_fx.passes.patterns.attention import prefix_of, suffix_of, ungrouped
 from akvq_fx.passes.patterns.cache_write import ALLOCATIONS, CacheWrite, first_slot, is_cache_cat
-from akvq_fx.passes.patterns.nodes import NoMatch, op, same_size, shape, value
+from akvq_fx.passes.patterns.nodes import NoMatch, is_shared, op, same_size, shape, value
 
 FILL_USERS = (  # ops that may use a static cache that this graph allocates
     "index_copy_", "getitem", "unsqueeze", "expand", "repeat_interleave", "output",

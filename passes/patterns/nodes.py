@@ -44,6 +44,11 @@ def is_packed(node) -> bool:
     return op(node) == "placeholder" and type(value(node)).__name__ == "PackedKV"
 
 
+def is_shared(x: torch.Tensor | None) -> bool:
+    """A DTensor: several processes have it together, each a part of it or a copy."""
+    return type(x).__name__ == "DTensor"  # PyTorch may be built without torch.distributed
+
+
 def shape(node) -> tuple:
     """The node's shape, () if it is no tensor; symbols that stand for one number are that number."""
     return tuple(map(settled, value(node).shape)) if is_tensor(node) else ()

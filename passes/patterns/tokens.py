@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from torch.fx import Graph, Node
 
-from akvq_fx.digest import is_shared
 from akvq_fx.passes.patterns.attention import Attention
-from akvq_fx.passes.patterns.nodes import ancestors, is_tensor, op, same_size, shape, value
+from akvq_fx.passes.patterns.nodes import ancestors, is_shared, is_tensor, op, same_size, shape, value
 from akvq_fx.passes.patterns.projection import weight_of
 
 # mode, floor and ratio of akvq::find_pivots: no activation reaches the floor, so only the first real token is kept
