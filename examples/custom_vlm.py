@@ -236,8 +236,8 @@ def refused(ids: Tensor, image: Tensor, plain_tokens: list[int]) -> None:
     say(
         "6. What a refusal looks like: the same model, which keeps a layer's keys and values in one buffer",
         f"layer {report.refused[0].layer}: {report.refused[0].status}, {report.refused[0].reason}",
-        "Such layers run exactly as they did. To have them packed, give keys and values a buffer each, or let the model",
-        "return torch.cat([past, k], dim=2), as in step 3.",
+        "Such layers run exactly as they did. To have them packed, give keys and values a buffer each, or let the",
+        "model return torch.cat([past, k], dim=2), as in step 3.",
     )
 
 

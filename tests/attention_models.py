@@ -1072,7 +1072,7 @@ class TiledRepeat(Attention):
 
 
 class Buffers(StaticIndexCopy):
-    """16-bit buffers that the module owns: left alone."""
+    """16-bit buffers that the module owns: packed in place behind the first step."""
 
     def __init__(self):
         super().__init__()
