@@ -335,7 +335,8 @@ class Region:
         def tensor(x, node: Node) -> tuple:
             if is_traceable_wrapper_subclass(x):
                 parts, context = x.__tensor_flatten__()
-                inner = tuple(tensor(getattr(x, name), node) for name in parts)
+                inside = [getattr(x, name) for name in parts]  # a DTensor's device mesh is among them
+                inner = tuple(tensor(part, node) if isinstance(part, torch.Tensor) else repr(part) for part in inside)
                 return type(x), repr(context), inner, *map(size, (*x.shape, *x.stride())), str(x.dtype), str(x.device)
             begin = x.storage_offset()
             if isinstance(begin, int) and not memory(x) & given_back:

@@ -20,6 +20,7 @@ if not torch.distributed.is_available():
 RANKS = 2
 LOSSLESS = {"inner": "eager", "body_bits": 16}
 TWO_BITS = {"inner": "eager", "window": 4, "pivots": 3}
+COMPILED = {**TWO_BITS, "inner": "aot_eager"}  # like layers are shared
 BATCHES = (1, 3, 2)
 
 
@@ -50,7 +51,7 @@ def rank_main(rank: int, folder: str) -> None:
     found = {
         "lossless": generated(from_pretrained(folder), LOSSLESS, BATCHES[1:2]),
         "two bits": generated(from_pretrained(folder), TWO_BITS),
-        "native": rolled(shared_out(Decoder(Biased)), TWO_BITS),
+        "native": rolled(shared_out(Decoder(Biased, layers=3)), COMPILED),
         "pieces": rolled(shared_out(Decoder(InPieces), use_local_output=False), TWO_BITS),
     }
     torch.save(found, f"{folder}/found{rank}")
@@ -152,7 +153,7 @@ def alone(tmp_path_factory):
     ranks = torch.multiprocessing.spawn(rank_main, (str(folder),), RANKS, join=False)
     load = lambda: transformers.AutoModelForCausalLM.from_pretrained(folder / "model")
     try:
-        found = {"two bits": generated(load(), TWO_BITS), "native": rolled(Decoder(Biased), TWO_BITS)}
+        found = {"two bits": generated(load(), TWO_BITS), "native": rolled(Decoder(Biased, layers=3), TWO_BITS)}
         found["lossless"] = generated(load(), None, BATCHES[1:2])
         for process in ranks.processes:
             process.join(timeout=600)
@@ -191,6 +192,7 @@ def test_the_report_is_that_of_one_process_but_for_the_heads(both):
 def test_pytorchs_own_plan_packs(both):
     mine, alone = (side["native"] for side in both)
     assert mine["types"] == {"PackedKV"}
+    assert "each kind compiled once" in mine["report"]
     for a, b in zip(mine["logits"], alone["logits"], strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
 
