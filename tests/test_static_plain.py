@@ -283,6 +283,38 @@ def test_positions_of_a_ring_stay():
     stays(OwnDecoder(Wrapped), "come of")
 
 
+class Rolls(Buffers):
+    """The whole buffer is copied anew, a slot further: a sliding window of transformers' static caches."""
+
+    def write(self, past, k, v, at):
+        for cache, new in ((self.k_cache, k), (self.v_cache, v)):
+            cache.copy_(torch.cat([cache[:, :, new.shape[2] :], new], 2))
+        return self.k_cache, self.v_cache, None
+
+
+class ByNumber(Buffers):
+    """Positions that the graph has as a number."""
+
+    def write(self, past, k, v, at):
+        for cache, new in ((self.k_cache, k), (self.v_cache, v)):
+            cache[:, :, 3:4].copy_(new)
+        return self.k_cache, self.v_cache, None
+
+
+@pytest.mark.parametrize(
+    "part, reason",
+    [(Rolls, "the cache is written by copy_"), (ByNumber, "are packed only as [B, H, T, D], written at positions")],
+)
+def test_other_writes_stay(part, reason):
+    model, plain = OwnDecoder(part), OwnDecoder(part)
+    stays(model, reason)
+    with torch.no_grad():
+        for at in (3, 4):
+            plain.decode_one_token(torch.ones(2, 1, dtype=torch.int64), torch.tensor([at]))
+    for mine, own in zip(model.buffers(), plain.buffers(), strict=True):
+        torch.testing.assert_close(mine, own)
+
+
 def test_slots_behind_the_end_stay():
     """A caller's ring: attention sees tokens behind the position that is written."""
 

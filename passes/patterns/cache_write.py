@@ -145,7 +145,8 @@ def cache_write_of(whole: Node) -> CacheWrite | None:
         if copies:
             return placed(whole, copies)
         if other := [u for u, _ in written_views(whole)]:
-            if op(other[0]) in FORMS and not is_packed(whole):
+            rolls = op(other[0]) == "copy_" and other[0].args[0] is whole
+            if op(other[0]) in FORMS and not is_packed(whole) and not rolls:
                 return placed(whole, other)
             raise NoMatch(
                 f"the cache is written by {op(other[0])}, accepted: cat, index_copy_ or x[:, :, at] = new", other[0]

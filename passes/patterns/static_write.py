@@ -152,11 +152,11 @@ def set_item(node: Node):
 def copied(node: Node):
     """x[:, :, a:b].copy_(new), x.narrow(2, a, q).copy_(new)"""
     view, new = node.args[0], argument(node, 1, "src")
+    if op(view) not in ("getitem", "narrow"):
+        raise NoMatch(UNKNOWN, node)
     cache = view.args[0]
     if op(view) == "getitem":
         return cache, new, place_of(view.args[1], cache, node)
-    if op(view) != "narrow":
-        raise NoMatch(UNKNOWN, node)
     axis = dimension(view, 1, len(shape(cache)))
     start, count = checked(argument(view, 2, "start"), node), value(argument(view, 3, "length"))
     return cache, new, Place(axis, None, start, count)
