@@ -9,7 +9,8 @@ from akvq_fx.passes import DISABLE, PIPELINE, without
 from tests import attention_models as models
 from tests.attention_models import Decoder, captured, evidence, token_ids
 
-OPTIONAL = ("canonicalize", "rewrite_attention", "find_sites", "fuse_rotations", "split_decode")
+OPTIONAL = ("canonicalize", "batch_axes", "rewrite_attention", "find_sites", "prefer_causal", "fuse_rotations")
+OPTIONAL += ("split_decode",)
 NAMES = [step.__name__ for step in PIPELINE]
 CLOSE = {"rtol": 0, "atol": 1e-5}
 

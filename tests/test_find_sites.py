@@ -105,7 +105,7 @@ MUST_NOT_FIRE = {
     models.Dim12: "the head dim of the keys is 12, accepted: a multiple of 8",
     models.IntegerCache: UNREAD,
     models.TiledRepeat: UNREAD,
-    models.StaticScatterApart: "the write is not x.scatter_(dim, at expanded to new's size, new)",
+    models.StaticScatterApart: "scatter_",
     models.ChunkedValues: "the values reach attention through cat, not straight from the cache",
 }
 
