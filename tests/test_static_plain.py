@@ -303,7 +303,10 @@ class ByNumber(Buffers):
 
 @pytest.mark.parametrize(
     "part, reason",
-    [(Rolls, "the cache is written by copy_"), (ByNumber, "are packed only as [B, H, T, D], written at positions")],
+    [
+        (Rolls, "the cache is overwritten as a whole"),
+        (ByNumber, "are packed only as [B, H, T, D]"),
+    ],
 )
 def test_other_writes_stay(part, reason):
     model, plain = OwnDecoder(part), OwnDecoder(part)

@@ -45,6 +45,7 @@ STATIC_PLAIN = (
     "16-bit buffers that the caller owns are packed only as [B, H, T, D], written at positions that a tensor gives; "
     "compile the prompt's forward too (model.compile), or use a growing cache"
 )
+ROLLS = "the cache is overwritten as a whole (a rolling window, or a recurrent state)"
 OTHER_SLICE = "the cache keeps a slice of what attention reads, accepted: all of it, or its last tokens x[:, :, -n:]"
 
 
@@ -105,6 +106,11 @@ def is_empty(node) -> bool:
     return is_tensor(node) and 0 in shape(node) and len(shape(node)) in (1, 4)
 
 
+def overwrites(write: Node, cache: Node) -> bool:
+    """cache.copy_(...): all of it at once."""
+    return op(write) == "copy_" and write.args[0] is cache
+
+
 def is_buffer(node: Node) -> bool:
     """It could hold keys or values: it came in, or is allocated here."""
     known = op(node) in ("placeholder", *ALLOCATIONS) and len(shape(node)) >= 3
@@ -145,8 +151,9 @@ def cache_write_of(whole: Node) -> CacheWrite | None:
         if copies:
             return placed(whole, copies)
         if other := [u for u, _ in written_views(whole)]:
-            rolls = op(other[0]) == "copy_" and other[0].args[0] is whole
-            if op(other[0]) in FORMS and not is_packed(whole) and not rolls:
+            if overwrites(other[0], whole):
+                raise NoMatch(ROLLS, other[0])
+            if op(other[0]) in FORMS and not is_packed(whole):
                 return placed(whole, other)
             raise NoMatch(
                 f"the cache is written by {op(other[0])}, accepted: cat, index_copy_ or x[:, :, at] = new", other[0]
@@ -274,8 +281,7 @@ def cache_like(graph: Graph, written_out: dict[Node, NoMatch]) -> list[tuple[Nod
             and op(node.args[0]) in ("placeholder", *ALLOCATIONS)
             and op(node.args[1]) in ("roll", "getitem")
         ):
-            why = "the cache is overwritten as a whole (a rolling window, or a recurrent state)"
-            found.append((node.args[0], NoMatch(why, node.args[0])))
+            found.append((node.args[0], NoMatch(ROLLS, node.args[0])))
     return found
 
 

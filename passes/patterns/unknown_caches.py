@@ -12,6 +12,7 @@ from torch.fx import Graph, Node
 from akvq_fx.passes.patterns.attention import LAYOUT_OPS, is_attention
 from akvq_fx.passes.patterns.axes import CASTS, is_reshape
 from akvq_fx.passes.patterns.cache_write import (
+    ROLLS,
     SLICED,
     STATIC_PLAIN,
     TOKENS,
@@ -19,6 +20,7 @@ from akvq_fx.passes.patterns.cache_write import (
     is_empty,
     is_made_anew,
     made_anew,
+    overwrites,
     why_unread,
 )
 from akvq_fx.passes.patterns.nodes import NoMatch, dimension, is_returned, op, same_size, shape, tensors_of_cat
@@ -66,7 +68,7 @@ def why_not_written(cache: Node, write: Node, how: str) -> NoMatch:
     if how == "part":
         return NoMatch(PARTS, write)
     if op(cache) == "placeholder":
-        return NoMatch(STATIC_PLAIN, write)
+        return NoMatch(ROLLS if overwrites(write, cache) else STATIC_PLAIN, write)
     if written_cache(write) is not None:  # canonicalize has left it
         try:
             static_write(write)
