@@ -159,7 +159,9 @@ def inner_examples(state: GraphState, example_inputs: list) -> list:
         if node in state.position:
             example = example_inputs[state.position[node]]
             plain = state.position[node] in state.program.unpacked
-            examples.append(fake_plain(value(node)) if plain else torch_internals.as_replaced(example))
+            examples.append(
+                state.fake(value(node), value(node).shape) if plain else torch_internals.as_replaced(example)
+            )
         elif str(node.target) == "vision_tokens":
             examples.append(fake_vision(state))
         else:
@@ -167,15 +169,9 @@ def inner_examples(state: GraphState, example_inputs: list) -> list:
     return examples
 
 
-def fake_plain(packed):
-    with packed.codes.fake_mode:
-        return torch.empty(packed.shape, dtype=packed.dtype, device=packed.device)
-
-
 def fake_vision(state: GraphState):
     query = value(state.sites[0].attention.query)
-    with query.fake_mode:
-        return torch.empty(query.shape[0], query.shape[2], dtype=torch.bool, device=query.device)
+    return state.fake(query, (query.shape[0], query.shape[2]), torch.bool)
 
 
 def compile_rewritten(state: GraphState, examples: list) -> tuple[Callable, Regions | None]:

@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch.fx import Node
 
-from akvq_fx.passes.patterns.attention import ARGUMENTS, is_attention
-from akvq_fx.passes.patterns.nodes import NoMatch, argument, op, shape, value
+from akvq_fx.passes.patterns.attention import is_attention, named_arguments
+from akvq_fx.passes.patterns.nodes import NoMatch, op, shape, value
 from akvq_fx.passes.patterns.static_write import StaticWrite, static_write, written_cache
 from akvq_fx.passes.state import GraphState
 from akvq_fx.report import PassReport
@@ -28,7 +28,7 @@ def canonicalize(state: GraphState) -> PassReport:
     report = PassReport("canonicalize")
     for node in list(state.graph.nodes):
         if is_attention(node):
-            node.kwargs = {k: v for i, k in enumerate(ARGUMENTS) if (v := argument(node, i, k)) is not None}
+            node.kwargs = named_arguments(node)
             node.args, node.target, node.op = (), F.scaled_dot_product_attention, "call_function"
             report.match(node.name)
         elif written_cache(node) is not None:

@@ -12,11 +12,12 @@ PackedKV (akvq_fx/exchange.py): dynamo traces the next step anew, as one over pa
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 from torch.fx import Node
 
 from akvq_fx.exchange import refusal
-from akvq_fx.passes.patterns.nodes import NoMatch, op
+from akvq_fx.passes.patterns.nodes import NoMatch, ancestors, op
 from akvq_fx.passes.patterns.site import Site, affine_choice
 from akvq_fx.passes.patterns.tokens import FIRST_TOKEN
 from akvq_fx.passes.state import GraphState
@@ -24,6 +25,7 @@ from akvq_fx.program import Exchange
 from akvq_fx.report import PassReport
 
 OWN_ORDER = ("remainder", "fmod", "mod", "where", "clamp", "clamp_min", "clamp_max", "roll", "sort", "flip")
+REACH = 30  # nodes behind the positions that are looked at
 PACKED_BEHIND = "static buffers of the caller's: packed in place after this graph has run"
 NO_RESIDUAL = "no residual stream of the prompt is known: the pivot is the first real token"
 
@@ -74,20 +76,9 @@ def check(state: GraphState, site: Site, taken: dict[Node, Site]) -> None:
         why = refusal(state.weights[state.position[buffer]])
         if why:
             raise NoMatch(f"a static buffer of the caller's stays as it is: {why}", buffer)
-    if (source := made_by(site.key.at, OWN_ORDER)) is not None:
-        raise NoMatch(f"positions in a static buffer come of {op(source)}: they may not follow the tokens", source)
-
-
-def made_by(node: Node, ops: tuple[str, ...], reach: int = 30) -> Node | None:
-    """The nearest of the nodes that a node is computed from which is one of these ops."""
-    queue, seen = [node], set()
-    while queue and reach:
-        node, reach = queue.pop(0), reach - 1
-        if op(node) in ops:
-            return node
-        seen.add(node)
-        queue += [n for n in node.all_input_nodes if n not in seen]
-    return None
+    for source in itertools.islice(ancestors(site.key.at), REACH):
+        if op(source) in OWN_ORDER:
+            raise NoMatch(f"positions in a static buffer come of {op(source)}: they may not follow the tokens", source)
 
 
 def exchange_of(state: GraphState, site: Site, results: dict[Node, int]) -> Exchange:

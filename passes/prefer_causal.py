@@ -15,8 +15,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from akvq_fx.passes.patterns.attention import ARGUMENTS, Attention
-from akvq_fx.passes.patterns.nodes import argument, op, same_size, shape, value
+from akvq_fx.passes.patterns.attention import Attention, named_arguments
+from akvq_fx.passes.patterns.nodes import op, same_size, shape, value
 from akvq_fx.passes.state import GraphState
 from akvq_fx.report import PassReport
 
@@ -25,20 +25,21 @@ ROWS = 1024  # of a mask that are compared at a time: beside a long prompt's mas
 
 def prefer_causal(state: GraphState) -> PassReport:
     report = PassReport("prefer_causal")
-    if not state.begins_caches or not state.runs_as_it_is:
+    if not state.begins_caches or (state.config.compile_prompts and state.config.inner != "eager"):
         return report
     for site in state.sites:
         call, mask = site.attention.node, site.attention.mask
-        if op(call) != "scaled_dot_product_attention" or not may_be_causal(site.attention):
+        if op(call) != "scaled_dot_product_attention":
+            report.miss(site, "it is as the model wrote it out, no call", call)
+            continue
+        if not may_be_causal(site.attention):
             report.miss(site, "its mask is not [..., tokens, tokens]", call)
             continue
         with state.before(call):
             causal = state.share(("causal", mask), lambda mask=mask: state.call(is_causal, mask))
             given = state.share(("unless causal", mask), lambda mask=mask, c=causal: state.call(unless, c, mask))
-        others = {name: argument(call, i, name) for i, name in enumerate(ARGUMENTS) if i > 2}
-        call.args = call.args[:3]
-        call.kwargs = {**call.kwargs, **{name: x for name, x in others.items() if x is not None}}
-        call.kwargs = {**call.kwargs, "attn_mask": given, "is_causal": causal}
+        call.kwargs = {**named_arguments(call), "attn_mask": given, "is_causal": causal}
+        call.args = ()
         report.match(site)
     return report
 

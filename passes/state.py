@@ -122,11 +122,6 @@ class GraphState:
         made = all(site.key.kind in ("first", "fill") for site in self.sites)
         return bool(self.sites or self.exchanges) and made
 
-    @property
-    def runs_as_it_is(self) -> bool:
-        """No compiler gets the graph: Python calls its nodes, which may be any function."""
-        return self.config.inner == "eager" or self.begins_caches and not self.config.compile_prompts
-
     @contextlib.contextmanager
     def before(self, node: Node):
         with self.graph.inserting_before(node):
@@ -145,8 +140,8 @@ class GraphState:
         return node
 
     def fake(self, like, size: tuple, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """A fake tensor of this size, beside `like`, which may be packed."""
-        with getattr(like, "codes", like).fake_mode:
+        """A tensor of this size, fake where `like` is, which may be packed."""
+        with getattr(getattr(like, "codes", like), "fake_mode", contextlib.nullcontext()):
             return torch.empty(size, dtype=like.dtype if dtype is None else dtype, device=like.device)
 
     def forget(self, *nodes: Node) -> None:
@@ -237,9 +232,7 @@ class GraphState:
         nodes = []
         for name in layout.fields:
             size, dtype = layout.buffer(name, B, H, packed.codes.shape[2], text, blocks)
-            with packed.codes.fake_mode if hasattr(packed.codes, "fake_mode") else contextlib.nullcontext():
-                example = torch.empty(size, dtype=dtype, device=packed.device)
-            nodes.append(self.placeholder(f"{placeholder.name}_{name}", example))
+            nodes.append(self.placeholder(f"{placeholder.name}_{name}", self.fake(packed, size, dtype)))
         self.buffers[placeholder] = Buffers(layout, nodes)
         return self.buffers[placeholder]
 

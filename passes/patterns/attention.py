@@ -44,6 +44,11 @@ class Attention:
     sinks: Node | None = None
 
 
+def named_arguments(node: Node) -> dict:
+    """Arguments of a call by name, wherever they were written, but for those that are None."""
+    return {name: x for i, name in enumerate(ARGUMENTS) if (x := argument(node, i, name)) is not None}
+
+
 def is_attention(node: Node) -> bool:
     """A scaled_dot_product_attention, or kernels.attend.extended_attention, which only rewrite_attention makes."""
     return op(node) in ("scaled_dot_product_attention", "extended_attention")
@@ -162,4 +167,13 @@ def layout_only(node: Node) -> bool:
     return same_cast or op(node) in LAYOUT_OPS
 
 
-__all__ = ["Attention", "attention_of", "is_attention", "layout_only", "prefix_of", "suffix_of", "ungrouped"]
+__all__ = [
+    "Attention",
+    "attention_of",
+    "is_attention",
+    "layout_only",
+    "named_arguments",
+    "prefix_of",
+    "suffix_of",
+    "ungrouped",
+]

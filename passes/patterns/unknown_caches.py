@@ -24,10 +24,10 @@ from akvq_fx.passes.patterns.cache_write import (
     why_unread,
 )
 from akvq_fx.passes.patterns.nodes import NoMatch, dimension, is_returned, op, same_size, shape, tensors_of_cat
-from akvq_fx.passes.patterns.static_write import static_write, written_cache
+from akvq_fx.passes.patterns.static_write import FORMS, static_write, written_cache
 from akvq_fx.passes.patterns.written_attention import PRODUCTS, SCORES
 
-WRITES = ("setitem", "index_copy_", "copy_", "scatter_", "index_put_")
+WRITES = ("index_copy_", *FORMS)
 MOVES = (*LAYOUT_OPS, *CASTS, "expand", "repeat_interleave", "repeat", "getattr", *WRITES)
 PARTS = "keys and values, or several layers, are parts of one tensor, accepted: a tensor for each"
 ACCEPTED = (
