@@ -32,7 +32,8 @@ from akvq_fx import (
     vision_carry,
 )
 from akvq_fx.config import CAPTURED_MODE, AKVQConfig
-from akvq_fx.cuda_graph import DecodeStep, recorder_for
+from akvq_fx.cuda_graph import DecodeStep
+from akvq_fx.cuda_recorder import recorder_for
 from akvq_fx.passes import DISABLE, PIPELINE, without
 from akvq_fx.passes.patterns.nodes import value
 from akvq_fx.passes.patterns.tokens import starts_a_call

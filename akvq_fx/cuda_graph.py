@@ -24,7 +24,9 @@ import torch
 from torch import Tensor
 
 from akvq_fx import torch_internals
+from akvq_fx.cuda_recorder import Replay, is_capturing
 from akvq_fx.kept_buffers import POOL, KeptSet, with_room
+from akvq_fx.passes.patterns.nodes import is_shared
 from akvq_fx.program import Split
 from akvq_fx.report import Capture
 from akvq_fx.storage import Storage
@@ -33,8 +35,6 @@ log = logging.getLogger(__name__)
 # recordings of one graph remembered at a time, for sizes that alternate; how much they keep is bounded by bytes, too
 KEPT = 32
 WARM = 256  # sizes that a graph is known to have run with
-NO_CUDA = "there is no CUDA device under these tensors"
-Replay = Callable[[], Sequence]
 
 
 def compared_one_by_one(tensors: list[Tensor], addresses: list[int], indices: list[int]) -> bool:
@@ -45,62 +45,11 @@ def compared_one_by_one(tensors: list[Tensor], addresses: list[int], indices: li
 same_addresses = getattr(torch._C, "_tensors_data_ptrs_at_indices_equal", compared_one_by_one)
 
 
-class CudaRecorder:
-    """record(function, arguments) -> a call that runs the recorded work again, in the same memory.
-
-    Graphs on one stream share a memory pool: they run one after another, so they can use the same scratch memory.
-    """
-
-    def __init__(self):
-        self.alive: dict[int, weakref.WeakSet] = {}  # stream -> its graphs
-        self.pools: dict[int, tuple] = {}
-        self.streams: dict[torch.device, torch.cuda.Stream] = {}
-
-    def place(self, device: torch.device) -> int:
-        """The current CUDA stream, as a number. A recording is used only on the stream that it was made for."""
-        return torch._C._cuda_getCurrentRawStream(device.index)
-
-    def memory(self, device: torch.device) -> int:
-        """Bytes that the device has."""
-        return torch.cuda.get_device_properties(device).total_memory
-
-    def __call__(self, function: Callable, arguments: list, device: torch.device) -> Replay:
-        place = self.place(device)
-        alive = self.alive.setdefault(place, weakref.WeakSet())
-        if not alive:  # the allocator refuses a pool that no graph uses any more
-            self.pools[place] = torch.cuda.graph_pool_handle()
-        with torch.cuda.device(device):
-            if device not in self.streams:
-                self.streams[device] = torch.cuda.Stream(device)
-            graph, stream = torch.cuda.CUDAGraph(), self.streams[device]
-            try:
-                with torch.cuda.graph(graph, self.pools[place], stream, capture_error_mode="thread_local"):
-                    results = list(function(*arguments))
-            except RuntimeError:
-                release_generator(device)
-                raise
-        alive.add(graph)
-
-        def replay() -> Sequence:
-            graph.replay()
-            return results
-
-        return replay
-
-
-def release_generator(device: torch.device) -> None:
-    """Let random numbers be drawn again after a capture that failed.
-
-    PyTorch leaves the device's generator as if the capture went on, and every later torch.rand or sampling would raise.
-    """
-    generator = torch.cuda.default_generators[device.index]
-    generator.graphsafe_set_state(generator.clone_state())
-
-
 class Recording:
     """One set of tensors that stay where they are: their addresses, and, once captured, a replay of the body over them.
 
-    key       sizes, numbers and stream
+    key       sizes of cache buffers, other sizes, numbers, whether outside of inference mode, stream
+    stamps    of the storages that it was used with last
     addresses of the held tensors
     inputs    tensors that the moved inputs are copied into
     states    copies of small tensors that the body writes: filled before a replay, copied back after it
@@ -113,6 +62,7 @@ class Recording:
         self.inputs: list[Tensor] = []
         self.states: list[Tensor] = []
         self.own: list[bool] = []
+        self.stamps: list[int] = []
         self.replay: Replay | None = None
         self.kept: KeptSet | None = None
         me, step = weakref.ref(self), weakref.ref(owner)
@@ -160,6 +110,8 @@ class DecodeStep:
         self.base: Tensor | None = None
         self.mine: list[int] = []  # where among the held tensors the cache buffers are, if all are there
         self.others, self.collected = self.every, False
+        self.shards: list[int] | None = None  # where among the held tensors DTensors are, once a call showed it
+        self.free_sizes, self.cache_sizes = split.sizes, []  # those of the cache buffers, if all are there
         self.warm: set[tuple] = set()  # (key, thread): kernels and libraries are ready
 
     def __call__(self, *inputs, storages: Sequence[Storage] = ()):
@@ -190,27 +142,33 @@ class DecodeStep:
         found = [i for i, position in enumerate(self.split.held) if position >= first]
         self.mine = found if len(found) == count else []
         self.others = [i for i in self.every if i not in set(self.mine)]
+        is_cache = lambda position: bool(self.mine) and position >= first
+        self.free_sizes = [size for size in self.split.sizes if not is_cache(size[0])]
+        self.cache_sizes = [size for size in self.split.sizes if is_cache(size[0])]
 
     def run_captured(self, inputs, made, storages: Sequence[Storage] = ()) -> Sequence:
-        held = list(self.held(inputs))
+        held = self.in_memory(self.held(inputs))
         device = held[0].device
-        sizes = tuple([inputs[i].shape[dim] for i, dim in self.split.sizes])
         normal = not (self.mine and held[self.mine[0]].is_inference())
-        key = (sizes, self.numbers(inputs), normal, self.record.place(device))
-        recording = self.find(key, held) or self.move(key, held, storages)
-        if recording is None and self.free_what_dynamo_holds(key):
-            recording = self.move(key, held, storages)
+        outer = (sizes_of(inputs, self.free_sizes), self.numbers(inputs), normal, self.record.place(device))
+        recording = self.find_last(outer, held, storages)
         if recording is None:
-            recording = self.begin(key, held)
-            if recording.kept is None:
-                self.counts.ran += 1
-                return self.run(inputs, made)
+            key = (sizes_of(inputs, self.cache_sizes), *outer)
+            recording = self.find(key, held) or self.move(key, held, storages)
+            if recording is None and self.free_what_dynamo_holds(key):
+                recording = self.move(key, held, storages)
+            if recording is None:
+                recording = self.begin(key, held)
+                if recording.kept is None:
+                    self.counts.ran += 1
+                    return self.run(inputs, made)
+            recording.stamps = [storage.stamp for storage in storages]
         if recording.replay is None:
             recording.inputs = self.inputs_like(inputs, made)
         self.fill(recording.inputs, inputs, made)
         if recording.replay is None:
             try:
-                self.capture(recording, held, self.numbers(inputs), device)
+                self.capture(recording, held, inputs, device)
             except RuntimeError as error:
                 self.give_up(error)
                 self.counts.ran += 1
@@ -223,6 +181,15 @@ class DecodeStep:
         if not recording.own:
             self.look_at_results(recording, held, results)
         return [x.clone() if own else x for x, own in zip(results, recording.own, strict=True)]
+
+    def in_memory(self, held: Sequence) -> list[Tensor]:
+        """The held tensors, of weights that processes share (DTensors) this process's part."""
+        held = list(held)
+        if self.shards is None:
+            self.shards = [i for i, x in enumerate(held) if is_shared(x)]
+        for i in self.shards:
+            held[i] = torch_internals.part_of(held[i])
+        return held
 
     def free_what_dynamo_holds(self, key: tuple) -> bool:
         """Once, where a cache has the buffers of these sizes: it may be the one that dynamo traced with, which cyclic
@@ -304,6 +271,18 @@ class DecodeStep:
         self.counts.reused += 1
         return buffers
 
+    def find_last(self, outer: tuple, held: list[Tensor], storages: Sequence[Storage]) -> Recording | None:
+        """The recording used last, if every cache has the buffers still that it had then; what most steps find.
+
+        outer: its key without the sizes of cache buffers, whose addresses are not compared either.
+        """
+        self.forget()
+        last = self.known[-1] if self.known else None
+        if last is None or not self.mine or last.key[1:] != outer:
+            return None
+        same = last.stamps == [storage.stamp for storage in storages]
+        return last if same and same_addresses(held, last.addresses, self.others) else None
+
     def find(self, key: tuple, held: list[Tensor]) -> Recording | None:
         self.forget()
         for i in range(len(self.known) - 1, -1, -1):
@@ -314,10 +293,12 @@ class DecodeStep:
                 return recording
         return None
 
-    def capture(self, recording: Recording, held: list[Tensor], numbers: tuple, device: torch.device) -> None:
+    def capture(self, recording: Recording, held: list[Tensor], inputs, device: torch.device) -> None:
         if recording.kept is None:
             self.keep(recording, held)
-        held = list(held)
+        held, given = list(held), self.held(inputs)
+        for i in self.shards:
+            held[i] = given[i]
         if recording.kept is not None:  # not over the tensors of the cache, which a recording could keep alive
             for i, x in zip(self.mine, recording.kept.tensors, strict=True):
                 held[i] = x
@@ -325,7 +306,9 @@ class DecodeStep:
             recording.states = [torch.empty_like(held[i]) for i in self.small]
         for i, x in zip(self.small, recording.states, strict=True):
             held[i] = x
-        recording.replay = with_room(lambda: self.record(self.body, [*held, *numbers, *recording.inputs], device))
+        recording.replay = with_room(
+            lambda: self.record(self.body, [*held, *self.numbers(inputs), *recording.inputs], device)
+        )
         self.counts.captured += 1
 
     def look_at_results(self, recording: Recording, held: list[Tensor], results: Sequence) -> None:
@@ -429,17 +412,9 @@ def picker(positions: list[int]) -> Callable[[Sequence], tuple]:
     return lambda inputs: tuple(inputs[i] for i in positions)
 
 
-def is_capturing() -> bool:
-    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+def sizes_of(inputs: Sequence, places: list[tuple[int, int]]) -> tuple[int, ...]:
+    return tuple([inputs[i].shape[dim] for i, dim in places])
 
 
 def masked_value(mask: Tensor):
     return False if mask.dtype == torch.bool else -torch.inf
-
-
-def recorder_for(device: torch.device, counts: Capture) -> CudaRecorder | None:
-    """What makes CUDA graphs on a device; None, with the reason in counts, where there are none."""
-    if device.type == "cuda":
-        return CudaRecorder()
-    counts.reason = NO_CUDA
-    return None

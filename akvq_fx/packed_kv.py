@@ -15,6 +15,7 @@ again. Any other op reads the cache through `dequantize()` and says so once.
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import weakref
 
@@ -82,22 +83,15 @@ class PackedKV(TensorBase):
         layout = storage.layout
         size = storage.shape(length)
         self = torch.Tensor._make_wrapper_subclass(cls, size, dtype=layout.dtype, device=storage.device)
-        self.layout_text, self.storage, self.length, self.axes = storage.text, storage, length, storage.axes
-        self.first, self.means, self.text_codes, self.dropped = first, None, None, None
-        self.traced, self.static = list(layout.traced), storage.end is None
-        for name in self.traced:
-            if storage.borrowed:  # __getattr__ finds them
-                vars(self).pop(name, None)
-            else:
-                setattr(self, name, storage[name])
+        if storage.attributes is None:
+            storage.attributes = attributes_of(storage)
+        vars(self).update(storage.attributes, storage=storage, length=length, first=first)
         if storage.slides:
-            self.traced.append("dropped")
+            self.traced = [*self.traced, "dropped"]
             self.begin_at(first)
         if len(storage.views) > 8:
             storage.views = [ref for ref in storage.views if ref() is not None]
         storage.views.append(weakref.ref(self))
-        for name, marks in marks_of(self.axes, self.static).items():
-            setattr(self, name, set(marks) if isinstance(marks, set) else marks)
         return self
 
     @property
@@ -111,12 +105,10 @@ class PackedKV(TensorBase):
         for name, marks in FIRST.items():
             setattr(self.dropped, name, set(marks) if isinstance(marks, set) else marks)
 
-    def __getattr__(self, name: str):
-        """Reached for buffers still borrowed (Storage.expanded): to read them, as tracing does, copies them."""
-        if name in ("codes", "means", "text_codes"):
-            setattr(self, name, self.storage[name])
-            return getattr(self, name)
-        raise AttributeError(f"PackedKV has no attribute {name!r}")
+    # found here only while they are borrowed (Storage.expanded): to read them, as tracing does, copies them
+    codes = functools.cached_property(lambda self: self.storage["codes"])
+    means = functools.cached_property(lambda self: self.storage["means"])
+    text_codes = functools.cached_property(lambda self: self.storage["text_codes"])
 
     def __tensor_flatten__(self):
         return self.traced, (self.layout_text, self.static, self.axes.text, self.dropped is not None)
@@ -288,6 +280,19 @@ class PackedKV(TensorBase):
 
 
 packed_ops.register(PackedKV)
+
+
+def attributes_of(storage: Storage) -> dict:
+    """Attributes that all views of a storage have in common, as long as it has these buffers."""
+    traced, static = list(storage.layout.traced), storage.end is None
+    found = {"layout_text": storage.text, "axes": storage.axes, "traced": traced, "static": static}
+    found |= {"means": None, "text_codes": None, "dropped": None}
+    for name in traced:
+        if storage.borrowed:  # the class has what finds them
+            found.pop(name, None)
+        else:
+            found[name] = storage[name]
+    return found | {n: set(x) if isinstance(x, set) else x for n, x in marks_of(storage.axes, static).items()}
 
 
 def _rebuild(buffers, layout_text, end, prompt, owner, length, axes=str(STANDARD)) -> PackedKV:

@@ -135,7 +135,7 @@ class Split:
                contiguous but the held ones
     held       tensors read and written in place: cache buffers, weights, buffers of modules, whatever the body writes
     states     those of `held` that are small, written, and no cache buffers: a replay runs over copies of them
-    numbers    sizes that do not change from step to step
+    numbers    sizes that do not change from step to step, and process groups
     moved      tensors that lie elsewhere in every step
     pads       per tensor that the prologue makes for the body: None, or an input's position; the tensor's last axis is
                padded to that input's size 2, with False or -inf

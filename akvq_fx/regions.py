@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Callable, Sequence
+import types
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import sympy
@@ -353,9 +354,27 @@ class Region:
 
         given_back = set().union(*(memory(self.cut.values[n]) for n in self.results))
         inputs = tuple(map(given, self.inputs))
-        calls = tuple((n.op, n.target, repr(torch.fx.map_arg((n.args, n.kwargs), shown))) for n in self.body)
+        calls = tuple((n.op, called(n.target), repr(torch.fx.map_arg((n.args, n.kwargs), shown))) for n in self.body)
         self.symbols = tuple(sizes)
         return inputs, calls, tuple(names[n] for n in self.results)
+
+
+def called(target: Any) -> Any:
+    """What a node calls. Up to PyTorch 2.12 dynamo makes a function for each use of a DTensor method, with the arguments
+    in its closure: they are the same where code and arguments are."""
+    if not isinstance(target, types.FunctionType) or not target.__closure__:
+        return target
+    held = [held_in(cell.cell_contents) for cell in target.__closure__]
+    return target.__code__, held_in(target.__defaults__), *held
+
+
+def held_in(x: Any) -> Any:
+    """A value that compares and hashes by its contents, as far as they do."""
+    if isinstance(x, (list, tuple)):
+        return type(x), *map(held_in, x)
+    if isinstance(x, dict):
+        return dict, *((name, held_in(item)) for name, item in x.items())
+    return x if isinstance(x, Hashable) else id(x)
 
 
 def renamed(symbol: sympy.Symbol, number: int) -> sympy.Symbol:

@@ -63,7 +63,9 @@ class Runtime:
 
     def __init__(self, program: Program, inner, step: int, starts_call: bool):
         self.program, self.inner, self.step, self.starts_call = program, inner, step, starts_call
-        self.growth = dict(program.appends)
+        growth = dict(program.appends)
+        # PackedKV arguments with the weights that make their tokens and the tokens that they are given
+        self.takes = [(i, program.owners.get(i), growth.get(i)) for i in program.packed]
         made = [output.owner for output in program.outputs if isinstance(output, Packed)]
         made += [pair.owner for pair in program.exchanges]
         self.makes_caches = bool(made)
@@ -150,21 +152,21 @@ class Runtime:
 
     def writable_storages(self, args, owners) -> dict[int, Storage]:
         """Storages of the PackedKV arguments, ready to be written."""
-        storages, growth, short = {}, self.growth, {}
+        storages, short = {}, {}
         plain_mode = not torch.is_inference_mode_enabled()
-        for position in self.program.packed:
+        for position, group, tokens in self.takes:
             packed = args[position]
             storage = packed.storage or packed._storage()
-            group = self.program.owners.get(position)
             if group is not None and storage.owner is not owners[group]:
                 self.check_owner(packed, storage, owners[group], group, args)
-            tokens = growth.get(position)
             if tokens is not None:
                 count = tokens.constant if tokens.constant is not None else tokens(args)
-                storage, capacity = packed.to_be_written(count, self.step)
-                storage.end = packed.end + count
-                if capacity > storage.capacity:
-                    short[position] = capacity
+                end = packed.first + packed.length + count
+                if storage.end != end - count or storage.borrowers or end > storage.capacity:
+                    storage, capacity = packed.to_be_written(count, self.step)
+                    if capacity > storage.capacity:
+                        short[position] = capacity
+                storage.end = end
             if plain_mode and storage.held[0].is_inference():
                 storage.held = [buffer.clone() for buffer in storage.buffers]  # torch forbids to write to the old ones
                 storage.mark_dynamic()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import weakref
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -25,6 +27,7 @@ from akvq_fx.kernels.layout import (
 from akvq_fx.kernels.rotate import rotate_as_stored
 
 ROWS, TOKENS = 0, 2  # axes of [B, H, T, D]
+_stamps = itertools.count()
 
 
 @functools.cache
@@ -85,28 +88,39 @@ class Storage:
     slides  it is a sliding window: views may begin behind the first slot (akvq_fx/sliding.py)
     borrowers  storages that read this one's memory until one of the two is written (`expanded`)
     axes    how the model orders the axes of its cache tensors; buffers are [B, H, ...] whatever it is
+    held    its buffers as they are, in the layout's order
+    stamp   a number that no other set of buffers has: it is the same as long as they are
+    attributes  of views, as long as they are: made for the first one (packed_kv.py)
     """
 
-    __slots__ = ("layout", "text", "held", "borrowed", "borrowers", "rows", "device", "end", "prompt", "owner", "views")
-    __slots__ += ("loaded", "axes", "slides", "__weakref__")
+    __slots__ = ("layout", "text", "borrowed", "borrowers", "rows", "device", "end", "prompt", "owner", "views")
+    __slots__ += ("loaded", "axes", "slides", "_held", "stamp", "attributes", "__weakref__")
 
     def __init__(
         self,
         layout: Layout,
-        buffers: list[Tensor],
+        buffers: Sequence[Tensor],
         end: int | None,
         prompt: int,
         owner: str | None,
         axes: CacheAxes = STANDARD,
     ):
-        self.layout, self.held, self.end, self.prompt, self.owner = layout, buffers, end, prompt, owner
-        self.axes = axes
+        self.layout, self.end, self.prompt, self.owner, self.axes = layout, end, prompt, owner, axes
         self.borrowed, self.borrowers, self.loaded, self.slides = False, [], False, False
+        self.held = buffers
         self.text, self.rows, self.device = str(layout), tuple(buffers[CODES].shape[:2]), buffers[CODES].device
         self.views: list[weakref.ref] = []
 
     @property
-    def buffers(self) -> list[Tensor]:
+    def held(self) -> tuple[Tensor, ...]:
+        return self._held
+
+    @held.setter
+    def held(self, buffers: Sequence[Tensor]) -> None:
+        self._held, self.stamp, self.attributes = tuple(buffers), next(_stamps), None
+
+    @property
+    def buffers(self) -> tuple[Tensor, ...]:
         """Contiguous buffers of its own, in the layout's order. `held` may still be memory of another storage."""
         if self.borrowed:
             self.held, self.borrowed = [buffer.contiguous() for buffer in self.held], False
@@ -136,7 +150,8 @@ class Storage:
         return self.buffers[self.layout.fields.index(name)]
 
     def __setitem__(self, name: str, buffer: Tensor):
-        self.buffers[self.layout.fields.index(name)] = buffer
+        at = self.layout.fields.index(name)
+        self.held = (*self.buffers[:at], buffer, *self.buffers[at + 1 :])
 
     @property
     def capacity(self) -> int:

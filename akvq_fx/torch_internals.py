@@ -276,6 +276,16 @@ def holds(env, condition) -> bool:
     return bool(env.evaluate_expr(condition))
 
 
+def part_of(x: torch.Tensor) -> torch.Tensor:
+    """This process's part of a DTensor, the tensor itself: `to_local()` would make a view; 2.11 to 2.15."""
+    return x._local_tensor
+
+
+def is_object(x) -> bool:
+    """An input of a graph that is neither a tensor nor a number, a process group say, while tracing; 2.11 to 2.15."""
+    return type(x).__name__ == "FakeScriptObject"
+
+
 # ---- CUDA ------------------------------------------------------------------------------------------------------------
 
 

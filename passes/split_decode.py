@@ -22,6 +22,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from akvq_fx import torch_internals
 from akvq_fx.config import CAPTURED_MODE
 from akvq_fx.kernels import attend, cache  # noqa: F401 - registers the ops
 from akvq_fx.kernels.layout import CODES
@@ -257,9 +258,8 @@ class Cut:
         home = self.values[next(iter(self.buffers))].device
         for node in second:
             for n in (node, *self.inputs(node)):
-                if is_shared(self.values[n]):
-                    raise NoMatch("a CUDA graph takes plain tensors: this is a DTensor, which processes share", n)
-                away = [str(tensor.device) for tensor in tensors_in(self.values[n]) if tensor.device != home]
+                devices = [tensor.device for tensor in tensors_in(self.values[n]) if not tensor.is_meta]
+                away = [str(device) for device in devices if device != home]
                 if away:
                     raise NoMatch(f"a CUDA graph lives on one device: the cache is on {home}, this is on {away[0]}", n)
 
@@ -305,9 +305,10 @@ class Cut:
         for node in self.placeholders:
             if node not in taken:
                 continue
-            if is_traceable_wrapper_subclass(self.values[node]):
+            shard = is_shared(self.values[node]) and self.is_static(node)  # of a weight: this process has its part
+            if is_traceable_wrapper_subclass(self.values[node]) and not shard:
                 raise NoMatch(f"an input is a {type(self.values[node]).__name__}, which has no memory of its own", node)
-            if is_number(self.values[node]):
+            if is_number(self.values[node]) or torch_internals.is_object(self.values[node]):
                 numbers.append(node)
             elif node in self.buffers or changed & memory(self.values[node]) or self.is_static(node):
                 held.append(node)

@@ -12,7 +12,8 @@ from transformers import DynamicCache
 import akvq_fx
 from akvq_fx import PackedKV, cuda_graph
 from akvq_fx.config import CAPTURED_MODE
-from akvq_fx.cuda_graph import KEPT, NO_CUDA, DecodeStep
+from akvq_fx.cuda_graph import KEPT, DecodeStep
+from akvq_fx.cuda_recorder import NO_CUDA
 from akvq_fx.passes.state import Split
 from akvq_fx.report import Capture
 from akvq_fx.transformers_names import cache_of

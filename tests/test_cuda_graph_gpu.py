@@ -9,7 +9,7 @@ from torch._dynamo.utils import counters
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import akvq_fx
-from akvq_fx.cuda_graph import CudaRecorder
+from akvq_fx.cuda_recorder import CudaRecorder
 from akvq_fx.kept_buffers import POOL, with_room
 from akvq_fx.report import Capture
 from akvq_fx.transformers_names import cache_of
@@ -202,9 +202,8 @@ def test_a_graph_that_cannot_be_captured_says_so_and_runs():
     """A body that waits for the device: the capture fails, the tokens are right, the report says why. A warning says it
     too where CUDA graphs were asked for."""
     expected = generate(compiled(16), "growing", max_new_tokens=6).sequences
-    from akvq_fx import cuda_graph
 
-    class Asking(cuda_graph.CudaRecorder):
+    class Asking(CudaRecorder):
         def __call__(self, function, arguments, device):
             return super().__call__(
                 lambda *a: (torch.ones(1, device=device).item(), function(*a))[1], arguments, device

@@ -5,6 +5,7 @@ with run in this process, on the same weights.
 """
 
 import os
+import sys
 from datetime import timedelta
 
 import pytest
@@ -52,6 +53,7 @@ def rank_main(rank: int, folder: str) -> None:
         "lossless": generated(from_pretrained(folder), LOSSLESS, BATCHES[1:2]),
         "two bits": generated(from_pretrained(folder), TWO_BITS),
         "native": rolled(shared_out(Decoder(Biased, layers=3)), COMPILED),
+        "captured": captured(shared_out(Decoder(Biased, layers=3))),
         "pieces": rolled(shared_out(Decoder(InPieces), use_local_output=False), TWO_BITS),
     }
     torch.save(found, f"{folder}/found{rank}")
@@ -107,6 +109,19 @@ def rolled(model: Decoder, options: dict) -> dict:
     logits, cache = roll(torch.compile(model, backend="akvq", options=options), prompt=24)
     types = {type(x).__name__ for pair in cache for x in pair}
     return {"plain": plain, "logits": logits, "types": types, "report": str(akvq_fx.report(model))}
+
+
+def captured(model: Decoder) -> dict:
+    """As `rolled`, with steps that a recorder in place of CUDA's captures."""
+    from akvq_fx import backend
+    from tests.test_cuda_graph import Rerun
+
+    split_decode = sys.modules["akvq_fx.passes.split_decode"]  # of the package, that name is the pass
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(backend, "recorder_for", lambda device, counts: Rerun())
+        patch.setattr(split_decode, "is_captured", lambda state: True)
+        return rolled(model, COMPILED)
 
 
 def told(function) -> str:
@@ -193,6 +208,13 @@ def test_pytorchs_own_plan_packs(both):
     mine, alone = (side["native"] for side in both)
     assert mine["types"] == {"PackedKV"}
     assert "each kind compiled once" in mine["report"]
+    for a, b in zip(mine["logits"], alone["logits"], strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+
+
+def test_steps_are_captured_over_weights_that_processes_share(both):
+    mine, alone = both[0]["captured"], both[1]["native"]
+    assert "1 CUDA graphs captured" in mine["report"] and "steps replayed" in mine["report"], mine["report"]
     for a, b in zip(mine["logits"], alone["logits"], strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
 
