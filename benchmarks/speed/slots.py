@@ -24,6 +24,7 @@ import collections
 import dataclasses
 import gc
 import json
+import math
 import os
 import random
 import statistics
@@ -225,7 +226,7 @@ def quantiles(name: str, values: list[float]) -> dict:
     if not values:
         return {}
     ordered = sorted(values)
-    return {f"{name}_p50": statistics.median(ordered), f"{name}_p95": ordered[int(0.95 * (len(ordered) - 1))]}
+    return {f"{name}_p50": statistics.median(ordered), f"{name}_p95": ordered[math.ceil(0.95 * len(ordered)) - 1]}
 
 
 def measure(args) -> None:
