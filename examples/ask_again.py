@@ -14,22 +14,14 @@ import argparse
 import importlib.util
 import logging
 import os
+import random
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
-
-import torch  # noqa: E402
-from PIL import Image  # noqa: E402
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration  # noqa: E402
-
-import akvq_fx  # noqa: E402
-
-torch._logging.set_logs(dynamo=logging.ERROR)  # transformers breaks a graph where it checks image sizes; dynamo says so
+from PIL import Image
 
 IMAGE_ID, IMAGES, ANSWER = 300, 12, 12  # images that are made where none are given, tokens of an answer
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
@@ -44,7 +36,6 @@ def main() -> int:
     parser.add_argument("--vlm", type=Path, help="folder of the small trained LLaVA (load.py and its weights)")
     parser.add_argument("--once", action="store_true", help="one start, in this process")
     given = parser.parse_args()
-    torch.set_num_threads(1)  # small ops on a busy machine are fastest on one
     if given.once:
         start(given)
         return 0
@@ -66,6 +57,14 @@ def main() -> int:
 
 def start(given) -> None:
     """Load the model, get the images' prefix, ask."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
+    import torch
+
+    import akvq_fx
+
+    torch._logging.set_logs(dynamo=logging.ERROR)  # transformers breaks a graph where it checks image sizes
+    torch.set_num_threads(1)  # small ops on a busy machine are fastest on one
     model, text, inputs = trained(given) if given.vlm else random_one(given)
     prefixes = akvq_fx.Prefixes(given.kept, given.max_bytes)
     model.compile(backend="akvq", options={"inner": "eager"})  # without options: slower to compile, faster to run
@@ -87,8 +86,10 @@ def start(given) -> None:
     print(f"  {size:,} bytes on disk, {plain:,} at 16 bits: {plain / size:.2f} to 1", flush=True)
 
 
-def pictures(folder: Path, side: int) -> torch.Tensor:
+def pictures(folder: Path, side: int):
     """[n, 3, side, side] in [-1, 1], of the images in a folder in the order of their names."""
+    import torch
+
     paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
     if not paths:
         sys.exit(f"ask_again: {folder} has no images; accepted: {', '.join(SUFFIXES)}")
@@ -102,15 +103,17 @@ def pictures(folder: Path, side: int) -> torch.Tensor:
 
 def draw_images(folder: Path) -> None:
     folder.mkdir(parents=True)
-    numbers = torch.Generator().manual_seed(0)
+    draw = random.Random(0)
     for i in range(IMAGES):
-        small = torch.randint(256, (5, 5, 3), generator=numbers, dtype=torch.uint8)
-        image = Image.frombytes("RGB", (5, 5), bytes(small.flatten().tolist())).resize((160, 160))
+        image = Image.frombytes("RGB", (5, 5), draw.randbytes(75)).resize((160, 160))
         image.save(folder / f"{i:02}.png")
 
 
 def random_one(given):
     """(model, text, inputs): a LLaVA of two layers whose tokens are the bytes of a text. Its answers mean nothing."""
+    import torch
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
     torch.manual_seed(0)
     vision = CLIPVisionConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
                               image_size=160, patch_size=16)  # fmt: skip
@@ -128,11 +131,14 @@ def random_one(given):
     def text(given):
         return torch.tensor([[*given.encode()]]) if isinstance(given, str) else given.tolist()
 
-    return model.eval(), text, {"input_ids": torch.tensor([ids]), "pixel_values": pixels}
+    inputs = {"input_ids": torch.tensor([ids]), "pixel_values": pixels.bfloat16()}
+    return model.eval().bfloat16(), text, inputs
 
 
 def trained(given):
     """(model, text, inputs): the small trained LLaVA with SmolLM2's tokenizer."""
+    import torch
+
     spec = importlib.util.spec_from_file_location("vlm_load", given.vlm / "load.py")
     load = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(load)
