@@ -33,8 +33,7 @@ from akvq_fx.config import AKVQConfig
 from akvq_fx.digest import DIGESTS, compute
 from akvq_fx.packed_kv import PackedKV
 from akvq_fx.packed_ops import is_packed
-from akvq_fx.slot_requests import prepared
-from akvq_fx.slot_rows import filled
+from akvq_fx.slot_requests import SHARED, prepared
 from akvq_fx.transformers_names import cache_argument
 
 KEY, ENDING, UNFINISHED = "akvq_prefix", ".prefix", ".unfinished"
@@ -53,6 +52,7 @@ class Prefix:
     caches     "3 keys" -> PackedKV, of each layer that keeps tokens
     position   [..., 1, 1] int64, the position ids of the token after it; None where the model takes none
     cache_name of the argument by which the model takes a cache
+    kind       the class of that cache, which makes an empty one: transformers' DynamicCache
     from_disk  it was loaded, not encoded
     """
 
@@ -61,6 +61,7 @@ class Prefix:
     caches: dict[str, PackedKV]
     position: Tensor | None
     cache_name: str
+    kind: type
     from_disk: bool
 
     @property
@@ -71,9 +72,7 @@ class Prefix:
     def cache(self, rows: int = 1):
         """A DynamicCache that holds the prefix in `rows` rows. The rows share memory until they are written: then
         there are `rows` times the packed bytes, and the prefix stays as it is."""
-        from transformers import DynamicCache
-
-        made = DynamicCache()
+        made = self.kind()
         for i in range(1 + max(int(name.split()[0]) for name in self.caches)):
             pair = [self.caches.get(f"{i} {kind}") for kind in ("keys", "values")]
             if pair[0] is not None:
@@ -85,7 +84,8 @@ class Prefix:
 
         attention_mask  [B, m], 0 at ids that only fill up a row, on the left
 
-        What comes out has the prefix's ids in front, as generate has a prompt's.
+        What comes out has the prefix's ids in front, as generate has a prompt's. `Slots.insert` takes them too, of one
+        row without padding.
         """
         if ids.dim() != 2 or 0 in ids.shape or ids.dtype not in (torch.int32, torch.int64):
             raise ValueError(f"akvq: ids are {ids.dtype} {list(ids.shape)}, accepted: int64 [rows, tokens], each >= 1")
@@ -97,8 +97,9 @@ class Prefix:
         ids, mask = (torch.cat(x, 1).to(device) for x in ([before, ids.cpu()], [torch.ones_like(before), mask.cpu()]))
         given = {"input_ids": ids, "attention_mask": mask, self.cache_name: self.cache(rows)}
         count = before.shape[1]
-        if self.position is not None and bool((self.position != count).any()):
-            # of an image's rows and columns; of tokens that the cache holds nobody reads them
+        if self.position is not None and (self.position.dim() > 2 or bool((self.position != count).any())):
+            # where images have rows and columns, a model goes by what it remembers of its last prompt, if not told;
+            # positions of tokens that the cache holds are not read
             more = self.position.to(device) - count
             given["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0) + more
         return given
@@ -141,9 +142,13 @@ class Prefixes:
         return found
 
     def key(self, model: Any, inputs: Mapping[str, Any]) -> str:
-        """32 hexadecimal digits of what makes the tokens. Raises ValueError where akvq did not compile the model."""
-        module = getattr(model, "_orig_mod", model)
-        given = options_of(model)
+        """32 hexadecimal digits of what makes the tokens.
+
+        Raises ValueError where akvq did not compile the model, and for inputs that are no tensors, numbers or texts.
+        """
+        module, given = getattr(model, "_orig_mod", model), options_of(model)
+        if not isinstance(inputs.get("input_ids"), Tensor):
+            raise ValueError("akvq: inputs of a prefix have no input_ids; accepted: what the model's processor makes")
         if given is None:
             raise ValueError(
                 f"akvq: {type(module).__name__} is not compiled by akvq, so that its cache stays at 16 bits; accepted: "
@@ -151,15 +156,13 @@ class Prefixes:
             )
         config = dataclasses.asdict(AKVQConfig.from_options(given.get("options"), given.get("mode")))
         weights = module.state_dict(keep_vars=True)
-        held = {name: x for name, x in inputs.items() if isinstance(x, Tensor)}
         parts = [
             cache_file.VERSION,
             type(module).__name__,
             json.dumps(without_names(module.config.to_dict()), sort_keys=True, default=str),
             sorted((name, str(x)) for name, x in config.items() if name not in OF_SPEED),
             sorted(zip(weights, DIGESTS.of(list(weights.values())), strict=True)),
-            sorted(zip(held, compute(list(held.values())), strict=True)),
-            sorted((name, repr(x)) for name, x in inputs.items() if name not in held and x is not None),
+            texts_of(inputs),
         ]
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
 
@@ -195,7 +198,7 @@ class Prefixes:
         request.run_piece(model)
         caches = {}
         for i, layer in enumerate(request.cache.layers):
-            if layer in filled(request.cache):
+            if layer.keys is not None:  # others read another layer's
                 caches |= {f"{i} keys": layer.keys, f"{i} values": layer.values}
         plain = [name for name, x in caches.items() if not is_packed(x)]
         if plain or not caches:
@@ -205,7 +208,7 @@ class Prefixes:
             )
         position = request.inputs.get("position_ids")
         position = None if position is None else position.cpu()
-        return Prefix(key, ids, caches, position, cache_argument(model), from_disk=False)
+        return Prefix(key, ids, caches, position, cache_argument(model), type(request.cache), from_disk=False)
 
     def load(self, model: Any, inputs: Mapping[str, Any]) -> Prefix | None:
         """The prefix of these inputs from the disk, None where there is none. Raises ValueError for a file that is
@@ -216,21 +219,27 @@ class Prefixes:
         path, device = self.path(key), device_of(model)
         place = cache_file.Place(f"akvq prefix {path}")
         try:
-            os.utime(path)  # the last use
+            with contextlib.suppress(PermissionError):  # another user's file
+                os.utime(path)  # the last use
             about = read_about(place, path)
             if about["key"] != key:
                 place.refuse("its content", f"the prefix {about['key']}", f"{key}: of this model and these inputs")
             caches = PackedKV.load(path, device)
         except FileNotFoundError:
             return None
+        except RuntimeError as error:  # safetensors opens the file once more for its tensors
+            if "No such file" in str(error):
+                return None
+            raise
         if digest_of(caches) != about["digest"]:
             place.refuse("a digest of its buffers", "another one than when it was written", "a file that is whole")
         ids = inputs["input_ids"].cpu()
-        lengths = {x.count for x in caches.values()}
-        if lengths != {ids.shape[1]}:
-            place.refuse("its length", sorted(lengths), f"{ids.shape[1]} tokens")
+        sizes = {(name.split(" ")[-1], x.storage.rows[0], x.count) for name, x in caches.items()}
+        if sizes != {(half, 1, ids.shape[1]) for half in ("keys", "values")}:
+            place.refuse("its content", sorted(sizes), f"keys and values of one row and {ids.shape[1]} tokens")
         position = None if about["position"] is None else torch.tensor(about["position"], dtype=torch.int64)
-        return Prefix(key, ids, caches, position, cache_argument(model), from_disk=True)
+        kind = type(prepared(model, {"input_ids": inputs["input_ids"][:, :1]}, {"max_new_tokens": 1}, None).cache)
+        return Prefix(key, ids, caches, position, cache_argument(model), kind, from_disk=True)
 
     def save(self, prefix: Prefix) -> None:
         """Write a prefix, if the folder does not have it, and take away what is too much then.
@@ -296,6 +305,20 @@ def options_of(model: Any) -> dict[str, Any] | None:
         if backend is akvq:
             return given
     return None
+
+
+def texts_of(inputs: Mapping[str, Any]) -> list[str]:
+    """What inputs are, by names and contents. Raises ValueError for objects that have none to compare."""
+    given = {name: inputs[name] for name in sorted(inputs) if inputs[name] is not None}
+    flat, places = torch.utils._pytree.tree_flatten(given)
+    for x in flat:
+        if not isinstance(x, (Tensor, *SHARED)):
+            raise ValueError(
+                f"akvq: an input of a prefix is a {type(x).__name__}; accepted: tensors, numbers, texts, and lists of "
+                'these, as the model\'s processor makes them with return_tensors="pt"'
+            )
+    digests = iter(compute([x for x in flat if isinstance(x, Tensor)]))
+    return [str(places), *(next(digests) if isinstance(x, Tensor) else repr(x) for x in flat)]
 
 
 def without_names(config: Any) -> Any:

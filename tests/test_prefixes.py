@@ -1,6 +1,7 @@
 """Prefixes are encoded once: from the disk they continue to the bit as from memory, and no half-written, damaged or
 foreign file is ever used."""
 
+import dataclasses
 import os
 import resource
 import signal
@@ -10,6 +11,7 @@ import time
 import pytest
 import torch
 import torch.nn.functional as F
+from transformers import DynamicCache
 
 import akvq_fx
 from akvq_fx.prefixes import Prefix
@@ -51,6 +53,26 @@ def test_lossless_is_the_whole_prompt_encoded_anew(tmp_path):
     padded = generated(model, prefix.then(QUESTIONS, mask))
     assert torch.equal(padded[[0, 2]], three[[0, 2]]) and torch.equal(padded[1, -8:], shorter[0, -8:])
     assert akvq_fx.report(model).packed
+
+
+@pytest.mark.parametrize("chunk", [None, 3])
+def test_a_request_of_slots_may_begin_with_a_prefix(chunk, tmp_path):
+    """Beside one that has no prefix; each gets what it gets alone."""
+    model, inputs = zoo.ZOO["llava"](batch=1)
+    due = [generated(model, whole(inputs, x[None]))[0, -8:].tolist() for x in QUESTIONS]
+    model.compile(backend="akvq", options={**SMALL, "body_bits": 16})
+    prefixes = akvq_fx.Prefixes(tmp_path)
+    prefixes.get(model, inputs)
+    slots, prefix = akvq_fx.Slots(model, 3, chunk), prefixes.get(model, inputs)
+    handles = [slots.insert(prefix.then(x[None]), max_new_tokens=8) for x in QUESTIONS[:2]]
+    handles.append(slots.insert(whole(inputs, QUESTIONS[2:]), max_new_tokens=8))
+    while len(slots):
+        slots.step()
+    assert [handle.tokens for handle in handles] == due
+    with pytest.raises(
+        ValueError, match="the inputs have 5 tokens, and their cache [0-9]+; accepted: all of the prompt"
+    ):
+        slots.insert({**prefix.then(QUESTIONS[:1]), "input_ids": QUESTIONS[:1]}, max_new_tokens=8)
 
 
 def test_positions_are_the_prefix_s_own(tmp_path):
@@ -95,13 +117,13 @@ def kept(tmp_path):
     model, _ = zoo.ZOO["llama"](batch=1)
     model.compile(backend="akvq", options=SMALL)
     prefixes = akvq_fx.Prefixes(tmp_path / "kept")
-    cache = packed_of(case_of(LAYOUTS["2bit"]))
+    cache = packed_of(case_of(LAYOUTS["2bit"]))[:1]
     inputs_of = lambda n: {"input_ids": torch.arange(n, n + cache.shape[2])[None]}
 
     def prefix_of(n):
         caches = {"0 keys": cache, "0 values": cache}
         key = prefixes.key(model, inputs_of(n))
-        return Prefix(key, inputs_of(n)["input_ids"], caches, torch.tensor([[7]]), "cache", False)
+        return Prefix(key, inputs_of(n)["input_ids"], caches, torch.tensor([[7]]), "cache", DynamicCache, False)
 
     return prefixes, model, inputs_of, prefix_of
 
@@ -141,7 +163,23 @@ def test_the_name_says_what_makes_the_tokens(kept):
     with torch.no_grad():
         model.model.layers[0].mlp.up_proj.weight[0, 0] += 1
     keys.append(prefixes.key(model, given))
+    large = torch.zeros(3000)
+    lists = [{**given, "sizes": [large, large.index_fill(0, torch.tensor([i]), 1)]} for i in (1500, 1501)]
+    keys += [prefixes.key(model, x) for x in lists]
     assert len(set(keys)) == len(keys)
+    with pytest.raises(ValueError, match="an input of a prefix is a DynamicCache; accepted: tensors, numbers, texts"):
+        prefixes.key(model, {**given, "past_key_values": DynamicCache()})
+    with pytest.raises(ValueError, match="have no input_ids"):
+        prefixes.key(model, {"inputs_embeds": torch.zeros(1, 3, 64)})
+
+
+def test_positions_are_told_where_a_model_would_remember_others(kept):
+    *_, prefix_of = kept
+    count = prefix_of(1).ids.shape[1]
+    with_position = lambda x: dataclasses.replace(prefix_of(1), position=x).then(QUESTIONS[:2]).get("position_ids")
+    assert with_position(torch.tensor([[count]])) is None and with_position(None) is None
+    for x in (torch.full((4, 1, 1), count), torch.tensor([[count + 3]])):
+        assert torch.equal(with_position(x)[..., count:], (x + torch.arange(5)).expand(*x.shape[:-2], 2, -1))
 
 
 def test_those_unused_longest_go(kept):
