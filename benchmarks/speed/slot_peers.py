@@ -50,10 +50,11 @@ class Akvq:
                 for x in (layer.keys, layer.values)]  # fmt: skip
 
     def row_bytes(self) -> float:
-        """Of a row with as many tokens as the longest request has; more where a row keeps spare capacity."""
+        """Of a row with as many tokens as the longest request has, spare capacity and what Slots lets stand in front of
+        all rows before it drops it: up to a quarter."""
         step = akvq_fx.AKVQConfig().capacity_step
         held = self.tensors()
-        whole = (self.longest + step) / held[0].storage.capacity
+        whole = (4 / 3 * self.longest + step) / held[0].storage.capacity
         return whole * sum(x.nbytes_packed for x in held) / self.rows
 
     def facts(self) -> dict:
