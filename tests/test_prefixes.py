@@ -55,15 +55,14 @@ def test_lossless_is_the_whole_prompt_encoded_anew(tmp_path):
     assert akvq_fx.report(model).packed
 
 
-@pytest.mark.parametrize("chunk", [None, 3])
-def test_a_request_of_slots_may_begin_with_a_prefix(chunk, tmp_path):
-    """Beside one that has no prefix; each gets what it gets alone."""
+def test_a_request_of_slots_may_begin_with_a_prefix(tmp_path):
+    """In pieces, beside one that has no prefix; each gets what it gets alone."""
     model, inputs = zoo.ZOO["llava"](batch=1)
     due = [generated(model, whole(inputs, x[None]))[0, -8:].tolist() for x in QUESTIONS]
     model.compile(backend="akvq", options={**SMALL, "body_bits": 16})
     prefixes = akvq_fx.Prefixes(tmp_path)
     prefixes.get(model, inputs)
-    slots, prefix = akvq_fx.Slots(model, 3, chunk), prefixes.get(model, inputs)
+    slots, prefix = akvq_fx.Slots(model, 3, chunk=3), prefixes.get(model, inputs)
     handles = [slots.insert(prefix.then(x[None]), max_new_tokens=8) for x in QUESTIONS[:2]]
     handles.append(slots.insert(whole(inputs, QUESTIONS[2:]), max_new_tokens=8))
     while len(slots):
