@@ -8,6 +8,7 @@ akvq_fx.report(model)                    # what was packed, and why not where it
 akvq_fx.cache_stats(output)              # tokens by class, bytes, bits per number
 akvq_fx.calibrate(model, inputs)         # where its attention goes; decides tsa_layers="auto"
 akvq_fx.Slots(model, rows=8)             # requests that come and go while others decode
+akvq_fx.Prefixes("folder")               # images or a document encoded once, kept on disk, asked many times
 """
 
 from importlib import import_module as _import_module
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from akvq_fx.kept_buffers import free_kept_buffers
     from akvq_fx.packed_kv import PackedKV
     from akvq_fx.policy import load_policy
+    from akvq_fx.prefixes import Prefixes
     from akvq_fx.slots import Slots
     from akvq_fx.stats import cache_stats
 
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
 # of a module of akvq_fx, which Python would put in its place.
 _LATER = {
     "PackedKV": "akvq_fx.packed_kv",
+    "Prefixes": "akvq_fx.prefixes",
     "Slots": "akvq_fx.slots",
     "akvq": "akvq_fx.backend",
     "cache_stats": "akvq_fx.stats",
@@ -69,6 +72,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AKVQConfig",
     "PackedKV",
+    "Prefixes",
     "Report",
     "Slots",
     "akvq",

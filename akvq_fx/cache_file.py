@@ -71,8 +71,11 @@ class Place:
             self.refuse(what, int(wrong[0]), f"{accepted}, integers in [{low}, {high}]")
 
 
-def save(caches: dict[str, Tensor], path, kind: type) -> None:
-    """Write packed tensors by name (printable text without "/"); views of one storage load as separate caches."""
+def save(caches: dict[str, Tensor], path, kind: type, about: dict[str, str] | None = None) -> None:
+    """Write packed tensors by name (printable text without "/"); views of one storage load as separate caches.
+
+    about: more texts for the file's metadata, by keys of the caller's own, which `load` passes over
+    """
     file = Place(f"akvq cache file {os.fspath(path)}")
     tensors, entries, written = {}, {}, set()
     for name, packed in caches.items():
@@ -102,7 +105,7 @@ def save(caches: dict[str, Tensor], path, kind: type) -> None:
         check_numbers(place, entries[name], capacity)
         check_contents(place, storage.layout, buffers, entries[name])
         tensors |= {f"{name}/{field}": buffer for field, buffer in buffers.items()}
-    save_file(tensors, path, {KEY: json.dumps({"version": VERSION, "caches": entries})})
+    save_file(tensors, path, {**(about or {}), KEY: json.dumps({"version": VERSION, "caches": entries})})
 
 
 def load(path, device, kind: type) -> dict[str, Tensor]:

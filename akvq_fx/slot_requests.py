@@ -21,7 +21,8 @@ from torch import Tensor
 
 from akvq_fx.transformers_names import CACHE_NAMES, cache_of
 
-GROWING = {"DynamicLayer", "DynamicSlidingWindowLayer", "DummyLayer"}  # layers of keys and values, or of another one's
+SLIDING = "DynamicSlidingWindowLayer"
+GROWING = {"DynamicLayer", SLIDING, "DummyLayer"}  # layers of keys and values, or of another one's
 TOKEN_TYPES = re.compile("token_type_ids$")  # one number a token, which generate makes longer
 OF_TOKENS = ("attention_mask", "position_ids")
 OF_VISION = re.compile("image|video|pixel|grid|audio|spatial")  # read with a prompt's images, not after them
@@ -39,6 +40,7 @@ INSTEAD = {  # options of generate that rows have no use for, and what to do
 class Request:
     """One row's request. `ids` [1, n] int64 on the CPU are prompt and tokens so far.
 
+    begun    tokens of the prompt that its cache had at the beginning: a prefix
     pieces   (first, behind last) token of the prompt's pieces that have not run
     length   tokens of the prompt
     cache    a growing cache of its own, until its row takes it
@@ -58,7 +60,13 @@ class Request:
         self.ids, self.generator = ids.cpu(), None
         embeds = kwargs.get("inputs_embeds")
         self.length = ids.shape[1] if embeds is None else embeds.shape[1]
-        self.pieces = deque([(0, self.length)])
+        self.begun = self.cache.get_seq_length()
+        if self.begun >= self.length:
+            raise ValueError(
+                f"akvq: the inputs have {self.length} tokens, and their cache {self.begun}; accepted: all of the "
+                "prompt's tokens, and a cache of fewer"
+            )
+        self.pieces = deque([(self.begun, self.length)])
 
     def cut(self, chunk: int) -> None:
         """Run the prompt in pieces of `chunk` tokens; what comes before the last image's end is one piece."""
@@ -68,8 +76,8 @@ class Request:
             known = [x for name, x in config.items() if VISION_TOKENS.match(name) and isinstance(x, int)]
             places = torch.isin(self.ids[0], torch.tensor(known, dtype=torch.int64)).nonzero()
             first = int(places[-1]) + 1 if len(places) else self.length
-        ends = [*range(max(first, min(chunk, self.length)), self.length, chunk), self.length]
-        self.pieces = deque(zip([0, *ends[:-1]], ends, strict=True))
+        ends = [*range(max(first, min(self.begun + chunk, self.length)), self.length, chunk), self.length]
+        self.pieces = deque(zip([self.begun, *ends[:-1]], ends, strict=True))
 
     @property
     def images(self) -> set[str]:
@@ -162,19 +170,18 @@ def of_a_step(module, cache_name: str, inputs: dict[str, Any]) -> dict[str, Any]
 
 
 def new_cache(given):
-    """An empty cache for what generate prepared: all layers keep all tokens, so that rows of any length share one."""
+    """The cache that generate prepared where it has tokens, else an empty one, for all tokens of all layers, so that
+    rows of any length share one."""
     kinds = {type(layer).__name__ for layer in getattr(given, "layers", ())}
-    if type(given).__name__ != "DynamicCache" or not kinds <= GROWING or getattr(given, "offloading", False):
+    begun = type(given).__name__ == "DynamicCache" and given.get_seq_length() > 0
+    known = GROWING - {SLIDING} if begun else GROWING  # a filled sliding window has not all tokens
+    if type(given).__name__ != "DynamicCache" or not kinds <= known or getattr(given, "offloading", False):
         shown = type(given).__name__ + (f" of {', '.join(sorted(kinds))}" if kinds else "")
         raise NotImplementedError(
             f"akvq: rows cannot be replaced in this model's cache, {shown}; accepted: a DynamicCache of keys and "
             "values, and use_cache=True"
         )
-    if given.get_seq_length():
-        raise NotImplementedError(
-            "akvq: Slots fills caches of its own, and this one has tokens; give all of the prompt's tokens instead"
-        )
-    return type(given)()
+    return given if begun else type(given)()
 
 
 def prepared(model, inputs: dict[str, Any], options: dict[str, Any], seed: int | None) -> Request:

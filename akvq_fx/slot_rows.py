@@ -7,7 +7,7 @@ only its own newest token; nobody reads what it computes.
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
@@ -82,13 +82,26 @@ class Rows:
     def put_cache(self, request: Request, row: int) -> None:
         more = request.length - self.length
         if more > 0:
-            self.become([tuple(pad(x, (0, 0, more, 0)) for x in of_layer(layer)) for layer in filled(self.cache)])
+            self.change(lambda x: pad(x, (0, 0, more, 0)), lambda x: x[:, :, more:])
             self.mask, self.length = pad(self.mask, (more, 0)), request.length
             self.begins = {row: begin + more for row, begin in self.begins.items()}
         new = [tuple(pad(x, (0, 0, max(0, -more), 0)) for x in of_layer(layer)) for layer in filled(request.cache)]
         for layer, given in zip(filled(self.cache), new, strict=True):
             for mine, x in zip(of_layer(layer), given, strict=True):
                 mine.index_copy_(0, torch.tensor([row], device=mine.device), x)
+
+    def change(self, work: Callable[[Tensor], Tensor], undo: Callable[[Tensor], Tensor]) -> None:
+        """Put other tensors in place of all layers', one layer after another, so that memory for one layer more is
+        enough. Where it fails, those that were changed are changed back."""
+        done = []
+        try:
+            for layer in filled(self.cache):
+                layer.keys, layer.values = map(work, of_layer(layer))
+                done.append(layer)
+        except BaseException:
+            for layer in done:
+                layer.keys, layer.values = map(undo, of_layer(layer))
+            raise
 
     def become(self, pairs: list[tuple[Tensor, Tensor]]) -> None:
         for layer, (keys, values) in zip(filled(self.cache), pairs, strict=True):
@@ -121,6 +134,6 @@ class Rows:
         first = min(self.begins.values())
         if first < LEAST_CUT or 4 * first < self.length:
             return
-        self.become([tuple(x[:, :, first:] for x in of_layer(layer)) for layer in filled(self.cache)])
+        self.change(lambda x: x[:, :, first:], lambda x: pad(x, (0, 0, first, 0)))
         self.mask, self.length = self.mask[:, first:], self.length - first
         self.begins = {row: begin - first for row, begin in self.begins.items()}

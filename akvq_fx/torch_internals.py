@@ -57,17 +57,33 @@ def set_own_call(module: torch.nn.Module, call: Callable | None) -> None:
     module._compiled_call_impl = call
 
 
+def compiled_with(module) -> tuple[Any, dict[str, Any]]:
+    """The backend function that a module was compiled with, by torch.compile(module) or by module.compile(), and the
+    options= and mode= that it was given; (None, {}) where it was not, or where PyTorch keeps that elsewhere."""
+    context = getattr(module, "dynamo_ctx", None)
+    if context is None and isinstance(module, torch.nn.Module) and own_call(module) is not None:
+        context = inspect.getclosurevars(own_call(module)).nonlocals.get("self")
+    backend, found = getattr(context, "callback", None), {}
+    while (link := link_of(backend)) is not None:
+        found = getattr(backend, "kwargs", None) or found
+        backend = getattr(backend, link)
+    return backend, dict(found)
+
+
 # ---- backends --------------------------------------------------------------------------------------------------------
 
 
 def innermost(backend) -> Any:
     """The function that the user gave as a backend, without dynamo's and torch.compile's wrappers."""
-    links = ("_torchdynamo_orig_backend", "_torchdynamo_orig_callable", "compiler_fn")  # they differ between versions
-    found = True
-    while found:
-        found = next((link for link in links if getattr(backend, link, None) is not None), None)
-        backend = getattr(backend, found) if found else backend
+    while (link := link_of(backend)) is not None:
+        backend = getattr(backend, link)
     return backend
+
+
+def link_of(backend) -> str | None:
+    """The attribute by which a wrapper holds what it wraps, None of what is no wrapper."""
+    links = ("_torchdynamo_orig_backend", "_torchdynamo_orig_callable", "compiler_fn")  # they differ between versions
+    return next((link for link in links if getattr(backend, link, None) is not None), None)
 
 
 def has_entry_point(name: str, group: str = "torch_dynamo_backends") -> bool:

@@ -1,18 +1,21 @@
-"""Write the tables of docs/options.md and docs/recipes.md: defaults, accepted values and bits come from the code, words
-from here.
+"""Write the tables of docs/options.md, docs/recipes.md and docs/scale.md: defaults, accepted values, bits and bytes are
+the code's, words are from here.
 
-python docs/tables.py            rewrites both pages between their markers
+python docs/tables.py            rewrites these pages between their markers
 python docs/tables.py --check    exits with 1 where a page is not what would be written
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 import sys
 from pathlib import Path
 
+import torch
+
 from akvq_fx.config import CHOICES, AKVQConfig
-from akvq_fx.cost import recipe_table
+from akvq_fx.cost import recipe_bits, recipe_table
 from akvq_fx.recipes import RECIPES
 
 DOCS = Path(__file__).parent
@@ -203,7 +206,38 @@ def recipes_table() -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in rows) + f"\n\n{table.about}"
 
 
-TABLES = {"options.md": options_table, "recipes.md": recipes_table}
+# model: (layers, KV heads, GB of weights at 16 bits); heads of 128 channels
+SCALED = {"LLaVA-1.5-7B": (32, 32, 14.1), "Qwen3-VL-8B": (36, 8, 17.5), "Qwen2.5-VL-7B": (28, 4, 16.6)}
+USERS = ((1, 1_000_000), (1000, 4096))  # how many, tokens of each
+MEMORY, FREE, BANDWIDTH = 141, 10, 4800  # an H200's, GB and GB a second by its data sheet; GB left for activations
+HEAD, VISION = 128, 0.9
+
+
+def scale_table() -> str:
+    """Bytes of caches at 16 bits and packed, the GPUs that hold them, and the time to read all once on these."""
+    rows = [("users x tokens", "model", "cache GB: 16 bits", "akvq", "H200s: 16 bits", "akvq ",
+             "ms a step, at least: 16 bits", "akvq  "), ("---",) * 8]  # fmt: skip
+    for users, tokens in USERS:
+        for model, (layers, heads, weights) in SCALED.items():
+            numbers = 2 * layers * heads * HEAD * tokens * users
+            bits = (16, recipe_bits("akvq", HEAD, heads, tokens, VISION, layers, torch.bfloat16))
+            sizes = [numbers * b / 8 / 1e9 for b in bits]
+            # one user's cache is split with the weights; of many, each GPU has some, and the weights
+            held = [(size + weights) / (MEMORY - FREE) if users == 1 else size / (MEMORY - FREE - weights)
+                    for size in sizes]  # fmt: skip
+            gpus = [math.ceil(x) for x in held]
+            read = [size / n + (weights / n if users == 1 else weights) for size, n in zip(sizes, gpus, strict=True)]
+            rows.append((f"{users:,} x {tokens:,}", model, *(f"{x:,.0f}" if x >= 10 else f"{x:.1f}" for x in sizes),
+                         *map(str, gpus), *(f"{1e3 * x / BANDWIDTH:.1f}" for x in read)))  # fmt: skip
+    about = (
+        f'`recipe="akvq"`, {VISION:.0%} vision tokens, heads of {HEAD}. An H200 has {MEMORY} GB, of which {FREE} are\n'
+        f"left for activations, and reads {BANDWIDTH / 1000:g} TB/s by its data sheet. One user's model and cache are\n"
+        "split over the GPUs; of many users each GPU has a share, and the whole model."
+    )
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows) + f"\n\n{about}"
+
+
+TABLES = {"options.md": options_table, "recipes.md": recipes_table, "scale.md": scale_table}
 
 
 def written(page: str, table: str) -> str:

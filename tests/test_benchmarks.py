@@ -97,3 +97,36 @@ def test_generate_measures_a_tiny_model(speed, tmp_path):
     *_, row = table.read_text().strip().splitlines()
     assert row.startswith('| LLaVA-1.5-7B, tiny | model.compile(backend="akvq") | 1 | 117 tokens, 1 images; 4 out |')
     assert "4 of 4 tensors packed" in row
+
+
+def test_static_rows_are_right(speed):
+    """The peer of Slots: requests of unequal length that come and go get the tokens of generate."""
+    models, peers, cpu = speed("vision_models"), speed("slot_peers"), torch.device("cpu")
+    model, image = models.build("llava-1.5-7b", None, True, cpu)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, 0, 0.2)
+    inputs = [models.prompt(image, 1, n, 5 + n, 32064, cpu, model.dtype) for n in (1, 3, 2, 4)]
+    asked = list(zip(inputs, (9, 6, 7, 5), strict=True))
+    due = [model.generate(**x, max_new_tokens=n)[0, x["input_ids"].shape[1] :].tolist() for x, n in asked]
+    rows, handles = peers.Static(model, 2, 160, "eager", {}), []
+    while asked or rows.held:
+        if asked and len(rows.held) < rows.rows:
+            handles.append(rows.insert(*asked.pop(0)))
+        rows.step()
+    assert [handle.tokens for handle in handles] == due
+
+
+def test_slots_measures_a_tiny_model(speed, tmp_path):
+    """A process of its own serves requests until some were counted; the table has a row of it."""
+    rows, table = tmp_path / "rows.jsonl", tmp_path / "table.md"
+    how = "--tiny --device cpu --peer akvq --inner eager --images 2 --requests 4 --seconds 300"
+    speed("slots").main([*how.split(), "--rows", str(rows), "--markdown", str(table)])
+    seen = json.loads(rows.read_text().splitlines()[-1])
+    assert "error" not in seen and seen["ended"] >= 4 and seen["slots"] == 3
+    assert seen["requests_per_minute"] == pytest.approx(60 * seen["ended"] / seen["counted_s"])
+    assert (
+        seen["first_from_arrival_s_p95"] >= seen["first_from_arrival_s_p50"] >= seen["first_from_admission_s_p50"] > 0
+    )
+    assert seen["between_ms_p95"] >= seen["between_ms_p50"] > 0
+    *_, row = table.read_text().strip().splitlines()
+    assert row.startswith("| 24 | akvq_fx.Slots | 3 |") and "bits a number at the end" in row

@@ -24,6 +24,17 @@ def test_optimized_module_has_what_generate_needs():
     )
 
 
+def test_a_module_tells_how_it_was_compiled():
+    """Both ways of compiling, and what is not compiled."""
+    own, how = nn.Linear(2, 2), {"options": {"inner": "eager"}}
+    assert torch_internals.compiled_with(own) == (None, {})
+    own.compile(backend="akvq", **how)
+    for module in (own, torch.compile(nn.Linear(2, 2), backend="akvq", **how)):
+        backend, given = torch_internals.compiled_with(module)
+        assert backend is akvq_fx.akvq and given["options"] == how["options"], "the wrappers keep options elsewhere"
+    assert torch_internals.compiled_with(torch.compile(nn.Linear(2, 2), backend="akvq"))[1].get("options") is None
+
+
 def test_a_module_calls_what_is_put_in_its_place():
     module = nn.Linear(2, 2)
     assert torch_internals.own_call(module) is None
