@@ -130,3 +130,14 @@ def test_slots_measures_a_tiny_model(speed, tmp_path):
     assert seen["between_ms_p95"] >= seen["between_ms_p50"] > 0
     *_, row = table.read_text().strip().splitlines()
     assert row.startswith("| 24 | akvq_fx.Slots | 3 |") and "bits a number at the end" in row
+
+
+def test_tensor_parallel_measures_a_tiny_model(speed, tmp_path, capsys):
+    """In one process, which shares nothing out; tests/test_tensor_parallel.py has two."""
+    rows = tmp_path / "rows.jsonl"
+    how = "--tiny --peer dynamic --images 1 --text 5 --tokens-out 3"
+    speed("tensor_parallel").main([*how.split(), "--rows", str(rows)])
+    (seen,) = map(json.loads, rows.read_text().splitlines())
+    assert "error" not in seen and seen["ranks"] == 1 and len(seen["tokens"]) == 3
+    speed("tensor_parallel").main(["--table", str(rows)])
+    assert "| LLaVA-1.5-7B | all | 1 | DynamicCache, uncompiled | 1 |" in capsys.readouterr().out

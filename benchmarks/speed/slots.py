@@ -132,7 +132,7 @@ class Run:
     """One peer with one budget in this process."""
 
     def __init__(self, args, began: float):
-        self.args, self.began, self.device = args, began, torch.device(args.device)
+        self.args, self.began, self.device = args, began, torch.device(args.device, 0)
         self.out = OUT_TINY if args.tiny else OUT
         self.cuda = self.device.type == "cuda"
         if self.cuda:
