@@ -85,10 +85,11 @@ class Storage:
     slides  it is a sliding window: views may begin behind the first slot (akvq_fx/sliding.py)
     borrowers  storages that read this one's memory until one of the two is written (`expanded`)
     axes    how the model orders the axes of its cache tensors; buffers are [B, H, ...] whatever it is
+    parts   rows -> (buffers, the same of so many rows), the last that `first_rows` was asked for
     """
 
     __slots__ = ("layout", "text", "held", "borrowed", "borrowers", "rows", "device", "end", "prompt", "owner", "views")
-    __slots__ += ("loaded", "axes", "slides", "__weakref__")
+    __slots__ += ("loaded", "axes", "slides", "parts", "__weakref__")
 
     def __init__(
         self,
@@ -100,7 +101,7 @@ class Storage:
         axes: CacheAxes = STANDARD,
     ):
         self.layout, self.held, self.end, self.prompt, self.owner = layout, buffers, end, prompt, owner
-        self.axes = axes
+        self.axes, self.parts = axes, {}
         self.borrowed, self.borrowers, self.loaded, self.slides = False, [], False, False
         self.text, self.rows, self.device = str(layout), tuple(buffers[CODES].shape[:2]), buffers[CODES].device
         self.views: list[weakref.ref] = []
@@ -176,6 +177,15 @@ class Storage:
         self["state"][STATE_TEXT] = order.shape[1] - length
         self.prompt = length
         self.mark_dynamic()
+
+    def first_rows(self, rows: int) -> Storage:
+        """The same memory of its first rows, made once for a size; all rows share one state."""
+        whole, part = self.parts.get(rows, ((), None))
+        if part is None or any(one is not other for one, other in zip(whole, self.buffers, strict=True)):
+            held = [b if name == "state" else b[:rows] for name, b in self.named()]
+            part = Storage(self.layout, held, self.end, self.prompt, self.owner, self.axes)
+            self.parts = {rows: (list(self.held), part)}
+        return part
 
     def written(self) -> int:
         """Slots up to the last token that was written, of a static cache too; waits for the device."""
