@@ -120,7 +120,7 @@ def bring_in(state: GraphState, past: Node, writes: list[TokenWrite], rows) -> N
         put = lambda new: in_order(state, new, axes, heads, channels)
         last = written_in_order(state, past, write, axes, put)
     read_in_parts(state, past, axes)
-    readers = [u for u in readers if u in past.users and not (is_write(u) or is_prefix(u, past))]
+    readers = [u for u in readers if u in past.users and not (is_write(u, past) or is_prefix(u, past))]
     after_inputs = next(n for n in state.graph.nodes if n.op != "placeholder")
     with state.before(after_inputs if last is None else last.next):
         back = state.moved(past, axes.from_standard(), state.fake(packed, standard.shape))
@@ -236,8 +236,8 @@ def built(state: GraphState, kept: Kept, heads: int | None, channels: int | None
     return Exchanged(whole, CacheWrite("grow", past, new, whole), kept)
 
 
-def is_write(node: Node) -> bool:
-    return op(node) == "index_copy_"
+def is_write(node: Node, past: Node) -> bool:
+    return op(node) == "index_copy_" and node.args[0] is past
 
 
 def is_prefix(node: Node, past: Node) -> bool:

@@ -1503,6 +1503,8 @@ def evidence(model: nn.Module, options: dict | None = None, **schedule) -> Evide
     """roll the model before it is compiled, then compiled; attention dropout draws the same numbers in both."""
     torch.manual_seed(0)
     eager, _ = roll(model, **schedule)
+    for buffer in model.buffers():
+        buffer.zero_()
     torch._dynamo.reset()
     spy = Spy(**(options or {}))
     run = torch.compile(model, backend=spy)

@@ -110,6 +110,20 @@ def test_rows_that_a_smaller_batch_left_are_still_there():
 
 
 @torch.no_grad()
+def test_codes_are_those_of_a_buffer_with_as_many_rows():
+    """At 2 bits: rows that the batch does not take change nothing."""
+    results = []
+    for rows in (4, 2):
+        torch._dynamo.reset()
+        model = Decoder(models.mixed(models.RowSlices, rows=rows))
+        run = torch.compile(model, backend="akvq", options={"inner": "eager", "window": 4, "pivots": 2})
+        rollout(run, 2, 5, 1)
+        results.append(rollout(run, 2, 9, 6)[0])
+        assert all(are_packed(model))
+    torch.testing.assert_close(*results, rtol=0, atol=1e-6)
+
+
+@torch.no_grad()
 def test_uncompiled_writes_of_parts():
     """To codes where they go on, and to a plain buffer where they begin anew."""
     model, plain = Decoder(models.RowSlices), Decoder(models.RowSlices)

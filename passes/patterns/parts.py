@@ -193,10 +193,10 @@ def rows_of(buffer: Node, axes: CacheAxes, writes: list[TokenWrite]):
     Raises NoMatch where it is not the same for each write and read.
     """
     cuts = list(cuts_of(buffer))
-    of_cuts = [spans.get(axes.rows) for cut, spans in cuts if not only_cut(cut)]
-    if any(span is not None and not span.is_prefix for span in of_cuts):
-        raise NoMatch("attention reads some rows of a static buffer, and not its first ones", cuts[0][0])
-    found = [write.rows for write in writes] + [None if span is None else value(span.stop) for span in of_cuts]
+    if any(axes.rows in spans and not spans[axes.rows].is_prefix for _, spans in cuts):
+        raise NoMatch("some rows of a static buffer are read, and not its first ones", cuts[0][0])
+    of_cuts = [shape(cut)[axes.rows] for cut, _ in cuts if not only_cut(cut)]
+    found = [write.rows for write in writes] + of_cuts
     whole = shape(buffer)[axes.rows]
     found = [None if rows is None or same_size(rows, whole) else rows for rows in found]
     taken = {cut for cut, _ in cuts} | {write.node for write in writes}
