@@ -57,20 +57,22 @@ def leave(buffer: Tensor, why: str) -> None:
 def turn_back(buffer: Tensor, plain: Tensor | None = None) -> None:
     """Have an exchanged buffer be a plain tensor again: this one, by default its tokens as codes have them."""
     if plain is None:
-        plain = buffer.dequantize().clone()  # in memory of its own, no view
-        plain[:, :, buffer.storage.written() :] = 0
+        plain = buffer.dequantize().clone(memory_format=torch.contiguous_format)  # in memory of its own, no view
+        written = buffer.storage.written()
+        plain.narrow(buffer.axes.tokens, written, buffer.count - written).zero_()
     attributes = buffer.was
     torch_internals.exchange_inside(buffer, plain)
     vars(buffer).clear()
     vars(buffer).update(attributes)
 
 
-def before_write(buffer: Tensor, how: str, at: Tensor | None = None) -> None:
+def before_write(buffer: Tensor, how: str, at: Tensor | None = None, all_rows: bool = True) -> None:
     """To be called before code outside of a graph writes to a packed tensor. It comes back plain where codes should not
     take the write.
 
-    how    name of the method
-    at     [q] positions of the tokens that are written, None for another kind of write
+    how         name of the method
+    at          [q] positions of the tokens that are written, None for another kind of write
+    all_rows    they are written in every row
     """
     if buffer.was is None:
         return
@@ -80,7 +82,7 @@ def before_write(buffer: Tensor, how: str, at: Tensor | None = None) -> None:
     elif at is None:
         stay_plain(buffer, f"{how} writes to it outside of a graph that akvq_fx compiled")
     elif int(at[0]) == 0:
-        turn_back(buffer, empty() if len(at) >= buffer.storage.written() else None)
+        turn_back(buffer, empty() if all_rows and len(at) >= buffer.storage.written() else None)
 
 
 def before_view(args: tuple, function) -> None:

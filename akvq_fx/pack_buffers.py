@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from akvq_fx import exchange, torch_internals
+from akvq_fx.kernels.cache_axes import CacheAxes, moved
 from akvq_fx.packed_kv import PackedKV, Storage
 from akvq_fx.program import Exchange
 
@@ -27,7 +28,7 @@ def pack_buffers(exchanges: list[Exchange], args, extra: list, owners) -> list[t
         why = next(filter(None, map(exchange.refusal, buffers)), "")
         if not why:
             mask = None if pair.mask is None else extra[pair.mask]
-            end, valid, why = tokens_of(extra[pair.at], mask, pair.length(args), buffers[0])
+            end, valid, why = tokens_of(extra[pair.at], mask, pair.length(args), extra[pair.query].shape[0])
         if not why:
             keys, values = packed_pair(pair, *buffers, end, valid, extra[pair.query], owners[pair.owner])
             try:
@@ -44,8 +45,8 @@ def pack_buffers(exchanges: list[Exchange], args, extra: list, owners) -> list[t
     return left
 
 
-def tokens_of(at: Tensor, mask: Tensor | None, length: int, buffer: Tensor) -> tuple[int, Tensor | None, str]:
-    """(tokens that the buffer holds, [B, tokens] bool: those that some query sees, why they cannot be told)."""
+def tokens_of(at: Tensor, mask: Tensor | None, length: int, rows: int) -> tuple[int, Tensor | None, str]:
+    """(tokens that the buffer holds, [rows, tokens] bool: those that some query sees, why they cannot be told)."""
     positions = at.tolist()
     start, end = positions[0], positions[-1] + 1
     if start < 0 or positions != list(range(start, end)):
@@ -54,7 +55,7 @@ def tokens_of(at: Tensor, mask: Tensor | None, length: int, buffer: Tensor) -> t
         return 0, None, "attention does not see the tokens that are written"
     if mask is None:
         return end, None, "" if length == end else "attention sees slots that nobody wrote"
-    valid = akvq.valid_tokens(mask, buffer.shape[0], length)
+    valid = akvq.valid_tokens(mask, rows, length)
     if bool(valid[:, end:].any()):
         return 0, None, "attention sees tokens behind those that are written"
     return end, valid[:, :end], ""
@@ -63,18 +64,39 @@ def tokens_of(at: Tensor, mask: Tensor | None, length: int, buffer: Tensor) -> t
 def packed_pair(
     pair: Exchange, keys: Tensor, values: Tensor, end: int, valid: Tensor | None, query: Tensor, owner
 ) -> tuple[PackedKV, PackedKV]:
-    """The first `end` tokens of keys and values [B, H, T, D] as static packed caches of T tokens."""
-    layout, total = pair.key_layout, keys.shape[2]
-    keys, values = keys[:, :, :end].detach().contiguous(), values[:, :, :end].detach().contiguous()
+    """The first `end` tokens of keys and values, in the caller's axes, as static packed caches of T tokens.
+
+    Where this step takes the first rows of the buffers only, the others are packed too, as if all asked as these do.
+    """
+    layout, total = pair.key_layout, keys.shape[pair.axes[0].tokens]
+    keys, values = (
+        standard(x, axes, pair.key_layout.head_dim if x is keys else pair.value_layout.head_dim)[:, :, :end]
+        .detach()
+        .contiguous()
+        for x, axes in zip((keys, values), pair.axes, strict=True)
+    )
+    rows = len(keys)
+    if len(query) < rows:
+        query = query[torch.arange(rows, device=query.device) % len(query)]
+        valid = valid if valid is None else torch.nn.functional.pad(valid, (0, 0, 0, rows - len(valid)), value=True)
     at = torch.arange(end, device=keys.device)
     classes = akvq.token_classes(keys, valid, None)
     first = akvq.find_pivots(keys[:, 0], valid, *pair.pivots) if layout.pivots else None
     affine = None if pair.affine is None else akvq.key_affine(keys, query, valid, *pair.affine)
     made = []
-    for x, rows, layout in ((keys, affine, pair.key_layout), (values, None, pair.value_layout)):
+    for x, rows, layout, axes in (
+        (keys, affine, pair.key_layout, pair.axes[0]),
+        (values, None, pair.value_layout, pair.axes[1]),
+    ):
         pivots = first if layout.pivots else None
         buffers = akvq.pack(x, at, classes, pivots, rows, total, str(layout), True)
-        storage = Storage(layout, buffers, None, end, owner)
+        storage = Storage(layout, buffers, None, end, owner, axes)
         storage.mark_dynamic()
         made.append(PackedKV.view_of(storage, total))
     return made[0], made[1]
+
+
+def standard(x: Tensor, axes: CacheAxes, channels: int) -> Tensor:
+    """A buffer in these axes as [B, H, T, D], a view of it."""
+    heads = x.numel() // (x.shape[axes.rows] * x.shape[axes.tokens] * channels)
+    return moved(x, axes.to_standard(heads, channels))

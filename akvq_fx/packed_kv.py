@@ -128,11 +128,12 @@ class PackedKV(TensorBase):
         out.axes = self.axes
         return out
 
-    def in_standard_axes(self) -> PackedKV:
-        """While tracing: the same cache as [B, H, T, D]."""
+    def in_standard_axes(self, rows=None) -> PackedKV:
+        """While tracing: the same cache as [B, H, T, D], or its first rows."""
         sizes = dict(zip(self.axes.groups, self.shape, strict=True))
         heads, channels = sizes.get("h", self.codes.shape[1]), self.layout_of.head_dim
-        out = type(self)(self.codes, self.layout_text, torch.Size((sizes["b"], heads, sizes["t"], channels)))
+        rows = sizes["b"] if rows is None else rows
+        out = type(self)(self.codes, self.layout_text, torch.Size((rows, heads, sizes["t"], channels)))
         out.traced, out.static, out.means, out.text_codes = self.traced, self.static, self.means, self.text_codes
         out.dropped = self.dropped
         return out

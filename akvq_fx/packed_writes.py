@@ -104,12 +104,43 @@ def _(func, types, args, kwargs):
 ])  # fmt: skip
 def _(func, types, args, kwargs):
     if not torch.compiler.is_compiling():
+        part = None
         if is_packed(args[0]):
-            exchange.before_write(args[0], func.__name__, positions(args[0], func.__name__, args[1:], kwargs))
+            part = first_rows(args[0], args[1]) if func is torch.Tensor.__setitem__ else None
+            at = positions(args[0], func.__name__, args[1:], kwargs) if part is None else part[1]
+            all_rows = part is None or part[0] == args[0].shape[args[0].axes.rows]
+            exchange.before_write(args[0], func.__name__, at, all_rows)
+        if part is not None and is_packed(args[0]) and args[0].static:
+            return write_rows(args[0], *part, args[2])
         if func is torch.Tensor.__setitem__ and is_packed(args[0]) and not all(map(is_index, parts_of(args[1]))):
             raise unsupported_write(f"x[{args[1]}] = ...")  # aten would write into a temporary and lose it
     with torch._C.DisableTorchFunctionSubclass():
         return func(*args, **kwargs)
+
+
+def write_rows(packed, rows: int, at: Tensor, x) -> None:
+    """packed[:rows, at] = x on the axes of rows and tokens, where positions follow each other."""
+    size = list(packed.shape)
+    size[packed.axes.rows], size[packed.axes.tokens] = rows, len(at)
+    x = torch.as_tensor(x, dtype=packed.dtype, device=packed.device).expand(size)
+    part = packed.storage.first_rows(rows)
+    ops.append(part.buffers, part.to_stored(x), at, None, None, packed.layout_text)
+
+
+def first_rows(packed, index) -> tuple[int, Tensor] | None:
+    """(rows, positions) of packed[:rows, a:b] = ..., on the axes of rows and tokens; None for another index."""
+    parts, axes = parts_of(index), packed.axes
+    parts = (*parts, *[slice(None)] * (axes.rank - len(parts)))
+    others = [part for i, part in enumerate(parts) if i not in (axes.rows, axes.tokens)]
+    if len(parts) != axes.rank or not all(map(exchange.is_all, others)):
+        return None
+    chosen = parts[axes.rows], parts[axes.tokens]
+    if not all(isinstance(part, slice) and part.step in (None, 1) for part in chosen) or exchange.is_all(chosen[1]):
+        return None
+    rows, tokens = (range(packed.shape[i])[part] for i, part in zip((axes.rows, axes.tokens), chosen, strict=True))
+    if rows.start or not len(tokens):
+        return None
+    return len(rows), torch.arange(tokens.start, tokens.stop, device=packed.device)
 
 
 def parts_of(index) -> tuple:

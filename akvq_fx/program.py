@@ -54,6 +54,7 @@ class Exchange:
     affine           arguments of akvq::key_affine behind its tensors, None where keys have no affine map
     pivots           arguments of akvq::find_pivots behind its tensors, which choose the first real token
     owner            positions of the weights that make keys and values
+    axes             in which the caller keeps keys and values
     """
 
     key: int
@@ -67,6 +68,7 @@ class Exchange:
     affine: tuple | None
     pivots: tuple
     owner: tuple[int, ...]
+    axes: tuple[CacheAxes, CacheAxes] = (STANDARD, STANDARD)
 
 
 @dataclass
@@ -93,6 +95,7 @@ class Program:
     firsts    positions of PackedKV arguments whose first slot the last inputs tell, by their size
     packed    positions of all PackedKV arguments that the graph takes as buffers
     unpacked  positions of PackedKV arguments that the graph takes as plain tensors
+    rows      per PackedKV argument of which the graph takes the first rows: how many
     owners    per PackedKV argument: positions of the weights that make its layer's keys and values
     folds     weights that the graph takes as folded copies
     exchanges plain buffers that are packed behind the graph, which returns `extra` results more for them
@@ -107,6 +110,7 @@ class Program:
     firsts: list[int] = field(default_factory=list)
     packed: list[int] = field(default_factory=list)
     unpacked: list[int] = field(default_factory=list)
+    rows: dict[int, Size] = field(default_factory=dict)
     owners: dict[int, tuple[int, ...]] = field(default_factory=dict)
     folds: list[Fold] = field(default_factory=list)
     exchanges: list[Exchange] = field(default_factory=list)

@@ -102,7 +102,8 @@ class Runtime:
             batch, tokens = (size(args) for size in program.vision_size)
             inputs.append(vision_carry.take(batch, tokens, self.device(args)))
         for position in self.bound:
-            inputs += storages[position].buffers
+            rows = program.rows.get(position)
+            inputs += storages[position].buffers if rows is None else storages[position].first_rows(rows(args)).held
         inputs += [args[position].dropped for position in program.firsts]
         more = {} if self.captured is None else {"storages": [storages[position] for position in self.bound]}
         run = lambda: list(self.inner(*inputs, **more))

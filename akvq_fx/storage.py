@@ -91,10 +91,11 @@ class Storage:
     held    its buffers as they are, in the layout's order
     stamp   a number that no other set of buffers has: it is the same as long as they are
     attributes  of views, as long as they are: made for the first one (packed_kv.py)
+    parts   rows -> (buffers, the same of so many rows), the last that `first_rows` was asked for
     """
 
     __slots__ = ("layout", "text", "borrowed", "borrowers", "rows", "device", "end", "prompt", "owner", "views")
-    __slots__ += ("loaded", "axes", "slides", "_held", "stamp", "attributes", "__weakref__")
+    __slots__ += ("loaded", "axes", "slides", "parts", "_held", "stamp", "attributes", "__weakref__")
 
     def __init__(
         self,
@@ -106,6 +107,7 @@ class Storage:
         axes: CacheAxes = STANDARD,
     ):
         self.layout, self.end, self.prompt, self.owner, self.axes = layout, end, prompt, owner, axes
+        self.parts = {}
         self.borrowed, self.borrowers, self.loaded, self.slides = False, [], False, False
         self.held = buffers
         self.text, self.rows, self.device = str(layout), tuple(buffers[CODES].shape[:2]), buffers[CODES].device
@@ -191,6 +193,15 @@ class Storage:
         self["state"][STATE_TEXT] = order.shape[1] - length
         self.prompt = length
         self.mark_dynamic()
+
+    def first_rows(self, rows: int) -> Storage:
+        """The same memory of its first rows, made once for a size; all rows share one state."""
+        whole, part = self.parts.get(rows, ((), None))
+        if part is None or any(one is not other for one, other in zip(whole, self.buffers, strict=True)):
+            held = [b if name == "state" else b[:rows] for name, b in self.named()]
+            part = Storage(self.layout, held, self.end, self.prompt, self.owner, self.axes)
+            self.parts = {rows: (list(self.held), part)}
+        return part
 
     def written(self) -> int:
         """Slots up to the last token that was written, of a static cache too; waits for the device."""

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch.fx import Node
 
 from akvq_fx.passes.patterns.attention import is_attention, named_arguments
+from akvq_fx.passes.patterns.cache_write import written_views
 from akvq_fx.passes.patterns.nodes import NoMatch, op, shape, value
 from akvq_fx.passes.patterns.static_write import StaticWrite, static_write, written_cache
 from akvq_fx.passes.state import GraphState
@@ -38,10 +39,23 @@ def canonicalize(state: GraphState) -> PassReport:
                 report.miss(node.name, miss.reason, miss.node)
                 continue
             report.match(index_copy(state, node, write).name)
+        elif is_same_buffer(node):
+            node.replace_all_uses_with(node.args[0])
+            report.match(node.name)
+            state.graph.erase_node(node)
         elif op(node) == "index_copy_":  # its result is the tensor that it writes into
             node.replace_all_uses_with(node.args[0])
             state.effects.add(node)
     return report
+
+
+def is_same_buffer(node: Node) -> bool:
+    """self.cache = self.cache.to(x), which is what came in, of a tensor that the graph writes into."""
+    source = node.args[0] if op(node) == "to" else None
+    if op(source) != "placeholder" or node.kwargs.get("copy") or not written_views(node):
+        return False
+    seen, given = value(node), value(source)
+    return (seen.dtype, seen.device, seen.stride()) == (given.dtype, given.device, given.stride())
 
 
 def index_copy(state: GraphState, node: Node, write: StaticWrite) -> Node:

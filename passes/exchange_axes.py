@@ -19,10 +19,28 @@ import torch
 from torch.fx import Node
 
 from akvq_fx.kernels.cache_axes import STANDARD, CacheAxes
-from akvq_fx.passes.patterns.attention import attention_of, is_attention
-from akvq_fx.passes.patterns.cache_write import CacheWrite, cache_write_of, is_packed, written_views
+from akvq_fx.passes.parts_of_buffers import (
+    last_of,
+    packed_parts,
+    prefix,
+    read_in_parts,
+    view_of_plain,
+    written_in_order,
+)
+from akvq_fx.passes.patterns.attention import attention_of, is_attention, prefix_of
+from akvq_fx.passes.patterns.cache_write import CacheWrite, cache_write_of, is_packed
 from akvq_fx.passes.patterns.cached import check_caches, fix_heads, read_from
-from akvq_fx.passes.patterns.kept import Kept, Path, Roles, axes_as, kept_behind, moved_to, path_of, way_back
+from akvq_fx.passes.patterns.kept import (
+    Kept,
+    Path,
+    Roles,
+    axes_as,
+    kept_behind,
+    moved_to,
+    path_of,
+    through_slices,
+    way_back,
+)
 from akvq_fx.passes.patterns.nodes import (
     NoMatch,
     dimension,
@@ -34,7 +52,8 @@ from akvq_fx.passes.patterns.nodes import (
     tensors_of_cat,
     value,
 )
-from akvq_fx.passes.state import GraphState
+from akvq_fx.passes.patterns.parts import TokenWrite
+from akvq_fx.passes.state import GraphState, View
 from akvq_fx.report import PassReport
 
 
@@ -45,15 +64,16 @@ class Exchanged:
     whole: Node
     write: CacheWrite | None
     kept: Kept | None
+    read: Node | None = None  # its first tokens, which are all that attention reads; None for the whole cache
 
 
 def exchange_axes(state: GraphState) -> PassReport:
     report = PassReport("exchange_axes")
-    for past in [n for n in state.placeholders if is_packed(n) and value(n).axes != STANDARD]:
-        writes = token_writes(past)
-        if writes is None:
-            continue  # in the model's axes the cache goes back to 16 bits (read_unmatched)
-        bring_in(state, past, writes)
+    for past in filter(is_packed, state.placeholders):
+        parts = packed_parts(past)
+        if parts is None or (value(past).axes, parts[1]) == (STANDARD, None):
+            continue  # where it is in the model's axes it goes back to 16 bits (read_unmatched)
+        bring_in(state, past, *parts)
         report.match(past.name)
     for node in [n for n in state.graph.nodes if is_attention(n)]:
         try:
@@ -64,22 +84,13 @@ def exchange_axes(state: GraphState) -> PassReport:
     return report
 
 
-def token_writes(past: Node) -> list[Node] | None:
-    """Writes of tokens into a packed cache, before all that reads it; None where it is written in another way."""
-    axes, written = value(past).axes, written_views(past)
-    along = lambda node: op(node) == "index_copy_" and dimension(node, 1, axes.rank) == axes.tokens
-    if not all(view is past and along(node) for node, view in written):
-        return None
-    writes = [node for node, _ in written]
-    order = {n: i for i, n in enumerate(past.graph.nodes)}
-    last = max((order[node] for node in writes), default=0)
-    return None if any(order[u] < last for u in past.users if is_tensor(u) and u not in writes) else writes
+def bring_in(state: GraphState, past: Node, writes: list[TokenWrite], rows) -> None:
+    """A packed cache: the placeholder stands for [B, H, T, D], tokens come along axis 2, others read it as it was.
 
-
-def bring_in(state: GraphState, past: Node, writes: list[Node]) -> None:
-    """A packed cache: the placeholder stands for [B, H, T, D], tokens come along axis 2, others read it as it was."""
+    rows    it stands for so many of its rows, the first ones; None for all
+    """
     packed = value(past)
-    axes, standard = packed.axes, packed.in_standard_axes()
+    axes, standard = packed.axes, packed.in_standard_axes(rows)
     heads, channels = int(standard.shape[1]), standard.shape[3]  # int() of a symbol adds a guard
     groups, roles = axes_as(past, axes, heads, channels)
     growths, queue = [], [(past, groups)]
@@ -100,15 +111,18 @@ def bring_in(state: GraphState, past: Node, writes: list[Node]) -> None:
             new = in_order(state, tensors_of_cat(cat)[1], order, heads, channels)
             size = shape(past)[axes.rows], heads, shape(cat)[order.tokens], channels
             grown.append((joined(state, past, new, size, value(cat).dtype), cat, groups))
-    readers = [u for u in readers if u not in writes]
-    after_inputs = next(n for n in state.graph.nodes if n.op != "placeholder")
+    last = None
+    past.meta["example_value"] = standard
+    state.kept_axes[past] = axes
+    if rows is not None:
+        state.taken_rows[past] = rows
     for write in writes:
-        with state.before(write):
-            new = in_order(state, write.args[3], axes, heads, channels)
-        write.args = (past, 2, write.args[2], new)
-        write.meta["example_value"] = standard
-        after_inputs = write.next
-    with state.before(after_inputs):
+        put = lambda new: in_order(state, new, axes, heads, channels)
+        last = written_in_order(state, past, write, axes, put)
+    read_in_parts(state, past, axes)
+    readers = [u for u in readers if u in past.users and not (is_write(u, past) or is_prefix(u, past))]
+    after_inputs = next(n for n in state.graph.nodes if n.op != "placeholder")
+    with state.before(after_inputs if last is None else last.next):
         back = state.moved(past, axes.from_standard(), state.fake(packed, standard.shape))
     for user in readers:
         if op(user) != "output" and user not in [whole for whole, _, _ in grown]:
@@ -124,8 +138,6 @@ def bring_in(state: GraphState, past: Node, writes: list[Node]) -> None:
         cat.replace_all_uses_with(old)
         state.kept_axes[whole] = axes
         unread += [cat, old]
-    past.meta["example_value"] = standard
-    state.kept_axes[past] = axes
     state.forget(*unread)
 
 
@@ -148,7 +160,7 @@ def read_in_order(state: GraphState, node: Node) -> bool:
     arguments = {name: node.kwargs.get(name) for name in ("key", "value")}
     paths = {name: path_of(x) for name, x in arguments.items()}
     there = set(state.graph.nodes)
-    kept = {name: path and kept_behind(*path) for name, path in paths.items()}
+    kept = {name: path and kept_or_said(state, *path) for name, path in paths.items()}
     if all(kept.values()) and kept["key"].whole is kept["value"].whole:
         return False  # keys that are values are a residual stream
     try:
@@ -165,7 +177,7 @@ def read_in_order(state: GraphState, node: Node) -> bool:
     for name, half in found.items():
         if half:
             with state.before(node):
-                new = grouped(state, half.whole, shape(arguments[name])[1])
+                new = grouped(state, half.read or half.whole, shape(arguments[name])[1])
             node.kwargs = {**node.kwargs, name: new}
             if half.kept:
                 state.kept_axes.update(committed(state, half))
@@ -173,13 +185,23 @@ def read_in_order(state: GraphState, node: Node) -> bool:
     return True
 
 
+def kept_or_said(state: GraphState, path: Path, roles: Roles) -> Kept | None:
+    """kept_behind; where it raises NoMatch the report has the reason."""
+    try:
+        return kept_behind(path, roles)
+    except NoMatch as miss:
+        state.unexchanged[through_slices(path, roles)[0][-1][0]] = miss
+        raise
+
+
 def exchanged(state: GraphState, path: Path, roles: Roles, kept: Kept | None) -> Exchanged | None:
     """The cache behind an argument of attention as [B, H, T, D]; None where it is no cache, or has these axes."""
+    path, cut = through_slices(path, roles)
     for node, axes in path:
         if (known := state.exchanged.get(node)) and roles.axes_of(axes) == known[1]:
-            return Exchanged(known[0], None, None)
+            return Exchanged(known[0], None, None, part_read(state, known[0], known[1], cut))
         if len(path) > 1 and node in state.kept_axes and roles.axes_of(axes) == STANDARD:
-            return Exchanged(node, None, None)
+            return Exchanged(node, None, None, cut)
     return built(state, kept, *(size_of(roles.letters[letter]) for letter in "hd")) if kept else None
 
 
@@ -195,6 +217,10 @@ def built(state: GraphState, kept: Kept, heads: int | None, channels: int | None
     """Nodes for a cache as [B, H, T, D], which nothing reads yet. Raises NoMatch where heads are no plain number."""
     if heads is None or channels is None:
         raise NoMatch("its heads or channels are no fixed number", kept.whole)
+    if kept.write is not None:
+        put = lambda new: in_order(state, new, kept.axes, heads, channels)
+        whole, read, write = view_of_plain(state, kept, heads, channels, put)
+        return Exchanged(whole, write, kept, read)
     if kept.copy is not None:
         return filled(state, kept, heads, channels)
     if kept.past is None:
@@ -210,6 +236,15 @@ def built(state: GraphState, kept: Kept, heads: int | None, channels: int | None
     return Exchanged(whole, CacheWrite("grow", past, new, whole), kept)
 
 
+def is_write(node: Node, past: Node) -> bool:
+    return op(node) == "index_copy_" and node.args[0] is past
+
+
+def is_prefix(node: Node, past: Node) -> bool:
+    """What read_in_parts has put in place of a slice."""
+    return prefix_of(node)[0] is past
+
+
 def filled(state: GraphState, kept: Kept, heads: int, channels: int) -> Exchanged:
     """Another buffer in place of one that the graph allocates, and the same write into it."""
     sizes = dict(zip(kept.axes.groups, shape(kept.whole), strict=True)) | {"h": heads, "d": channels}
@@ -222,7 +257,17 @@ def filled(state: GraphState, kept: Kept, heads: int, channels: int) -> Exchange
         whole.meta["example_value"] = seen
         copy = state.graph.call_method("index_copy_", (whole, 2, at, new))
         copy.meta["example_value"] = seen
-    return Exchanged(whole, CacheWrite("fill", None, new, whole, at), kept)
+    read = part_read(state, whole, kept.axes, kept.cut)
+    return Exchanged(whole, CacheWrite("fill", None, new, whole, at), kept, read)
+
+
+def part_read(state: GraphState, whole: Node, axes: CacheAxes, cut: Node | None) -> Node | None:
+    """The first tokens of a cache that attention reads from a slice of it in these axes."""
+    if cut is None:
+        return None
+    length = shape(cut)[axes.tokens]
+    with state.before(last_of(whole, cut).next):
+        return prefix(state, whole, state.size_node(length), length)
 
 
 def in_order(state: GraphState, node: Node, order: CacheAxes, heads: int, channels: int) -> Node:
@@ -256,7 +301,8 @@ def check(state: GraphState, node: Node, found: dict[str, Exchanged | None]) -> 
     for name, half in found.items():
         if half:
             setattr(attention, name, half.whole)
-            writes[name], lengths[name] = half.write or cache_write_of(half.whole), shape(half.whole)[2]
+            length = shape(half.read or half.whole)[2]
+            writes[name], lengths[name] = half.write or cache_write_of(half.whole), length
     for name in {"key", "value"} - writes.keys():
         whole, lengths[name] = read_from(getattr(attention, name))
         writes[name] = cache_write_of(whole)
@@ -267,6 +313,9 @@ def check(state: GraphState, node: Node, found: dict[str, Exchanged | None]) -> 
 def committed(state: GraphState, half: Exchanged) -> dict[Node, CacheAxes]:
     """Have the graph return the cache that attention now reads; its axes outside of the graph."""
     kept = half.kept
+    if kept.write is not None:
+        state.views.setdefault(half.whole, View(kept.whole, kept.axes, half.write))
+        return {}
     state.graph.output_node().replace_input_with(kept.returned, half.whole)
     state.exchanged[kept.whole] = half.whole, kept.new_axes
     if kept.copy is not None:

@@ -17,6 +17,7 @@ import itertools
 from torch.fx import Node
 
 from akvq_fx.exchange import refusal
+from akvq_fx.kernels.cache_axes import STANDARD
 from akvq_fx.passes.patterns.nodes import NoMatch, ancestors, op
 from akvq_fx.passes.patterns.site import Site, affine_choice
 from akvq_fx.passes.patterns.tokens import FIRST_TOKEN
@@ -41,13 +42,19 @@ def exchange_buffers(state: GraphState) -> PassReport:
             state.refused.append((site.label, site.layer, miss.reason, miss.node or site.attention.node))
             report.miss(site, miss.reason, miss.node)
             continue
-        if site.key.whole not in taken:
-            taken[site.key.whole] = taken[site.value.whole] = site
+        key, val = buffers_of(state, site)
+        if key not in taken:
+            taken[key] = taken[val] = site
             plan(state, site)
             state.exchanges.append(site)
             state.effects |= {n for n in kept_for(site) if n is not None}
         report.match(site)
     return report
+
+
+def buffers_of(state: GraphState, site: Site) -> tuple[Node, Node]:
+    """The placeholders of its keys and values."""
+    return state.buffer_of(site.key.whole), state.buffer_of(site.value.whole)
 
 
 def plan(state: GraphState, site: Site) -> None:
@@ -66,11 +73,11 @@ def kept_for(site: Site) -> tuple[Node, Node, Node | None]:
 
 def check(state: GraphState, site: Site, taken: dict[Node, Site]) -> None:
     """Raises NoMatch where the buffers must stay as they are."""
-    key, val = site.key.whole, site.value.whole
+    key, val = buffers_of(state, site)
     if key is val:
         raise NoMatch("keys and values are one buffer", key)
     before = {taken.get(key), taken.get(val)} - {None}
-    if any((other.key.whole, other.value.whole) != (key, val) for other in before):
+    if any(buffers_of(state, other) != (key, val) for other in before):
         raise NoMatch("layers share a buffer of keys and not that of values, or the other way round", key)
     for buffer in (key, val):
         why = refusal(state.weights[state.position[buffer]])
@@ -84,9 +91,12 @@ def check(state: GraphState, site: Site, taken: dict[Node, Site]) -> None:
 def exchange_of(state: GraphState, site: Site, results: dict[Node, int]) -> Exchange:
     """How the runtime packs a site's buffers. results: places of `kept_for` among what the graph returns more."""
     at, query, mask = kept_for(site)
+    key, val = buffers_of(state, site)
+    axes = [state.views[x.whole].axes if x.whole in state.views else STANDARD for x in (site.key, site.value)]
     return Exchange(
-        key=state.position[site.key.whole],
-        value=state.position[site.value.whole],
+        key=state.position[key],
+        value=state.position[val],
+        axes=tuple(axes),
         key_layout=site.key_layout,
         value_layout=site.value_layout,
         at=results[at],

@@ -28,7 +28,7 @@ from akvq_fx.report import PassReport
 
 def find_sites(state: GraphState) -> PassReport:
     report = PassReport("find_sites")
-    writes: dict[Node, CacheWrite] = {}
+    writes: dict[Node, CacheWrite] = {view: known.write for view, known in state.views.items()}
     refused: dict[Node, None] = {}
 
     def refuse(node: Node, miss: NoMatch, whole: Node | None, from_cache: bool = False):
@@ -63,6 +63,7 @@ def find_sites(state: GraphState) -> PassReport:
             refuse(node, miss, whole)
             continue
         writes[whole], writes[value_whole] = key, val
+        writes |= {state.buffer_of(node): write for node, write in ((whole, key), (value_whole, val))}
         weights = weight_behind(key.new), weight_behind(val.new)
         if key.kind == "read":
             weights = weight_behind(attention.query), None

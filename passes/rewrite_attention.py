@@ -23,12 +23,12 @@ import torch.nn.functional as F
 from torch.fx import Node
 
 from akvq_fx.kernels.attend import extended_attention
-from akvq_fx.passes.exchange_axes import Exchanged, committed, exchanged
+from akvq_fx.passes.exchange_axes import Exchanged, committed, exchanged, kept_or_said
 from akvq_fx.passes.patterns.attention import Attention
 from akvq_fx.passes.patterns.axes import Axes, flat
 from akvq_fx.passes.patterns.cache_write import cache_write_of, is_mutation
 from akvq_fx.passes.patterns.cached import check_caches, fix_heads, read_from
-from akvq_fx.passes.patterns.kept import Roles, kept_behind
+from akvq_fx.passes.patterns.kept import Roles
 from akvq_fx.passes.patterns.nodes import NoMatch, op, same_size, shape, value
 from akvq_fx.passes.patterns.values import expression
 from akvq_fx.passes.patterns.written_attention import Sinks, Written, before_or_none, softmaxes, written_attention
@@ -75,7 +75,8 @@ def called(state: GraphState, written: Written) -> Node | None:
     try:
         halves = in_order(state, written)
         (key, length), (val, value_length) = read_from(written.key), read_from(written.value)
-        writes = [half.write if half else cache_write_of(whole) for half, whole in zip(halves, (key, val), strict=True)]
+        known = [half and half.write for half in halves]
+        writes = [write or cache_write_of(whole) for write, whole in zip(known, (key, val), strict=True)]
         if writes == [None, None]:
             why = NoMatch(f"its keys reach it through {op(written.key)}", written.key)
             state.written_out[written.softmax] = why  # said where a cache is found that leads here all the same
@@ -84,7 +85,7 @@ def called(state: GraphState, written: Written) -> Node | None:
         if writes[0] is not None and writes[0].new is not None:
             check_tokens(written, writes[0].new)
         extended = written.scores.softcap or written.scores.sinks is not None
-        if extended and any(halves):  # what the model wrote must be able to come back
+        if extended and any(half and half.kept for half in halves):  # what the model wrote must be able to come back
             why = "its cache is not [batch, heads, tokens, channels], which is accepted without softcap and sinks"
             raise NoMatch(why, written.softmax)
         gone = dying(written)
@@ -108,7 +109,7 @@ def called(state: GraphState, written: Written) -> Node | None:
     else:
         state.effects -= set(written.nodes)
         state.forget(*written.nodes)
-    for half in filter(None, halves):
+    for half in [half for half in halves if half and half.kept]:
         state.kept_axes.update(committed(state, half))
     return call
 
@@ -119,13 +120,13 @@ def in_order(state: GraphState, written: Written) -> list[Exchanged | None]:
     lead = written.batch, written.heads, written.cached
     channels = {"key": written.channels, "value": written.value_channels}
     paths = {name: [(getattr(written, name), getattr(written, f"{name}_axes"))] for name in channels}
-    kept = {name: kept_behind(path, Roles(*lead, channels[name])) for name, path in paths.items()}
+    kept = {name: kept_or_said(state, path, Roles(*lead, channels[name])) for name, path in paths.items()}
     if written.key is written.value:
         return [None, None]  # keys that are values are a residual stream
     halves = {name: exchanged(state, path, Roles(*lead, channels[name]), kept[name]) for name, path in paths.items()}
     for name, half in halves.items():
         if half is not None:
-            setattr(written, name, half.whole)
+            setattr(written, name, half.read or half.whole)
             setattr(written, f"{name}_axes", (*lead, channels[name]))
     return list(halves.values())
 

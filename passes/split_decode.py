@@ -88,6 +88,8 @@ def refusal(state: GraphState) -> str:
         return "static buffers are packed behind this graph, which runs once for them"
     if state.made:
         return "a cache is made in this graph, which runs once for it"
+    if state.taken_rows:
+        return "the batch is smaller than a static cache's, of which the graph takes the first rows"
     if not state.buffers:
         return "no packed cache in this graph"
     counts = [shape(site.key.new)[2] for site in state.sites if site.key.new is not None]

@@ -24,7 +24,7 @@ from akvq_fx.kernels.cache_axes import STANDARD, CacheAxes, Step
 from akvq_fx.kernels.layout import SLACK, Layout
 from akvq_fx.passes.patterns.attention import layout_only
 from akvq_fx.passes.patterns.cache_write import CacheWrite, first_slot
-from akvq_fx.passes.patterns.nodes import NoMatch, shape, value
+from akvq_fx.passes.patterns.nodes import NoMatch, settled, shape, value
 from akvq_fx.passes.patterns.site import Site
 from akvq_fx.program import Appended, Packed, Program, Size, Split
 from akvq_fx.report import Capture
@@ -44,6 +44,15 @@ class Original:
     nodes: list[Node]
     result: Node
     dying: set[Node]
+
+
+@dataclass
+class View:
+    """A static buffer of the caller's that a node stands for: its placeholder, its axes, and this step's write."""
+
+    buffer: Node
+    axes: CacheAxes
+    write: CacheWrite
 
 
 @dataclass
@@ -102,6 +111,9 @@ class GraphState:
         # a view that nobody reads has none
         self.effects = {n for n in self.graph.nodes if not n.users and not layout_only(n)}
         self.position = {n: i for i, n in enumerate(self.placeholders)}
+        self.arguments = {n: shape(n) for n in self.placeholders}  # as they come in, whatever a node stands for later
+        self.views: dict[Node, View] = {}  # what attention reads -> the caller's plain buffer behind it
+        self.taken_rows: dict[Node, object] = {}  # packed placeholder -> how many of its rows it stands for
         self.buffers: dict[Node, Buffers] = {}  # PackedKV placeholder -> its buffers
         self.made: dict[Node, Buffers] = {}  # the whole of a first/fill/converted cache -> new buffers
         self.shared: dict = {}  # nodes used by several sites: positions, masks of valid tokens, token classes
@@ -162,10 +174,13 @@ class GraphState:
             self.shared[key] = make()
         return self.shared[key]
 
+    def buffer_of(self, node: Node) -> Node:
+        """The placeholder of a plain static buffer that a node stands for, else the node itself."""
+        return self.views[node].buffer if node in self.views else node
+
     def outer_shape(self, placeholder: Node) -> tuple:
         """The shape of the argument that the runtime gets, whose axes may be the model's own."""
-        axes = self.kept_axes.get(placeholder)
-        return shape(placeholder) if axes is None else axes.shape(*shape(placeholder))
+        return tuple(map(settled, self.arguments[placeholder]))
 
     @functools.cached_property
     def sources(self) -> dict[sympy.Symbol, tuple[int, int | None]]:
@@ -227,6 +242,8 @@ class GraphState:
         packed = value(placeholder)
         layout = Layout.parse(packed.layout_text)
         B, H = packed.shape[:2]
+        if placeholder in self.taken_rows:
+            self.program.rows[self.position[placeholder]] = self.size(self.taken_rows[placeholder])
         text = packed.text_codes.shape[2] if layout.text_bits else 0
         blocks = packed.means.shape[2] if layout.moved else None
         nodes = []

@@ -1085,6 +1085,141 @@ class Buffers(StaticIndexCopy):
         return self.k_cache, self.v_cache, None
 
 
+class RowSlices(Attention):
+    """cache[:b, s:e] = k, attention reads cache[:b, :e] at numbers, as Llama's first code has it: packed."""
+
+    slots, rows, by_number = 24, 3, True
+    size = staticmethod(lambda rows, heads, slots, dim: (rows, slots, heads, dim))
+
+    def __init__(self):
+        super().__init__()
+        for name in ("k_cache", "v_cache"):
+            size = self.size(self.rows, self.kv_heads, self.slots, self.dim)
+            self.register_buffer(name, torch.zeros(size), persistent=False)
+
+    def forward(self, x, past, at, total, padding):
+        q, k, v = self.project(x)
+        q, k = self.rope(q, at), self.rope(k, at)
+        first, count = total - x.shape[1], x.shape[1]
+        k, v = (self.put(cache, new, first, total, at) for cache, new in ((self.k_cache, k), (self.v_cache, v)))
+        mask = seen(at, total, None) if count > 1 else None
+        return self.output(self.attend(q, k, v, mask), x), None
+
+    def put(self, cache, new, first, end, at):
+        cache[: len(new), first:end] = new.transpose(1, 2)
+        return cache[: len(new), :end].transpose(1, 2)
+
+
+class RowSlicesWritten(RowSlices, WrittenOut):
+    """The same read by attention that is written out, heads repeated before they are moved: packed."""
+
+    def put(self, cache, new, first, end, at):
+        cache[: len(new), first:end] = new.transpose(1, 2)
+        return cache[: len(new), :end]
+
+    def group(self, x):
+        B, T, H, D = x.shape
+        return x[:, :, :, None].expand(B, T, H, self.heads // H, D).reshape(B, T, self.heads, D).transpose(1, 2)
+
+
+class RowSlicesReassigned(RowSlices):
+    """self.cache = self.cache.to(k) before each write: packed."""
+
+    def put(self, cache, new, first, end, at):
+        name = "k_cache" if cache is self.k_cache else "v_cache"
+        setattr(self, name, getattr(self, name).to(new))
+        return super().put(getattr(self, name), new, first, end, at)
+
+
+class RowSlicesHeadsFirst(RowSlices):
+    """cache[:b, :, s:e] of [B, H, T, D]: packed."""
+
+    size = staticmethod(lambda rows, heads, slots, dim: (rows, heads, slots, dim))
+
+    def put(self, cache, new, first, end, at):
+        cache[: len(new), :, first:end] = new
+        return cache[: len(new), :, :end]
+
+
+class RowSlicesFlat(RowSlices):
+    """cache[:b, s:e] of [B, T, H * D], written by copy_: packed."""
+
+    size = staticmethod(lambda rows, heads, slots, dim: (rows, slots, heads * dim))
+
+    def put(self, cache, new, first, end, at):
+        cache[: len(new), first:end].copy_(new.transpose(1, 2).flatten(2))
+        return cache[: len(new), :end].unflatten(2, (self.kv_heads, self.dim)).transpose(1, 2)
+
+
+class RowViews(RowSlices):
+    """The rows are a view, written and read by narrow: packed."""
+
+    def put(self, cache, new, first, end, at):
+        part = cache.narrow(0, 0, len(new))
+        part.narrow(1, first, new.shape[2]).copy_(new.transpose(1, 2))
+        return part[:, :end].transpose(1, 2)
+
+
+class TokenSlices(RowSlices):
+    """cache[:, :, s:e] = k of [B, H, T, D], all rows: packed."""
+
+    rows, size = 2, staticmethod(RowSlicesHeadsFirst.size)
+
+    def put(self, cache, new, first, end, at):
+        cache[:, :, first:end] = new
+        return cache[:, :, :end]
+
+
+class PrefixOfPositions(TokenSlices):
+    """index_copy_ at positions of a tensor, cache[:, :, :n] is read: packed."""
+
+    def put(self, cache, new, first, end, at):
+        cache.index_copy_(2, at, new)
+        return cache[:, :, :end]
+
+
+class PrefixOfRows(RowSlices):
+    """cache[:b, at] = k at positions of a tensor, cache[:b, :n] is read: packed."""
+
+    def put(self, cache, new, first, end, at):
+        cache[: len(new), at] = new.transpose(1, 2)
+        return cache[: len(new), :end].transpose(1, 2)
+
+
+class SliceFromOne(RowSlices):
+    """Attention does not see the first token: left alone."""
+
+    def put(self, cache, new, first, end, at):
+        cache[: len(new), first:end] = new.transpose(1, 2)
+        return cache[: len(new), 1 : end + 1].transpose(1, 2)
+
+
+class WrittenTwice(RowSlices):
+    """Two writes a step: left alone."""
+
+    def put(self, cache, new, first, end, at):
+        cache[: len(new), first:end] = new.transpose(1, 2) * 2
+        cache[: len(new), first:end] = new.transpose(1, 2)
+        return cache[: len(new), :end].transpose(1, 2)
+
+
+class ReadBefore(RowSlices):
+    """What attention reads is copied before the write: left alone."""
+
+    def put(self, cache, new, first, end, at):
+        old = cache[: len(new), :end].clone()
+        cache[: len(new), first:end] = new.transpose(1, 2)
+        return old.transpose(1, 2)
+
+
+class LastRows(RowSlices):
+    """Not the first rows of the buffer: left alone."""
+
+    def put(self, cache, new, first, end, at):
+        cache[1 : len(new) + 1, first:end] = new.transpose(1, 2)
+        return cache[1 : len(new) + 1, :end].transpose(1, 2)
+
+
 class ChunkedValues(Attention):
     """Values reach attention through chunk and cat of the cache: left alone."""
 
@@ -1183,6 +1318,8 @@ class Decoder(nn.Module):
     def start(self, tokens, cache, at):
         past = 0 if cache is None else cache[0][0].shape[self.tokens]
         count = tokens.shape[1]
+        if isinstance(at, int):
+            past, at = at, None
         return (torch.arange(past, past + count) if at is None else at), past + count
 
     def forward(self, tokens, cache=None, padding=None, at=None):
@@ -1340,7 +1477,9 @@ def roll(model, batch: int = 2, prompt: int = 6, steps: int = 3, chunk: int = 0,
     with torch.no_grad():
         for a, b in zip(cuts, cuts[1:], strict=False):
             padding = None if not pad else slots if static else visible[:, :b]
-            out, cache = model(ids[:, a:b], cache, padding, torch.arange(a, b) if static else None)
+            at = torch.arange(a, b) if static else None
+            at = a if getattr(model.layers[0].attention, "by_number", False) else at
+            out, cache = model(ids[:, a:b], cache, padding, at)
             logits.append(out)
     return logits, cache
 
@@ -1364,6 +1503,8 @@ def evidence(model: nn.Module, options: dict | None = None, **schedule) -> Evide
     """roll the model before it is compiled, then compiled; attention dropout draws the same numbers in both."""
     torch.manual_seed(0)
     eager, _ = roll(model, **schedule)
+    for buffer in model.buffers():
+        buffer.zero_()
     torch._dynamo.reset()
     spy = Spy(**(options or {}))
     run = torch.compile(model, backend=spy)

@@ -558,7 +558,7 @@ def play(
     pad, error, packed = 2 * choice.padded, 0.0, []
     for batch in (3,) if choice.owner == "module" else batches:
         got, cache = rolled(model, run, batch, prompt, sizes, pad)
-        packed += [isinstance(x, PackedKV) for x in cache]
+        packed += [isinstance(x, PackedKV) for x in (cache if choice.owner != "module" else model.buffers())]
         if compare:
             want, plain = rolled(twin, twin, batch, prompt, sizes, pad)
             error = max([error, *map(difference, (*got, *cache), (*want, *plain))], key=lambda x: (x != x, x))

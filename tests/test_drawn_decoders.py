@@ -23,22 +23,17 @@ PACKED = {
     "copy_ into a narrow": Choice(axes="bthd", write="narrow().copy_", container="dicts", **BY_NUMBER),
     "copy_ into a slice": Choice(write="x[:, :, a:b].copy_", **BY_NUMBER),
     "the result of scatter_": Choice(write="scatter_", container="dataclasses"),
+    "the caller's buffers": Choice(axes="bthd", write="index_copy_", owner="caller"),
+    "the module's buffers": Choice(axes="bthd", write="x[:, :, a:b] = new", owner="module", **BY_NUMBER),
+    "a slice, tokens before heads": Choice(axes="bthd", write="x[:, :, a:b] = new", prefix=True, **BY_NUMBER),
     "three axes": Choice(attend="sdpa 3-d", group="interleave"),
     "three axes, a window, a mask of rows": Choice(
         attend="sdpa 3-d", mask="-inf", shape="[B, H, q, T]", window="slice"
     ),
     "five axes, a mask of heads": Choice(attend="sdpa 5-d", mask="alibi", shape="[B, H, q, T]"),
 }
-SLICE = "attention reads a slice of a static cache"
-OWNED = "16-bit buffers that the caller owns are packed only as [B, H, T, D]"
 PARTS = "keys and values, or several layers, are parts of one tensor"
 REFUSED = {
-    "the caller's buffers": (Choice(axes="bthd", write="index_copy_", owner="caller"), OWNED),
-    "the module's buffers": (Choice(axes="bthd", write="x[:, :, a:b] = new", owner="module", **BY_NUMBER), OWNED),
-    "a slice, tokens before heads": (
-        Choice(axes="bthd", write="x[:, :, a:b] = new", prefix=True, **BY_NUMBER),
-        SLICE,
-    ),
     "made anew": (Choice(write="where"), "the cache is made anew by where"),
     "written through a view": (Choice(write="index_put_", padded=True), "the cache is written by index_put_"),
     "keys and values stacked": (Choice(together="stacked", attend="written"), PARTS),
@@ -50,7 +45,7 @@ REFUSED = {
 def test_packed(name):
     seen = play(PACKED[name], batches=(2,), layers=1)
     assert seen.error <= TOLERANCE and all(seen.packed), seen.report
-    assert not seen.reasons and seen.graphs == 2
+    assert seen.packed and not seen.reasons and seen.graphs == 2
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -292,20 +292,10 @@ class Rolls(Buffers):
         return self.k_cache, self.v_cache, None
 
 
-class ByNumber(Buffers):
-    """Positions that the graph has as a number."""
-
-    def write(self, past, k, v, at):
-        for cache, new in ((self.k_cache, k), (self.v_cache, v)):
-            cache[:, :, 3:4].copy_(new)
-        return self.k_cache, self.v_cache, None
-
-
 @pytest.mark.parametrize(
     "part, reason",
     [
         (Rolls, "the cache is overwritten as a whole"),
-        (ByNumber, "are packed only as [B, H, T, D]"),
     ],
 )
 def test_other_writes_stay(part, reason):

@@ -42,8 +42,8 @@ REPLACED = ("where", "index_copy", "index_put", "scatter", "masked_scatter", "sl
 SLICED = "the cache keeps a slice of what attention reads (sliding window)"
 UNKNOWN_FORM = "no product of queries and keys was seen before its softmax"
 STATIC_PLAIN = (
-    "16-bit buffers that the caller owns are packed only as [B, H, T, D], written at positions that a tensor gives; "
-    "compile the prompt's forward too (model.compile), or use a growing cache"
+    "16-bit buffers that the caller owns are packed where each step writes tokens of all heads and channels, and "
+    "attention reads all of it or its first tokens: x[:, :, at] = new, x[:b, s:e] = new; x, x[:, :, :n], x[:b, :e]"
 )
 ROLLS = "the cache is overwritten as a whole (a rolling window, or a recurrent state)"
 OTHER_SLICE = "the cache keeps a slice of what attention reads, accepted: all of it, or its last tokens x[:, :, -n:]"

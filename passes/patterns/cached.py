@@ -8,7 +8,7 @@ from torch.fx.experimental.symbolic_shapes import guard_or_false
 from akvq_fx.kernels.layout import DTYPE_NAMES
 from akvq_fx.passes.patterns.attention import prefix_of, suffix_of, ungrouped
 from akvq_fx.passes.patterns.cache_write import ALLOCATIONS, CacheWrite, first_slot, is_cache_cat
-from akvq_fx.passes.patterns.nodes import NoMatch, is_shared, op, same_size, shape, value
+from akvq_fx.passes.patterns.nodes import VIEW, NoMatch, is_shared, op, same_size, shape, value
 
 FILL_USERS = (  # ops that may use a static cache that this graph allocates
     "index_copy_", "getitem", "unsqueeze", "expand", "repeat_interleave", "output",
@@ -24,7 +24,7 @@ def read_from(argument: Node) -> tuple[Node, object]:
     if last is not node and is_cache_cat(last):
         return last, length
     cut, length = prefix_of(node)
-    static = op(cut) in ("placeholder", *ALLOCATIONS)
+    static = op(cut) in ("placeholder", *ALLOCATIONS) or VIEW in cut.meta
     return (ungrouped(cut), length) if static else (node, shape(node)[2] if len(shape(node)) == 4 else None)
 
 

@@ -18,8 +18,16 @@ from torch.fx import Node
 from akvq_fx.kernels.cache_axes import STANDARD, CacheAxes
 from akvq_fx.passes.patterns.attention import LAYOUT_OPS
 from akvq_fx.passes.patterns.axes import Axes, Axis, after, before, flat, is_reshape, new_axes
-from akvq_fx.passes.patterns.cache_write import ALLOCATIONS, is_made_anew, is_mutation, is_packed
+from akvq_fx.passes.patterns.cache_write import (
+    ALLOCATIONS,
+    is_buffer,
+    is_made_anew,
+    is_mutation,
+    is_packed,
+    written_views,
+)
 from akvq_fx.passes.patterns.nodes import NoMatch, dimension, is_returned, op, shape, tensors_of_cat, value
+from akvq_fx.passes.patterns.parts import TokenWrite, part_of, rows_of, writes_of
 
 Path = list[tuple[Node, Axes]]
 REACH = 6  # ops between a cache and the tensor that the graph returns of it
@@ -65,6 +73,8 @@ class Kept:
     past      the placeholder of the tokens so far; None where there are none, or they are part of `new`
     new       the tokens to cache, whose axes are `new_axes`
     copy      the index_copy_ of `new` into `whole`, a buffer that is allocated here; None where the cache grows
+    write     the write of `new` into `whole`, a static buffer of the caller's; None for other caches
+    cut       the slice of `whole`, its first tokens, that attention reads; None where it reads all of them
     """
 
     axes: CacheAxes
@@ -74,6 +84,8 @@ class Kept:
     new: Node
     new_axes: CacheAxes
     copy: Node | None = None
+    write: TokenWrite | None = None
+    cut: Node | None = None
 
 
 def path_of(argument: Node) -> tuple[Path, Roles] | None:
@@ -115,13 +127,19 @@ def moved_from(node: Node, axes: Axes) -> Axes | None:
 
 def kept_behind(path: Path, roles: Roles) -> Kept | None:
     """The cache at the end of the way back from attention; None where it is none, or one of the standard axes."""
+    path, cut = through_slices(path, roles)
     node, axes = path[-1]
     order = roles.axes_of(axes)
+    if op(node) == "placeholder" and not is_packed(node) and order is not None and written_views(node):
+        return in_buffer(node, order, cut)
     if order is not None and op(node) == "cat" and dimension(node, 1, len(shape(node))) == order.tokens:
         return grown(node, axes, order, roles)
     for node, axes in path:
         if writes := [user for user in node.users if is_mutation(user, node)]:
-            return filled(node, roles.axes_of(axes), writes)
+            kept = filled(node, roles.axes_of(axes), writes)
+            if kept is not None:
+                kept.cut = cut
+            return kept
         if is_slice_of_cache(node) or is_made_anew(node):
             return None
         returned, kept = returned_of(node, axes, roles)
@@ -129,6 +147,34 @@ def kept_behind(path: Path, roles: Roles) -> Kept | None:
         if kept is not None and order is not None:
             return None if kept == STANDARD else Kept(kept, returned, node, None, node, order)
     return None
+
+
+def through_slices(path: Path, roles: Roles) -> tuple[Path, Node | None]:
+    """The way back on to a static buffer of which attention reads the first tokens, of its first rows or all; and the
+    slice, None where it reads the whole buffer."""
+    node, axes = path[-1]
+    if (part := part_of(node)) is None or part[0] is node or not is_buffer(part[0]):
+        return path, None
+    order = roles.axes_of(axes)
+    ours = order is not None and all(
+        axis in (order.tokens, order.rows) and span.is_prefix for axis, span in part[1].items()
+    )
+    return ([*path, (part[0], axes)], node) if ours else (path, None)
+
+
+def in_buffer(buffer: Node, order: CacheAxes, cut: Node | None) -> Kept | None:
+    """A static buffer of the caller's; None where cache_write_of knows it: [B, H, T, D], positions in a tensor.
+
+    Raises NoMatch where it cannot be packed.
+    """
+    writes = writes_of(buffer, order)
+    if len(writes) > 1:
+        raise NoMatch("the cache is written twice in one step", writes[1].node)
+    (write,) = writes
+    if (write.rows, order) == (None, STANDARD) and write.span.at is not None and write.node.args[0] is buffer:
+        return None
+    write.rows = rows_of(buffer, order, writes)
+    return Kept(order, buffer, buffer, buffer, write.new, order, write=write, cut=cut)
 
 
 def is_slice_of_cache(node: Node) -> bool:
@@ -210,4 +256,4 @@ def axes_as(node: Node, order: CacheAxes, heads: int, channels: int) -> tuple[Ax
     return groups, Roles(*(axis[letter] for letter in "bhtd"))
 
 
-__all__ = ["Kept", "Roles", "axes_as", "kept_behind", "moved_to", "path_of"]
+__all__ = ["Kept", "Roles", "axes_as", "kept_behind", "moved_to", "path_of", "through_slices"]

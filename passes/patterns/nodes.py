@@ -16,6 +16,7 @@ class NoMatch(Exception):
         self.reason, self.node = reason, node
 
 
+VIEW = "view of a static buffer"  # in the meta of a node that stands for one of the caller's, as [B, H, T, D]
 ALLOCATIONS = ("zeros", "new_zeros", "zeros_like", "full", "new_full")
 SPELLINGS = {"concat": "cat", "concatenate": "cat", "permute": "permute", "swapaxes": "transpose", "type_as": "to"}
 
