@@ -360,8 +360,8 @@ class Region:
 
 
 def called(target: Any) -> Any:
-    """What a node calls. Up to PyTorch 2.12 dynamo makes a function for each use of a DTensor method, with the arguments
-    in its closure: they are the same where code and arguments are."""
+    """What a node calls. Up to PyTorch 2.12 dynamo makes a function for each use of a DTensor method, and the arguments
+    are in its closure: they are the same where code and arguments are."""
     if not isinstance(target, types.FunctionType) or not target.__closure__:
         return target
     held = [held_in(cell.cell_contents) for cell in target.__closure__]

@@ -10,7 +10,7 @@ from torch import nn
 import akvq_fx
 from akvq_fx import backend, torch_internals
 from akvq_fx.config import CAPTURED_MODE, AKVQConfig
-from akvq_fx.regions import Chain, compile_in_regions
+from akvq_fx.regions import Chain, called, compile_in_regions
 from akvq_fx.report import Regions
 from tests.attention_models import WIDTH, Attention, Decoder, StaticIndexCopy, VisionDecoder, roll, token_ids
 from tests.test_calibrate import images
@@ -428,6 +428,16 @@ def test_values_are_dropped_after_their_last_use():
 
 
 # through real compilers, and with a recorder in place of CUDA graphs
+
+
+def test_functions_made_for_each_use_are_the_same_where_code_and_arguments_are():
+    def made(*arguments):
+        return lambda x: x.view(*arguments)
+
+    one, same, other = (called(made(*sizes)) for sizes in ((2, [3]), (2, [3]), (2, [4])))
+    assert one == same and hash(one) == hash(same)
+    assert one != other
+    assert called(torch.relu) is torch.relu
 
 
 def test_aot_eager():
