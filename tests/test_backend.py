@@ -270,6 +270,16 @@ def test_cache_stats_of_a_plain_cache(llama):
         akvq_fx.cache_stats(DynamicCache())
 
 
+def test_cache_stats_of_an_output_count_its_cache_alone(llama):
+    """A forward's logits are [B, T, V] and hidden states [B, T, C]: floats of three axes as well."""
+    model, inputs = llama
+    with torch.no_grad():
+        output = model(**inputs, use_cache=True, output_hidden_states=True)
+    assert akvq_fx.cache_stats(output) == akvq_fx.cache_stats(cache_of(output))
+    legacy = {"past_key_values": ((output.logits, output.logits.clone()),), "logits": output.logits.clone()}
+    assert akvq_fx.cache_stats(legacy).plain_tensors == 2
+
+
 def test_explain_changes_nothing(llama):
     model, inputs = llama
     before = [p.detach().clone() for p in model.parameters()]
