@@ -35,7 +35,7 @@ from akvq_fx.config import CAPTURED_MODE, AKVQConfig
 from akvq_fx.cuda_graph import DecodeStep, recorder_for
 from akvq_fx.passes import DISABLE, PIPELINE, without
 from akvq_fx.passes.patterns.nodes import value
-from akvq_fx.passes.patterns.tokens import starts_a_call
+from akvq_fx.passes.patterns.tokens import looked_up, starts_a_call
 from akvq_fx.passes.patterns.values import written
 from akvq_fx.passes.state import GraphState
 from akvq_fx.regions import compile_in_regions
@@ -72,7 +72,7 @@ def compile_graph(gm: GraphModule, example_inputs: list, config: AKVQConfig):
             what = "a graph without a cache" if kind == "no cache" else "a graph whose cache stays at 16 bits"
             with shown_while_compiling(what, config):
                 inner = compile_inner(gm, example_inputs, config)
-        return Passthrough(inner) if starts_a_call(gm.graph) else inner
+        return Passthrough(inner, looked_up(gm.graph)) if starts_a_call(gm.graph) else inner
     if compiled:
         gradients = torch.no_grad() if program.inference else contextlib.nullcontext()
         count = len(state.sites) + len(state.exchanges)
@@ -95,13 +95,16 @@ def register() -> None:
 
 
 class Passthrough:
-    """Runs a graph without a cache that begins a call, and drops the vision mask that the previous call left."""
+    """Runs a graph without a cache that begins a call, and drops the vision mask that the previous call left.
 
-    def __init__(self, inner):
-        self.inner = inner
+    looked_up: positions of the arguments that are the token ids and the embedding's weight, None if unknown.
+    """
+
+    def __init__(self, inner, looked_up: tuple[int, int] | None):
+        self.inner, self.looked_up = inner, looked_up
 
     def __call__(self, *args):
-        vision_carry.put(None)
+        vision_carry.begin(*(args[i] for i in self.looked_up or ()))
         return self.inner(*args)
 
 

@@ -98,7 +98,8 @@ class Runtime:
         inputs = [given[i] for i in self.plain]
         if program.vision == "take":
             batch, tokens = (size(args) for size in program.vision_size)
-            inputs.append(vision_carry.take(batch, tokens, self.device(args)))
+            embeddings = None if program.embeddings is None else args[program.embeddings]
+            inputs.append(vision_carry.take(batch, tokens, self.device(args), embeddings))
         for position in self.bound:
             inputs += storages[position].buffers
         inputs += [args[position].dropped for position in program.firsts]
