@@ -79,7 +79,7 @@ def compile_graph(gm: GraphModule, example_inputs: list, config: AKVQConfig):
         with gradients, shown_while_compiling(f"a graph of {count} attention layers", config):
             inner, record.report.regions = compile_rewritten(state, inner_examples(state, example_inputs))
     runtime = Runtime(program, inner, config.capacity_step, starts_a_call(gm.graph))
-    runtime.on_weights, runtime.on_left = record.add_weights, record.leave
+    runtime.on_weights, runtime.on_left, runtime.on_images = record.add_weights, record.leave, record.add_images
     runtime.writes = any(map(written, state.graph.nodes))
     return runtime
 

@@ -90,4 +90,9 @@ def report(model: nn.Module) -> Report:
         found.hints.append(
             "graphs were compiled, but none holds attention over a cache; is the cache on (use_cache=True)?"
         )
+    if {graph.told_images for graph in found.graphs} & {True, False} == {False}:
+        found.hints.append(
+            "no compiled code has placed images so far, so all tokens have the bits of text above; if there were "
+            "images, compile the model that places them, not its language model alone, or use akvq_fx.mark_vision"
+        )
     return found

@@ -72,6 +72,24 @@ def test_vision_tokens_placed_by_uncompiled_code_are_found():
         assert torch.equal(vision_of(cache), want)
 
 
+def test_images_that_no_compiled_code_places_are_told():
+    """The decoder alone is compiled, and gets embeddings: which are images is unknown, and the report says so."""
+
+    class Layers(Decoder):
+        def forward(self, x):
+            return self.run(x, None, *self.start(x[..., 0], None, None))
+
+    note = "no compiled code has placed images so far"
+    model, whole = Layers(layers=2), VisionDecoder("uncompiled", layers=2)
+    model.compile(backend="akvq", options={**OPTIONS, "inner": "eager"})
+    whole.compile(backend="akvq", options={**OPTIONS, "inner": "eager"})
+    with torch.no_grad():
+        model(torch.randn(2, 10, models.WIDTH))
+        whole(scene()[0], None, *scene()[1:])
+    assert note in str(akvq_fx.report(model))
+    assert note not in str(akvq_fx.report(whole))
+
+
 def test_embeddings_that_tell_nothing_about_images():
     """Scaled, of another shape, or of a model that is gone; and what was asked once is not asked again, since later
     graphs of a call get hidden states."""
