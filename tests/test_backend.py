@@ -51,6 +51,7 @@ def greedy(model, inputs, tokens, cache=None):
         ({"inner": "xla"}, "inner='xla'"),
         ({"inner": "eager", "mode": "max-autotune"}, "only Inductor has modes"),
         ({"tsa_layers": "01"}, "tsa_layers"),
+        ({"tsa_layers": 1}, "tsa_layers=1 is not accepted"),
     ],
     ids=str,
 )
@@ -278,6 +279,11 @@ def test_cache_stats_of_an_output_count_its_cache_alone(llama):
     assert akvq_fx.cache_stats(output) == akvq_fx.cache_stats(cache_of(output))
     legacy = {"past_key_values": ((output.logits, output.logits.clone()),), "logits": output.logits.clone()}
     assert akvq_fx.cache_stats(legacy).plain_tensors == 2
+
+
+def test_report_of_a_function_names_what_to_ask():
+    with pytest.raises(TypeError, match="accepted: the module"):
+        akvq_fx.report(torch.compile(torch.nn.Linear(2, 2).forward, backend="akvq"))
 
 
 def test_explain_changes_nothing(llama):
