@@ -36,7 +36,7 @@ from akvq_fx.cuda_graph import DecodeStep
 from akvq_fx.cuda_recorder import recorder_for
 from akvq_fx.passes import DISABLE, PIPELINE, without
 from akvq_fx.passes.patterns.nodes import value
-from akvq_fx.passes.patterns.tokens import starts_a_call
+from akvq_fx.passes.patterns.tokens import looked_up, starts_a_call
 from akvq_fx.passes.patterns.values import written
 from akvq_fx.passes.state import GraphState
 from akvq_fx.regions import compile_in_regions
@@ -73,14 +73,14 @@ def compile_graph(gm: GraphModule, example_inputs: list, config: AKVQConfig):
             what = "a graph without a cache" if kind == "no cache" else "a graph whose cache stays at 16 bits"
             with shown_while_compiling(what, config):
                 inner = compile_inner(gm, example_inputs, config)
-        return Passthrough(inner) if starts_a_call(gm.graph) else inner
+        return Passthrough(inner, looked_up(gm.graph)) if starts_a_call(gm.graph) else inner
     if compiled:
         gradients = torch.no_grad() if program.inference else contextlib.nullcontext()
         count = len(state.sites) + len(state.exchanges)
         with gradients, shown_while_compiling(f"a graph of {count} attention layers", config):
             inner, record.report.regions = compile_rewritten(state, inner_examples(state, example_inputs))
     runtime = Runtime(program, inner, config.capacity_step, starts_a_call(gm.graph))
-    runtime.on_weights, runtime.on_left = record.add_weights, record.leave
+    runtime.on_weights, runtime.on_left, runtime.on_images = record.add_weights, record.leave, record.add_images
     runtime.writes = any(map(written, state.graph.nodes))
     return runtime
 
@@ -96,13 +96,16 @@ def register() -> None:
 
 
 class Passthrough:
-    """Runs a graph without a cache that begins a call, and drops the vision mask that the previous call left."""
+    """Runs a graph without a cache that begins a call, and drops the vision mask that the previous call left.
 
-    def __init__(self, inner):
-        self.inner = inner
+    looked_up: positions of the arguments that are the token ids and the embedding's weight, None if unknown.
+    """
+
+    def __init__(self, inner, looked_up: tuple[int, int] | None):
+        self.inner, self.looked_up = inner, looked_up
 
     def __call__(self, *args):
-        vision_carry.put(None)
+        vision_carry.begin(*(args[i] for i in self.looked_up or ()))
         return self.inner(*args)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from akvq_fx.recipes import RECIPES
@@ -143,7 +143,8 @@ class AKVQConfig:
             elif not _is_number(clip) or not 0 < clip <= 1:
                 self._refuse(name, "a number in (0, 1]")
         if self.tsa_layers != "auto":  # akvq_fx/policy.py replaces "auto" by layer numbers, before any pass runs
-            if isinstance(self.tsa_layers, (str, bytes)) or not all(_is_int(i) and i >= 0 for i in self.tsa_layers):
+            sequence = isinstance(self.tsa_layers, Iterable) and not isinstance(self.tsa_layers, (str, bytes))
+            if not sequence or not all(_is_int(i) and i >= 0 for i in self.tsa_layers):
                 self._refuse("tsa_layers", 'a sequence of layer numbers >= 0, or "auto"')
             object.__setattr__(self, "tsa_layers", tuple(sorted(set(self.tsa_layers))))
         for name in ("cuda_graphs", "share_layers", "compile_uncached", "compile_prompts"):

@@ -72,10 +72,17 @@ def find_kernels(found: Report) -> None:
 
 
 def report(model: nn.Module) -> Report:
-    """What was compiled for a model so far: one row per attention site and graph, packed or why not."""
+    """What was compiled for a model so far: one row per attention site and graph, packed or why not.
+
+    Raises TypeError for what is no module, such as a compiled function: report the module whose layers it runs.
+    """
     from akvq_fx import records
 
     original = getattr(model, "_orig_mod", model)
+    if not isinstance(original, nn.Module):
+        raise TypeError(
+            f"akvq: report of a {type(model).__name__}; accepted: the module whose layers it runs, compiled or not"
+        )
     found = records.of(original)
     find_kernels(found)
     if not found.graphs:
@@ -89,5 +96,10 @@ def report(model: nn.Module) -> Report:
     elif not found.rows:
         found.hints.append(
             "graphs were compiled, but none holds attention over a cache; is the cache on (use_cache=True)?"
+        )
+    if {graph.told_images for graph in found.graphs} & {True, False} == {False}:
+        found.hints.append(
+            "no compiled code has placed images so far, so all tokens have the bits of text above; if there were "
+            "images, compile the model that places them, not its language model alone, or use akvq_fx.mark_vision"
         )
     return found

@@ -101,6 +101,7 @@ class Program:
     exchanges plain buffers that are packed behind the graph, which returns `extra` results more for them
     vision    "make": the last output is the vision mask of this call; "take": the last input is that mask, [batch,
               tokens] of vision_size
+    embeddings  with "take": position of the argument [batch, tokens, E] that the first layer gets, None if unknown
     step      a decode step: every cache takes one new token
     """
 
@@ -117,6 +118,7 @@ class Program:
     extra: int = 0
     vision: str | None = None
     vision_size: tuple[Size, Size] | None = None
+    embeddings: int | None = None
     step: bool = False
 
     @property

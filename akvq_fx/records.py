@@ -46,6 +46,9 @@ class Record:
             if position is not None:
                 remember(refs, [args[position]])
 
+    def add_images(self, told: bool) -> None:
+        self.report.told_images = told or bool(self.report.told_images)
+
     def leave(self, number: int, why: str) -> None:
         """Buffers that were to be packed behind the graph, those of the row of this number, stay as they are."""
         row = self.report.rows[number]

@@ -175,6 +175,8 @@ class GraphReport:
     recompiled: str = ""  # why the function was compiled again (the guard that failed), "" for its first graph
     # calls of ops, which explain and report replace by the KernelAnswer of each
     kernels: list = field(default_factory=list)
+    # where an earlier graph of a call is to say which tokens are images: whether one ever did; None before a call
+    told_images: bool | None = None
 
 
 PLACES = 3  # lines of code shown for one reason

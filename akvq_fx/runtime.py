@@ -100,7 +100,9 @@ class Runtime:
         inputs = [given[i] for i in self.plain]
         if program.vision == "take":
             batch, tokens = (size(args) for size in program.vision_size)
-            inputs.append(vision_carry.take(batch, tokens, self.device(args)))
+            embeddings = None if program.embeddings is None else args[program.embeddings]
+            inputs.append(vision_carry.take(batch, tokens, self.device(args), embeddings))
+            self.on_images(vision_carry.peek() is not None)
         for position in self.bound:
             rows = program.rows.get(position)
             inputs += storages[position].buffers if rows is None else storages[position].first_rows(rows(args)).held
@@ -140,6 +142,7 @@ class Runtime:
 
     writes = True  # the graph writes some tensor in place, so a call that failed is not repeated
     on_left = None  # the report's callback: gets the number of an exchange whose buffers stay plain, and why
+    on_images = staticmethod(lambda told: None)  # the same: whether an earlier graph told which tokens are images
     on_weights = None  # the report's callback: gets the arguments when the graph first runs with other weights
 
     def fold(self, args: list) -> None:

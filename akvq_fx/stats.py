@@ -11,6 +11,7 @@ from torch import Tensor
 
 from akvq_fx.kernels.layout import PADDING, STATE_END, VISION
 from akvq_fx.packed_kv import PackedKV, token_counts
+from akvq_fx.transformers_names import CACHE_NAMES
 
 
 @dataclass
@@ -69,7 +70,8 @@ class CacheStats:
 
 
 def cache_stats(cache: Any) -> CacheStats:
-    """Count a cache: a transformers cache object, nested containers of tensors, a module's buffers, or one tensor.
+    """Count a cache: a transformers cache object or the output that holds it, nested containers of tensors, a module's
+    buffers, or one tensor.
 
     Raises TypeError where no tensor is found in it.
     """
@@ -113,11 +115,14 @@ def method_bits_of(packed: PackedKV) -> float:
 
 
 def tensors_of(cache: Any) -> Iterator[Tensor]:
-    """Tensors of a cache, by structure: containers, `layers`, and the two caches of an encoder-decoder one."""
+    """Tensors of a cache, by structure: containers, `layers`, and the two caches of an encoder-decoder one.
+
+    Of what a forward or a generate returned only the cache counts: logits and hidden states are in it too.
+    """
     if isinstance(cache, Tensor):
         yield cache
     elif isinstance(cache, Mapping):
-        for part in cache.values():
+        for part in [cache[name] for name in CACHE_NAMES if name in cache] or cache.values():
             yield from tensors_of(part)
     elif isinstance(cache, (list, tuple)):
         for part in cache:

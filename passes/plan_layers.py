@@ -110,6 +110,8 @@ def vision_tokens(state: GraphState) -> Node | None:
                 size = shape(state.sites[0].attention.query)
                 state.program.vision = "take"
                 state.program.vision_size = state.size(size[0]), state.size(size[2])
+                given = [n for n in state.placeholders if is_hidden(n, size)]
+                state.program.embeddings = state.position[given[0]] if len(given) == 1 else None
                 return state.graph.placeholder("vision_tokens")
         return None
     flat = None
@@ -132,6 +134,14 @@ def vision_tokens(state: GraphState) -> Node | None:
             node = both
         flat = node
     return flat
+
+
+def is_hidden(node: Node, query) -> bool:
+    """An input [B, T, E] of floats, no parameter, for queries of shape [B, H, T, D]."""
+    x = value(node)
+    if not isinstance(x, torch.Tensor) or isinstance(x, torch.nn.Parameter):
+        return False
+    return x.is_floating_point() and x.dim() == 3 and covers(node, query[0], query[2])
 
 
 def prompt_sized(state: GraphState, site) -> bool:

@@ -1395,7 +1395,16 @@ class VisionDecoder(Decoder):
             return x
         if self.placement == "index_put":
             return x.index_put((at_image,), images)
+        if self.placement == "uncompiled":
+            return placed_uncompiled(x, images, at_image)
         return akvq_fx.mark_vision(torch.where(at_image[..., None], images.mean(0), x), at_image)
+
+
+@torch.compiler.disable
+def placed_uncompiled(x, images, at_image):
+    """Features [N, E] written into embeddings [B, T, E] in place, where dynamo does not look."""
+    x[at_image] = images
+    return x
 
 
 class VisionTower(nn.Module):

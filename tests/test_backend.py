@@ -51,6 +51,7 @@ def greedy(model, inputs, tokens, cache=None):
         ({"inner": "xla"}, "inner='xla'"),
         ({"inner": "eager", "mode": "max-autotune"}, "only Inductor has modes"),
         ({"tsa_layers": "01"}, "tsa_layers"),
+        ({"tsa_layers": 1}, "tsa_layers=1 is not accepted"),
     ],
     ids=str,
 )
@@ -268,6 +269,21 @@ def test_cache_stats_of_a_plain_cache(llama):
     assert stats.packed_tensors == 0 and stats.plain_tensors == 2 and stats.ratio == 0.5  # float32 here, 16 bits there
     with pytest.raises(TypeError, match="no cache tensors"):
         akvq_fx.cache_stats(DynamicCache())
+
+
+def test_cache_stats_of_an_output_count_its_cache_alone(llama):
+    """A forward's logits are [B, T, V] and hidden states [B, T, C]: floats of three axes as well."""
+    model, inputs = llama
+    with torch.no_grad():
+        output = model(**inputs, use_cache=True, output_hidden_states=True)
+    assert akvq_fx.cache_stats(output) == akvq_fx.cache_stats(cache_of(output))
+    legacy = {"past_key_values": ((output.logits, output.logits.clone()),), "logits": output.logits.clone()}
+    assert akvq_fx.cache_stats(legacy).plain_tensors == 2
+
+
+def test_report_of_a_function_names_what_to_ask():
+    with pytest.raises(TypeError, match="accepted: the module"):
+        akvq_fx.report(torch.compile(torch.nn.Linear(2, 2).forward, backend="akvq"))
 
 
 def test_explain_changes_nothing(llama):

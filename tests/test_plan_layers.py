@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import akvq_fx
-from akvq_fx import AKVQConfig, runtime
+from akvq_fx import AKVQConfig, runtime, vision_carry
 from akvq_fx.kernels.layout import TEXT, VISION
 from akvq_fx.passes.patterns.site import layer_of
 from akvq_fx.passes.plan_layers import layout_of
@@ -61,6 +61,52 @@ def test_vision_tokens_are_found(placement):
     assert (after - step).abs().max() < 1
     assert [c.state.sites[0].policy for c in spy.captures][-1] == "TSA"
     assert int(vision_of(cache).sum()) == 8 and cache[0][0].shape[2] == 11
+
+
+def test_vision_tokens_placed_by_uncompiled_code_are_found():
+    """As in a loop with a graph break in it, which dynamo skips: no graph has the mask. Every other prompt has none."""
+    (tokens, images, at_image), later = scene(), scene(10, 4)
+    nothing = tokens, images[:0], torch.zeros_like(at_image)
+    results, *_ = run_all(VisionDecoder("uncompiled", layers=2), nothing, scene(), nothing, later)
+    for (_, cache), want in zip(results, (nothing[2], at_image, nothing[2], later[2]), strict=True):
+        assert torch.equal(vision_of(cache), want)
+
+
+def test_images_that_no_compiled_code_places_are_told():
+    """The decoder alone is compiled, and gets embeddings: which are images is unknown, and the report says so."""
+
+    class Layers(Decoder):
+        def forward(self, x):
+            return self.run(x, None, *self.start(x[..., 0], None, None))
+
+    note = "no compiled code has placed images so far"
+    model, whole = Layers(layers=2), VisionDecoder("uncompiled", layers=2)
+    model.compile(backend="akvq", options={**OPTIONS, "inner": "eager"})
+    whole.compile(backend="akvq", options={**OPTIONS, "inner": "eager"})
+    with torch.no_grad():
+        model(torch.randn(2, 10, models.WIDTH))
+        whole(scene()[0], None, *scene()[1:])
+    assert note in str(akvq_fx.report(model))
+    assert note not in str(akvq_fx.report(whole))
+
+
+def test_embeddings_that_tell_nothing_about_images():
+    """Scaled, of another shape, or of a model that is gone; and what was asked once is not asked again, since later
+    graphs of a call get hidden states."""
+    ids, weight = torch.tensor([[1, 2, 3]]), torch.randn(5, 4)
+    embeddings = torch.nn.functional.embedding(ids, weight)
+    ask = lambda x, count=3: vision_carry.take(1, count, x.device, x).tolist()
+    mixed = torch.where(torch.tensor([[[False], [True], [False]]]), 9.0, embeddings)
+    for given, want in ((mixed, [0, 1, 0]), (embeddings, [0, 0, 0]), (2 * embeddings, [0, 0, 0])):
+        vision_carry.begin(ids, weight)
+        vision_carry.begin(ids[0], weight)  # a vision tower's positions
+        vision_carry.begin()
+        assert ask(given) == [[bool(x) for x in want]]
+        assert ask(given + torch.tensor([[[0.0], [0.0], [1.0]]])) == [[bool(x) for x in want]]
+    vision_carry.begin(ids, weight)
+    assert ask(torch.cat([mixed, mixed], 1), 6) == [[False] * 6]
+    vision_carry.begin(ids, weight.clone())
+    assert ask(mixed) == [[False] * 3]
 
 
 def test_text_slots_are_asked_for_once_a_prompt(monkeypatch):

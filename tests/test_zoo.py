@@ -16,6 +16,7 @@ import transformers
 
 import akvq_fx
 from akvq_fx import PackedKV
+from akvq_fx.kernels.layout import VISION
 from akvq_fx.transformers_names import cache_of
 from tests.both_bits import BothBits
 from tests.zoo import ZOO
@@ -160,6 +161,8 @@ def check_family(family, cache, batch, attention=""):
         assert packed and all(t.codes.dtype == torch.int16 for t in packed), str(report)
         decoded = {row.bits for graph, row in report.rows if (graph.kind, row.status) == ("decode", "packed")}
         assert decoded - {"16"}, str(report)
+        text_first = [t for t in packed if t.layout_of.policy == "TSA"]
+        assert all((t.classes() == VISION).any() for t in text_first), "no image was recognised, the report says so"
 
 
 @pytest.mark.parametrize("family", sorted(INNER))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch.fx import Graph, Node
 
 from akvq_fx.passes.patterns.attention import Attention
-from akvq_fx.passes.patterns.nodes import ancestors, is_shared, is_tensor, op, same_size, shape, value
+from akvq_fx.passes.patterns.nodes import ancestors, argument, is_shared, is_tensor, op, same_size, shape, value
 from akvq_fx.passes.patterns.projection import weight_of
 
 # mode, floor and ratio of akvq::find_pivots: no activation reaches the floor, so only the first real token is kept
@@ -40,6 +40,19 @@ def vision_masks(graph: Graph) -> list[Node]:
 def starts_a_call(graph: Graph) -> bool:
     """The graph looks token ids up in an embedding: a new forward begins here."""
     return any(op(n) == "embedding" for n in graph.nodes)
+
+
+def looked_up(graph: Graph) -> tuple[int, int] | None:
+    """Positions of the inputs that are the token ids [B, T] and the weight [V, E] of the graph's one embedding.
+
+    None where there are several, or where ids or weight are computed in the graph.
+    """
+    nodes = [n for n in graph.nodes if op(n) == "embedding" and len(shape(n)) == 3]
+    inputs = [n for n in graph.nodes if n.op == "placeholder"]
+    pair = [argument(nodes[0], 0, "input"), argument(nodes[0], 1, "weight")] if len(nodes) == 1 else []
+    if not pair or any(n not in inputs or is_shared(value(n)) for n in pair):
+        return None
+    return inputs.index(pair[0]), inputs.index(pair[1])
 
 
 def residual_of(attention: Attention, key: Node) -> Node | None:
