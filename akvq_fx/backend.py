@@ -38,8 +38,8 @@ from akvq_fx.passes.patterns.nodes import NoMatch, value
 from akvq_fx.passes.patterns.tokens import starts_a_call
 from akvq_fx.passes.patterns.values import written
 from akvq_fx.passes.state import GraphState
-from akvq_fx.regions import compile_in_regions
 from akvq_fx.passes.take_apart import Apart, not_packed, take_apart
+from akvq_fx.regions import compile_in_regions
 from akvq_fx.report import Regions
 from akvq_fx.runtime import Runtime
 from akvq_fx.together import Together
@@ -109,7 +109,7 @@ class Passthrough:
 
 
 def rewrite(gm: GraphModule, example_inputs: list, config: AKVQConfig) -> GraphState:
-    """Run the pipeline over a copy of the graph, in which every cache tensor is one by itself (state.apart says how)."""
+    """Run the pipeline over a copy of the graph, in which every cache is a tensor by itself (state.apart)."""
     left: dict[int, NoMatch] = {}
     while True:
         apart = take_apart(gm, example_inputs, left)

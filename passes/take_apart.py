@@ -40,13 +40,13 @@ from akvq_fx.passes.patterns.together import (
     Level,
     index_of,
     is_part_of_each,
+    is_slices,
     level_of,
     reads_of,
     sizes_read,
     users_of,
     written_into,
 )
-
 
 PARTS = "keys and values, or several layers, are parts of one tensor"
 GONE = ("stack", "cat", "unbind", "split", "getitem", *NOOPS)  # ops that are there for a whole alone
@@ -102,7 +102,7 @@ class Stays(Exception):
 def take_apart(gm: GraphModule, example_inputs: list, left: dict[int, NoMatch]) -> Apart:
     """left: results of the model's that stay as they are."""
     left = dict(left)
-    while any(map(is_bundle, gm.graph.nodes)) or any(map(level_of, kept_in(gm, left))):
+    while any(map(is_bundle, gm.graph.nodes)) or any(told(node)[1] for node in kept_in(gm, left)):
         graph = torch.fx.Graph()
         graph.output(graph.graph_copy(gm.graph, {}))
         try:
@@ -129,6 +129,13 @@ def kept_in(gm: GraphModule, left) -> list[Node]:
     return [n for i, n in results if i not in left and op(n) != "placeholder"]
 
 
+def told(node: Node) -> tuple[Node, Level | None]:
+    """(the tensor of several caches that a result is, or is some tokens of; how they lie in it, None for another)."""
+    while level_of(node) is None and (op(node) in NOOPS or is_slices(node)):
+        node = node.args[0]
+    return (node, None) if op(node) == "placeholder" else (node, level_of(node))
+
+
 def is_bundle(node: Node) -> bool:
     return op(node) == "placeholder" and type(value(node)).__name__ == "PackedBundle"
 
@@ -147,6 +154,7 @@ class Taker:
 
     def apart(self) -> Apart:
         """Raises Stays for a result that cannot be taken apart."""
+        self.told = {node: told(node) for node in kept_in(self.gm, self.left)}  # before anything changes
         bundles = self.take_inputs()
         results, made = [], []
         for number, node in enumerate(outputs(self.graph)):
@@ -241,11 +249,11 @@ class Taker:
     def taken(self, node) -> tuple[Together | None, list]:
         """(how a result is made of others, these), (None, [itself]) for one that is no tensor of several caches."""
         node = written_into(node)
+        if node not in self.levels and isinstance(node, Node):
+            whole, level = self.told.get(node) or told(node)
+            if level is not None and may_be_taken(whole):
+                self.follow(whole, level)
         level = self.levels.get(node)
-        if level is None and isinstance(node, Node) and op(node) != "placeholder" and (level := level_of(node)):
-            if not may_be_taken(node):
-                return None, [node]
-            self.follow(node, level)
         if level is None:
             return None, [node]
         below = [self.taken(part) for part in self.parts_of(node, level)]

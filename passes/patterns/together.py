@@ -201,14 +201,22 @@ def sliced(user: Node, place: tuple | None, level: Level) -> list[Reads] | None:
     return [Reads(user, level.places.index(place[1:]))]
 
 
+def is_slices(node: Node) -> bool:
+    """x[:, :, a:b], x.narrow(2, a, n): as many axes as x has."""
+    source = node.args[0] if node.args else None
+    if op(node) not in ("getitem", "narrow") or len(shape(node)) != len(shape(source)):
+        return False
+    index = index_of(node, source) if op(node) == "getitem" else []
+    return index is not None and all(isinstance(i, slice) for _, i in index)
+
+
 def is_part_of_each(node: Node, whole: Node, level: Level) -> bool:
     """Slices of some axes, which take the same of every part."""
-    if node.args[0] is not whole or len(shape(node)) != len(shape(whole)):
+    if not is_slices(node) or node.args[0] is not whole:
         return False
     if op(node) == "narrow":
         return dimension(node, 1, len(shape(whole))) not in (None, level.axis)
-    rest = level.rest_of(index_of(node, whole)) if op(node) == "getitem" else None
-    return rest is not None and all(isinstance(i, slice) for i in rest)
+    return level.rest_of(index_of(node, whole)) is not None
 
 
 def sizes_read(user: Node) -> list[tuple[Node, int]]:
@@ -220,4 +228,4 @@ def sizes_read(user: Node) -> list[tuple[Node, int]]:
     return [(u, u.args[1]) for u in parts] if len(parts) == len(user.users) else []
 
 
-__all__ = ["Level", "Reads", "index_of", "is_part_of_each", "level_of", "reads_of", "sizes_read"]
+__all__ = ["Level", "Reads", "index_of", "is_part_of_each", "is_slices", "level_of", "reads_of", "sizes_read"]
