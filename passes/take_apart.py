@@ -36,6 +36,7 @@ from akvq_fx.passes.patterns.nodes import (
     tensors_of_cat,
     value,
 )
+from akvq_fx.passes.patterns.static_write import StaticWrite, static_write
 from akvq_fx.passes.patterns.together import (
     Level,
     index_of,
@@ -109,7 +110,7 @@ def take_apart(gm: GraphModule, example_inputs: list, left: dict[int, NoMatch]) 
             return Taker(GraphModule(gm, graph), example_inputs, left).apart()
         except Stays as why:
             left[why.number] = why.miss
-    return Apart(gm, list(example_inputs), left=left)
+    return Apart(gm, list(example_inputs), outputs=[None] * len(outputs(gm.graph)), left=left)
 
 
 def not_packed(state) -> dict[int, NoMatch]:
@@ -334,6 +335,9 @@ class Taker:
             given = [(new,) for new in self.written_parts(user.args[1], rank, level)]
         elif name == "setitem" and (rest := level.rest_of(index_of(user, whole))) is not None:
             given = [(rest, new) for new in self.written_parts(user.args[2], rank, level)]
+        elif name == "scatter_" and (write := write_of(user)) is not None and write.place.axis != level.axis:
+            name, at = "index_copy_", write.place.at
+            given = [(level.inner(write.place.axis), at, new) for new in self.written_parts(write.new, rank, level)]
         else:
             return False
         if not given:
@@ -429,8 +433,12 @@ class Taker:
                 args = node.args[:first] if place == "size" else (*node.args[:first], own, *rest)
                 kwargs = {**node.kwargs, **({"size": own} if place == "size" else {})}
                 made = self.graph.create_node(node.op, node.target, args, kwargs)
-                function = getattr(torch.Tensor, node.target) if node.op == "call_method" else node.target
-                parts.append(self.valued(made, function, args, kwargs))
+                sizes = shape(node)[: level.axis], (number,) * (level.how == "cat"), shape(node)[level.axis + 1 :]
+                with fake_mode_of(value(node)):
+                    made.meta["example_value"] = torch.empty(
+                        sum(sizes, ()), dtype=value(node).dtype, device=value(node).device
+                    )
+                parts.append(made)
         return parts
 
     @contextlib.contextmanager
@@ -480,6 +488,15 @@ def replace_by_number(node: Node, number: int) -> None:
     for user in list(node.users):
         put = lambda n: number if n is node else n
         user.args, user.kwargs = (torch.fx.node.map_arg(given, put) for given in (user.args, user.kwargs))
+
+
+def write_of(node: Node) -> StaticWrite | None:
+    """A write at positions that a tensor gives."""
+    try:
+        write = static_write(node)
+    except NoMatch:
+        return None
+    return write if write.place.at is not None and not write.place.one else None
 
 
 def may_be_taken(node: Node) -> bool:

@@ -13,9 +13,19 @@ from dataclasses import dataclass
 
 from torch.fx import Node
 
-from akvq_fx.passes.patterns.axes import is_reshape
+from akvq_fx.passes.patterns.axes import is_reshape, permutation
 from akvq_fx.passes.patterns.cache_write import is_mutation
-from akvq_fx.passes.patterns.nodes import argument, dimension, is_tensor, op, same_size, shape, tensors_of_cat, value
+from akvq_fx.passes.patterns.nodes import (
+    NOOPS,
+    argument,
+    dimension,
+    is_tensor,
+    op,
+    same_size,
+    shape,
+    tensors_of_cat,
+    value,
+)
 from akvq_fx.passes.patterns.unknown_caches import is_read_of, read_as
 
 
@@ -66,9 +76,21 @@ def level_of(whole: Node) -> Level | None:
     users = users_of(whole)
     levels = {level for user in users if (level := level_read(user, whole)) is not None}
     slices = [place for user in users if (place := slice_read(user, whole)) is not None]
-    if not levels and slices:
-        return level_of_slices(whole, slices)
+    if not levels and slices and (level := level_of_slices(whole, slices)):
+        return level
+    levels |= {level for user in users if (level := level_behind(user, whole)) is not None}
     return levels.pop() if len(levels) == 1 else None
+
+
+def level_behind(user: Node, whole: Node) -> Level | None:
+    """The level that is told by what reads some tokens of the whole, or the whole with its axes moved."""
+    if not user.args or written_into(user.args[0]) is not whole:
+        return None
+    order = permutation(user)
+    if order is None and op(user) not in NOOPS and not is_slices(user):
+        return None
+    level = level_of(user)
+    return level if level is None or order is None else Level(level.how, order[level.axis], level.sizes)
 
 
 def written_into(node: Node) -> Node:
