@@ -21,11 +21,12 @@ import torch
 from torch.fx import GraphModule, Node
 
 from akvq_fx.passes.patterns.axes import permutation
-from akvq_fx.passes.patterns.cache_write import is_mutation, written_views
+from akvq_fx.passes.patterns.cache_write import is_made_anew, is_mutation, made_anew, written_views
 from akvq_fx.passes.patterns.nodes import (
     ALLOCATIONS,
     NOOPS,
     NoMatch,
+    ancestors,
     argument,
     dimension,
     is_tensor,
@@ -48,8 +49,8 @@ from akvq_fx.passes.patterns.together import (
     users_of,
     written_into,
 )
+from akvq_fx.passes.patterns.unknown_caches import PARTS
 
-PARTS = "keys and values, or several layers, are parts of one tensor"
 GONE = ("stack", "cat", "unbind", "split", "getitem", *NOOPS)  # ops that are there for a whole alone
 
 
@@ -115,13 +116,20 @@ def take_apart(gm: GraphModule, example_inputs: list, left: dict[int, NoMatch]) 
 
 def not_packed(state) -> dict[int, NoMatch]:
     """Results that were taken apart in vain: some part of each is not packed after the passes."""
-    failed, outputs_of = {}, state.program.outputs
-    for number, made in enumerate(state.apart.outputs):
-        parts = [] if made is None else state.apart.nodes(number, outputs_of)
-        if parts and not all(parts):
-            why = next((reason for _, _, reason, _ in state.refused), "one of them cannot be packed")
-            failed[number] = NoMatch(f"{PARTS}, and {why}")
+    failed = {}
+    for number, together in enumerate(state.apart.outputs):
+        packed = state.apart.nodes(number, state.program.outputs)
+        if together is not None and not all(packed):
+            parts = state.apart.nodes(number, state.results)
+            failed[number] = why_not([part for part, how in zip(parts, packed, strict=True) if how is None], state)
     return failed
+
+
+def why_not(parts: list[Node], state) -> NoMatch:
+    """Why some of these are not packed: what was refused of attention that reads them, else of anything."""
+    of_parts = (refused for refused in state.refused if set(parts) & set(ancestors(refused[3])))
+    *_, reason, _ = next(of_parts, None) or next(iter(state.refused), ("not packed, and no reason is known", None))
+    return NoMatch(f"{PARTS}, and {reason}")
 
 
 def kept_in(gm: GraphModule, left) -> list[Node]:
@@ -179,7 +187,8 @@ class Taker:
         there = set(self.graph.nodes)
         for number, node in self.buffers:
             if node in there:
-                raise Stays(number, NoMatch("the tensor of several caches is used as a whole too", node))
+                why = next((op(user) for user in node.users if op(user) != "output"), "the caller")
+                raise Stays(number, NoMatch(f"{PARTS}, which {why} uses as a whole", node))
         for node in self.wholes:
             if node in there and (written := written_views(node)):
                 raise NotImplementedError(
@@ -391,6 +400,8 @@ class Taker:
             return self.permuted(node, level, order)
         if op(node) in ALLOCATIONS:
             return self.allocated(node, level)
+        if is_made_anew(node) or any(whole in self.wholes for whole in ancestors(node)):
+            raise NoMatch(f"{PARTS}, and {made_anew(node).reason}", node)  # its tokens would be quantized again
         with self.behind(node):
             if level.how == "stack":
                 whole = self.method("unbind", node, level.axis)
