@@ -34,11 +34,11 @@ from akvq_fx import (
 from akvq_fx.config import CAPTURED_MODE, AKVQConfig
 from akvq_fx.cuda_graph import DecodeStep, recorder_for
 from akvq_fx.passes import DISABLE, PIPELINE, without
+from akvq_fx.passes.apart.take_apart import Apart, not_packed, take_apart
 from akvq_fx.passes.patterns.nodes import NoMatch, value
 from akvq_fx.passes.patterns.tokens import starts_a_call
 from akvq_fx.passes.patterns.values import written
 from akvq_fx.passes.state import GraphState
-from akvq_fx.passes.take_apart import Apart, not_packed, take_apart
 from akvq_fx.regions import compile_in_regions
 from akvq_fx.report import Regions
 from akvq_fx.runtime import Runtime

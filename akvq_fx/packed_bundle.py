@@ -11,19 +11,14 @@ graph happens to its parts; what parts cannot do reads them through `dequantize(
 from __future__ import annotations
 
 import functools
-import itertools
-import warnings
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from akvq_fx import exchange, packed_ops, torch_internals
+from akvq_fx import bundle_ops, torch_internals
+from akvq_fx.bundle_ops import is_bundle
 from akvq_fx.packed_kv import PackedKV
 
-aten = torch.ops.aten
-SAME = (aten.detach.default, aten.alias.default, aten.lift_fresh.default, aten.contiguous.default)
-_warned: set[str] = set()
 Parts = list  # of PackedKV or PackedBundle
 
 
@@ -83,9 +78,13 @@ class PackedBundle(torch_internals.tensor_base()):
             return None
         return dim - 1 if self.how == "stack" and dim > self.axis else dim
 
-    def with_parts(self, parts: list[Tensor]) -> Tensor:
+    def with_parts(self, parts: list[Tensor], axis: int | None = None) -> Tensor:
         """The same of other parts: plain where they are no packed caches that are alike."""
-        return bundled(self.how, self.axis, parts)
+        return bundled(self.how, self.axis if axis is None else axis, parts)
+
+    def again(self) -> PackedBundle:
+        """While tracing: another object of the same."""
+        return type(self)(self.how, self.axis, self.parts, self.shape)
 
     def apart(self, x: Tensor) -> list[Tensor]:
         """A tensor that is like this one but for its rows or tokens, as its parts."""
@@ -154,21 +153,7 @@ class PackedBundle(torch_internals.tensor_base()):
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args, kwargs=None):
-        kwargs = kwargs or {}
-        handler = _handlers.get(func)
-        traced = is_traced(args)
-        if traced and func in SAME:
-            return cls(args[0].how, args[0].axis, args[0].parts, args[0].shape)
-        if handler is not None and not traced:
-            result = handler(func, args, kwargs)
-            if result is not NotImplemented:
-                return result
-        result = func.decompose(*args, **kwargs)  # composite ops come whole in inference mode
-        return through_dequantize(func, args, kwargs) if result is NotImplemented else result
-
-
-def is_bundle(x) -> bool:
-    return isinstance(x, PackedBundle)
+        return bundle_ops.dispatch(func, args, kwargs or {})
 
 
 def rows_of(part) -> int:
@@ -202,204 +187,8 @@ def kind_of(part, how: str, axis: int) -> tuple:
     return rows_of(part), tokens_of(part), leaf.static, leaf.dtype, leaf.device, tuple(size), part if along else None
 
 
-def is_traced(args) -> bool:
-    """Some argument stands for a bundle in a graph that is traced: only shapes matter."""
-    flat = itertools.chain.from_iterable(x if isinstance(x, (list, tuple)) else (x,) for x in args)
-    return any(is_bundle(x) and x.leaves[0].storage is None for x in flat)
-
-
-def plain_of(bundle: PackedBundle, op: str) -> Tensor:
-    if bundle.leaves[0].storage is None:
-        exchange.require_own_tracing(bundle.leaves[0])
-        return torch.empty(bundle.shape, dtype=bundle.dtype, device=bundle.device)
-    if op not in _warned:
-        _warned.add(op)
-        warnings.warn(
-            f"akvq: {op} is not defined on packed caches in one tensor, which is read through dequantize() for it (a "
-            f"{bundle.dtype} copy of {list(bundle.shape)}); what it gives is plain, and its tokens are quantized anew "
-            "if a compiled step packs them",
-            UserWarning,
-            stacklevel=4,
-        )
-    return bundle.dequantize()
-
-
-def through_dequantize(func, args, kwargs):
-    given = dict(zip((arg.name for arg in func._schema.arguments), args, strict=False)) | kwargs
-    for arg in func._schema.arguments:
-        written = arg.alias_info is not None and arg.alias_info.is_write
-        if written and is_bundle(given.get(arg.name)) and not is_traced(args):
-            raise packed_ops.unsupported_write(func)
-    unwrap = lambda x: plain_of(x, str(func)) if is_bundle(x) else x
-    args, kwargs = torch.utils._pytree.tree_map(unwrap, (args, kwargs))
-    return func(*args, **kwargs)
-
-
-# ---- what happens to a bundle outside of a graph ---------------------------------------------------------------------
-
-_handlers: dict[object, Callable] = {}
-
-
-def implements(*targets) -> Callable:
-    """Decorator: a handler(func, args, kwargs) for these aten ops, which may return NotImplemented."""
-    return lambda handler: _handlers.update(dict.fromkeys(targets, handler)) or handler
-
-
-@implements(*SAME, aten.clone.default, aten._to_copy.default)
-def of_each(func, args, kwargs):
-    return args[0].with_parts([func(part, *args[1:], **kwargs) for part in args[0].parts])
-
-
-@implements(aten.select.int)
-def select(func, args, kwargs):
-    bundle, dim, index = args
-    inner = bundle.inner(dim)
-    if inner is not None:
-        return along(func, args, kwargs)
-    return part_view(bundle.parts[index]) if bundle.how == "stack" else NotImplemented
-
-
-def part_view(part):
-    """A part as an object of its own."""
-    return part.__copy__()
-
-
-@implements(aten.unbind.int)
-def unbind(func, args, kwargs):
-    bundle, dim = (*args, kwargs.get("dim", 0))[:2]
-    if bundle.inner(dim) is None and bundle.how == "stack":
-        return [part_view(part) for part in bundle.parts]
-    return NotImplemented
-
-
-@implements(aten.split.Tensor, aten.split_with_sizes.default)
-def split(func, args, kwargs):
-    bundle, sizes, dim = (*args, kwargs.get("dim", 0))[:3]
-    inner = bundle.inner(dim)
-    if inner is not None:
-        return [
-            bundle.with_parts(list(some)) for some in zip(*(func(p, sizes, inner) for p in bundle.parts), strict=True)
-        ]
-    total = sum(bundle.sizes)
-    given = (
-        tuple(sizes) if isinstance(sizes, (list, tuple)) else tuple(len(x) for x in torch.arange(total).split(sizes))
-    )
-    if given != bundle.sizes:
-        return NotImplemented
-    pick = lambda part: part_view(part) if bundle.how == "cat" else bundle.with_parts([part_view(part)])
-    return [pick(part) for part in bundle.parts]
-
-
-@implements(aten.slice.Tensor)
-def slice_(func, args, kwargs):
-    bundle, dim, start, end, step = (*args, *(None,) * (5 - len(args)))
-    if bundle.inner(dim or 0) is not None:
-        return along(func, (bundle, dim or 0, *args[2:]), kwargs)
-    if bundle.how == "stack":
-        chosen = bundle.parts[start:end:step]
-        return bundle.with_parts(list(map(part_view, chosen))) if chosen else NotImplemented
-    ends = list(itertools.accumulate(bundle.sizes, initial=0))
-    bounds = (start or 0, min(ends[-1] if end is None else end, ends[-1]))
-    whole = zip(bundle.parts, zip(ends, ends[1:], strict=False), strict=False)
-    return next((part_view(part) for part, place in whole if place == bounds and step in (None, 1)), NotImplemented)
-
-
-@implements(aten.index_select.default)
-def along(func, args, kwargs):
-    """An op along one axis that all parts have."""
-    bundle, dim = args[:2]
-    inner = bundle.inner(dim)
-    if inner is None:
-        return NotImplemented
-    made = [func(part, inner, *args[2:], **kwargs) for part in bundle.parts]
-    gone = made[0].dim() < bundle.parts[0].dim() and inner < bundle.axis
-    return bundled(bundle.how, bundle.axis - gone, made)
-
-
-@implements(aten.index.Tensor)
-def index(func, args, kwargs):
-    """One index, of rows or of tokens."""
-    bundle, indices = args
-    given = [(dim, at) for dim, at in enumerate(indices) if at is not None]
-    if len(given) != 1 or bundle.inner(given[0][0]) is None or given[0][1].dim() != 1:
-        return NotImplemented
-    inner = [None] * bundle.inner(given[0][0]) + [given[0][1]]
-    return bundle.with_parts([func(part, inner) for part in bundle.parts])
-
-
-@implements(aten.cat.default)
-def cat(func, args, kwargs):
-    """Rows of several bundles, or tokens behind one."""
-    tensors = [t for t in args[0] if t.numel() or is_bundle(t)]
-    first = tensors[0]
-    dim = args[1] if len(args) > 1 else kwargs.get("dim", 0)
-    if not is_bundle(first) or first.inner(dim) not in (rows_of(first.parts[0]), tokens_of(first.parts[0])):
-        return NotImplemented
-    if any(t.dtype != first.dtype or is_bundle(t) and t.structure != first.structure for t in tensors):
-        return NotImplemented
-    same = lambda size: [n for i, n in enumerate(size) if i != dim % first.dim()]
-    if any(t.dim() != first.dim() or same(t.shape) != same(first.shape) for t in tensors):
-        raise ValueError(
-            f"akvq: Sizes of tensors must match except in dimension {dim}: {[list(t.shape) for t in tensors]}"
-        )
-    columns = zip(*(first.apart(t) for t in tensors), strict=True)
-    return first.with_parts([func(list(column), first.inner(dim)) for column in columns])
-
-
-@implements(aten.index_copy_.default)
-def index_copy(func, args, kwargs):
-    """Rows of another bundle, or tokens of a static one."""
-    bundle, dim, at, x = args
-    if not is_bundle(bundle) or bundle.inner(dim) is None:
-        return NotImplemented
-    for part, new in zip(bundle.parts, bundle.apart(x), strict=True):
-        func(part, bundle.inner(dim), at, new)
-    return bundle
-
-
-@implements(aten.zero_.default)
-def zero(func, args, kwargs):
-    for part in args[0].parts:
-        func(part)
-    return args[0]
-
-
-@implements(aten.copy_.default)
-def copy(func, args, kwargs):
-    target, source = args[:2]
-    if not is_bundle(target) or not is_bundle(source) or source.structure != target.structure:
-        return NotImplemented
-    for part, new in zip(target.parts, source.parts, strict=True):
-        func(part, new)
-    return target
-
-
-def without_views(func, types, args, kwargs):
-    """As packed_ops has it: no view of a bundle is one of autograd's."""
-    with torch._C.DisableTorchFunctionSubclass():
-        if torch.compiler.is_compiling():
-            return func(*args, **kwargs)
-        with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)):
-            return func(*args, **kwargs)
-
-
-def contiguous(func, types, args, kwargs):
-    return args[0]
-
-
-def repeat_interleave(func, types, args, kwargs):
-    def rows(x, repeats, dim=None, **_):
-        if not is_bundle(x) or dim is None or x.inner(dim) is None or torch.compiler.is_compiling():
-            with torch._C.DisableTorchFunctionSubclass():
-                return func(*args, **kwargs)
-        return x.with_parts([part.repeat_interleave(repeats, dim=x.inner(dim)) for part in x.parts])
-
-    return rows(*args, **kwargs)
-
-
-PackedBundle.implements_torch_function(packed_ops.VIEWS)(without_views)
-PackedBundle.implements_torch_function([torch.Tensor.contiguous])(contiguous)
-PackedBundle.implements_torch_function([torch.Tensor.repeat_interleave, torch.repeat_interleave])(repeat_interleave)
+for function, handler in bundle_ops.FUNCTIONS.items():
+    PackedBundle.implements_torch_function([function])(handler)
 
 
 __all__ = ["PackedBundle", "bundled", "is_bundle", "joined"]

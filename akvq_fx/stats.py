@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from akvq_fx.kernels.layout import PADDING, STATE_END, VISION
+from akvq_fx.packed_bundle import PackedBundle
 from akvq_fx.packed_kv import PackedKV, token_counts
 
 
@@ -114,7 +115,9 @@ def method_bits_of(packed: PackedKV) -> float:
 
 def tensors_of(cache: Any) -> Iterator[Tensor]:
     """Tensors of a cache, by structure: containers, `layers`, and the two caches of an encoder-decoder one."""
-    if isinstance(cache, Tensor):
+    if isinstance(cache, PackedBundle):
+        yield from cache.leaves
+    elif isinstance(cache, Tensor):
         yield cache
     elif isinstance(cache, Mapping):
         for part in cache.values():

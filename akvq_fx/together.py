@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from akvq_fx.packed_bundle import bundled
-from akvq_fx.passes.take_apart import Apart
-from akvq_fx.passes.take_apart import Together as Made
+from akvq_fx.passes.apart.take_apart import Apart
+from akvq_fx.passes.apart.take_apart import Together as Made
 
 
 class Together:
     """What dynamo gets where a model keeps keys and values, or layers, in one tensor. Host work only."""
 
-    def __init__(self, runtime, apart: Apart):
-        self.runtime, self.inner = runtime, runtime.inner
+    def __init__(self, run: Callable, apart: Apart):
+        """run: what takes and returns single cache tensors."""
+        self.run, self.inner = run, getattr(run, "inner", run)
         self.bundles, self.outputs = set(apart.bundles), apart.outputs
 
     def __call__(self, *args):
@@ -23,7 +26,7 @@ class Together:
                 given += argument.leaves
             else:
                 given.append(argument)
-        results = iter(self.runtime(*given))
+        results = iter(self.run(*given))
         return tuple(next(results) if made is None else together(made, results) for made in self.outputs)
 
 

@@ -22,11 +22,11 @@ from torch.utils._sympy.reference import PythonReferenceAnalysis
 from akvq_fx.config import AKVQConfig
 from akvq_fx.kernels.cache_axes import STANDARD, CacheAxes, Step
 from akvq_fx.kernels.layout import SLACK, Layout
+from akvq_fx.passes.apart.take_apart import Apart
 from akvq_fx.passes.patterns.attention import layout_only
 from akvq_fx.passes.patterns.cache_write import CacheWrite, first_slot
 from akvq_fx.passes.patterns.nodes import NoMatch, outputs, shape, value
 from akvq_fx.passes.patterns.site import Site
-from akvq_fx.passes.take_apart import Apart
 from akvq_fx.program import Appended, Packed, Program, Size, Split
 from akvq_fx.report import Capture
 from akvq_fx.torch_internals import hint

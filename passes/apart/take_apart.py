@@ -13,15 +13,15 @@ the graph is then rewritten anew without it.
 
 from __future__ import annotations
 
-import contextlib
 import operator
 from dataclasses import dataclass, field
 
 import torch
 from torch.fx import GraphModule, Node
 
+from akvq_fx.passes.apart.parts import Parts, plain
 from akvq_fx.passes.patterns.axes import permutation
-from akvq_fx.passes.patterns.cache_write import is_made_anew, is_mutation, made_anew, written_views
+from akvq_fx.passes.patterns.cache_write import is_mutation, written_views
 from akvq_fx.passes.patterns.nodes import (
     ALLOCATIONS,
     NOOPS,
@@ -51,6 +51,7 @@ from akvq_fx.passes.patterns.together import (
 )
 from akvq_fx.passes.patterns.unknown_caches import PARTS
 
+UNREAD = "one of them is read by no attention call"
 GONE = ("stack", "cat", "unbind", "split", "getitem", *NOOPS)  # ops that are there for a whole alone
 
 
@@ -128,7 +129,7 @@ def not_packed(state) -> dict[int, NoMatch]:
 def why_not(parts: list[Node], state) -> NoMatch:
     """Why some of these are not packed: what was refused of attention that reads them, else of anything."""
     of_parts = (refused for refused in state.refused if set(parts) & set(ancestors(refused[3])))
-    *_, reason, _ = next(of_parts, None) or next(iter(state.refused), ("not packed, and no reason is known", None))
+    *_, reason, _ = next(of_parts, None) or next(iter(state.refused), (UNREAD, None))
     return NoMatch(f"{PARTS}, and {reason}")
 
 
@@ -155,10 +156,8 @@ class Taker:
     def __init__(self, gm: GraphModule, example_inputs: list, left: dict[int, NoMatch]):
         self.gm, self.graph, self.inputs, self.left = gm, gm.graph, list(example_inputs), left
         self.levels: dict[Node, Level] = {}  # of the wholes that were taken apart
-        self.made: dict[tuple[Node, Level], list[Node]] = {}
-        self.own: set[Node] = set()  # nodes that read a whole for its parts
+        self.parts = Parts(self.graph)
         self.buffers: list[tuple[int, Node]] = []  # results that are written in place
-        self.wholes: list[Node] = []  # what stands for packed arguments
         self.dead: list[Node] = []  # nodes that others stand for now, those behind the last
 
     def apart(self) -> Apart:
@@ -176,8 +175,8 @@ class Taker:
             made.append(together)
             results += parts
         self.graph.output_node().args = (tuple(results),)
-        for node in [n for n in reversed(list(self.graph.nodes)) if n in self.own]:
-            if node in self.own:
+        for node in [n for n in reversed(list(self.graph.nodes)) if n in self.parts.own]:
+            if node in self.parts.own:
                 self.forget(node)
         for node in self.dead:
             self.graph.erase_node(node)
@@ -189,7 +188,7 @@ class Taker:
             if node in there:
                 why = next((op(user) for user in node.users if op(user) != "output"), "the caller")
                 raise Stays(number, NoMatch(f"{PARTS}, which {why} uses as a whole", node))
-        for node in self.wholes:
+        for node in self.parts.wholes:
             if node in there and (written := written_views(node)):
                 raise NotImplementedError(
                     f"akvq: packed caches in one tensor are written by {op(written[0][0])}, which their parts cannot "
@@ -205,7 +204,7 @@ class Taker:
             return
         sources = node.all_input_nodes
         self.graph.erase_node(node)
-        self.own.discard(node)
+        self.parts.own.discard(node)
         self.levels.pop(node, None)
         for source in sources:
             if op(source) in GONE:
@@ -223,7 +222,7 @@ class Taker:
             bundles[position] = len(leaves)
             inputs += leaves
             whole = self.part_inputs(node, value(node), f"{node.name}_part")
-            self.wholes.append(whole)
+            self.parts.wholes.append(whole)
             node.replace_all_uses_with(whole)
             self.graph.erase_node(node)
             self.follow_bundle(whole, value(node))
@@ -262,11 +261,12 @@ class Taker:
         if node not in self.levels and isinstance(node, Node):
             whole, level = self.told.get(node) or told(node)
             if level is not None and may_be_taken(whole):
+                self.parts.of(whole, level)  # raises where follow would stop
                 self.follow(whole, level)
         level = self.levels.get(node)
         if level is None:
             return None, [node]
-        below = [self.taken(part) for part in self.parts_of(node, level)]
+        below = [self.taken(part) for part in self.parts.of(node, level)]
         return Together(level.how, level.axis, [made for made, _ in below]), [n for _, nodes in below for n in nodes]
 
     # ---- wholes ------------------------------------------------------------------------------------------------------
@@ -275,17 +275,20 @@ class Taker:
         """Put its parts in place of what reads them of a whole, and of all that is made of the whole."""
         if whole in self.levels:
             return
+        try:
+            parts = self.parts.of(whole, level)
+        except NoMatch:
+            return  # what is returned of it says so (taken)
         self.levels[whole] = level
-        parts = self.parts_of(whole, level)
         order = {n: i for i, n in enumerate(self.graph.nodes)}
         for user in sorted(users_of(whole), key=order.get):
-            if user in self.own or user in parts:
+            if user in self.parts.own or user in parts:
                 continue
             reads = reads_of(user, whole, level)
             if reads is not None:
                 for read in reads:
                     self.put(read, parts[read.part])
-                self.own.add(user)  # unbind and the like
+                self.parts.own.add(user)  # unbind and the like
             elif sizes_read(user):
                 self.put_size(user, level, parts[0])
             elif is_mutation(user, whole):
@@ -301,7 +304,7 @@ class Taker:
             node.args = (part, read.rest, node.args[2])
         elif read.rest is None:
             node.replace_all_uses_with(part)
-            self.own.add(node)
+            self.parts.own.add(node)
         else:
             node.args = (part, read.rest)
 
@@ -366,133 +369,7 @@ class Taker:
         same = (
             is_tensor(source) and len(shape(source)) == rank and same_size(shape(source)[level.axis], sum(level.sizes))
         )
-        return self.parts_of(source, level) if same else []
-
-    def parts_of(self, node: Node, level: Level) -> list[Node]:
-        """The parts of a whole, each a node that is made where the whole is."""
-        key = node, level
-        if key not in self.made:
-            self.made[key] = self.new_parts(node, level)
-        return self.made[key]
-
-    def new_parts(self, node: Node, level: Level) -> list[Node]:
-        rank, count = len(shape(node)), len(level.sizes)
-        tensors = tensors_of_cat(node) if op(node) in ("stack", "cat") else []
-        along = dimension(node, 1, rank) if tensors else None
-        own = level.how == ("stack" if op(node) == "stack" else "cat") and along == level.axis
-        if own and len(tensors) == count and (level.how == "stack" or sizes_along(tensors, along) == level.sizes):
-            return list(tensors)
-        if 0 in shape(node) and rank == 1:
-            return [node] * count  # torch.tensor([]), which cat takes for anything
-        if op(node) == "cat" and along not in (None, level.axis):
-            rows = zip(*(self.parts_of(x, level) for x in tensors), strict=True)
-            with self.behind(node):
-                return [self.call(torch.cat, list(row), level.inner(along)) for row in rows]
-        if op(node) in NOOPS and node.op == "call_method":
-            parts = self.parts_of(node.args[0], level)
-            with self.behind(node):
-                return [self.method(node.target, part, *node.args[1:], **node.kwargs) for part in parts]
-        if node.args and isinstance(node.args[0], Node) and is_part_of_each(node, node.args[0], level):
-            parts = self.parts_of(node.args[0], level)
-            with self.behind(node):
-                return [self.part_of_each(node, part, level) for part in parts]
-        if (order := permutation(node)) is not None:
-            return self.permuted(node, level, order)
-        if op(node) in ALLOCATIONS:
-            return self.allocated(node, level)
-        if is_made_anew(node) or any(whole in self.wholes for whole in ancestors(node)):
-            raise NoMatch(f"{PARTS}, and {made_anew(node).reason}", node)  # its tokens would be quantized again
-        with self.behind(node):
-            if level.how == "stack":
-                whole = self.method("unbind", node, level.axis)
-            else:
-                whole = self.method("split", node, list(level.sizes), level.axis)
-            self.own.add(whole)
-            return [self.call(operator.getitem, whole, i) for i in range(count)]
-
-    def part_of_each(self, node: Node, part: Node, level: Level) -> Node:
-        """Some tokens or rows of a part, which `node` takes of the whole."""
-        if op(node) == "narrow":
-            dim, start, length = (argument(node, i, name) for i, name in ((1, "dim"), (2, "start"), (3, "length")))
-            return self.method("narrow", part, level.inner(dim % len(shape(node))), start, length)
-        return self.call(operator.getitem, part, level.rest_of(index_of(node, node.args[0])))
-
-    def permuted(self, node: Node, level: Level, order: tuple[int, ...]) -> list[Node]:
-        source = Level(level.how, order[level.axis], level.sizes)
-        dims = [source.inner(dim) for dim in order if level.how == "cat" or dim != source.axis]
-        dims = [source.axis if dim is None else dim for dim in dims]
-        parts = self.parts_of(node.args[0], source)
-        with self.behind(node):
-            return [self.method("permute", part, *dims) for part in parts]
-
-    def allocated(self, node: Node, level: Level) -> list[Node]:
-        """As many buffers as there are parts. Raises NoMatch where the size is given in another way."""
-        first = 1 if op(node).startswith("new_") else 0
-        size, place = node.kwargs.get("size"), "size"
-        rest = ()
-        if size is None:
-            given = node.args[first:]
-            listed = bool(given) and isinstance(given[0], (tuple, list))
-            size, rest = (given[0], given[1:]) if listed else (given, ())
-            place = "args"
-        if op(node) == "zeros_like" or len(size) != len(shape(node)):
-            raise NoMatch(f"a buffer of several caches is made by {op(node)}, accepted: zeros of a size", node)
-        parts = []
-        with self.behind(node):
-            for number in level.sizes:
-                own = (*size[: level.axis], *((number,) if level.how == "cat" else ()), *size[level.axis + 1 :])
-                args = node.args[:first] if place == "size" else (*node.args[:first], own, *rest)
-                kwargs = {**node.kwargs, **({"size": own} if place == "size" else {})}
-                made = self.graph.create_node(node.op, node.target, args, kwargs)
-                sizes = shape(node)[: level.axis], (number,) * (level.how == "cat"), shape(node)[level.axis + 1 :]
-                with fake_mode_of(value(node)):
-                    made.meta["example_value"] = torch.empty(
-                        sum(sizes, ()), dtype=value(node).dtype, device=value(node).device
-                    )
-                parts.append(made)
-        return parts
-
-    @contextlib.contextmanager
-    def behind(self, node: Node):
-        following = node.next
-        while following.op == "placeholder":
-            following = following.next
-        with self.graph.inserting_before(following):
-            yield
-
-    def call(self, target, *args, **kwargs) -> Node:
-        node = self.graph.call_function(target, args, kwargs)
-        return self.valued(node, target, args, kwargs)
-
-    def method(self, name: str, x: Node, *args, **kwargs) -> Node:
-        node = self.graph.call_method(name, (x, *args), kwargs)
-        return self.valued(node, getattr(torch.Tensor, name), (x, *args), kwargs)
-
-    def valued(self, node: Node, function, args, kwargs) -> Node:
-        """The node with what dynamo would have seen there."""
-        seen = torch.fx.node.map_arg((args, kwargs), lambda n: plain(value(n)))
-        with fake_mode_of(seen):
-            node.meta["example_value"] = function(*seen[0], **seen[1])
-        return node
-
-
-def plain(seen):
-    """A tensor of this shape that is no packed one."""
-    leaf = seen.leaves[0] if hasattr(seen, "leaves") else seen
-    if not hasattr(leaf, "layout_text"):
-        return seen
-    with leaf.codes.fake_mode:
-        return torch.empty(seen.shape, dtype=seen.dtype, device=seen.device)
-
-
-def fake_mode_of(seen):
-    """The mode in which fake tensors are made, of the first of them."""
-    tensors = (x for x in torch.utils._pytree.tree_leaves(seen) if hasattr(x, "fake_mode"))
-    return next((x.fake_mode for x in tensors), contextlib.nullcontext())
-
-
-def sizes_along(tensors: list, axis: int) -> tuple:
-    return tuple(shape(x)[axis] if len(shape(x)) > axis else None for x in tensors)
+        return self.parts.of(source, level) if same else []
 
 
 def replace_by_number(node: Node, number: int) -> None:
