@@ -179,7 +179,11 @@ class Taker:
             if node in self.parts.own:
                 self.forget(node)
         for node in self.dead:
+            sources = node.all_input_nodes
             self.graph.erase_node(node)
+            for source in sources:
+                if op(source) in GONE:
+                    self.forget(source)
         for node in [n for n in reversed(list(self.graph.nodes)) if n in self.levels]:
             if node in self.levels:
                 self.forget(node)

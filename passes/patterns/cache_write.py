@@ -226,6 +226,8 @@ def grown(whole: Node, returned: list[Node]) -> CacheWrite | None:
             f"a plain {value(whole).dtype} tensor, as without packing",
             whole,
         )
+    if is_packed(past) and (other := written_views(past)):
+        raise NoMatch(f"the cache is also written by {op(other[0][0])}", other[0][0])
     return CacheWrite("grow", past, new, whole, packed=is_packed(past), kept=kept)
 
 
