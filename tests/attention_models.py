@@ -713,18 +713,8 @@ def root_mean_square(x: Tensor) -> Tensor:
 # keys and values in one tensor
 
 
-class Together(Attention):
-    """Keys and values are one tensor, grown by cat: packed, each by itself."""
-
-    def write(self, past, k, v, at):
-        both = self.join(k, v)
-        if past is not None:
-            both = torch.cat([past[0], both], dim=self.tokens)
-        return *self.part(both), (both,)
-
-
-class Stacked(Together):
-    """[2, B, H, T, D], read as x[0], x[1]: packed."""
+class Stacked(Attention):
+    """Keys and values are one tensor [2, B, H, T, D], grown by cat and read as x[0], x[1]: packed, each by itself."""
 
     tokens = 3
 
@@ -733,6 +723,12 @@ class Stacked(Together):
 
     def part(self, both):
         return both[0], both[1]
+
+    def write(self, past, k, v, at):
+        both = self.join(k, v)
+        if past is not None:
+            both = torch.cat([past[0], both], dim=self.tokens)
+        return *self.part(both), (both,)
 
 
 class StackedFromEmpty(Stacked):
@@ -753,7 +749,7 @@ class StackedBehindRows(Stacked):
         return both.unbind(dim=1)
 
 
-class StackedBeforeHeads(Together):
+class StackedBeforeHeads(Stacked):
     """[B, T, 2, H, D], as flash-attn has it: packed."""
 
     tokens = 1
@@ -782,16 +778,16 @@ class ProjectedTogether(NoRope, StackedBeforeHeads):
         return (x.transpose(1, 2) for x in both.unbind(2))
 
 
-class Joined(Together):
+class Joined(Stacked):
     """[B, H, T, 2 * D], read by chunk: packed."""
+
+    tokens = 2
 
     def join(self, k, v):
         return torch.cat([k, v], dim=-1)
 
     def part(self, both):
         return both.chunk(2, dim=-1)
-
-    tokens = 2
 
 
 class JoinedSlices(Joined):
@@ -801,7 +797,7 @@ class JoinedSlices(Joined):
         return both[..., : self.dim], both[..., self.dim :]
 
 
-class JoinedFlat(Together):
+class JoinedFlat(Stacked):
     """[B, T, 2 * H * D], read by split: packed."""
 
     tokens = 1

@@ -29,9 +29,7 @@ PACKED = {
     ),
     "keys and values stacked": Choice(together="stacked", attend="written"),
     "keys and values fused, a window": Choice(together="split", window="slice"),
-    "layers and keys and values in one buffer": Choice(
-        container="layers in one tensor", together="unbound", axes="bthd", write="x[:, :, at] = new"
-    ),
+    "keys and values in one buffer": Choice(together="unbound", axes="bthd", write="x[:, :, at] = new"),
     "five axes, a mask of heads": Choice(attend="sdpa 5-d", mask="alibi", shape="[B, H, q, T]"),
 }
 SLICE = "attention reads a slice of a static cache"

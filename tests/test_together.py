@@ -18,6 +18,7 @@ from akvq_fx.packed_bundle import PackedBundle, bundled, joined
 from akvq_fx.packed_kv import PackedKV, Storage
 from tests import attention_models as models
 from tests.attention_models import LOSSLESS, Decoder, evidence, token_ids
+from tests.drawn_decoders import Choice, play
 from tests.kernel_cases import LAYOUTS, case_of
 
 SPELLINGS = {  # spelling: how its parts lie, along which axis, and how many tokens its tensor has in the end
@@ -115,6 +116,12 @@ def test_layers_in_one_tensor_and_what_beam_search_does(spelling):
             assert len(caches[1][0].leaves) == 4
         count.append(len(akvq_fx.report(model).graphs))
     assert count[1] == count[2] and not akvq_fx.report(model).gave_up
+
+
+def test_layers_in_one_buffer():
+    choice = Choice(container="layers in one tensor", together="stacked", write="x[:, :, a:b] = new", position="int")
+    seen = play(choice, batches=(2,))
+    assert seen.error <= 2e-6 and seen.packed == [True] and not seen.reasons and seen.graphs == 2
 
 
 def test_default_options():
