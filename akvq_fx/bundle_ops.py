@@ -146,6 +146,28 @@ def index(func, args, kwargs):
     return bundle.with_parts([func(part, inner) for part in bundle.parts])
 
 
+@implements(aten.constant_pad_nd.default)
+def pad(func, args, kwargs):
+    """Zeros before the first token, of each part."""
+    bundle, given = args[:2]
+    pairs = [tuple(given[i : i + 2]) for i in range(0, len(given), 2)]  # from the last axis on
+    place = bundle.dim() - 1 - bundle.axis
+    if place < len(pairs) and any(pairs[place]):
+        return NotImplemented
+    inner = [n for i, pair in enumerate(pairs) if bundle.how == "cat" or i != place for n in pair]
+    return bundle.with_parts([func(part, inner, *args[2:], **kwargs) for part in bundle.parts])
+
+
+@implements(aten.expand.default)
+def expand(func, args, kwargs):
+    """One row as several."""
+    bundle, size = args[0], list(args[1])
+    if len(size) != bundle.dim() or size[bundle.axis] not in (-1, bundle.shape[bundle.axis]):
+        return NotImplemented
+    inner = [-1 if i == bundle.axis else n for i, n in enumerate(size) if bundle.how == "cat" or i != bundle.axis]
+    return bundle.with_parts([func(part, inner) for part in bundle.parts])
+
+
 @implements(aten.cat.default)
 def cat(func, args, kwargs):
     """Rows of several bundles, or tokens behind one."""
