@@ -21,7 +21,7 @@ from torch.fx import GraphModule, Node
 
 from akvq_fx.passes.apart.parts import Parts, plain
 from akvq_fx.passes.patterns.axes import permutation
-from akvq_fx.passes.patterns.cache_write import is_mutation, written_views
+from akvq_fx.passes.patterns.cache_write import is_mutation, why_unread, written_views
 from akvq_fx.passes.patterns.nodes import (
     ALLOCATIONS,
     NOOPS,
@@ -51,7 +51,6 @@ from akvq_fx.passes.patterns.together import (
 )
 from akvq_fx.passes.patterns.unknown_caches import PARTS
 
-UNREAD = "one of them is read by no attention call"
 GONE = ("stack", "cat", "unbind", "split", "getitem", *NOOPS)  # ops that are there for a whole alone
 
 
@@ -127,9 +126,16 @@ def not_packed(state) -> dict[int, NoMatch]:
 
 
 def why_not(parts: list[Node], state) -> NoMatch:
-    """Why some of these are not packed: what was refused of attention that reads them, else of anything."""
+    """Why these are not packed: what was refused of attention that reads them, else what reads the first of them."""
     of_parts = (refused for refused in state.refused if set(parts) & set(ancestors(refused[3])))
-    *_, reason, _ = next(of_parts, None) or next(iter(state.refused), (UNREAD, None))
+    refused = next(of_parts, None)
+    written_out = next(iter(state.written_out.values()), None)
+    if refused:
+        reason = refused[2]
+    elif written_out:
+        reason = f"its attention is written out (matmul, softmax), and {written_out.reason}"
+    else:
+        reason = why_unread(parts[0], {}).reason
     return NoMatch(f"{PARTS}, and {reason}")
 
 
@@ -157,7 +163,8 @@ class Taker:
         self.gm, self.graph, self.inputs, self.left = gm, gm.graph, list(example_inputs), left
         self.levels: dict[Node, Level] = {}  # of the wholes that were taken apart
         self.parts = Parts(self.graph)
-        self.buffers: list[tuple[int, Node]] = []  # results that are written in place
+        self.number = 0  # of the result that is being taken apart
+        self.buffers: list[tuple[int, Node]] = []  # what results have of buffers that are written in place
         self.dead: list[Node] = []  # nodes that others stand for now, those behind the last
 
     def apart(self) -> Apart:
@@ -167,9 +174,8 @@ class Taker:
         results, made = [], []
         for number, node in enumerate(outputs(self.graph)):
             try:
+                self.number = number
                 together, parts = (None, [node]) if number in self.left else self.taken(node)
-                if together is not None and op(written_into(node)) in ALLOCATIONS:
-                    self.buffers.append((number, written_into(node)))
             except NoMatch as miss:
                 raise Stays(number, miss) from None
             made.append(together)
@@ -226,7 +232,6 @@ class Taker:
             bundles[position] = len(leaves)
             inputs += leaves
             whole = self.part_inputs(node, value(node), f"{node.name}_part")
-            self.parts.wholes.append(whole)
             node.replace_all_uses_with(whole)
             self.graph.erase_node(node)
             self.follow_bundle(whole, value(node))
@@ -249,6 +254,7 @@ class Taker:
             target = torch.stack if bundle.how == "stack" else torch.cat
             whole = self.graph.call_function(target, (parts, bundle.axis))
         whole.meta["example_value"] = plain(bundle)
+        self.parts.wholes.append(whole)
         return whole
 
     def follow_bundle(self, whole: Node, bundle) -> None:
@@ -284,6 +290,8 @@ class Taker:
         except NoMatch:
             return  # what is returned of it says so (taken)
         self.levels[whole] = level
+        if op(whole) in ALLOCATIONS:
+            self.buffers.append((self.number, whole))
         order = {n: i for i, n in enumerate(self.graph.nodes)}
         for user in sorted(users_of(whole), key=order.get):
             if user in self.parts.own or user in parts:
