@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from akvq_fx.backend import akvq
     from akvq_fx.folding import unfold
     from akvq_fx.kept_buffers import free_kept_buffers
+    from akvq_fx.packed_bundle import PackedBundle
     from akvq_fx.packed_kv import PackedKV
     from akvq_fx.policy import load_policy
     from akvq_fx.prefixes import Prefixes
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 # Imported when first asked for: they bring torch._dynamo, torchao or sympy, which takes seconds. None may have the name
 # of a module of akvq_fx, which Python would put in its place.
 _LATER = {
+    "PackedBundle": "akvq_fx.packed_bundle",
     "PackedKV": "akvq_fx.packed_kv",
     "Prefixes": "akvq_fx.prefixes",
     "Slots": "akvq_fx.slots",
@@ -71,6 +73,7 @@ if not _torch_internals.has_entry_point("akvq"):
 __version__ = "0.1.0"
 __all__ = [
     "AKVQConfig",
+    "PackedBundle",
     "PackedKV",
     "Prefixes",
     "Report",

@@ -35,13 +35,15 @@ from akvq_fx.config import CAPTURED_MODE, AKVQConfig
 from akvq_fx.cuda_graph import DecodeStep
 from akvq_fx.cuda_recorder import recorder_for
 from akvq_fx.passes import DISABLE, PIPELINE, without
-from akvq_fx.passes.patterns.nodes import value
+from akvq_fx.passes.apart.take_apart import Apart, not_packed, take_apart
+from akvq_fx.passes.patterns.nodes import NoMatch, value
 from akvq_fx.passes.patterns.tokens import looked_up, starts_a_call
 from akvq_fx.passes.patterns.values import written
 from akvq_fx.passes.state import GraphState
 from akvq_fx.regions import compile_in_regions
 from akvq_fx.report import Regions
 from akvq_fx.runtime import Runtime
+from akvq_fx.together import Together
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +63,8 @@ def compile_graph(gm: GraphModule, example_inputs: list, config: AKVQConfig):
     if config.inner == "inductor":
         ahead.begin_inductor()
     state = rewrite(gm, example_inputs, config)
-    record = records.add(state, example_inputs)
+    apart = state.apart
+    record = records.add(state, apart.inputs)
     ahead.begin(record.report.kernels)
     program = state.program
     changed = state.sites or state.exchanges or program.packed or program.unpacked or program.vision
@@ -78,11 +81,11 @@ def compile_graph(gm: GraphModule, example_inputs: list, config: AKVQConfig):
         gradients = torch.no_grad() if program.inference else contextlib.nullcontext()
         count = len(state.sites) + len(state.exchanges)
         with gradients, shown_while_compiling(f"a graph of {count} attention layers", config):
-            inner, record.report.regions = compile_rewritten(state, inner_examples(state, example_inputs))
+            inner, record.report.regions = compile_rewritten(state, inner_examples(state, apart.inputs))
     runtime = Runtime(program, inner, config.capacity_step, starts_a_call(gm.graph))
     runtime.on_weights, runtime.on_left, runtime.on_images = record.add_weights, record.leave, record.add_images
     runtime.writes = any(map(written, state.graph.nodes))
-    return runtime
+    return Together(runtime, apart) if apart.changed else runtime
 
 
 akvq.dynamo_gave_up = gave_up.warn_and_keep
@@ -110,9 +113,22 @@ class Passthrough:
 
 
 def rewrite(gm: GraphModule, example_inputs: list, config: AKVQConfig) -> GraphState:
-    """Run the pipeline over a copy of the graph; every pass leaves an artifact for TORCH_TRACE and a debug line."""
-    tensors = {i: x for i, x in enumerate(example_inputs) if isinstance(x, torch.Tensor)}
-    state = GraphState(gm, policy.resolve(config, gm, example_inputs), tensors)
+    """Run the pipeline over a copy of the graph, in which every cache is a tensor by itself (state.apart)."""
+    left: dict[int, NoMatch] = {}
+    while True:
+        apart = take_apart(gm, example_inputs, left)
+        state = run_passes(apart, config)
+        failed = not_packed(state)
+        if not failed:
+            return state
+        left = apart.left | failed
+
+
+def run_passes(apart: Apart, config: AKVQConfig) -> GraphState:
+    """Every pass leaves an artifact for TORCH_TRACE and a debug line."""
+    tensors = {i: x for i, x in enumerate(apart.inputs) if isinstance(x, torch.Tensor)}
+    state = GraphState(apart.gm, policy.resolve(config, apart.gm, apart.inputs), tensors)
+    state.apart = apart
     done: list[str] = []
     disabled = os.environ.get(DISABLE, "")
     steps = without(PIPELINE, disabled)

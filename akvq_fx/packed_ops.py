@@ -369,7 +369,7 @@ def _(func, types, args, kwargs):
     return args[0]  # torchao's handler would drop the storage, and take the capacity for the length
 
 
-@implements_function([
+VIEWS = [
     torch.Tensor.__getitem__, torch.Tensor.detach, torch.detach, torch.Tensor.narrow, torch.narrow,
     torch.Tensor.split, torch.split, torch.Tensor.chunk, torch.chunk, torch.Tensor.expand,
     torch.Tensor.expand_as, torch.Tensor.broadcast_to, torch.broadcast_to,
@@ -382,7 +382,10 @@ def _(func, types, args, kwargs):
     torch.Tensor.moveaxis, torch.moveaxis, torch.Tensor.view_as, torch.Tensor.reshape_as, torch.Tensor.as_strided,
     torch.as_strided, torch.Tensor.diagonal, torch.diagonal, torch.Tensor.hsplit, torch.hsplit, torch.Tensor.vsplit,
     torch.vsplit, torch.Tensor.dsplit, torch.dsplit,
-])  # fmt: skip
+]  # fmt: skip
+
+
+@implements_function(VIEWS)
 def _(func, types, args, kwargs):
     """Without autograd's views: their `_base` would keep the longer view alive, so that the next write copied the
     cache, and dynamo would trace how the view was made."""

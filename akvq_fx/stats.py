@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from akvq_fx.kernels.layout import PADDING, STATE_END, VISION
+from akvq_fx.packed_bundle import PackedBundle
 from akvq_fx.packed_kv import PackedKV, token_counts
 from akvq_fx.transformers_names import CACHE_NAMES
 
@@ -119,7 +120,9 @@ def tensors_of(cache: Any) -> Iterator[Tensor]:
 
     Of what a forward or a generate returned only the cache counts: logits and hidden states are in it too.
     """
-    if isinstance(cache, Tensor):
+    if isinstance(cache, PackedBundle):
+        yield from cache.leaves
+    elif isinstance(cache, Tensor):
         yield cache
     elif isinstance(cache, Mapping):
         for part in [cache[name] for name in CACHE_NAMES if name in cache] or cache.values():

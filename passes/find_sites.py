@@ -16,7 +16,7 @@ from torch.fx import Node
 from akvq_fx.passes.patterns.attention import attention_of, is_attention
 from akvq_fx.passes.patterns.cache_write import CacheWrite, cache_like, cache_write_of
 from akvq_fx.passes.patterns.cached import check_caches, fix_heads, read_from
-from akvq_fx.passes.patterns.nodes import NoMatch, op
+from akvq_fx.passes.patterns.nodes import NoMatch, op, outputs
 from akvq_fx.passes.patterns.projection import weight_behind, weight_of, weights_behind
 from akvq_fx.passes.patterns.rope import rope_of
 from akvq_fx.passes.patterns.site import Site, layer_of
@@ -75,11 +75,22 @@ def find_sites(state: GraphState) -> PassReport:
         state.sites.append(site)
         report.match(site)
     others = unknown_caches(state.graph, state.written_out)
-    for whole, miss in (*state.unexchanged.items(), *others, *cache_like(state.graph, state.written_out)):
+    for whole, miss in (
+        *together(state),
+        *state.unexchanged.items(),
+        *others,
+        *cache_like(state.graph, state.written_out),
+    ):
         if whole not in writes and whole not in refused:
             refused[whole] = None
             refuse(whole, miss, whole, from_cache=True)
     return report
+
+
+def together(state: GraphState) -> list[tuple[Node, NoMatch]]:
+    """Tensors of several caches that stay as they are (take_apart), each with its reason."""
+    results = outputs(state.graph)
+    return [(state.apart.nodes(number, results)[0], miss) for number, miss in state.apart.left.items()]
 
 
 def owner_of(attention, *writes: CacheWrite) -> tuple[Node, ...]:

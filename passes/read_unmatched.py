@@ -33,6 +33,9 @@ def read_unmatched(state: GraphState) -> PassReport:
             unpack(state, past, next(iter(past.users), past), report)
             continue
         grown = [u for u in past.users if is_growth(u, past)]
+        if grown and past not in state.buffers and (overwrites := overwritten(past)):
+            unpack(state, past, overwrites[0], report)
+            continue
         for whole in grown:
             replace_shape_reads(state, whole)
             kept = [n for n in outputs(state.graph) if isinstance(n, Node) and kept_of(whole, [n]) is not None]
@@ -127,8 +130,7 @@ def read_rest(state: GraphState, past, report: PassReport) -> None:
     """Handle other readers of the packed placeholder: static and read-only caches without a matched attention."""
     users = [u for u in past.users if op(u) != "output" and not is_growth(u, past)]
     writes = [u for u in users if op(u) == "index_copy_" and u.args[0] is past]
-    overwrites = [u for u, _ in written_views(past) if u not in writes]
-    if overwrites:
+    if overwrites := overwritten(past):
         unpack(state, past, overwrites[0], report)
         return
     appends = [n for n, _ in state.stored_uses.get(past, []) if "append" in op(n)]
@@ -180,6 +182,11 @@ def unpack(state: GraphState, past, write, report: PassReport) -> None:
         raise AssertionError(f"akvq: {past.name} is both packed and overwritten by {op(write)}")
     state.program.unpacked.append(state.position[past])
     report.miss(past.name, f"overwritten by {op(write)}: back to 16 bits", write)
+
+
+def overwritten(past) -> list:
+    """What writes into it in another way than tokens come."""
+    return [u for u, _ in written_views(past) if op(u) != "index_copy_" or u.args[0] is not past]
 
 
 def is_read(node, kept: list) -> bool:

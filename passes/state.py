@@ -22,9 +22,10 @@ from torch.utils._sympy.reference import PythonReferenceAnalysis
 from akvq_fx.config import AKVQConfig
 from akvq_fx.kernels.cache_axes import STANDARD, CacheAxes, Step
 from akvq_fx.kernels.layout import SLACK, Layout
+from akvq_fx.passes.apart.take_apart import Apart
 from akvq_fx.passes.patterns.attention import layout_only
 from akvq_fx.passes.patterns.cache_write import CacheWrite, first_slot
-from akvq_fx.passes.patterns.nodes import NoMatch, settled, shape, value
+from akvq_fx.passes.patterns.nodes import NoMatch, outputs, settled, shape, value
 from akvq_fx.passes.patterns.site import Site
 from akvq_fx.program import Appended, Packed, Program, Size, Split
 from akvq_fx.report import Capture
@@ -97,6 +98,8 @@ class GraphState:
         self.exchanged: dict[Node, tuple[Node, CacheAxes]] = {}  # a cache as the model has it -> as the graph does
         self.written_out: dict[Node, NoMatch] = {}  # softmax -> why attention around it was not made a call
         self.originals: dict[Node, Original] = {}  # call -> what it stands for
+        self.apart = Apart(gm, [])  # how the model keeps caches together that the graph has one by one
+        self.results = outputs(self.graph)  # before any pass
         self.sites: list[Site] = []
         self.exchanges: list[Site] = []  # over buffers of the caller's, which the runtime packs behind the graph
         self.refused: list[tuple[str, int, str, Node]] = []  # label, layer, reason, node

@@ -710,6 +710,165 @@ def root_mean_square(x: Tensor) -> Tensor:
     return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
 
 
+# keys and values in one tensor
+
+
+class Stacked(Attention):
+    """Keys and values are one tensor [2, B, H, T, D], grown by cat and read as x[0], x[1]: packed, each by itself."""
+
+    tokens = 3
+
+    def join(self, k, v):
+        return torch.stack([k, v])
+
+    def part(self, both):
+        return both[0], both[1]
+
+    def write(self, past, k, v, at):
+        both = self.join(k, v)
+        if past is not None:
+            both = torch.cat([past[0], both], dim=self.tokens)
+        return *self.part(both), (both,)
+
+
+class StackedFromEmpty(Stacked):
+    """[2, B, H, T, D], grown from an empty tensor: packed."""
+
+    def write(self, past, k, v, at):
+        empty = torch.empty(2, k.shape[0], self.kv_heads, 0, self.dim)
+        return super().write((empty,) if past is None else past, k, v, at)
+
+
+class StackedBehindRows(Stacked):
+    """[B, 2, H, T, D], read by unbind: packed."""
+
+    def join(self, k, v):
+        return torch.stack((k, v), dim=1)
+
+    def part(self, both):
+        return both.unbind(dim=1)
+
+
+class StackedBeforeHeads(Stacked):
+    """[B, T, 2, H, D], as flash-attn has it: packed."""
+
+    tokens = 1
+
+    def join(self, k, v):
+        return torch.stack([k.transpose(1, 2), v.transpose(1, 2)], dim=2)
+
+    def part(self, both):
+        return both[:, :, 0].transpose(1, 2), both[:, :, 1].transpose(1, 2)
+
+
+class ProjectedTogether(NoRope, StackedBeforeHeads):
+    """One linear makes [B, T, 2, H, D], which is the cache: packed."""
+
+    def make_projections(self, q, kv):
+        self.q_proj, self.kv_proj = nn.Linear(WIDTH, q, bias=self.bias), nn.Linear(WIDTH, 2 * kv, bias=self.bias)
+
+    def project(self, x):
+        both = self.kv_proj(x).view(*x.shape[:2], 2, self.kv_heads, self.dim)
+        return self.split_heads(self.q_proj(x), self.heads), both, both
+
+    def join(self, k, v):
+        return k
+
+    def part(self, both):
+        return (x.transpose(1, 2) for x in both.unbind(2))
+
+
+class Joined(Stacked):
+    """[B, H, T, 2 * D], read by chunk: packed."""
+
+    tokens = 2
+
+    def join(self, k, v):
+        return torch.cat([k, v], dim=-1)
+
+    def part(self, both):
+        return both.chunk(2, dim=-1)
+
+
+class JoinedSlices(Joined):
+    """[B, H, T, 2 * D], read as x[..., :D] and x[..., D:]: packed."""
+
+    def part(self, both):
+        return both[..., : self.dim], both[..., self.dim :]
+
+
+class JoinedFlat(Stacked):
+    """[B, T, 2 * H * D], read by split: packed."""
+
+    tokens = 1
+
+    def join(self, k, v):
+        return torch.cat([self.merge_heads(k), self.merge_heads(v)], dim=-1)
+
+    def part(self, both):
+        return (self.split_heads(x, self.kv_heads) for x in both.split(self.kv_heads * self.dim, dim=-1))
+
+
+class StackedWindow(Stacked):
+    """[2, B, H, T, D], of which the last tokens are kept: packed."""
+
+    def write(self, past, k, v, at):
+        k, v, (both,) = super().write(past, k, v, at)
+        return k, v, (both[:, :, :, -5:],)
+
+    def mask(self, at, total, padding, past, dtype):
+        if past is None:
+            return seen(at, total, padding) & (torch.arange(total) > at[:, None] - 6)
+        return torch.ones(at.shape[0], past[0].shape[3] + at.shape[0], dtype=torch.bool)
+
+
+class StackedStatic(StaticIndexCopy):
+    """zeros [2, B, H, T, D] allocated in the prompt's graph, x[0][:, :, at] = new: packed."""
+
+    def write(self, past, k, v, at):
+        if past is None:
+            past = (torch.zeros(2, k.shape[0], self.kv_heads, self.slots, self.dim),)
+        self.fill(past[0], k, v, at)
+        return past[0][0], past[0][1], past
+
+    def fill(self, both, k, v, at):
+        both[0][:, :, at] = k
+        both[1].index_copy_(2, at, v)
+
+
+class StackedStaticAtOnce(StackedStatic):
+    """zeros [2, B, H, T, D], x[:, :, :, at] = stack([k, v]): packed."""
+
+    def fill(self, both, k, v, at):
+        both[:, :, :, at] = torch.stack([k, v])
+
+
+# left alone: keys and values in one tensor
+
+
+class StackedDim12(Stacked):
+    """[2, B, H, T, D] of a head dim that does not pack: left alone."""
+
+    dim = 12
+
+
+class StackedAnew(StackedStatic):
+    """[2, B, H, T, D] that a step makes anew: left alone."""
+
+    def write(self, past, k, v, at):
+        if past is None:
+            past = (torch.zeros(2, k.shape[0], self.kv_heads, self.slots, self.dim),)
+        both = past[0].index_copy(3, at, torch.stack([k, v]))
+        return both[0], both[1], (both,)
+
+
+class StackedThreeWays(Stacked):
+    """[3, B, H, T, D], the third of which no attention reads: left alone."""
+
+    def join(self, k, v):
+        return torch.stack([k, v, k * v])
+
+
 # fused projections
 
 
@@ -1009,18 +1168,6 @@ class WrittenDropout(WrittenOut):
 
     def normalize(self, scores, q):
         return F.dropout(scores.softmax(-1), 0.5)
-
-
-class Stacked(Attention):
-    """Keys and values are one tensor [2, B, H, T, D]: left alone."""
-
-    tokens = 3
-
-    def write(self, past, k, v, at):
-        both = torch.stack([k, v])
-        if past is not None:
-            both = torch.cat([past[0], both], dim=3)
-        return both[0], both[1], (both,)
 
 
 class Latent(Attention):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import akvq_fx
 from akvq_fx.backend import akvq
+from akvq_fx.packed_bundle import PackedBundle
 from akvq_fx.packed_kv import PackedKV
 from tests.written_spellings import (
     DIM,
@@ -30,6 +31,7 @@ from tests.written_spellings import (
 )
 
 VOCABULARY, WIDTH, SLOTS, REACH = 48, 32, 16, 4
+PACKED = (PackedKV, PackedBundle)
 
 # how keys and values [B, H, T, D] become what the cache holds, and back
 
@@ -558,7 +560,7 @@ def play(
     pad, error, packed = 2 * choice.padded, 0.0, []
     for batch in (3,) if choice.owner == "module" else batches:
         got, cache = rolled(model, run, batch, prompt, sizes, pad)
-        packed += [isinstance(x, PackedKV) for x in (cache if choice.owner != "module" else model.buffers())]
+        packed += [isinstance(x, PACKED) for x in (cache if choice.owner != "module" else model.buffers())]
         if compare:
             want, plain = rolled(twin, twin, batch, prompt, sizes, pad)
             error = max([error, *map(difference, (*got, *cache), (*want, *plain))], key=lambda x: (x != x, x))
@@ -576,7 +578,7 @@ def play(
 
 
 def difference(a: Tensor, b: Tensor) -> float:
-    a = a.dequantize() if isinstance(a, PackedKV) else a
+    a = a.dequantize() if isinstance(a, PACKED) else a
     return (a - b).abs().max().item() if a.shape == b.shape else float("nan")
 
 

@@ -30,14 +30,20 @@ PACKED = {
     "three axes, a window, a mask of rows": Choice(
         attend="sdpa 3-d", mask="-inf", shape="[B, H, q, T]", window="slice"
     ),
+    "keys and values stacked": Choice(together="stacked", attend="written"),
+    "keys and values fused, a window": Choice(together="split", window="slice"),
+    "keys and values in one buffer": Choice(together="unbound", axes="bthd", write="x[:, :, at] = new"),
     "five axes, a mask of heads": Choice(attend="sdpa 5-d", mask="alibi", shape="[B, H, q, T]"),
 }
 PARTS = "keys and values, or several layers, are parts of one tensor"
 REFUSED = {
     "made anew": (Choice(write="where"), "the cache is made anew by where"),
     "written through a view": (Choice(write="index_put_", padded=True), "the cache is written by index_put_"),
-    "keys and values stacked": (Choice(together="stacked", attend="written"), PARTS),
-    "keys and values fused": (Choice(axes="bt(hd)", together="split"), PARTS),
+    "keys and values in one buffer of the caller's": (
+        Choice(together="stacked", write="index_copy_", owner="caller"),
+        f"{PARTS}, accepted of a buffer that the caller owns",
+    ),
+    "keys and values made anew together": (Choice(together="fused", write="where"), f"{PARTS}, and the cache is made"),
 }
 
 

@@ -206,8 +206,11 @@ def test_written_out_for_other_batches_padding_and_chunks(spelling, batch, pad):
     assert all(isinstance(t, PackedKV) for t in seen.cache[0])
 
 
+PARTS = "keys and values, or several layers, are parts of one tensor"
 OTHER_FORMS = {
-    models.Stacked: "keys and values, or several layers, are parts of one tensor",
+    models.StackedDim12: f"{PARTS}, and the head dim of the keys is 12",
+    models.StackedAnew: f"{PARTS}, and the cache is made anew by index_copy",
+    models.StackedThreeWays: f"{PARTS}, and ",
 }
 
 

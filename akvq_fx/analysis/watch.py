@@ -14,11 +14,13 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from akvq_fx.config import AKVQConfig
+from akvq_fx.passes.apart.take_apart import take_apart
 from akvq_fx.passes.patterns.nodes import shape
 from akvq_fx.passes.patterns.site import Site
 from akvq_fx.passes.patterns.tokens import covers, residual_of, vision_masks
 from akvq_fx.passes.plan_layers import vision_tokens
 from akvq_fx.policy import prompt_site, sites_of
+from akvq_fx.together import Together
 
 
 @dataclass
@@ -63,7 +65,8 @@ class Watch:
         self.vision: Tensor | None = None  # of this call; graph breaks may put it in an earlier graph than the layers
 
     def backend(self, gm: torch.fx.GraphModule, example_inputs: list):
-        state = sites_of(gm, example_inputs, self.config)
+        apart = take_apart(gm, example_inputs, {})
+        state = sites_of(apart.gm, apart.inputs, self.config)
         self.refused |= {label: reason for label, _, reason, _ in state.refused}
         vision = vision_tokens(state) if vision_masks(state.graph) else None
         sites = {site.attention.node: site for site in state.sites if prompt_site(site)}
@@ -75,7 +78,7 @@ class Watch:
                 self.weights |= {id(a): a for a in args if isinstance(a, nn.Parameter)}
             return Walk(self, state, sites, vision, args).run(*args)
 
-        return run
+        return Together(run, apart) if apart.changed else run
 
     def name(self, site: Site, weight) -> tuple[int, str]:
         """(layer, label) by the parameter that ran; by the graph's own names where the model does not know it."""

@@ -174,7 +174,7 @@ def of_spelling(case: Case) -> Result:
 
     seen = models.evidence(models.Decoder(getattr(models, case.name)), models.LOSSLESS)
     tensors = [x for layer in seen.cache or () for x in layer or ()] or list(seen.model.buffers())
-    packed = bool(tensors) and all(isinstance(x, akvq_fx.PackedKV) for x in tensors)
+    packed = bool(tensors) and all(isinstance(x, (akvq_fx.PackedKV, akvq_fx.PackedBundle)) for x in tensors)
     result = reported(seen.model, 1, int(packed))
     result.verdict = "same" if seen.error <= 2e-6 else "DIFFERENT"
     return result

@@ -120,7 +120,14 @@ def is_buffer(node: Node) -> bool:
 def is_made_anew(node: Node) -> bool:
     """where(here, new, old) and the like of a whole buffer: to store the result would quantize its tokens again, and
     to write it in place would change what the caller still has."""
-    return op(node) in REPLACED and any(map(is_buffer, node.all_input_nodes))
+    return op(node) in REPLACED and any(is_buffer(viewed(source)) for source in node.all_input_nodes)
+
+
+def viewed(node: Node) -> Node:
+    """The tensor that a node is a view of, or the node itself."""
+    while op(node) in LAYOUT_OPS and isinstance(node.args[0], Node):
+        node = node.args[0]
+    return node
 
 
 def made_anew(node: Node) -> NoMatch:
@@ -219,6 +226,8 @@ def grown(whole: Node, returned: list[Node]) -> CacheWrite | None:
             f"a plain {value(whole).dtype} tensor, as without packing",
             whole,
         )
+    if is_packed(past) and (other := written_views(past)):
+        raise NoMatch(f"the cache is also written by {op(other[0][0])}", other[0][0])
     return CacheWrite("grow", past, new, whole, packed=is_packed(past), kept=kept)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import guard_or_false
 
-from akvq_fx.kernels.layout import DTYPE_NAMES
+from akvq_fx.kernels.layout import DTYPE_NAMES, Layout
 from akvq_fx.passes.patterns.attention import prefix_of, suffix_of, ungrouped
 from akvq_fx.passes.patterns.cache_write import ALLOCATIONS, CacheWrite, first_slot, is_cache_cat
 from akvq_fx.passes.patterns.nodes import VIEW, NoMatch, is_shared, op, same_size, shape, value
@@ -26,6 +26,11 @@ def read_from(argument: Node) -> tuple[Node, object]:
     cut, length = prefix_of(node)
     static = op(cut) in ("placeholder", *ALLOCATIONS) or VIEW in cut.meta
     return (ungrouped(cut), length) if static else (node, shape(node)[2] if len(shape(node)) == 4 else None)
+
+
+def values_alone(past: Node) -> bool:
+    """The packed cache holds values, which have no classes of their own."""
+    return Layout.parse(value(past).layout_text).shares_classes
 
 
 def fix_heads(*writes: CacheWrite | None) -> None:
@@ -63,6 +68,8 @@ def check_caches(attention, key: CacheWrite | None, val: CacheWrite | None, leng
         raise NoMatch("the cache keeps another number of keys than of values", attention.node)
     if key.packed and not guard_or_false(first_slot(key.past) == first_slot(val.past)):
         raise NoMatch("keys and values lie in different slots of their buffers", attention.node)
+    if key.packed and [values_alone(write.past) for write in (key, val)] != [False, True]:
+        raise NoMatch("keys are read from what was packed as values, or values from keys", attention.node)
     heads, kv_heads = shape(attention.query)[1], shape(key.whole)[1]
     if heads % kv_heads or shape(val.whole)[1] != kv_heads:
         raise NoMatch(f"{heads} query heads do not divide into {kv_heads} KV heads", attention.node)

@@ -21,6 +21,7 @@ from akvq_fx.passes.patterns.cache_write import (
     is_made_anew,
     made_anew,
     overwrites,
+    viewed,
     why_unread,
 )
 from akvq_fx.passes.patterns.nodes import NoMatch, dimension, is_returned, op, same_size, shape, tensors_of_cat
@@ -29,7 +30,11 @@ from akvq_fx.passes.patterns.written_attention import PRODUCTS, SCORES
 
 WRITES = ("index_copy_", *FORMS)
 MOVES = (*LAYOUT_OPS, *CASTS, "expand", "repeat_interleave", "repeat", "getattr", *WRITES)
-PARTS = "keys and values, or several layers, are parts of one tensor, accepted: a tensor for each"
+PARTS = "keys and values, or several layers, are parts of one tensor"
+UNTOLD = (
+    f"{PARTS}, accepted: a stack or cat of them, read as x[i], or by unbind, chunk, split or slices that do not overlap"
+)
+OWNED = f"{PARTS}, accepted of a buffer that the caller owns: a tensor for each"
 ACCEPTED = (
     "accepted: the tokens of batch, heads, tokens, channels in any order, or of [batch, tokens, heads * channels]"
 )
@@ -43,9 +48,9 @@ def unknown_caches(graph: Graph, written_out: dict[Node, NoMatch]) -> list[tuple
     found: dict[Node, NoMatch] = {}
     for node in graph.nodes:
         if grows(node) and (how := read_as(node)):
-            found[node] = NoMatch(PARTS, node) if how == "part" else why_not_grown(node, written_out)
+            found[node] = NoMatch(UNTOLD, node) if how == "part" else why_not_grown(node, written_out)
         elif op(node) == "stack" and is_returned(node) and is_read_of(node):
-            found[node] = NoMatch(PARTS, node)
+            found[node] = NoMatch(UNTOLD, node)
         elif is_made_anew(node) and is_returned(node) and read_as(node):
             found[node] = made_anew(node)
         elif op(node) in WRITES and (cache := buffer_behind(node.args[0])) and (how := read_as(cache)):
@@ -66,7 +71,7 @@ def why_not_grown(cache: Node, written_out: dict[Node, NoMatch]) -> NoMatch:
 
 def why_not_written(cache: Node, write: Node, how: str) -> NoMatch:
     if how == "part":
-        return NoMatch(PARTS, write)
+        return NoMatch(OWNED if op(cache) == "placeholder" else UNTOLD, write)
     if op(cache) == "placeholder":
         return NoMatch(ROLLS if overwrites(write, cache) else STATIC_PLAIN, write)
     if written_cache(write) is not None:  # canonicalize has left it
@@ -98,9 +103,7 @@ def is_slice_kept(node: Node) -> bool:
 
 def buffer_behind(view: Node) -> Node | None:
     """The buffer that a view is of."""
-    while op(view) in LAYOUT_OPS and isinstance(view.args[0], Node):
-        view = view.args[0]
-    return view if is_buffer(view) else None
+    return viewed(view) if is_buffer(viewed(view)) else None
 
 
 def read_as(cache: Node, reach: int = 60) -> str:
