@@ -125,7 +125,9 @@ def tensors_of(cache: Any) -> Iterator[Tensor]:
     elif isinstance(cache, Tensor):
         yield cache
     elif isinstance(cache, Mapping):
-        for part in [cache[name] for name in CACHE_NAMES if name in cache] or cache.values():
+        named = [cache[name] for name in CACHE_NAMES if name in cache]
+        is_output = bool(named) or hasattr(cache, "to_tuple")  # an output of transformers, which may hold no cache
+        for part in named if is_output else cache.values():
             yield from tensors_of(part)
     elif isinstance(cache, (list, tuple)):
         for part in cache:

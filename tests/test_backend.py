@@ -279,6 +279,8 @@ def test_cache_stats_of_an_output_count_its_cache_alone(llama):
     assert akvq_fx.cache_stats(output) == akvq_fx.cache_stats(cache_of(output))
     legacy = {"past_key_values": ((output.logits, output.logits.clone()),), "logits": output.logits.clone()}
     assert akvq_fx.cache_stats(legacy).plain_tensors == 2
+    with pytest.raises(TypeError, match="no cache tensors found in CausalLMOutput"):
+        akvq_fx.cache_stats(model(**inputs, use_cache=False))
 
 
 def test_report_of_a_function_names_what_to_ask():
