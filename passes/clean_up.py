@@ -51,6 +51,8 @@ def clean_up(state: GraphState) -> PassReport:
             if node.users:
                 raise AssertionError(f"akvq: {node.name} is still read by {list(node.users)}")
             state.graph.erase_node(node)
+    taken = {past: rows for past, rows in state.taken_rows.items() if past in state.buffers}
+    program.rows = {state.position[past]: state.size(rows) for past, rows in taken.items()}
     for past, node in state.dropped.items():
         program.firsts.append(state.position[past])
         [n for n in state.graph.nodes if n.op == "placeholder"][-1].append(node)  # behind all others

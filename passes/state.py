@@ -245,8 +245,6 @@ class GraphState:
         packed = value(placeholder)
         layout = Layout.parse(packed.layout_text)
         B, H = packed.shape[:2]
-        if placeholder in self.taken_rows:
-            self.program.rows[self.position[placeholder]] = self.size(self.taken_rows[placeholder])
         text = packed.text_codes.shape[2] if layout.text_bits else 0
         blocks = packed.means.shape[2] if layout.moved else None
         nodes = []

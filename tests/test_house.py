@@ -197,6 +197,7 @@ def test_one_pass_a_file():
         assert step.__module__ == f"akvq_fx.passes.{step.__name__}"
         assert step.__code__.co_filename.endswith(f"{step.__name__}.py")
     stems = {path.stem for path in (ROOT / "passes").glob("*.py")} - {"__init__", "state"}
+    stems -= {"parts_of_buffers"}  # a part of exchange_axes
     assert stems == {step.__name__ for step in PIPELINE}
 
 
