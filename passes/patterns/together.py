@@ -17,6 +17,7 @@ from akvq_fx.passes.patterns.axes import is_reshape, permutation
 from akvq_fx.passes.patterns.cache_write import is_mutation
 from akvq_fx.passes.patterns.nodes import (
     NOOPS,
+    NoMatch,
     argument,
     dimension,
     is_tensor,
