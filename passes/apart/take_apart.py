@@ -37,7 +37,6 @@ from akvq_fx.passes.patterns.nodes import (
     tensors_of_cat,
     value,
 )
-from akvq_fx.passes.patterns.static_write import StaticWrite, static_write
 from akvq_fx.passes.patterns.together import (
     Level,
     index_of,
@@ -47,6 +46,7 @@ from akvq_fx.passes.patterns.together import (
     reads_of,
     sizes_read,
     users_of,
+    write_of,
     written_into,
 )
 from akvq_fx.passes.patterns.unknown_caches import PARTS
@@ -388,15 +388,6 @@ def replace_by_number(node: Node, number: int) -> None:
     for user in list(node.users):
         put = lambda n: number if n is node else n
         user.args, user.kwargs = (torch.fx.node.map_arg(given, put) for given in (user.args, user.kwargs))
-
-
-def write_of(node: Node) -> StaticWrite | None:
-    """A write at positions that a tensor gives."""
-    try:
-        write = static_write(node)
-    except NoMatch:
-        return None
-    return write if write.place.at is not None and not write.place.one else None
 
 
 def may_be_taken(node: Node) -> bool:

@@ -17,6 +17,7 @@ from akvq_fx.passes.patterns.axes import is_reshape, permutation
 from akvq_fx.passes.patterns.cache_write import is_mutation
 from akvq_fx.passes.patterns.nodes import (
     NOOPS,
+    NoMatch,
     argument,
     dimension,
     is_tensor,
@@ -26,6 +27,7 @@ from akvq_fx.passes.patterns.nodes import (
     tensors_of_cat,
     value,
 )
+from akvq_fx.passes.patterns.static_write import StaticWrite, static_write
 from akvq_fx.passes.patterns.unknown_caches import is_read_of, read_as
 
 
@@ -250,4 +252,25 @@ def sizes_read(user: Node) -> list[tuple[Node, int]]:
     return [(u, u.args[1]) for u in parts] if len(parts) == len(user.users) else []
 
 
-__all__ = ["Level", "Reads", "index_of", "is_part_of_each", "is_slices", "level_of", "reads_of", "sizes_read"]
+def write_of(node: Node) -> StaticWrite | None:
+    """A write at positions that a tensor gives."""
+    try:
+        write = static_write(node)
+    except NoMatch:
+        return None
+    return write if write.place.at is not None and not write.place.one else None
+
+
+__all__ = [
+    "Level",
+    "Reads",
+    "index_of",
+    "is_part_of_each",
+    "is_slices",
+    "level_of",
+    "reads_of",
+    "sizes_read",
+    "users_of",
+    "write_of",
+    "written_into",
+]
