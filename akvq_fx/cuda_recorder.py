@@ -28,9 +28,10 @@ class CudaRecorder:
         """The current CUDA stream, as a number. A recording is used only on the stream that it was made for."""
         return torch._C._cuda_getCurrentRawStream(device.index)
 
-    def memory(self, device: torch.device) -> int:
-        """Bytes that the device has."""
-        return torch.cuda.get_device_properties(device).total_memory
+    def memory(self, device: torch.device) -> float:
+        """Bytes of the device's that this process may take."""
+        share = torch.cuda.get_per_process_memory_fraction(device)
+        return share * torch.cuda.get_device_properties(device).total_memory
 
     def __call__(self, function: Callable, arguments: list, device: torch.device) -> Replay:
         place = self.place(device)

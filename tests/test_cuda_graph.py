@@ -2,6 +2,7 @@
 
 import gc
 import threading
+import types
 import weakref
 
 import pytest
@@ -13,7 +14,7 @@ import akvq_fx
 from akvq_fx import PackedKV, cuda_graph
 from akvq_fx.config import CAPTURED_MODE
 from akvq_fx.cuda_graph import KEPT, DecodeStep
-from akvq_fx.cuda_recorder import NO_CUDA
+from akvq_fx.cuda_recorder import NO_CUDA, CudaRecorder
 from akvq_fx.passes.state import Split
 from akvq_fx.report import Capture
 from akvq_fx.transformers_names import cache_of
@@ -444,3 +445,11 @@ def test_without_cuda_the_two_parts_run_through_inductor():
             torch.testing.assert_close(out, expected[:, i : i + 1], rtol=0, atol=1e-5)
     (counts,) = captures(model)
     assert counts == Capture(reason=NO_CUDA, ran=4)
+
+
+def test_what_is_kept_is_a_share_of_what_this_process_may_take(monkeypatch):
+    """In 24 of 140 GB, 5 % of the device would be half of what a 7B model leaves."""
+    device = types.SimpleNamespace(total_memory=100)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: device)
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device: 0.25)
+    assert CudaRecorder().memory(device) == 25
