@@ -4,9 +4,9 @@ A body reads and writes cache buffers and weights where they lie (held); everyth
 copied into tensors of its own before a replay, and results are cloned after it, so a later step overwrites nothing that
 the caller has. The first step over buffers of some sizes runs as it is, which compiles and tunes kernels; the second is
 captured; later ones are replayed. Capturing runs nothing, so every step runs exactly once. Buffers are recognised by
-their addresses. A recording keeps the cache buffers that it runs over (akvq_fx/kept_buffers.py): a later cache of the
-same sizes moves into them, so that a second generation captures nothing. It is dropped when a weight dies, or its
-buffers where they could not be kept.
+their addresses, those of caches by a stamp that changes with them. A recording keeps the cache buffers that it runs
+over (akvq_fx/kept_buffers.py): a later cache of the same sizes moves into them, so that a second generation captures
+nothing. It is dropped when a weight dies, or its buffers where they could not be kept.
 """
 
 from __future__ import annotations
