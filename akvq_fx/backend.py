@@ -34,8 +34,11 @@ from akvq_fx import (
 from akvq_fx.config import CAPTURED_MODE, AKVQConfig
 from akvq_fx.cuda_graph import DecodeStep
 from akvq_fx.cuda_recorder import recorder_for
+from akvq_fx.in_place import InPlace
 from akvq_fx.passes import DISABLE, PIPELINE, without
+from akvq_fx.passes.apart import unroll
 from akvq_fx.passes.apart.take_apart import Apart, not_packed, take_apart
+from akvq_fx.passes.apart.unroll import Windows
 from akvq_fx.passes.patterns.nodes import NoMatch, value
 from akvq_fx.passes.patterns.tokens import looked_up, starts_a_call
 from akvq_fx.passes.patterns.values import written
@@ -71,6 +74,7 @@ def compile_graph(gm: GraphModule, example_inputs: list, config: AKVQConfig):
     kind, inner = record.report.kind, state.gm if changed else gm
     # what runs once a prompt, a vision tower say, is done before the inner compiler would be
     compiled = config.compile_uncached if kind == "no cache" else config.compile_prompts or not state.begins_caches
+    compiled = compiled and not state.windows.contact  # that runs once for a cache, and its buffers grow first
     if not changed:
         if compiled:
             what = "a graph without a cache" if kind == "no cache" else "a graph whose cache stays at 16 bits"
@@ -85,7 +89,11 @@ def compile_graph(gm: GraphModule, example_inputs: list, config: AKVQConfig):
     runtime = Runtime(program, inner, config.capacity_step, starts_a_call(gm.graph))
     runtime.on_weights, runtime.on_left, runtime.on_images = record.add_weights, record.leave, record.add_images
     runtime.writes = any(map(written, state.graph.nodes))
-    return Together(runtime, apart) if apart.changed else runtime
+    run = runtime
+    if state.windows.changed:
+        sliding = [i for i, site in enumerate((*state.exchanges, *state.sites)) if site.key.kept is not None]
+        run = InPlace(runtime, state.windows, apart.gm, lambda why: [record.leave(i, why) for i in sliding])
+    return Together(run, apart) if apart.changed else run
 
 
 akvq.dynamo_gave_up = gave_up.warn_and_keep
@@ -115,20 +123,22 @@ class Passthrough:
 def rewrite(gm: GraphModule, example_inputs: list, config: AKVQConfig) -> GraphState:
     """Run the pipeline over a copy of the graph, in which every cache is a tensor by itself (state.apart)."""
     left: dict[int, NoMatch] = {}
+    rolling: frozenset[str] = frozenset()
     while True:
         apart = take_apart(gm, example_inputs, left)
-        state = run_passes(apart, config)
-        failed = not_packed(state)
-        if not failed:
+        windows = unroll.unroll(apart.gm, apart.inputs, rolling)
+        state = run_passes(apart, windows, config)
+        failed, stay = not_packed(state), unroll.not_packed(state)
+        if not failed and not stay:
             return state
-        left = apart.left | failed
+        left, rolling = apart.left | failed, rolling | stay
 
 
-def run_passes(apart: Apart, config: AKVQConfig) -> GraphState:
+def run_passes(apart: Apart, windows: Windows, config: AKVQConfig) -> GraphState:
     """Every pass leaves an artifact for TORCH_TRACE and a debug line."""
     tensors = {i: x for i, x in enumerate(apart.inputs) if isinstance(x, torch.Tensor)}
-    state = GraphState(apart.gm, policy.resolve(config, apart.gm, apart.inputs), tensors)
-    state.apart = apart
+    state = GraphState(windows.gm, policy.resolve(config, windows.gm, apart.inputs), tensors)
+    state.apart, state.windows = apart, windows
     done: list[str] = []
     disabled = os.environ.get(DISABLE, "")
     steps = without(PIPELINE, disabled)

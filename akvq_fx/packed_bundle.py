@@ -4,8 +4,8 @@
     cat      [B, H, T, 2 * D] of keys and values
 
 A cache object holds it like any tensor. Its parts are PackedKV, or bundles again ([L, 2, B, H, T, D]). The graph takes
-and returns the parts (passes/apart/take_apart.py), so no pass and no op knows of bundles. What happens to one outside of a
-graph happens to its parts; what parts cannot do reads them through `dequantize()`, and says so once.
+and returns the parts (passes/apart/take_apart.py), so no pass and no op knows of bundles. What happens to one outside
+of a graph happens to its parts; what parts cannot do reads them through `dequantize()`, and says so once.
 """
 
 from __future__ import annotations

@@ -180,7 +180,7 @@ class PackedKV(TensorBase):
                 "cache.dequantize() to go on with its tokens as plain numbers"
             )
         plain_layout = Layout(self.layout_of.head_dim, self.dtype, shares_classes=self.layout_of.shares_classes)
-        if self.layout_of != plain_layout:
+        if self.layout_of != plain_layout or self.first:
             tokens = ops.dequantize(self._storage().held, self.end, self.layout_text)[:, :, self.first :]
             plain, old = tokens.contiguous(), packed_ops.at_front(self).storage
             kept = [] if plain_layout.shares_classes else [old["classes"][:, : self.length].clone()]

@@ -84,6 +84,8 @@ def refusal(state: GraphState) -> str:
     """Why no part of the graph can be replayed; "" where the cut decides."""
     if state.program.unpacked:
         return "a static cache goes back to 16 bits in this graph"
+    if state.windows.contact:
+        return "static windows begin to slide in this graph, which runs once for a cache"
     if state.exchanges:
         return "static buffers are packed behind this graph, which runs once for them"
     if state.made:

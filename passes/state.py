@@ -23,6 +23,7 @@ from akvq_fx.config import AKVQConfig
 from akvq_fx.kernels.cache_axes import STANDARD, CacheAxes, Step
 from akvq_fx.kernels.layout import SLACK, Layout
 from akvq_fx.passes.apart.take_apart import Apart
+from akvq_fx.passes.apart.unroll import Windows
 from akvq_fx.passes.patterns.attention import layout_only
 from akvq_fx.passes.patterns.cache_write import CacheWrite, first_slot
 from akvq_fx.passes.patterns.nodes import NoMatch, outputs, settled, shape, value
@@ -99,6 +100,7 @@ class GraphState:
         self.written_out: dict[Node, NoMatch] = {}  # softmax -> why attention around it was not made a call
         self.originals: dict[Node, Original] = {}  # call -> what it stands for
         self.apart = Apart(gm, [])  # how the model keeps caches together that the graph has one by one
+        self.windows = Windows(gm)  # those that the model overwrites as a whole and the graph returns
         self.results = outputs(self.graph)  # before any pass
         self.sites: list[Site] = []
         self.exchanges: list[Site] = []  # over buffers of the caller's, which the runtime packs behind the graph
