@@ -862,7 +862,6 @@ WRITES = {
     "fill_": lambda x, y: x.fill_(1),
     "out": lambda x, y: torch.add(y, 1, out=x),
     "setitem-int": lambda x, y: x.__setitem__((slice(None), slice(None), 3), y[:, :, 3]),
-    "setitem-slice": lambda x, y: x.__setitem__((slice(None), slice(None), slice(2, 5)), y[:, :, 2:5]),
     "setitem-row": lambda x, y: x.__setitem__(0, y[0]),
     "setitem-mask": lambda x, y: x.__setitem__(y > 0, 0.0),
     "index_copy_-heads": lambda x, y: x.index_copy_(1, torch.tensor([0]), y[:, :1]),
@@ -896,8 +895,12 @@ def test_unsupported_writes_are_refused(write, static):
 
 @pytest.mark.parametrize(
     "write",
-    [lambda x, at, y: x.index_copy_(2, at, y), lambda x, at, y: x.__setitem__((slice(None), slice(None), at), y)],
-    ids=["index_copy_", "setitem"],
+    [
+        lambda x, at, y: x.index_copy_(2, at, y),
+        lambda x, at, y: x.__setitem__((slice(None), slice(None), at), y),
+        lambda x, at, y: x.__setitem__((slice(None), slice(None), slice(int(at), int(at) + 1)), y),
+    ],
+    ids=["index_copy_", "setitem", "slice"],
 )
 def test_growing_cache_is_not_written_in_the_middle(write):
     x = packed_of(case_of(LAYOUTS["2bit"]))
@@ -905,6 +908,14 @@ def test_growing_cache_is_not_written_in_the_middle(write):
     with pytest.raises(NotImplementedError, match="of a static cache"):
         write(x, torch.tensor([3]), tokens_for(x, 1))
     assert_reads("untouched", before, x)
+
+
+def test_a_slice_of_a_static_cache_is_written_as_by_index_copy():
+    one, other = (packed_of(case_of(LAYOUTS["2bit"]), True) for _ in range(2))
+    y = tokens_for(one, 3)
+    one[:, :, 2:5] = y
+    other.index_copy_(2, torch.arange(2, 5), y)
+    assert torch.equal(one.dequantize(), other.dequantize())
 
 
 MISMATCHES = {

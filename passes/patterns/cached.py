@@ -28,9 +28,11 @@ def read_from(argument: Node) -> tuple[Node, object]:
     return (ungrouped(cut), length) if static else (node, shape(node)[2] if len(shape(node)) == 4 else None)
 
 
-def values_alone(past: Node) -> bool:
-    """The packed cache holds values, which have no classes of their own."""
-    return Layout.parse(value(past).layout_text).shares_classes
+def are_swapped(key: CacheWrite, val: CacheWrite) -> bool:
+    """What is read as keys was packed as values, which have no classes of their own, or the other way round. A simulation
+    keeps both as they are."""
+    layouts = [Layout.parse(value(write.past).layout_text) for write in (key, val)]
+    return not layouts[0].simulate and [layout.shares_classes for layout in layouts] != [False, True]
 
 
 def fix_heads(*writes: CacheWrite | None) -> None:
@@ -68,7 +70,7 @@ def check_caches(attention, key: CacheWrite | None, val: CacheWrite | None, leng
         raise NoMatch("the cache keeps another number of keys than of values", attention.node)
     if key.packed and not guard_or_false(first_slot(key.past) == first_slot(val.past)):
         raise NoMatch("keys and values lie in different slots of their buffers", attention.node)
-    if key.packed and [values_alone(write.past) for write in (key, val)] != [False, True]:
+    if key.packed and are_swapped(key, val):
         raise NoMatch("keys are read from what was packed as values, or values from keys", attention.node)
     heads, kv_heads = shape(attention.query)[1], shape(key.whole)[1]
     if heads % kv_heads or shape(val.whole)[1] != kv_heads:
