@@ -29,8 +29,8 @@ def read_from(argument: Node) -> tuple[Node, object]:
 
 
 def are_swapped(key: CacheWrite, val: CacheWrite) -> bool:
-    """What is read as keys was packed as values, which have no classes of their own, or the other way round. A simulation
-    keeps both as they are."""
+    """What is read as keys was packed as values, which have no classes of their own, or the other way round. A
+    simulation keeps both as they are."""
     layouts = [Layout.parse(value(write.past).layout_text) for write in (key, val)]
     return not layouts[0].simulate and [layout.shares_classes for layout in layouts] != [False, True]
 
