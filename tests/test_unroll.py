@@ -9,7 +9,9 @@ from torch import nn
 
 import akvq_fx
 from akvq_fx import PackedKV
+from akvq_fx.config import CAPTURED_MODE
 from akvq_fx.passes.apart.unroll import unroll
+from tests.test_cuda_graph import Rerun
 
 transformers = pytest.importorskip("transformers")
 WINDOW = 16
@@ -125,6 +127,20 @@ def test_a_prompt_that_ran_uncompiled():
         got = generated(model, prompt(2, tokens), 16, compile_config=how)
         assert torch.equal(generated(want, prompt(2, tokens), 16).sequences, got.sequences)
         assert all(isinstance(x, PackedKV) for x in tensors_of(got))
+
+
+def test_steps_are_captured(monkeypatch):
+    """The window begins to slide in a step of its own; those behind it are replayed, here and in the next generation."""
+    monkeypatch.setattr("akvq_fx.backend.compile_inner", lambda gm, examples, config: gm)
+    monkeypatch.setattr("akvq_fx.backend.recorder_for", lambda device, counts: Rerun())
+    want, model = mistral(), mistral()
+    model.compile(backend="akvq", options={"mode": CAPTURED_MODE, "body_bits": 16})
+    for _ in range(2):
+        got = generated(model, prompt(2, 12), 40)
+        assert torch.equal(generated(want, prompt(2, 12), 40).sequences, got.sequences)
+    counts = [graph.capture for graph in akvq_fx.report(model).graphs if graph.capture and not graph.capture.reason]
+    assert sum(x.replayed for x in counts) >= 2 * 30 and sum(x.captured for x in counts) <= 4
+    assert any("begin to slide" in graph.capture.reason for graph in akvq_fx.report(model).graphs if graph.capture)
 
 
 class Window(nn.Module):
