@@ -58,8 +58,9 @@ def turn_back(buffer: Tensor, plain: Tensor | None = None) -> None:
     """Have an exchanged buffer be a plain tensor again: this one, by default its tokens as codes have them."""
     if plain is None:
         plain = buffer.dequantize().clone(memory_format=torch.contiguous_format)  # in memory of its own, no view
-        written = buffer.storage.written()
-        plain.narrow(buffer.axes.tokens, written, buffer.count - written).zero_()
+        if buffer.static:  # a window that slides is full
+            written = buffer.storage.written()
+            plain.narrow(buffer.axes.tokens, written, buffer.count - written).zero_()
     attributes = buffer.was
     torch_internals.exchange_inside(buffer, plain)
     vars(buffer).clear()

@@ -130,7 +130,7 @@ def test_a_prompt_that_ran_uncompiled():
 
 
 def test_steps_are_captured(monkeypatch):
-    """The window begins to slide in a step of its own; those behind it are replayed, here and in the next generation."""
+    """The window begins to slide in a step of its own; later ones are replayed, here and in the next generation."""
     monkeypatch.setattr("akvq_fx.backend.compile_inner", lambda gm, examples, config: gm)
     monkeypatch.setattr("akvq_fx.backend.recorder_for", lambda device, counts: Rerun())
     want, model = mistral(), mistral()
@@ -223,6 +223,14 @@ def test_spellings_of_a_window(spelling):
     for one, other in zip(packed, plain, strict=True):
         assert isinstance(one, PackedKV)
         torch.testing.assert_close(one.dequantize(), other)
+
+
+def test_a_view_outside_of_a_graph_finds_a_plain_buffer():
+    _, (keys, _) = steps(torch.compile(Cat(), backend="akvq", options=LOSSLESS))
+    before = keys.dequantize()
+    with pytest.warns(UserWarning, match="goes back to 16 bits"):
+        last = keys[:, :, -1]
+    assert type(keys) is torch.Tensor and torch.equal(keys, before) and torch.equal(last, before[:, :, -1])
 
 
 class ReadBeforeCat(ReadBefore, Cat):
