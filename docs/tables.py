@@ -97,7 +97,8 @@ OPTIONS = {
     "capacity_step": ("tokens by which a growing cache is enlarged", OURS),
     "cuda_graphs": ("on a CUDA device, decode steps are replayed from CUDA graphs", OURS),
     "kept_share": (
-        "share of the device's memory that CUDA graphs may keep of finished caches, so that later generations capture "
+        "share of the device's memory, or of the part that `torch.cuda.set_per_process_memory_fraction` leaves this "
+        "process, that CUDA graphs may keep of finished caches, so that later generations capture "
         "nothing; 0 keeps none",
         OURS,
     ),
