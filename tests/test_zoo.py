@@ -161,7 +161,8 @@ def check_family(family, cache, batch, attention=""):
         assert packed and all(t.codes.dtype == torch.int16 for t in packed), str(report)
         decoded = {row.bits for graph, row in report.rows if (graph.kind, row.status) == ("decode", "packed")}
         assert decoded - {"16"}, str(report)
-        text_first = [t for t in packed if t.layout_of.policy == "TSA"]
+        # images may have left a sliding window
+        text_first = [t for t in packed if t.layout_of.policy == "TSA" and not t.storage.slides]
         assert all((t.classes() == VISION).any() for t in text_first), "no image was recognised, the report says so"
 
 
