@@ -121,7 +121,8 @@ class Passthrough:
 
 
 def rewrite(gm: GraphModule, example_inputs: list, config: AKVQConfig) -> GraphState:
-    """Run the pipeline over a copy of the graph, in which every cache is a tensor by itself (state.apart)."""
+    """Run the pipeline over a copy of the graph, in which every cache is a tensor by itself (state.apart), and static
+    windows grow (state.windows); once more without those that stay as they are."""
     left: dict[int, NoMatch] = {}
     rolling: frozenset[str] = frozenset()
     while True:

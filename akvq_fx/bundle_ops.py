@@ -7,7 +7,6 @@ and says so once. akvq_fx/packed_bundle.py imports this module; here the class i
 from __future__ import annotations
 
 import itertools
-import warnings
 from collections.abc import Callable
 
 import torch
@@ -17,7 +16,6 @@ from akvq_fx import exchange, packed_ops
 
 aten = torch.ops.aten
 SAME = (aten.detach.default, aten.alias.default, aten.lift_fresh.default, aten.contiguous.default)
-_warned: set[str] = set()
 _handlers: dict[object, Callable] = {}
 
 
@@ -36,24 +34,13 @@ def plain_of(bundle: Tensor, op: str) -> Tensor:
     if bundle.leaves[0].storage is None:
         exchange.require_own_tracing(bundle.leaves[0])
         return torch.empty(bundle.shape, dtype=bundle.dtype, device=bundle.device)
-    if op not in _warned:
-        _warned.add(op)
-        warnings.warn(
-            f"akvq: {op} is not defined on packed caches in one tensor, which is read through dequantize() for it (a "
-            f"{bundle.dtype} copy of {list(bundle.shape)}); what it gives is plain, and its tokens are quantized anew "
-            "if a compiled step packs them",
-            UserWarning,
-            stacklevel=4,
-        )
+    packed_ops.warn_once(bundle, op, "packed caches in one tensor, which is")
     return bundle.dequantize()
 
 
 def through_dequantize(func, args, kwargs):
-    given = dict(zip((arg.name for arg in func._schema.arguments), args, strict=False)) | kwargs
-    for arg in func._schema.arguments:
-        written = arg.alias_info is not None and arg.alias_info.is_write
-        if written and is_bundle(given.get(arg.name)) and not is_traced(args):
-            raise packed_ops.unsupported_write(func)
+    if any(map(is_bundle, packed_ops.written_by(func, args, kwargs))) and not is_traced(args):
+        raise packed_ops.unsupported_write(func)
     unwrap = lambda x: plain_of(x, str(func)) if is_bundle(x) else x
     args, kwargs = torch.utils._pytree.tree_map(unwrap, (args, kwargs))
     return func(*args, **kwargs)

@@ -19,7 +19,7 @@ from akvq_fx import exchange
 from akvq_fx.packed_tokens import Tokens, concat_rows, concat_tokens
 
 aten = torch.ops.aten
-_warned: set[str] = set()
+_warned: set[tuple[str, str]] = set()
 _handlers: list[tuple[list, Callable]] = []  # aten ops, and what answers them
 _function_handlers: list[tuple[list, Callable]] = []  # the same for functions of torch as Python calls them
 
@@ -51,16 +51,21 @@ def plain_of(packed: Tensor, op: str) -> Tensor:
     if packed.storage is None:  # tracing: only the shape matters
         exchange.require_own_tracing(packed)
         return torch.empty(packed.shape, dtype=packed.dtype, device=packed.device)
-    if op not in _warned:
-        _warned.add(op)
-        warnings.warn(
-            f"akvq: {op} is not defined on packed codes, the cache is read through dequantize() for it "
-            f"(a {packed.dtype} copy of {list(packed.shape)}); what it gives is plain, and its tokens are quantized "
-            "anew if a compiled step packs them",
-            UserWarning,
-            stacklevel=4,
-        )
+    warn_once(packed, op, "packed codes, the cache is")
     return packed.dequantize()
+
+
+def warn_once(x: Tensor, op: str, what: str) -> None:
+    """Say that an op reads packed tokens as plain numbers: once for each op and kind of tensor."""
+    if (op, what) not in _warned:
+        _warned.add((op, what))
+        warnings.warn(
+            f"akvq: {op} is not defined on {what} read through dequantize() for it (a {x.dtype} copy of "
+            f"{list(x.shape)}); what it gives is plain, and its tokens are quantized anew if a compiled step packs "
+            "them",
+            UserWarning,
+            stacklevel=5,
+        )
 
 
 def unsupported_write(func) -> NotImplementedError:
@@ -72,12 +77,16 @@ def unsupported_write(func) -> NotImplementedError:
     )
 
 
+def written_by(func, args, kwargs) -> list:
+    """The arguments that an op writes to."""
+    given = dict(zip((arg.name for arg in func._schema.arguments), args, strict=False)) | kwargs
+    writes = (arg.name for arg in func._schema.arguments if arg.alias_info is not None and arg.alias_info.is_write)
+    return [given.get(name) for name in writes]
+
+
 def through_dequantize(func, args, kwargs):
-    given = zip(func._schema.arguments, args, strict=False)
-    given = {**{arg.name: x for arg, x in given}, **kwargs}
-    for arg in func._schema.arguments:
-        if arg.alias_info is not None and arg.alias_info.is_write and is_packed(given.get(arg.name)):
-            raise unsupported_write(func)
+    if any(map(is_packed, written_by(func, args, kwargs))):
+        raise unsupported_write(func)
     unwrap = lambda x: plain_of(x, str(func)) if is_packed(x) else x
     args, kwargs = torch.utils._pytree.tree_map(unwrap, (args, kwargs))
     return func(*args, **kwargs)

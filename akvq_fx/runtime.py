@@ -166,6 +166,7 @@ class Runtime:
             if tokens is not None:
                 count = tokens.constant if tokens.constant is not None else tokens(args)
                 end = packed.first + packed.length + count
+                # what to_be_written would find in most steps, without the call
                 if storage.end != end - count or storage.borrowers or end > storage.capacity:
                     storage, capacity = packed.to_be_written(count, self.step)
                     if capacity > storage.capacity:

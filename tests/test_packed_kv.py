@@ -51,15 +51,15 @@ def tokens_for(x: PackedKV, count: int, seed: int = 7) -> torch.Tensor:
     return randn(x.shape[0], x.shape[1], count, x.shape[3], seed=seed, dtype=x.dtype)
 
 
-def on_codes(fn, *args):
-    """fn(*args), failing if anything in it reads codes as elements."""
+def on_codes(fn, *args, module=packed_ops):
+    """fn(*args), failing if anything in it reads codes as elements, through `plain_of` of the module."""
 
     def read(packed, op):
         raise AssertionError(f"{op} left the codes")
 
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
         warnings.simplefilter("error")
-        patch.setattr(packed_ops, "plain_of", read)
+        patch.setattr(module, "plain_of", read)
         return fn(*args)
 
 

@@ -3,23 +3,23 @@
 The models are those of tests/attention_models.py; what is left alone is in tests/test_find_sites.py.
 """
 
-import copy
 import functools
 import io
-import pickle
-import warnings
 
 import pytest
 import torch
 
 import akvq_fx
-from akvq_fx import bundle_ops
+from akvq_fx import bundle_ops, packed_ops
 from akvq_fx.packed_bundle import PackedBundle, bundled, joined
 from akvq_fx.packed_kv import PackedKV, Storage
 from tests import attention_models as models
 from tests.attention_models import LOSSLESS, Decoder, evidence, token_ids
 from tests.drawn_decoders import Choice, play
 from tests.kernel_cases import LAYOUTS, case_of
+from tests.test_cache_axes import OPS as OF_ONE_CACHE
+from tests.test_cache_axes import of_axis
+from tests.test_packed_kv import on_codes
 
 SPELLINGS = {  # spelling: how its parts lie, along which axis, and how many tokens its tensor has in the end
     models.Stacked: ("stack", 0, 12),
@@ -209,32 +209,13 @@ def bundle(how: str, axis: int, layout: str = "2bit") -> PackedBundle:
     return bundled(how, axis, parts)
 
 
-def of_axis(axis: int, index) -> tuple:
-    return (*(slice(None) for _ in range(axis)), index)
-
-
-ROWS = torch.tensor([1, 0, 1])
-OPS = {  # op(x, axis of rows, axis of tokens), the same on a plain tensor
-    "index_select": lambda x, b, t: x.index_select(b, ROWS),
-    "index": lambda x, b, t: x[of_axis(b, ROWS)],
-    "row slice": lambda x, b, t: x[of_axis(b, slice(1, 2))],
-    "repeat_interleave": lambda x, b, t: x.repeat_interleave(2, dim=b),
-    "row chunk": lambda x, b, t: x.chunk(2, b)[1],
-    "rows joined": lambda x, b, t: torch.cat([x, x], b),
-    "crop": lambda x, b, t: x[of_axis(t, slice(None, -2))],
-    "tokens": lambda x, b, t: x.index_select(t, torch.tensor([0, 2, 3])),
-    "token mask": lambda x, b, t: x[of_axis(t, torch.arange(x.shape[t]) % 2 == 0)],
-    "pieces joined": lambda x, b, t: torch.cat([x[of_axis(t, slice(None, 2))], x[of_axis(t, slice(3, None))]], t),
+# op(x, axis of rows, axis of tokens), the same on a plain tensor
+OPS = {name: op for name, op in OF_ONE_CACHE.items() if name not in ("repeat", "token split")} | {
     "left padding": lambda x, b, t: torch.nn.functional.pad(x, [0, 0] * (x.dim() - 1 - t) + [3, 0]),
     "one row expands": lambda x, b, t: x[of_axis(b, slice(0, 1))].expand([3 if i == b else -1 for i in range(x.dim())]),
-    "narrow": lambda x, b, t: x.narrow(t, 1, 3),
-    "clone": lambda x, b, t: x.clone(),
     "detach": lambda x, b, t: x.detach(),
-    "deepcopy": lambda x, b, t: copy.deepcopy(x),
-    "pickle": lambda x, b, t: pickle.loads(pickle.dumps(x)),
     "save": lambda x, b, t: saved(x),
     "to": lambda x, b, t: x.to("cpu", copy=True),
-    "contiguous": lambda x, b, t: x.contiguous(),
     "rows replaced": lambda x, b, t: x.clone().index_copy_(b, torch.tensor([1, 0]), x),
 }
 
@@ -245,14 +226,7 @@ def saved(x):
     return torch.load(io.BytesIO(file.getvalue()), weights_only=False)
 
 
-def on_codes(op, *args):
-    def read(x, name):
-        raise AssertionError(f"{name} left the codes")
-
-    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
-        warnings.simplefilter("error")
-        patch.setattr(bundle_ops, "plain_of", read)
-        return op(*args)
+on_codes = functools.partial(on_codes, module=bundle_ops)
 
 
 @pytest.mark.parametrize("how, axis", [("stack", 0), ("stack", 1), ("stack", 3), ("cat", 3), ("cat", 1)])
@@ -287,7 +261,7 @@ def test_parts_are_taken_and_tokens_come_behind(how, axis):
 def test_what_parts_do_not_cover_is_plain_and_writes_are_refused():
     x = bundle("stack", 0)
     with pytest.warns(UserWarning, match="is not defined on packed caches in one tensor"):
-        bundle_ops._warned.clear()
+        packed_ops._warned.clear()
         assert torch.equal(x.mul(2), x.dequantize().mul(2))
     assert "PackedBundle(shape=[2, 2, 3, 11, 16], stack along 0" in repr(x)
     with pytest.raises(NotImplementedError, match="would write into a packed cache"):

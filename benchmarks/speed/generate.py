@@ -34,7 +34,7 @@ from pathlib import Path
 import torch
 import torch._dynamo.utils
 import transformers
-from timing import Table, machine, reason_of, wait
+from timing import Table, machine, peers_asked_for, reason_of, wait
 from vision_models import MODELS, build, prompt
 
 import akvq_fx
@@ -271,10 +271,7 @@ def main(given: list[str] | None = None) -> None:
         args.peer, args.process = args.here
         measure(args)
         return
-    args.given, args.peers = given, args.peer.split(",")
-    unknown = set(args.peers) - set(PEERS)
-    if unknown:
-        parser.error(f"--peer: {', '.join(sorted(unknown))} is not known, accepted: {', '.join(PEERS)}")
+    args.given, args.peers = given, peers_asked_for(parser, args.peer, PEERS)
     if not args.rows:
         args.rows = str(Path(tempfile.mkdtemp(), "rows.jsonl"))
     rows = read(args.table) if args.table else run_all(args)

@@ -36,7 +36,7 @@ from pathlib import Path
 
 import torch
 from slot_peers import PEERS
-from timing import Table, machine, reason_of, wait
+from timing import Table, machine, peers_asked_for, reason_of, wait
 from vision_models import build, prompt
 
 GB = 1e9
@@ -318,14 +318,12 @@ def main(given: list[str] | None = None) -> None:
         args.peer, args.budget = args.here[0], float(args.here[1])
         measure(args)
         return
-    unknown = set(args.peer.split(",")) - set(PEERS)
-    if unknown:
-        parser.error(f"--peer: {', '.join(sorted(unknown))} is not known, accepted: {', '.join(PEERS)}")
+    peers = peers_asked_for(parser, args.peer, PEERS)
     if not args.rows:
         args.rows = str(Path(tempfile.mkdtemp(), "rows.jsonl"))
     if not args.table:
         for budget in args.budget_gb.split(","):
-            for peer in args.peer.split(","):
+            for peer in peers:
                 command = [sys.executable, __file__, *given, "--rows", args.rows, "--here", peer, budget]
                 subprocess.run(command, env=dict(os.environ), check=False)
     text = "\n\n".join(table.markdown() for table in tables(read(args.table or [args.rows]))) + "\n"

@@ -20,7 +20,8 @@ import time
 from pathlib import Path
 
 import torch
-from timing import Table, finish, reason_of, wait
+from generate import GB, PEERS
+from timing import Table, finish, peers_asked_for, reason_of, wait
 from torch import distributed
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
@@ -28,13 +29,7 @@ from vision_models import MODELS, build, prompt
 
 import akvq_fx
 
-GB = 1e9
 COLUMNS, ROWS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"), ("o_proj", "down_proj")
-PEERS = {
-    "dynamic": "DynamicCache, uncompiled",
-    "static": 'cache_implementation="static"',
-    "akvq": 'model.compile(backend="akvq")',
-}
 
 
 def share_out(model, device: torch.device, ranks: int) -> None:
@@ -55,6 +50,8 @@ def measure(args, peer: str, device: torch.device, ranks: int) -> dict:
     how = {"static": {"cache_implementation": "static"}}.get(peer, {})
     if peer == "akvq":
         model.compile(backend="akvq")
+    elif peer == "inductor":
+        model.compile()
     found = {"prompt": inputs["input_ids"].shape[1], "peer": peer}
     for call in ("first", "second", "third"):
         if device.type == "cuda":
@@ -107,6 +104,7 @@ def main(given: list[str] | None = None) -> None:
         rows = [json.loads(line) for path in args.table for line in Path(path).read_text().splitlines()]
         print("\n".join(table.markdown() for table in tables(rows)))
         return
+    peers = peers_asked_for(parser, args.peer, PEERS)
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     on_gpus = torch.cuda.is_available() and not args.tiny
     device = torch.device("cuda", rank) if on_gpus else torch.device("cpu")
@@ -115,7 +113,7 @@ def main(given: list[str] | None = None) -> None:
     if ranks > 1:
         distributed.init_process_group("nccl" if on_gpus else "gloo")
     rows = []
-    for peer in args.peer.split(","):
+    for peer in peers:
         row = {"model": args.model, "layers": args.layers, "ranks": ranks, "batch": args.batch, "peer": peer}
         try:
             row |= measure(args, peer, device, ranks)

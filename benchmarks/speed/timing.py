@@ -266,6 +266,14 @@ def finish(tables: list[Table], device: torch.device, path: str | None) -> None:
         Path(path).write_text(text)
 
 
+def peers_asked_for(parser, text: str, known) -> list[str]:
+    """The names in a list with commas; ends with an error where one is not known."""
+    asked = text.split(",")
+    if unknown := set(asked) - set(known):
+        parser.error(f"--peer: {', '.join(sorted(unknown))} is not known, accepted: {', '.join(known)}")
+    return asked
+
+
 def standard_arguments(parser) -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cuda", "cpu"))
     parser.add_argument("--small", action="store_true", help="tiny sizes, to see that the script runs")

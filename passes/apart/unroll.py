@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from akvq_fx.exchange import refusal
-from akvq_fx.passes.apart.parts import fake_mode_of
+from akvq_fx.passes.apart.parts import Parts
 from akvq_fx.passes.patterns.attention import suffix_of, token_slice
 from akvq_fx.passes.patterns.cache_write import TOKENS, written_views
 from akvq_fx.passes.patterns.nodes import (
@@ -29,6 +29,7 @@ from akvq_fx.passes.patterns.nodes import (
     ancestors,
     argument,
     dimension,
+    index_by_axis,
     is_packed,
     is_tensor,
     op,
@@ -135,7 +136,7 @@ def unrolled(copy: Node) -> Node | None:
         return None
     if before is not None:
         with copy.graph.inserting_before(before):
-            both = made(torch.cat, [buffer, new], TOKENS)
+            both = Parts(copy.graph).call(torch.cat, [buffer, new], TOKENS)
             last = tokens_from(both, minus_size(buffer))
             if grown is not None:
                 source.replace_all_uses_with(last)
@@ -151,19 +152,8 @@ def unrolled(copy: Node) -> Node | None:
     return source
 
 
-def made(function, *args) -> Node:
-    """A call with its value."""
-    nodes = args[0] if isinstance(args[0], list) else [args[0]]
-    node = nodes[0].graph.call_function(function, args)
-    given = torch.fx.map_arg(args, value)
-    codes = [getattr(x, "codes", x) for x in torch.utils._pytree.tree_leaves(given)]
-    with fake_mode_of(codes):
-        node.meta["example_value"] = function(*given)
-    return node
-
-
 def tokens_from(x: Node, start) -> Node:
-    return made(operator.getitem, x, (FULL, FULL, slice(start, None)))
+    return Parts(x.graph).call(operator.getitem, x, (FULL, FULL, slice(start, None)))
 
 
 def minus_size(buffer: Node):
@@ -171,9 +161,8 @@ def minus_size(buffer: Node):
     size = shape(buffer)[TOKENS]
     if isinstance(size, int):
         return -size
-    node = buffer.graph.call_method("size", (buffer, TOKENS))
-    node.meta["example_value"] = size
-    return made(operator.neg, node)
+    parts = Parts(buffer.graph)
+    return parts.call(operator.neg, parts.method("size", buffer, TOKENS))
 
 
 def is_size(user: Node) -> bool:
@@ -200,12 +189,8 @@ def rolled_by(source: Node, buffer: Node, copy: Node) -> tuple[Node, Node, Node]
 
 def is_last(index) -> bool:
     """x[:, :, [-1]], x[:, :, -1:], or with a tensor of that number; the other axes whole."""
-    index = index if isinstance(index, tuple) else (index,)
-    if Ellipsis in index:
-        at = index.index(Ellipsis)
-        index = (*index[:at], *[FULL] * (5 - len(index)), *index[at + 1 :])
-    index = (*index, *[FULL] * (4 - len(index)))
-    if len(index) != 4 or any(i != FULL for i in (*index[:2], index[3])):
+    index = index_by_axis(index, 4)
+    if index is None or any(i != FULL for i in (*index[:2], index[3])):
         return False
     at = index[2].args[0] if op(index[2]) == "tensor" else index[2]
     return at == slice(-1, None) or at == [-1]

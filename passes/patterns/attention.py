@@ -13,6 +13,7 @@ from akvq_fx.passes.patterns.nodes import (
     NoMatch,
     argument,
     dimension,
+    index_by_axis,
     is_returned,
     op,
     same_size,
@@ -124,15 +125,10 @@ def suffix_of(node: Node) -> tuple[Node, object]:
 
 def token_slice(index) -> slice | None:
     """The slice along axis 2 of an index that takes all of the other axes of a 4-d tensor."""
-    index = index if isinstance(index, tuple) else (index,)
-    if any(i is not Ellipsis and not isinstance(i, slice) for i in index):
+    index = index_by_axis(index, 4)
+    if index is None or not all(isinstance(i, slice) for i in index):
         return None
-    if Ellipsis in index:
-        at = index.index(Ellipsis)
-        index = (*index[:at], *[slice(None)] * (5 - len(index)), *index[at + 1 :])
-    index = (*index, *[slice(None)] * (4 - len(index)))
-    rest = (*index[:2], *index[3:])
-    return index[2] if len(index) == 4 and all(i == slice(None) for i in rest) else None
+    return index[2] if all(i == slice(None) for i in (*index[:2], index[3])) else None
 
 
 def is_new_axis(node, axis: int) -> bool:

@@ -76,6 +76,16 @@ def tensors_of_cat(node: Node) -> list:
     return list(argument(node, 0, "tensors", ()))
 
 
+def index_by_axis(index, rank: int) -> list | None:
+    """What x[index] has for each axis of an x of this rank; None where it adds axes, or does not say."""
+    index = index if isinstance(index, tuple) else (index,)
+    dots = [n for n, i in enumerate(index) if i is Ellipsis]
+    if any(i is None or isinstance(i, bool) for i in index) or len(dots) > 1 or len(index) - len(dots) > rank:
+        return None
+    at = dots[0] if dots else len(index)
+    return [*index[:at], *[slice(None)] * (rank - len(index) + len(dots)), *index[at + 1 :]]
+
+
 def ancestors(node: Node) -> Iterator[Node]:
     """The node and everything it is computed from, nearest first."""
     seen, queue = set(), [node]

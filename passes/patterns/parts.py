@@ -21,6 +21,7 @@ from akvq_fx.passes.patterns.nodes import (
     NoMatch,
     argument,
     dimension,
+    index_by_axis,
     is_tensor,
     op,
     same_size,
@@ -60,11 +61,9 @@ class TokenWrite:
 
 def spans_of(index, rank: int) -> Spans | None:
     """The axes that x[index] does not take whole; None for another kind of index."""
-    index = index if isinstance(index, tuple) else (index,)
-    dots = [n for n, i in enumerate(index) if i is Ellipsis]
-    if dots:
-        index = (*index[: dots[0]], *[slice(None)] * (rank - len(index) + 1), *index[dots[0] + 1 :])
     found: Spans = {}
+    if (index := index_by_axis(index, rank)) is None:
+        return None
     for axis, i in enumerate(index):
         if isinstance(i, slice):
             if i.step not in (None, 1):
@@ -75,11 +74,11 @@ def spans_of(index, rank: int) -> Spans | None:
             if len(shape(i)) > 1 or value(i).dtype not in POSITIONS:
                 return None
             found[axis] = Span(at=i, one=not shape(i))
-        elif isinstance(value(i), (int, torch.SymInt)) and not isinstance(i, bool):
+        elif isinstance(value(i), (int, torch.SymInt)):
             found[axis] = Span(i, one=True)
         else:
             return None
-    return found if len(index) <= rank else None
+    return found
 
 
 def slice_of(node: Node) -> tuple[Node, Spans] | None:

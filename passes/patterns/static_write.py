@@ -21,6 +21,7 @@ from akvq_fx.passes.patterns.nodes import (
     NoMatch,
     argument,
     dimension,
+    index_by_axis,
     is_packed,
     is_returned,
     is_tensor,
@@ -112,13 +113,9 @@ def static_write(node: Node) -> StaticWrite:
 
 def place_of(index, cache: Node, node: Node) -> Place:
     """Of x[index], where one axis is indexed and the others are taken whole."""
-    index = index if isinstance(index, tuple) else (index,)
-    rank = len(shape(cache))
-    if Ellipsis in [i for i in index if not isinstance(i, Node)]:
-        at = next(n for n, i in enumerate(index) if i is Ellipsis)
-        index = (*index[:at], *[slice(None)] * (rank - len(index) + 1), *index[at + 1 :])
+    index = index_by_axis(index, len(shape(cache))) or ()
     chosen = [(axis, i) for axis, i in enumerate(index) if not (isinstance(i, slice) and i == slice(None))]
-    if len(chosen) != 1 or len(index) > rank:
+    if len(chosen) != 1:
         raise NoMatch(UNKNOWN, node)
     ((axis, i),) = chosen
     if isinstance(i, slice):
@@ -128,7 +125,7 @@ def place_of(index, cache: Node, node: Node) -> Place:
         return Place(axis, None, checked(start, node), value(i.stop) - value(start))
     if is_tensor(i) and len(shape(i)) <= 1:
         return Place(axis, i, count=shape(i)[0] if shape(i) else 1, one=not shape(i))
-    if isinstance(value(i), (int, torch.SymInt)) and not isinstance(i, bool):
+    if isinstance(value(i), (int, torch.SymInt)):
         return Place(axis, None, checked(i, node), 1, one=True)
     raise NoMatch(UNKNOWN, node)
 

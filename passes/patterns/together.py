@@ -20,6 +20,7 @@ from akvq_fx.passes.patterns.nodes import (
     NoMatch,
     argument,
     dimension,
+    index_by_axis,
     is_tensor,
     op,
     same_size,
@@ -176,14 +177,8 @@ def level_of_slices(whole: Node, slices: list[tuple[int, int, int]]) -> Level | 
 
 def index_of(user: Node, whole: Node) -> list[tuple[int, object]] | None:
     """(axis, index) for each axis of x[index]; None where it adds axes or does not say."""
-    index = user.args[1] if isinstance(user.args[1], tuple) else (user.args[1],)
-    rank = len(shape(whole))
-    dots = [n for n, i in enumerate(index) if i is Ellipsis]
-    if any(i is None or isinstance(i, bool) for i in index) or len(dots) > 1 or len(index) - len(dots) > rank:
-        return None
-    at = dots[0] if dots else len(index)
-    index = (*index[:at], *[slice(None)] * (rank - len(index) + len(dots)), *index[at + 1 :])
-    return list(enumerate(index))
+    index = index_by_axis(user.args[1], len(shape(whole)))
+    return None if index is None else list(enumerate(index))
 
 
 def reads_of(user: Node, whole: Node, level: Level) -> list[Reads] | None:
